@@ -1,0 +1,11 @@
+"""mlora: a multi-LoRA runtime for PyTorch and Hugging Face models."""
+
+from . import errors
+from .adapter import Adapter
+from .patch import patch, unpatch
+from .routing import BASE
+from .runtime import AdapterInfo, Runtime
+
+__version__ = "0.1.0"
+
+__all__ = ["BASE", "Adapter", "AdapterInfo", "Runtime", "errors", "patch", "unpatch"]

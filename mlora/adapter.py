@@ -1,0 +1,95 @@
+"""`Adapter`: the weights and the config of one adapter, as PEFT saves them, in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import errors
+
+PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that belongs to no model yet.
+
+    Args:
+        config: the contents of PEFT's `adapter_config.json`; `peft_type` is required.
+        tensors: parameter name -> CPU tensor in PEFT's file format, for example
+            `model.layers.0.self_attn.q_proj.lora_A.weight` of shape (rank, in). PEFT's
+            `base_model.model.` prefix is accepted and removed.
+        source: where it came from, for messages and listings.
+
+    Raises:
+        AdapterError: no `peft_type`, no tensors, or a tensor that is not finite.
+    """
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    source: str = field(default="memory")
+
+    def __post_init__(self) -> None:
+        if not self.config.get("peft_type"):
+            raise errors.AdapterError(f"adapter from {self.source}: its config has no 'peft_type'")
+        if not self.tensors:
+            raise errors.AdapterError(f"adapter from {self.source}: it has no tensors")
+        tensors: dict[str, Tensor] = {}
+        for key, tensor in self.tensors.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                bad = int((~torch.isfinite(tensor)).sum())
+                raise errors.AdapterError(
+                    f"adapter from {self.source}: {key} has {bad} values that are NaN or infinite, "
+                    f"of {tensor.numel()}; all must be finite"
+                )
+            tensors[key.removeprefix(PEFT_PREFIX)] = tensor
+        if len(tensors) != len(self.tensors):
+            raise errors.AdapterError(
+                f"adapter from {self.source}: some tensors come both with and without the prefix {PEFT_PREFIX!r}"
+            )
+        object.__setattr__(self, "tensors", tensors)
+
+    @property
+    def peft_type(self) -> str:
+        """PEFT's type in capitals, e.g. `"LORA"`."""
+        return str(self.config["peft_type"]).upper()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        allow_pickle: bool = False,
+    ) -> Adapter:
+        """Read a PEFT folder, or a Hugging Face hub id.
+
+        Args:
+            path_or_id: a folder with `adapter_config.json` and `adapter_model.safetensors`, or `org/name`.
+            revision: branch, tag or commit on the hub.
+            token: hub token; the default is the one that is logged in.
+            allow_pickle: also read `adapter_model.bin`, with torch's `weights_only` unpickler.
+
+        Raises:
+            AdapterError: something is missing, damaged or not finite.
+        """
+        from .loader import read_adapter
+
+        return read_adapter(path_or_id, revision=revision, token=token, allow_pickle=allow_pickle)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the adapter as a PEFT folder, which both PEFT and `from_pretrained` read back."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {PEFT_PREFIX + key: t.detach().contiguous() for key, t in self.tensors.items()}
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = json.dumps(dict(self.config), indent=2, sort_keys=False)
+        (folder / "adapter_config.json").write_text(config + "\n", encoding="utf-8")

@@ -1,0 +1,54 @@
+"""Every error that mlora raises on purpose.
+
+Each message names the value that was seen and the value that was wanted. After any of them the
+model, its adapters and its routing are as they were before the call.
+"""
+
+from __future__ import annotations
+
+
+class MloraError(Exception):
+    """Base of all errors below."""
+
+
+class PatchError(MloraError, RuntimeError):
+    """The model cannot be patched or unpatched as asked."""
+
+
+class ModelMovedError(MloraError, RuntimeError):
+    """A patched model was asked to change dtype or device, or receives inputs of another one."""
+
+
+class AdapterError(MloraError, ValueError):
+    """An adapter's files, tensors or config are missing, damaged or do not fit the model."""
+
+
+class UnsupportedAdapterError(AdapterError):
+    """An adapter of a type, or with an option, that mlora does not serve; the message names it."""
+
+
+class DuplicateAdapterError(MloraError, ValueError):
+    """The name is taken by an adapter that is already loaded."""
+
+
+class UnknownAdapterError(MloraError, KeyError):
+    """No adapter of that name is loaded."""
+
+    def __str__(self) -> str:  # KeyError would print the message's repr
+        return str(self.args[0]) if self.args else ""
+
+
+class EntryError(MloraError, ValueError):
+    """What was given as `adapter_names` cannot be read as one entry a row."""
+
+
+class AttributionError(MloraError, RuntimeError):
+    """A module got tokens that cannot be attributed to the rows of the batch."""
+
+
+class AdapterInUseError(MloraError, RuntimeError):
+    """The adapter is used by a routing that is still active."""
+
+
+class CapacityError(MloraError, RuntimeError):
+    """The adapters of one batch need more device memory or more slots than there are."""

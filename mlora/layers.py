@@ -1,0 +1,248 @@
+"""The layers: a patched module is an instance of a generated subclass of its own class.
+
+Swapping the class, as `torch.nn.utils.parametrize` does, leaves parameters, hooks, quantized storage
+and `state_dict` keys exactly as they are, and swapping it back leaves no trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import errors
+from .lowering import BaseLinear
+from .ops import dispatch
+from .routing import Local, Plan
+from .store import GAIN, IN_GAIN
+
+MODULE_CLASSES: tuple[type[nn.Module], ...] = (nn.Linear,)
+try:
+    from transformers.pytorch_utils import Conv1D
+
+    MODULE_CLASSES += (Conv1D,)
+except ImportError:  # a plain PyTorch model needs no transformers
+    Conv1D = None
+
+# A list of this name holds experts, whose inputs are tokens gathered from any rows in any order.
+GATHERED = "experts"
+
+
+class Shared:
+    """What all layers of one patched model share. Tensors here keep their addresses for good.
+
+    Args:
+        arena, plan: the arena and the plan buffer that compiled code reads.
+        local: per thread, the plan that eager code reads.
+        default: the plan of `Runtime.set_adapter`, for threads without one of their own.
+        blank: a plan that routes nothing.
+        fused: whether the base product may be computed by mlora's own kernel.
+    """
+
+    def __init__(self, arena: Tensor, plan: Tensor, fused: bool) -> None:
+        self.arena = arena
+        self.plan = plan
+        self.local = Local()
+        self.default: Plan | None = None
+        self.blank = torch.zeros(8, dtype=torch.int32, device=plan.device)
+        self.fused = fused
+        self.in_gains = False
+
+
+class LayerState:
+    """What one layer knows beside its module's own parameters.
+
+    Args:
+        name: its dotted path. `index`: its number in the store.
+        table: this module's rows of the store's tables, int64 (slots, TABLE_WIDTH).
+        kblock: the accumulation block with which the fused kernel reproduces the library's base
+            product bit for bit; 0 where it does not.
+        outer: the `forward` that somebody put on the instance (accelerate's hooks do), or None.
+    """
+
+    __slots__ = ("name", "index", "shared", "table", "dtype", "device", "kblock", "outer", "gathered")
+
+    def __init__(self, name: str, index: int, shared: Shared, table: Tensor, module: nn.Module) -> None:
+        self.name = name
+        self.index = index
+        self.shared = shared
+        self.table = table
+        self.dtype, self.device = compute_dtype(module), shared.arena.device
+        self.outer: Callable[..., Tensor] | None = module.__dict__.get("forward")
+        self.gathered = GATHERED in name.split(".")[:-1]
+        self.kblock = 0
+        if shared.fused and self.outer is None and type(module).forward is nn.Linear.forward:
+            weight, bias = module.weight, module.bias
+            if isinstance(weight, Tensor) and weight.is_contiguous() and self.dtype == shared.arena.dtype:
+                self.kblock = dispatch.probe_kblock(weight, bias)
+
+
+class LoraLayer(nn.Module):
+    """Mixed in before a linear's class; see the module's docstring."""
+
+    _mlora: LayerState
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = self._mlora
+        shared = state.shared
+        if torch.compiler.is_compiling():
+            return self._compiled(x)
+        plan = shared.local.plan or shared.default
+        touches = plan.touches[state.index] if plan is not None else 0
+        if touches:
+            assert plan is not None
+            self._check(x, plan)
+            words = plan.tensor
+        else:
+            words = shared.blank
+        if state.kblock and not touches & IN_GAIN and self._fusable(x):
+            return dispatch.linear(x, self.weight, self.bias, shared.arena, state.table, words, state.kblock)
+        if not touches:
+            return self._base(x)
+        return self._routed(x, words, touches)
+
+    def _base(self, x: Tensor) -> Tensor:
+        outer = self._mlora.outer
+        return super().forward(x) if outer is None else outer(x)
+
+    def _fusable(self, x: Tensor) -> bool:
+        if not 1 < x.numel() // x.shape[-1] <= dispatch.FUSED_MAX_TOKENS or x.dtype != self._mlora.dtype:
+            return False
+        return not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad))
+
+    def _routed(self, x: Tensor, words: Tensor, touches: int) -> Tensor:
+        """The base, then one op. With input gains the base reads u * x, and rows that also take an
+        output gain from another adapter need base(x) beside it: deltas add without a cross term."""
+        state = self._mlora
+        arena, table = state.shared.arena, state.table
+        source = None
+        if touches & IN_GAIN:
+            if touches & GAIN:
+                source = self._base(x)
+            y = self._base(dispatch.scale_input(x, arena, table, words))
+        else:
+            y = self._base(x)
+        if y.requires_grad or (x.requires_grad and torch.is_grad_enabled()):
+            return dispatch.differentiable(y, source, x, arena, table, words)
+        dispatch.apply_(y, source, x, arena, table, words)
+        return y
+
+    def _compiled(self, x: Tensor) -> Tensor:
+        """What a compiled graph runs: always the same ops, whose inputs only change their contents."""
+        state = self._mlora
+        shared = state.shared
+        if state.gathered:
+            dispatch.check_rows(shared.plan, 1)
+        touches = GAIN | IN_GAIN if shared.in_gains else GAIN
+        return self._routed(x, shared.plan, touches)
+
+    def _check(self, x: Tensor, plan: Plan) -> None:
+        state = self._mlora
+        if x.dtype != state.dtype or x.device != state.device:
+            raise errors.ModelMovedError(
+                f"{state.name} got an input in {x.dtype} on {x.device}; the model was patched in {state.dtype} on "
+                f"{state.device}. Unpatch, move the model or leave autocast, and patch again"
+            )
+        if plan.uniform:
+            return
+        rows = x.shape[0] if x.dim() > 1 else 1
+        if not state.gathered:
+            if rows in plan.row_counts:
+                return
+            length = state.shared.local.length
+            if x.dim() == 2 and length and any(rows == count * length for count in plan.row_counts):
+                return  # (rows, length, in) flattened in order
+        what = "an expert, which gets tokens gathered from any rows" if state.gathered else "the module"
+        raise errors.AttributionError(
+            f"{state.name} got an input of shape {tuple(x.shape)}, which cannot be attributed to the batch's "
+            f"{plan.rows} rows ({what}); use one adapter for all rows, or adapters that do not target it"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        refuse_move(self, fn)
+        return super()._apply(fn, recurse)
+
+
+def refuse_move(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+    """Raise if `fn`, which `nn.Module.to` and its like pass to `_apply`, would move a parameter."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        probe = tensor.new_empty(0)
+        moved = fn(probe)
+        if moved.dtype != probe.dtype or moved.device != probe.device:
+            raise errors.ModelMovedError(
+                f"the model is patched in {probe.dtype} on {probe.device} and cannot be moved to {moved.dtype} on "
+                f"{moved.device}; unpatch it, move it, patch it again"
+            )
+
+
+_swapped: dict[tuple[type, type], type] = {}
+
+
+def swap_class(module: nn.Module, mixin: type) -> None:
+    """Give `module` a subclass of (mixin, its own class) that keeps the class's name."""
+    cls = type(module)
+    if (mixin, cls) not in _swapped:
+        body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+        _swapped[mixin, cls] = type(cls.__name__, (mixin, cls), body)
+    module.__class__ = _swapped[mixin, cls]
+
+
+def restore_class(module: nn.Module) -> None:
+    """Undo `swap_class`."""
+    module.__class__ = type(module).__mro__[2]
+
+
+def find_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Dotted path -> every module that can be patched; a shared module comes once for each path.
+
+    Linears whose owner reads their weight without calling them are left out, since a layer there would
+    silently do nothing: `nn.MultiheadAttention`'s projections and `nn.TransformerEncoderLayer`'s.
+    """
+    bypassed = {
+        id(child)
+        for module in model.modules()
+        if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
+        for child in module.children()
+    }
+    return {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, MODULE_CLASSES) and name and id(module) not in bypassed
+    }
+
+
+def compute_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of the activations that `module` works on."""
+    weight = module.weight
+    if isinstance(weight, Tensor) and weight.is_floating_point():
+        return weight.dtype
+    for tensor in module.parameters():
+        if tensor.is_floating_point():
+            return tensor.dtype
+    return torch.get_default_dtype()
+
+
+def base_linear(name: str, module: nn.Module) -> BaseLinear:
+    """What a lowering may ask of `module`."""
+    transposed = Conv1D is not None and isinstance(module, Conv1D)
+    if transposed:
+        in_features, out_features = module.weight.shape
+    else:
+        in_features, out_features = module.in_features, module.out_features
+
+    def weight() -> Tensor:
+        tensor = module.weight
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.is_meta:
+            raise errors.UnsupportedAdapterError(
+                f"module {name}: this adapter's delta depends on the base weight, which is quantized or offloaded "
+                f"({type(module).__name__}, {getattr(tensor, 'dtype', type(tensor))})"
+            )
+        dense = tensor.detach().to("cpu", torch.float32)
+        return dense.t() if transposed else dense
+
+    def bias() -> Tensor | None:
+        return None if module.bias is None else module.bias.detach().to("cpu", torch.float32)
+
+    return BaseLinear(name, in_features, out_features, weight, bias)

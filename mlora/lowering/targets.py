@@ -1,0 +1,56 @@
+"""Which modules a PEFT config targets: the rules of PEFT 0.21 (`check_target_module_exists`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .. import errors
+
+
+def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """The value of the first key, in the file's order, that matches the end of `name` (PEFT's
+    `rank_pattern` and `alpha_pattern`), or `default`."""
+    for key, value in (patterns or {}).items():
+        if _compile(rf"(.*\.)?({key})$").match(name):
+            return value
+    return default
+
+
+def is_target(config: Mapping[str, Any], name: str) -> bool:
+    """Whether `config` targets the module at `name`."""
+    exclude = config.get("exclude_modules")
+    if exclude and _matches(exclude, name):
+        return False
+    targets = config.get("target_modules")
+    if not targets or not _matches(targets, name):
+        return False
+    if isinstance(targets, str) or name in targets:
+        return True  # a regex or a full path names its layers itself
+    return _in_layers(config, name)
+
+
+def _matches(targets: str | Iterable[str], name: str) -> bool:
+    if isinstance(targets, str):
+        return _compile(targets).fullmatch(name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _in_layers(config: Mapping[str, Any], name: str) -> bool:
+    layers = config.get("layers_to_transform")
+    if layers is None or layers == []:
+        return True
+    named = config.get("layers_pattern") or []
+    named = [named] if isinstance(named, str) else named
+    for pattern in [rf"(?:^|.*?\.){p}" for p in named] or [r".*?\.[^.]*"]:
+        if match := _compile(rf"{pattern}\.(?P<index>\d+)\.").match(name):
+            return int(match["index"]) in ([layers] if isinstance(layers, int) else layers)
+    return False
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise errors.AdapterError(f"{pattern!r} is not a valid module pattern: {error}") from error

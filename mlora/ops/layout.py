@@ -1,0 +1,39 @@
+"""The two integer layouts that Python, C++ and GPU kernels share.
+
+**Table**, one per module: int64 `(slots, TABLE_WIDTH)`. Row `s` says where the adapter in slot `s`
+keeps its parts for this module, as offsets in elements of the arena; an absent part is -1 and an
+absent adapter is rank 0 with every part -1.
+
+    column   meaning
+    A        (rank, in) row-major
+    B        (rank, out) row-major: rank row j adds `B[j] * (A[j] . x)`
+    RANK     number of rank rows, 0 if none
+    SCALE    bits of a float32 in the low half: the LoRA scaling, applied to `A x` in fp32
+    GAIN     (out,) holding g - 1
+    IN_GAIN  (in,)  holding u - 1
+    SHIFT    (out,) holding c
+
+**Plan**, one per forward: int32, one dimension, refreshed by one copy. With R rows, P routes and
+E terms (a route is a distinct recipe; a term is one weighted slot of a recipe):
+
+    [0:8]            header: R, P, E, X, 0, 0, 0, 0, where X is how often `generate` repeats a row
+    row_start  P+1   rows of route p are row_order[row_start[p] : row_start[p+1]]
+    row_order  R     rows sorted by route; those that take no adapter come last, after row_start[P]
+    term_start P+1   terms of route p are [term_start[p], term_start[p+1])
+    term_slot  E     slot of each term, >= 0
+    term_weight E    bits of a float32
+
+Example: rows `["sql", None, "sql", {"sql": .5, "chat": .5}]` with sql in slot 0 and chat in slot 3
+give R=4, P=2, E=3, row_start [0, 2, 3], row_order [0, 2, 3, 1], term_start [0, 1, 3],
+term_slot [0, 0, 3], term_weight [1, .5, .5].
+
+An input of T tokens holds T / R consecutive tokens for each row. Capacity beyond the last entry is
+ignored; a header of zeros routes nothing.
+"""
+
+from __future__ import annotations
+
+TABLE_WIDTH = 8
+A, B, RANK, SCALE, GAIN, IN_GAIN, SHIFT = range(7)
+
+PLAN_HEADER = 8

@@ -1,0 +1,183 @@
+"""`patch` and `unpatch`: turn a model into a multi-adapter runtime, in place, and back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import errors
+from .layers import (
+    LayerState,
+    LoraLayer,
+    Shared,
+    compute_dtype,
+    find_layers,
+    refuse_move,
+    restore_class,
+    swap_class,
+)
+from .ops import dispatch
+from .runtime import Runtime
+from .store import Store
+
+PLAN_WORDS = 1 << 16  # the plan buffer of compiled code: room for batches of some ten thousand rows
+
+
+class PatchedModel(nn.Module):
+    """Mixed in before the root model's class: `adapter_names=` on calls and on `generate`."""
+
+    mlora: Runtime
+
+    def __call__(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            if adapter_names is not None:
+                raise errors.EntryError(
+                    "adapter_names= cannot be given inside torch.compile, where every new list of names would be a "
+                    "new graph; route with `with runtime.use_adapters(names):` around the compiled call"
+                )
+            if shape := _input_shape(args, kwargs):
+                dispatch.check_rows(self.mlora._shared.plan, shape[0])
+            return super().__call__(*args, **kwargs)
+        shape = _input_shape(args, kwargs)
+        with self.mlora._forward(adapter_names, shape):
+            return super().__call__(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
+        shape = _input_shape(args, kwargs)
+        with self.mlora._generation(adapter_names, shape, _expansion(self, args, kwargs)):
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        refuse_move(self, fn)
+        return super()._apply(fn, recurse)
+
+
+def patch(
+    model: nn.Module,
+    *,
+    memory: int | None = None,
+    max_adapters: int = 256,
+    dtype: torch.dtype | None = None,
+    fused: bool = True,
+) -> Runtime:
+    """Patch every linear of `model` in place, so that each row of a batch can use its own adapter.
+
+    Until an adapter is used the model computes the same bits as before. Its class, `state_dict`,
+    hooks and `save_pretrained` stay as they are.
+
+    Args:
+        model: a Hugging Face model, or any module with linears in it.
+        memory: bytes of device memory for resident adapters; the others wait on the host. The default
+            is half the size of the model's weights, at least 64 MiB, and at most half of what is free.
+        max_adapters: how many adapters can be resident at once.
+        dtype: in which adapters are stored on the device; the default is the linears' own.
+        fused: compute base product and LoRA in one op where that is bit-equal to the library.
+
+    Returns:
+        The runtime, also reachable as `model.mlora`.
+
+    Raises:
+        PatchError: it is patched already, is a PEFT model, or has no linear.
+    """
+    if not isinstance(model, nn.Module):
+        raise errors.PatchError(f"patch takes a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(model, PatchedModel):
+        raise errors.PatchError("this model is patched already; its runtime is model.mlora")
+    if hasattr(model, "peft_config") or any(hasattr(m, "lora_A") for m in model.modules()):
+        raise errors.PatchError(
+            "this model has PEFT adapters in it; patch the base model (peft_model.unload()) and load the adapters "
+            "from their folders"
+        )
+    paths = find_layers(model)
+    if not paths:
+        raise errors.PatchError(f"{type(model).__name__} has no linear to patch")
+    if any(isinstance(m, (LoraLayer, PatchedModel)) for m in model.modules()):
+        raise errors.PatchError("a part of this model is patched already; unpatch it first")
+
+    modules: dict[int, tuple[str, nn.Module]] = {}  # by identity: a shared module is one layer
+    for name, module in paths.items():
+        modules.setdefault(id(module), (name, module))
+    device = _device(model)
+    arena_dtype = dtype or Counter(compute_dtype(m) for _, m in modules.values()).most_common(1)[0][0]
+    if memory is None:
+        memory = _default_memory(model, device)
+    if memory < 1 or max_adapters < 1:
+        raise errors.PatchError(f"memory={memory} and max_adapters={max_adapters} must be positive")
+    store = Store(device, arena_dtype, memory, len(modules), max_adapters)
+    shared = Shared(store.arena, torch.zeros(PLAN_WORDS, dtype=torch.int32, device=device), fused)
+    states = {
+        key: LayerState(name, index, shared, store.tables[index], module)
+        for index, (key, (name, module)) in enumerate(modules.items())
+    }
+    runtime = Runtime(model, store, shared, {name: states[id(module)].index for name, module in paths.items()}, paths)
+
+    for key, (_, module) in modules.items():
+        module.__dict__.pop("forward", None)  # kept as the state's `outer`
+        module.__dict__["_mlora"] = states[key]
+        swap_class(module, LoraLayer)
+    swap_class(model, PatchedModel)
+    model.__dict__["mlora"] = runtime
+    return runtime
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Undo `patch`: the very same modules, without a trace.
+
+    Raises:
+        PatchError: the model is not patched, or a routing is active.
+    """
+    if not isinstance(model, PatchedModel):
+        raise errors.PatchError(f"this {type(model).__name__} is not patched")
+    model.mlora._close()
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            outer = module._mlora.outer
+            del module.__dict__["_mlora"]
+            restore_class(module)
+            if outer is not None:
+                module.__dict__["forward"] = outer
+    del model.__dict__["mlora"]
+    restore_class(model)
+    return model
+
+
+def _device(model: nn.Module) -> torch.device:
+    devices = Counter(p.device for p in model.parameters() if not p.is_meta)
+    return devices.most_common(1)[0][0] if devices else torch.device("cpu")
+
+
+def _default_memory(model: nn.Module, device: torch.device) -> int:
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        import os
+
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else weights
+    return max(1, min(max(weights // 2, 64 << 20), free // 2))
+
+
+def _input_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+    """The shape of a model call's main input, `()` if it has none."""
+    for name in ("input_ids", "inputs", "inputs_embeds", "pixel_values", "input_values", "input_features"):
+        if isinstance(kwargs.get(name), Tensor):
+            return tuple(kwargs[name].shape)
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim():
+            return tuple(value.shape)
+    return ()
+
+
+def _expansion(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """How many times `generate` repeats each row: for beams, or for several returned sequences."""
+    given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+    config = given or getattr(model, "generation_config", None)
+
+    def setting(name: str) -> int:
+        value = kwargs.get(name)
+        return int((value if value is not None else getattr(config, name, None)) or 1)
+
+    return max(setting("num_beams"), setting("num_return_sequences"))

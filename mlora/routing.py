@@ -1,0 +1,127 @@
+"""What a user writes for each row -> the `Plan` that the layers and kernels read."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import errors
+from .ops import layout
+
+BASE = "__base__"
+
+Entry: TypeAlias = str | None | Mapping[str, float]
+Entries: TypeAlias = Entry | Sequence[Entry]
+Recipe: TypeAlias = tuple[tuple[str, float], ...]
+"""A resolved entry: (adapter name, weight), sorted by name, without zero weights; `()` is base."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The routing of one forward.
+
+    Args:
+        tensor: int32, the layout of `mlora.ops.layout`, on the device.
+        touches: one byte a module, what the plan's adapters do to it (`store.LORA`, ...).
+        names: the adapters that it pins.
+        rows: batch rows, or 1 if one recipe serves every row of any batch.
+        row_counts: the leading sizes that a module's input may have: `rows`, and `rows` times the
+            expansion of `generate` (beams, returned sequences), entries repeated in place.
+    """
+
+    tensor: Tensor
+    touches: bytes
+    names: tuple[str, ...]
+    rows: int
+    row_counts: tuple[int, ...]
+
+    @property
+    def uniform(self) -> bool:
+        return self.rows == 1
+
+
+class Local(threading.local):
+    """Per thread: the active plan, the entries it came from, and the sequence length of the forward
+    that is running (0 if none)."""
+
+    plan: Plan | None = None
+    entries: Any = None
+    length: int = 0
+
+
+def resolve_entry(entry: Any, exists: Callable[[str], bool]) -> Recipe:
+    """Read one entry.
+
+    Raises:
+        EntryError: it is not a name, None or a mapping name -> finite number.
+        UnknownAdapterError: it names an adapter that is not loaded.
+    """
+    if entry is None or entry == BASE:
+        return ()
+    if isinstance(entry, str):
+        entry = {entry: 1.0}
+    if not isinstance(entry, Mapping):
+        raise errors.EntryError(
+            f"an entry of adapter_names is {entry!r} ({type(entry).__name__}); it must be an adapter's name, None, "
+            f"{BASE!r} or a mapping name -> weight"
+        )
+    recipe = []
+    for name, weight in entry.items():
+        if not isinstance(name, str) or not exists(name):
+            raise errors.UnknownAdapterError(name)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float, np.number)) or not _finite(weight):
+            raise errors.EntryError(f"the weight of adapter {name!r} is {weight!r}; it must be a finite number")
+        if weight != 0:
+            recipe.append((name, float(weight)))
+    return tuple(sorted(recipe))
+
+
+def _finite(weight: Any) -> bool:
+    return math.isfinite(weight) and abs(float(weight)) <= float(np.finfo(np.float32).max)
+
+
+def is_single(entries: Any) -> bool:
+    """Whether `entries` is one entry for all rows, not one a row."""
+    return entries is None or isinstance(entries, (str, Mapping))
+
+
+def resolve(entries: Any, exists: Callable[[str], bool]) -> list[Recipe]:
+    """One recipe a row; a single entry gives one recipe."""
+    if is_single(entries):
+        return [resolve_entry(entries, exists)]
+    if not isinstance(entries, Sequence):
+        raise errors.EntryError(
+            f"adapter_names is {entries!r} ({type(entries).__name__}); it must be one entry or a list of one a row"
+        )
+    return [resolve_entry(entry, exists) for entry in entries]
+
+
+def plan_words(recipes: Sequence[Recipe], slot_of: Callable[[str], int], expansion: int = 1) -> np.ndarray:
+    """The plan of `recipes`, one a row, as int32 words in the layout of `mlora.ops.layout`."""
+    routes: dict[Recipe, list[int]] = {}
+    base = []
+    for row, recipe in enumerate(recipes):
+        if recipe:
+            routes.setdefault(recipe, []).append(row)
+        else:
+            base.append(row)
+    terms = [term for recipe in routes for term in recipe]
+    header = [len(recipes), len(routes), len(terms), expansion] + [0] * (layout.PLAN_HEADER - 4)
+    row_start = np.cumsum([0, *map(len, routes.values())])
+    row_order = [row for rows in [*routes.values(), base] for row in rows]
+    term_start = np.cumsum([0, *map(len, routes)])
+    weights = np.array([weight for _, weight in terms], dtype=np.float32).view(np.int32)
+    slots = [slot_of(name) for name, _ in terms]
+    return np.concatenate([header, row_start, row_order, term_start, slots, weights]).astype(np.int32)
+
+
+def to_device(words: np.ndarray, device: torch.device) -> Tensor:
+    """One host-to-device copy."""
+    return torch.from_numpy(words).to(device)

@@ -1,0 +1,297 @@
+"""`Runtime`: the adapters of one patched model, and which rows use them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from torch import nn
+
+from . import errors, routing
+from .adapter import Adapter
+from .layers import Shared, base_linear
+from .lowering import lower
+from .routing import Entries, Entry, Plan
+from .store import IN_GAIN, Store
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What `Runtime.adapters` tells of an adapter.
+
+    Args:
+        name: as given to `load_adapter`. `source`: folder, hub id or "memory".
+        peft_type: PEFT's type, e.g. "LORA". `variant`: "DoRA", "rsLoRA", ..., or "".
+        rank: the largest rank of any module; `ranks`: all ranks, sorted.
+        modules: dotted paths of the modules that it changes.
+        bytes: its size on the device.
+        location: "device" or "host".
+    """
+
+    name: str
+    source: str
+    peft_type: str
+    variant: str
+    rank: int
+    ranks: tuple[int, ...]
+    modules: tuple[str, ...]
+    bytes: int
+    location: str
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    adapter: Adapter
+    info: AdapterInfo
+
+
+class Runtime:
+    """Made by `mlora.patch`, also reachable as `model.mlora`.
+
+    Wherever entries are taken, one is an adapter's name, `None` or `"__base__"` for the bare model,
+    or a mapping name -> weight for a weighted sum of deltas.
+    """
+
+    def __init__(
+        self, model: nn.Module, store: Store, shared: Shared, indices: Mapping[str, int], paths: Mapping[str, nn.Module]
+    ) -> None:
+        self._model = model
+        self._store = store
+        self._shared = shared
+        self._indices = indices
+        self._bases = {name: base_linear(name, module) for name, module in paths.items()}
+        self._loaded: dict[str, _Loaded] = {}
+        self._active = 0
+
+    # Adapters
+
+    def load_adapter(
+        self,
+        path_or_id: str | Path,
+        adapter_name: str | None = None,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        allow_pickle: bool = False,
+    ) -> AdapterInfo:
+        """Load a PEFT folder or a hub id, under `adapter_name` (default: the last part of its path).
+
+        Raises:
+            DuplicateAdapterError: the name is taken.
+            AdapterError, UnsupportedAdapterError: it is damaged, does not fit, or cannot be served exactly.
+            CapacityError: it is larger than the whole arena.
+        """
+        name = adapter_name if adapter_name is not None else Path(path_or_id).name
+        self._check_new(name)
+        adapter = Adapter.from_pretrained(path_or_id, revision=revision, token=token, allow_pickle=allow_pickle)
+        return self.add_adapter(name, adapter)
+
+    def add_adapter(self, adapter_name: str, adapter: Adapter) -> AdapterInfo:
+        """Add an adapter that is in memory. Raises as `load_adapter` does."""
+        self._check_new(adapter_name)
+        deltas = lower(adapter, self._bases)
+        by_index = {self._indices[name]: delta for name, delta in deltas.items()}
+        if len(by_index) != len(deltas):
+            raise errors.AdapterError(
+                f"adapter {adapter_name!r}: it has weights for one shared module under several of its names: "
+                f"{', '.join(sorted(deltas))}"
+            )
+        packed = self._store.pack(by_index, f"adapter {adapter_name!r}")
+        ranks = tuple(sorted({delta.rank for delta in deltas.values()}))
+        info = AdapterInfo(
+            adapter_name, adapter.source, adapter.peft_type, _variant(adapter), ranks[-1], ranks, tuple(deltas),
+            packed.nbytes, "host",
+        )  # fmt: skip
+        if (packed.touches & IN_GAIN).any():
+            self._shared.in_gains = True
+        self._store.register(adapter_name, packed)
+        self._loaded[adapter_name] = _Loaded(adapter, info)
+        return self.adapters[adapter_name]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter.
+
+        Raises:
+            UnknownAdapterError: there is none of that name.
+            AdapterInUseError: a running call, `use_adapters` or `set_adapter` uses it.
+        """
+        self._check_known(adapter_name)
+        if self._store[adapter_name].pins:
+            default = self._shared.default
+            by = "set_adapter; call set_adapter(None)" if default and adapter_name in default.names else "a running call"
+            raise errors.AdapterInUseError(f"adapter {adapter_name!r} is in use by {by} before deleting it")
+        self._store.unregister(adapter_name)
+        del self._loaded[adapter_name]
+
+    def save_adapter(self, adapter_name: str, folder: str | Path) -> None:
+        """Write an adapter as a PEFT folder, with the very tensors that were loaded."""
+        self._check_known(adapter_name)
+        self._loaded[adapter_name].adapter.save_pretrained(folder)
+
+    @property
+    def adapters(self) -> dict[str, AdapterInfo]:
+        """Name -> what is known of it, in the order of loading."""
+        return {
+            name: AdapterInfo(
+                **{**loaded.info.__dict__, "location": "device" if self._store[name].resident else "host"}
+            )
+            for name, loaded in self._loaded.items()
+        }
+
+    def status(self) -> str:
+        """A printable table of the adapters and the arena."""
+        rows = [("adapter", "type", "rank", "modules", "bytes", "where")]
+        for info in self.adapters.values():
+            ranks = str(info.rank) if len(info.ranks) == 1 else f"{info.ranks[0]}-{info.ranks[-1]}"
+            kind = info.variant or info.peft_type
+            rows.append((info.name, kind, ranks, str(len(info.modules)), f"{info.bytes:,}", info.location))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        store = self._store
+        lines.append(f"arena: {store.used:,} of {store.capacity:,} bytes, {store.arena.dtype} on {store.arena.device}")
+        return "\n".join(line.rstrip() for line in lines)
+
+    # Routing
+
+    def set_adapter(self, entry: Entry) -> None:
+        """Route every row of every later call that names no adapters of its own.
+
+        Raises:
+            EntryError, UnknownAdapterError: `entry` is not an entry.
+            CapacityError: its adapters do not fit.
+        """
+        if not routing.is_single(entry):
+            raise errors.EntryError(f"set_adapter takes one entry for all rows, not {entry!r}")
+        plan = self._acquire(entry, 1, 1)
+        previous, self._shared.default = self._shared.default, plan
+        self._publish()
+        self._release(previous)
+
+    @contextmanager
+    def use_adapters(self, entries: Entries) -> Iterator[None]:
+        """Route everything that this thread runs inside the `with`: one entry a row, or one for all."""
+        rows = 1 if routing.is_single(entries) else len(entries)  # type: ignore[arg-type]
+        with self._route(entries, rows, 1):
+            yield
+
+    @contextmanager
+    def _route(self, entries: Any, rows: int, expansion: int) -> Iterator[None]:
+        local = self._shared.local
+        plan = self._acquire(entries, rows, expansion)
+        previous = local.plan, local.entries
+        local.plan, local.entries = plan, entries
+        self._active += 1
+        self._publish()
+        try:
+            yield
+        finally:
+            self._active -= 1
+            local.plan, local.entries = previous
+            self._publish()
+            self._release(plan)
+
+    @contextmanager
+    def _forward(self, entries: Any, shape: tuple[int, ...]) -> Iterator[None]:
+        """A call of the model with a main input of `shape`."""
+        local = self._shared.local
+        previous, local.length = local.length, shape[1] if len(shape) > 1 else 0
+        try:
+            if entries is not None:
+                with self._route(entries, shape[0] if shape else 1, 1):
+                    yield
+            else:
+                plan = local.plan
+                if plan is not None and not plan.uniform and shape and shape[0] not in plan.row_counts:
+                    raise errors.EntryError(
+                        f"the active routing has {plan.rows} entries; the model was called with {shape[0]} rows"
+                    )
+                yield
+        finally:
+            local.length = previous
+
+    @contextmanager
+    def _generation(self, entries: Any, shape: tuple[int, ...], expansion: int) -> Iterator[None]:
+        """A `generate` that repeats each row `expansion` times."""
+        local = self._shared.local
+        if entries is None:
+            entries = local.entries
+        if entries is None:
+            yield
+            return
+        with self._route(entries, shape[0] if shape else 1, expansion):
+            yield
+
+    def _acquire(self, entries: Any, rows: int, expansion: int) -> Plan:
+        """Resolve, bring to the device and pin: a plan, to be given back with `_release`."""
+        try:
+            recipes = routing.resolve(entries, self._loaded.__contains__)
+        except errors.UnknownAdapterError as error:
+            self._unknown(error.args[0])
+        if routing.is_single(entries):
+            rows = 1
+        elif len(recipes) != rows:
+            raise errors.EntryError(f"adapter_names has {len(recipes)} entries for a batch of {rows} rows")
+        names = tuple(sorted({name for recipe in recipes for name, _ in recipe}))
+        self._store.acquire(names)
+        words = routing.plan_words(recipes, lambda name: self._store[name].slot, expansion)
+        touches = np.zeros(self._store.tables.shape[0], dtype=np.uint8)
+        for name in names:
+            touches |= self._store[name].touches
+        tensor = routing.to_device(words, self._store.arena.device)
+        return Plan(tensor, touches.tobytes(), names, rows, (rows, rows * expansion))
+
+    def _release(self, plan: Plan | None) -> None:
+        if plan is not None:
+            self._store.release(plan.names)
+
+    def _publish(self) -> None:
+        """Copy the current plan into the buffer that compiled code reads."""
+        plan = self._shared.local.plan or self._shared.default
+        words = self._shared.blank if plan is None else plan.tensor
+        if words.numel() <= self._shared.plan.numel():
+            self._shared.plan[: words.numel()].copy_(words)
+        else:
+            self._shared.plan[:8].zero_()
+
+    # Checks
+
+    def _check_new(self, name: Any) -> None:
+        if not isinstance(name, str) or not name or name == routing.BASE:
+            raise errors.EntryError(f"{name!r} cannot name an adapter: it must be a string other than '' and '__base__'")
+        if name in self._loaded:
+            raise errors.DuplicateAdapterError(
+                f"an adapter {name!r} is loaded already, from {self._loaded[name].info.source}; delete it first"
+            )
+
+    def _check_known(self, name: str) -> None:
+        if name not in self._loaded:
+            self._unknown(name)
+
+    def _unknown(self, name: Any) -> NoReturn:
+        known = ", ".join(map(repr, self._loaded)) or "none"
+        raise errors.UnknownAdapterError(f"no adapter {name!r} is loaded; loaded: {known}") from None
+
+    def _close(self) -> None:
+        if self._active:
+            raise errors.PatchError("the model cannot be unpatched while a call or use_adapters is routing it")
+        if self._shared.default is not None:
+            self.set_adapter(None)
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        raise errors.PatchError("a patched model cannot be copied; unpatch it, copy it, patch both")
+
+    def __reduce__(self) -> NoReturn:
+        raise errors.PatchError("a patched model cannot be pickled; use save_pretrained or its state_dict")
+
+
+def _variant(adapter: Adapter) -> str:
+    config = adapter.config
+    if config.get("use_dora"):
+        return "DoRA"
+    return "rsLoRA" if config.get("use_rslora") else ""
+
+

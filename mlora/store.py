@@ -1,0 +1,314 @@
+"""The arena: every resident adapter in one contiguous buffer, and the tables that point into it.
+
+An adapter is packed once, when it is registered, into one contiguous blob on the host; becoming
+resident is one copy of that blob and one write of its rows in the tables. Nothing is padded to a
+maximum rank: a blob holds each part at its true size, aligned to 64 bytes.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import errors
+from .lowering import Delta
+from .ops import layout
+
+ALIGNMENT = 64  # bytes: a cache line, and a multiple of every vector load of the kernels
+
+# What an adapter does to a module, as bits of a byte.
+LORA, GAIN, IN_GAIN, SHIFT = 1, 2, 4, 8
+
+_OFFSETS = (layout.A, layout.B, layout.GAIN, layout.IN_GAIN, layout.SHIFT)
+
+
+class Allocator:
+    """First fit over `capacity` elements. Spans are disjoint; free neighbours are one hole.
+
+    `alloc` and `free` take O(number of spans). Offsets and sizes are in elements; sizes are whatever
+    the caller asks for, so alignment is kept by asking for aligned sizes only.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.spans: list[tuple[int, int]] = []  # (offset, size), sorted
+
+    @property
+    def free_size(self) -> int:
+        return self.capacity - sum(size for _, size in self.spans)
+
+    def alloc(self, size: int) -> int | None:
+        """The lowest offset where `size` elements fit, now taken; None where there is no such hole."""
+        end = 0
+        for index, (offset, taken) in enumerate([*self.spans, (self.capacity, 0)]):
+            if offset - end >= size:
+                self.spans.insert(index, (end, size))
+                return end
+            end = offset + taken
+        return None
+
+    def free(self, offset: int) -> None:
+        """Give back the span that `alloc` returned as `offset`."""
+        index = bisect_left(self.spans, (offset, 0))
+        if index == len(self.spans) or self.spans[index][0] != offset:
+            raise ValueError(f"no span starts at {offset}")
+        del self.spans[index]
+
+    def compact(self, fixed: Iterable[int] = ()) -> list[tuple[int, int, int]]:
+        """Slide spans to the lowest offsets, except those at the offsets `fixed`.
+
+        Returns the moves (from, to, size) in an order in which none overwrites a span that has yet to
+        move; source and target of one move may overlap.
+        """
+        pinned = set(fixed)
+        moves, spans, end = [], [], 0
+        for offset, size in self.spans:
+            if offset not in pinned and offset != end:
+                moves.append((offset, end, size))
+                offset = end
+            spans.append((offset, size))
+            end = offset + size
+        self.spans = spans
+        return moves
+
+
+@dataclass
+class Packed:
+    """A registered adapter.
+
+    Args:
+        blob: 1-D host tensor in the arena's dtype.
+        rows: int64 (modules, TABLE_WIDTH), offsets relative to the blob's start.
+        touches: one byte a module: LORA | GAIN | IN_GAIN | SHIFT.
+        slot, offset: where it is resident, or -1.
+        pins: how many active routings use it.
+    """
+
+    blob: Tensor
+    rows: np.ndarray
+    touches: np.ndarray
+    slot: int = field(default=-1)
+    offset: int = field(default=-1)
+    pins: int = field(default=0)
+
+    @property
+    def nbytes(self) -> int:
+        return self.blob.numel() * self.blob.element_size()
+
+    @property
+    def resident(self) -> bool:
+        return self.slot >= 0
+
+
+class Store:
+    """Named adapters on the host, as many of them as fit in the arena on the device.
+
+    Args:
+        device, dtype: of the arena.
+        capacity: its size in bytes.
+        modules: number of modules, in the order in which `register` numbers them.
+        slots: how many adapters can be resident at once.
+
+    `arena` (capacity elements of `dtype`) and `tables` (int64, (modules, slots, TABLE_WIDTH)) keep
+    their addresses for good: loading and evicting change contents only, which is what lets compiled
+    and captured graphs outlive them. All methods are thread-safe.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, capacity: int, modules: int, slots: int) -> None:
+        self.itemsize = dtype.itemsize
+        self._align = ALIGNMENT // self.itemsize
+        elements = capacity // ALIGNMENT * self._align
+        self.arena = torch.empty(elements, dtype=dtype, device=device)
+        empty = np.full((modules, slots, layout.TABLE_WIDTH), -1, dtype=np.int64)
+        empty[..., layout.RANK] = 0
+        empty[..., layout.SCALE] = 0
+        self.tables = torch.from_numpy(empty).to(device)
+        self._empty_rows = empty[:, 0].copy()
+        self._allocator = Allocator(elements)
+        self._free_slots = list(range(slots))[::-1]
+        self._adapters: OrderedDict[str, Packed] = OrderedDict()  # least recently used first
+        self._lock = threading.RLock()
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of the arena."""
+        return self.arena.numel() * self.itemsize
+
+    @property
+    def used(self) -> int:
+        """Bytes of the arena that hold resident adapters."""
+        return self.capacity - self._allocator.free_size * self.itemsize
+
+    @property
+    def slots(self) -> int:
+        return self.tables.shape[1]
+
+    def __getitem__(self, name: str) -> Packed:
+        return self._adapters[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._adapters
+
+    def pack(self, deltas: Mapping[int, Delta], label: str) -> Packed:
+        """Lay the parts of an adapter out in one host blob. `deltas`: module number -> delta.
+
+        Raises:
+            AdapterError: a value is finite in the adapter and not in the arena's dtype.
+            CapacityError: the blob is larger than the arena.
+        """
+        rows = self._empty_rows.copy()
+        touches = np.zeros(len(rows), dtype=np.uint8)
+        parts: list[tuple[int, Tensor]] = []
+        end = 0
+
+        def place(part: Tensor) -> int:
+            nonlocal end
+            start = end
+            parts.append((start, part))
+            end = start + -(-part.numel() // self._align) * self._align
+            return start
+
+        for index, delta in deltas.items():
+            row = rows[index]
+            if delta.a is not None and delta.b is not None:
+                row[layout.A], row[layout.B], row[layout.RANK] = place(delta.a), place(delta.b), delta.rank
+                row[layout.SCALE] = np.float32(delta.scale).view(np.uint32)
+                touches[index] |= LORA
+            for column, bit, part in (
+                (layout.GAIN, GAIN, delta.gain),
+                (layout.IN_GAIN, IN_GAIN, delta.in_gain),
+                (layout.SHIFT, SHIFT, delta.shift),
+            ):
+                if part is not None:
+                    row[column] = place(part)
+                    touches[index] |= bit
+        blob = torch.zeros(end, dtype=self.arena.dtype)
+        if self.arena.is_cuda:
+            blob = blob.pin_memory()
+        for start, part in parts:
+            blob[start : start + part.numel()].view(part.shape).copy_(part)
+        if not torch.isfinite(blob).all():
+            raise errors.AdapterError(
+                f"{label}: some weights overflow {self.arena.dtype}, in which the model runs; patch with "
+                "dtype=torch.float32 or torch.bfloat16"
+            )
+        packed = Packed(blob, rows, touches)
+        if packed.nbytes > self.capacity:
+            raise errors.CapacityError(
+                f"{label} needs {packed.nbytes:,} bytes; the arena has {self.capacity:,} (patch(memory=...))"
+            )
+        return packed
+
+    def register(self, name: str, packed: Packed) -> None:
+        """Add a packed adapter under a new name; it becomes resident if it fits without an eviction."""
+        with self._lock:
+            self._adapters[name] = packed
+            if self._free_slots:
+                self._place(packed)
+
+    def unregister(self, name: str) -> None:
+        """Forget an adapter that no routing uses."""
+        with self._lock:
+            self._evict(self._adapters[name])
+            del self._adapters[name]
+
+    def acquire(self, names: Sequence[str]) -> None:
+        """Make all of `names` resident and pin them until `release`. All of them or none.
+
+        Raises:
+            CapacityError: they cannot be resident together beside what other routings have pinned.
+        """
+        with self._lock:
+            wanted = [self._adapters[name] for name in names]
+            self._check_fits(wanted)
+            for name, packed in zip(names, wanted, strict=True):
+                packed.pins += 1
+                self._adapters.move_to_end(name)
+            try:
+                for packed in wanted:
+                    if not packed.resident:
+                        self._make_resident(packed)
+            except BaseException:
+                self.release(names)
+                raise
+
+    def release(self, names: Sequence[str]) -> None:
+        """Undo one `acquire` of the same names."""
+        with self._lock:
+            for name in names:
+                self._adapters[name].pins -= 1
+
+    def _check_fits(self, wanted: Sequence[Packed]) -> None:
+        keep = {id(p): p for p in self._adapters.values() if p.pins}
+        others = sum(p.nbytes for p in keep.values())
+        keep.update((id(p), p) for p in wanted)
+        needed = sum(p.nbytes for p in keep.values())
+        beside = f", {others:,} of them for routings that are active already" if others else ""
+        if needed > self.capacity:
+            raise errors.CapacityError(
+                f"this batch needs {needed:,} bytes of adapters on the device{beside}; the arena has "
+                f"{self.capacity:,} (patch(memory=...))"
+            )
+        if len(keep) > self.slots:
+            raise errors.CapacityError(
+                f"this batch needs {len(keep)} adapters on the device; there are {self.slots} slots "
+                "(patch(max_adapters=...))"
+            )
+
+    def _make_resident(self, packed: Packed) -> None:
+        """Place `packed`, evicting what was used longest ago, then closing the holes."""
+        idle = (p for p in list(self._adapters.values()) if p.resident and not p.pins)
+        while not (self._free_slots and self._place(packed)):
+            victim = next(idle, None)
+            if victim is None:
+                break
+            self._evict(victim)
+        else:
+            return
+        self._compact()
+        if not self._place(packed):
+            # Pinned adapters do not move, so the holes between them can stay too small.
+            raise errors.CapacityError(
+                f"an adapter of {packed.nbytes:,} bytes finds no contiguous room between the adapters that "
+                f"running batches have pinned; {self._allocator.free_size * self.itemsize:,} bytes are free"
+            )
+
+    def _place(self, packed: Packed) -> bool:
+        offset = self._allocator.alloc(packed.blob.numel())
+        if offset is None and self._allocator.free_size >= packed.blob.numel():
+            self._compact()
+            offset = self._allocator.alloc(packed.blob.numel())
+        if offset is None:
+            return False
+        packed.slot, packed.offset = self._free_slots.pop(), offset
+        self.arena[offset : offset + packed.blob.numel()].copy_(packed.blob, non_blocking=True)
+        self._write_rows(packed)
+        return True
+
+    def _evict(self, packed: Packed) -> None:
+        if packed.resident:
+            self._allocator.free(packed.offset)
+            self._free_slots.append(packed.slot)
+            self.tables[:, packed.slot] = torch.from_numpy(self._empty_rows).to(self.tables.device)
+            packed.slot = packed.offset = -1
+
+    def _compact(self) -> None:
+        resident = {p.offset: p for p in self._adapters.values() if p.resident and p.blob.numel()}
+        for source, target, size in self._allocator.compact(o for o, p in resident.items() if p.pins):
+            packed = resident[source]
+            self.arena[target : target + size].copy_(packed.blob, non_blocking=True)
+            packed.offset = target
+            self._write_rows(packed)
+
+    def _write_rows(self, packed: Packed) -> None:
+        rows = packed.rows.copy()
+        for column in _OFFSETS:
+            rows[:, column] += np.where(rows[:, column] >= 0, packed.offset, 0)
+        self.tables[:, packed.slot] = torch.from_numpy(rows).to(self.tables.device)
