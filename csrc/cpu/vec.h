@@ -1,0 +1,279 @@
+// Vectors of fp32 and conversions from the storage types, for the ISA that the including file selects.
+//
+// Elements are handled 2 * W at a time as a Pair whose lane order is whatever loads fastest: for bf16 the even
+// elements are in `a` and the odd ones in `b`. Element-wise arithmetic does not see the order, and a dot product
+// sees the same order on both sides.
+#pragma once
+
+#ifndef MLORA_ISA
+#error "define MLORA_ISA and its MLORA_HAVE_* macros first"
+#endif
+
+#define MLORA_INLINE inline __attribute__((always_inline))
+
+namespace mlora {
+namespace MLORA_ISA {
+namespace {
+
+#if MLORA_HAVE_AVX512
+
+constexpr int W = 16;
+using vf = __m512;
+
+MLORA_INLINE vf zero() { return _mm512_setzero_ps(); }
+MLORA_INLINE vf set1(float s) { return _mm512_set1_ps(s); }
+MLORA_INLINE vf add(vf a, vf b) { return _mm512_add_ps(a, b); }
+MLORA_INLINE vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+MLORA_INLINE float reduce(vf v) {
+  __m256 h = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+  __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  q = _mm_add_ps(q, _mm_movehdup_ps(q));
+  return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehl_ps(q, q)));
+}
+
+#elif MLORA_HAVE_AVX2
+
+constexpr int W = 8;
+using vf = __m256;
+
+MLORA_INLINE vf zero() { return _mm256_setzero_ps(); }
+MLORA_INLINE vf set1(float s) { return _mm256_set1_ps(s); }
+MLORA_INLINE vf add(vf a, vf b) { return _mm256_add_ps(a, b); }
+MLORA_INLINE vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+MLORA_INLINE float reduce(vf v) {
+  __m128 q = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  q = _mm_add_ps(q, _mm_movehdup_ps(q));
+  return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehl_ps(q, q)));
+}
+
+#else
+
+// GCC's vector extension: what the baseline of any machine offers (SSE2, NEON). Built with -ffp-contract=off, so
+// that every instantiation rounds alike.
+constexpr int W = 4;
+typedef float vf __attribute__((vector_size(16)));
+
+MLORA_INLINE vf zero() { return vf{0, 0, 0, 0}; }
+MLORA_INLINE vf set1(float s) { return vf{s, s, s, s}; }
+MLORA_INLINE vf add(vf a, vf b) { return a + b; }
+MLORA_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
+MLORA_INLINE float reduce(vf v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+
+#endif
+
+struct Pair {
+  vf a, b;
+};
+
+#if MLORA_HAVE_AVX512
+
+MLORA_INLINE uint32_t first(int64_t n) { return n >= 32 ? ~0u : (1u << (n < 0 ? 0 : n)) - 1; }
+
+template <bool Tail>
+MLORA_INLINE Pair load(const float* p, int64_t n) {
+  if (!Tail) return {_mm512_loadu_ps(p), _mm512_loadu_ps(p + W)};
+  const uint32_t m = first(n);
+  return {_mm512_maskz_loadu_ps(static_cast<__mmask16>(m), p),
+          _mm512_maskz_loadu_ps(static_cast<__mmask16>(m >> 16), p + W)};
+}
+
+template <bool Tail>
+MLORA_INLINE Pair load(const fp16* p, int64_t n) {
+  const uint32_t m = Tail ? first(n) : ~0u;
+  return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(m), p)),
+          _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(m >> 16), p + W))};
+}
+
+template <bool Tail>
+MLORA_INLINE Pair load(const bf16* p, int64_t n) {
+  const __m512i r = Tail ? _mm512_maskz_loadu_epi16(first(n), p) : _mm512_loadu_si512(p);
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(r, 16)),
+          _mm512_castsi512_ps(_mm512_and_si512(r, _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
+}
+
+template <bool Tail>
+MLORA_INLINE void store(float* p, Pair v, int64_t n) {
+  const uint32_t m = Tail ? first(n) : ~0u;
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>(m), v.a);
+  _mm512_mask_storeu_ps(p + W, static_cast<__mmask16>(m >> 16), v.b);
+}
+
+template <bool Tail>
+MLORA_INLINE void store(fp16* p, Pair v, int64_t n) {
+  const uint32_t m = Tail ? first(n) : ~0u;
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(m), _mm512_cvtps_ph(v.a, kNearest));
+  _mm256_mask_storeu_epi16(p + W, static_cast<__mmask16>(m >> 16), _mm512_cvtps_ph(v.b, kNearest));
+}
+
+// The rounded bf16 is in the high half of each lane.
+MLORA_INLINE __m512i round_bf16(vf v) {
+  const __m512i i = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(i, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(i, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  return _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), i, _mm512_set1_epi32(0x400000));
+}
+
+template <bool Tail>
+MLORA_INLINE void store(bf16* p, Pair v, int64_t n) {
+  const __m512i r = _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(round_bf16(v.a), 16), round_bf16(v.b));
+  _mm512_mask_storeu_epi16(p, Tail ? first(n) : ~0u, r);
+}
+
+#else
+
+#if MLORA_HAVE_AVX2
+
+MLORA_INLINE Pair load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + W)}; }
+MLORA_INLINE Pair load(const fp16* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+          _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + W)))};
+}
+MLORA_INLINE Pair load(const bf16* p) {
+  const __m256i r = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(r, 16)),
+          _mm256_castsi256_ps(_mm256_and_si256(r, _mm256_set1_epi32(static_cast<int>(0xffff0000))))};
+}
+
+MLORA_INLINE void store(float* p, Pair v) {
+  _mm256_storeu_ps(p, v.a);
+  _mm256_storeu_ps(p + W, v.b);
+}
+MLORA_INLINE void store(fp16* p, Pair v) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v.a, kNearest));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + W), _mm256_cvtps_ph(v.b, kNearest));
+}
+MLORA_INLINE __m256i round_bf16(vf v) {
+  const __m256i i = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(i, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(i, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i quiet = _mm256_or_si256(i, _mm256_set1_epi32(0x400000));
+  return _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+}
+MLORA_INLINE void store(bf16* p, Pair v) {
+  const __m256i even = _mm256_srli_epi32(round_bf16(v.a), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(even, round_bf16(v.b), 0xaa));
+}
+
+#else
+
+MLORA_INLINE float from_bits(uint32_t i) {
+  float f;
+  __builtin_memcpy(&f, &i, 4);
+  return f;
+}
+MLORA_INLINE uint32_t to_bits(float f) {
+  uint32_t i;
+  __builtin_memcpy(&i, &f, 4);
+  return i;
+}
+MLORA_INLINE float widen(float v) { return v; }
+MLORA_INLINE float widen(bf16 v) { return from_bits(static_cast<uint32_t>(v.bits) << 16); }
+MLORA_INLINE float widen(fp16 v) {
+  const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000) << 16;
+  const uint32_t magnitude = v.bits & 0x7fff;
+  if (magnitude >= 0x7c00) return from_bits(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
+  if (magnitude < 0x400) return from_bits(sign | to_bits(static_cast<float>(magnitude) * 0x1p-24f));
+  return from_bits(sign | ((magnitude << 13) + (112u << 23)));
+}
+MLORA_INLINE void narrow(float f, float* p) { *p = f; }
+MLORA_INLINE void narrow(float f, bf16* p) {
+  const uint32_t i = to_bits(f);
+  p->bits = static_cast<uint16_t>((f != f ? (i | 0x400000) : i + 0x7fff + (i >> 16 & 1)) >> 16);
+}
+MLORA_INLINE void narrow(float f, fp16* p) {
+  const uint32_t i = to_bits(f);
+  const uint32_t sign = i >> 16 & 0x8000;
+  const uint32_t magnitude = i & 0x7fffffff;
+  uint32_t h;
+  if (magnitude > 0x7f800000) {
+    h = 0x7e00 | (magnitude >> 13 & 0x3ff);
+  } else if (magnitude >= 0x477ff000) {  // rounds to 65536 or more
+    h = 0x7c00;
+  } else if (magnitude < 0x38800000) {  // subnormal: let the fp32 adder round at 2^-24
+    h = to_bits(from_bits(magnitude) + 0.5f) - to_bits(0.5f);
+  } else {
+    h = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  }
+  p->bits = static_cast<uint16_t>(sign | h);
+}
+
+template <class T>
+MLORA_INLINE Pair load(const T* p) {
+  Pair v;
+  for (int i = 0; i < W; ++i) {
+    v.a[i] = widen(p[i]);
+    v.b[i] = widen(p[i + W]);
+  }
+  return v;
+}
+template <class T>
+MLORA_INLINE void store(T* p, Pair v) {
+  for (int i = 0; i < W; ++i) {
+    narrow(v.a[i], p + i);
+    narrow(v.b[i], p + i + W);
+  }
+}
+
+#endif
+
+template <bool Tail, class T>
+MLORA_INLINE Pair load(const T* p, int64_t n) {
+  if (!Tail) return load(p);
+  T copy[2 * W] = {};
+  for (int64_t i = 0; i < n; ++i) copy[i] = p[i];
+  return load(copy);
+}
+
+template <bool Tail, class T>
+MLORA_INLINE void store(T* p, Pair v, int64_t n) {
+  if (!Tail) return store(p, v);
+  T copy[2 * W];
+  store(copy, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = copy[i];
+}
+
+#endif
+
+// 2 * W elements of one side of a dot product, and a step of it.
+template <class T>
+struct Operand {
+  Pair v;
+};
+
+template <class T, bool Tail>
+MLORA_INLINE Operand<T> load_operand(const T* p, int64_t n) {
+  return {load<Tail>(p, n)};
+}
+
+template <class T>
+MLORA_INLINE vf dot(const Operand<T>& x, const Operand<T>& a, vf acc) {
+  return fma(x.v.b, a.v.b, fma(x.v.a, a.v.a, acc));
+}
+
+#if MLORA_HAVE_BF16
+
+template <>
+struct Operand<bf16> {
+  __m512i v;
+};
+
+template <>
+MLORA_INLINE Operand<bf16> load_operand<bf16, false>(const bf16* p, int64_t) {
+  return {_mm512_loadu_si512(p)};
+}
+template <>
+MLORA_INLINE Operand<bf16> load_operand<bf16, true>(const bf16* p, int64_t n) {
+  return {_mm512_maskz_loadu_epi16(first(n), p)};
+}
+template <>
+MLORA_INLINE vf dot<bf16>(const Operand<bf16>& x, const Operand<bf16>& a, vf acc) {
+  return _mm512_dpbf16_ps(acc, (__m512bh)x.v, (__m512bh)a.v);
+}
+
+#endif
+
+}  // namespace
+}  // namespace MLORA_ISA
+}  // namespace mlora

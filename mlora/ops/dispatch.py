@@ -1,0 +1,117 @@
+"""Which implementation runs, and the functions the layers call.
+
+`MLORA_BACKEND` (read at import) forces one: `cpu` or `reference`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import layout
+from .library import HAS_CPU
+
+BACKENDS = ("cpu", "reference")
+_ISA_AVX512_BF16 = 3
+_CPU_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
+
+# Up to this many tokens `linear` beats the library's matmul followed by `apply_`.
+FUSED_MAX_TOKENS = 64
+
+
+def _forced() -> str | None:
+    name = os.environ.get("MLORA_BACKEND") or None
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"MLORA_BACKEND is {name!r}, must be one of {', '.join(BACKENDS)}")
+    if name == "cpu" and not HAS_CPU:
+        raise ValueError("MLORA_BACKEND is 'cpu', but mlora was built without its C++ operators")
+    if name is None and not HAS_CPU:
+        warnings.warn(
+            "mlora uses its reference backend; build with a C++ compiler for speed", RuntimeWarning, stacklevel=2
+        )
+    return name
+
+
+_FORCED = _forced()
+_NATIVE = HAS_CPU and _FORCED != "reference"
+
+_reference_apply_ = torch.ops.mlora.reference_apply_.default
+_reference_linear = torch.ops.mlora.reference_linear.default
+_reference_scale_input = torch.ops.mlora.reference_scale_input.default
+_apply_ = torch.ops.mlora.apply_.default if _NATIVE else _reference_apply_
+_linear = torch.ops.mlora.linear.default if _NATIVE else _reference_linear
+_scale_input = torch.ops.mlora.scale_input.default if _NATIVE else _reference_scale_input
+
+
+def backend(device: torch.device | str, dtype: torch.dtype) -> str:
+    """Name of the implementation that serves tensors of this device and dtype: one of BACKENDS."""
+    if _NATIVE and torch.device(device).type == "cpu" and dtype in _CPU_DTYPES:
+        return "cpu"
+    return "reference"
+
+
+def apply_(y: Tensor, base: Tensor | None, x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> None:
+    """See `reference.apply`; in place."""
+    if x.dtype is arena.dtype and y.dtype is arena.dtype and arena.dtype in _CPU_DTYPES:
+        _apply_(y, base, x, arena, table, plan)
+    else:
+        _reference_apply_(y, base, x, arena, table, plan)
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, arena: Tensor, table: Tensor, plan: Tensor, kblock: int
+) -> Tensor:
+    """See `reference.linear`. Offered where `probe_kblock` is not 0; `kblock` is what that returned."""
+    return _linear(x, weight, bias, arena, table, plan, kblock)
+
+
+def scale_input(x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> Tensor:
+    """See `reference.scale_input`."""
+    if x.dtype is arena.dtype and arena.dtype in _CPU_DTYPES:
+        return _scale_input(x, arena, table, plan)
+    return _reference_scale_input(x, arena, table, plan)
+
+
+def probe_kblock(in_features: int, out_features: int, bias: bool, rows: int) -> int:
+    """The `kblock` with which `linear` returns the library's bits for base rows of a bf16 linear; 0 if none does.
+
+    Asks the library, once a shape and number of threads, with inputs whose second half of features cancels the
+    first, so that only the rounding noise of the order of summation is left. The answer for 2 tokens holds for up to
+    FUSED_MAX_TOKENS.
+    """
+    if not _NATIVE or not 1 <= rows <= FUSED_MAX_TOKENS or in_features % 2:
+        return 0
+    if torch.ops.mlora.isa() < _ISA_AVX512_BF16:
+        return 0
+    return _probe(in_features, out_features, bias, rows == 1, torch.get_num_threads())
+
+
+@functools.cache
+def _probe(in_features: int, out_features: int, bias: bool, single: bool, threads: int) -> int:
+    half, distinct = in_features // 2, 61
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(FUSED_MAX_TOKENS + distinct, in_features, generator=generator).bfloat16()
+    tokens, columns = noise[:FUSED_MAX_TOKENS], noise[FUSED_MAX_TOKENS:]
+    tokens[:, half : 2 * half] = -tokens[:, :half].roll(2, 1)
+    columns[:, half : 2 * half] = columns[:, :half].roll(2, 1)
+    weight = columns.repeat(-(-out_features // distinct), 1)[:out_features]
+    b = None
+    if bias:  # none, one as small as the noise, and one that hides it
+        b = (torch.arange(out_features) % 3).bfloat16() * torch.tensor(0.3).bfloat16()
+        b[1::3] *= 2.0**-15
+    table = torch.empty(0, layout.TABLE_WIDTH, dtype=torch.int64)
+    arena = torch.empty(0, dtype=torch.bfloat16)
+    none = torch.zeros(layout.PLAN_HEADER, dtype=torch.int32)
+
+    inputs = [tokens[:rows] for rows in ((1,) if single else (2, 16, FUSED_MAX_TOKENS))]
+    expected = [F.linear(x, weight, b) for x in inputs]
+    for kblock in dict.fromkeys((in_features,) if single else (512, 1024, in_features, 2048, 256, 128, 64)):
+        pairs = zip(inputs, expected, strict=True)
+        if all(torch.equal(_linear(x, weight, b, arena, table, none, kblock), y) for x, y in pairs):
+            return kblock
+    return 0

@@ -1,0 +1,65 @@
+"""The operators of namespace `mlora`: schemas, shapes for tracing, and the reference for every device.
+
+The C++ library registers its kernels for the CPU dispatch key and takes over there. Each operator also exists
+as `reference_<name>`, which is the reference whatever is built.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+_SCHEMAS = {
+    "apply_": "(Tensor(a!) y, Tensor? base, Tensor x, Tensor arena, Tensor table, Tensor plan) -> ()",
+    "linear": "(Tensor x, Tensor weight, Tensor? bias, Tensor arena, Tensor table, Tensor plan, int kblock)"
+    " -> Tensor",
+    "scale_input": "(Tensor x, Tensor arena, Tensor table, Tensor plan) -> Tensor",
+}
+
+
+def _fake_apply_(
+    y: Tensor, base: Tensor | None, x: Tensor, arena: Tensor, table: Tensor, plan: Tensor
+) -> None:
+    return None
+
+
+def _fake_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, arena: Tensor, table: Tensor, plan: Tensor, kblock: int
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _fake_scale_input(x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+_FAKES = {"apply_": _fake_apply_, "linear": _fake_linear, "scale_input": _fake_scale_input}
+_REFERENCES: dict[str, Any] = {
+    "apply_": reference.apply_,
+    "linear": reference.linear,
+    "scale_input": reference.scale_input,
+}
+
+
+def _load() -> bool:
+    spec = importlib.util.find_spec("mlora._C")
+    if spec is None or spec.origin is None:
+        return False
+    torch.ops.load_library(spec.origin)
+    return True
+
+
+LIBRARY = torch.library.Library("mlora", "DEF")
+for _name, _schema in _SCHEMAS.items():
+    for _prefix in ("", "reference_"):
+        LIBRARY.define(_prefix + _name + _schema, tags=(torch.Tag.needs_exact_strides,))
+        LIBRARY.impl(_prefix + _name, _REFERENCES[_name], "CompositeExplicitAutograd")
+        torch.library.register_fake(f"mlora::{_prefix}{_name}", _FAKES[_name], lib=LIBRARY)
+LIBRARY.define("isa() -> int")
+
+HAS_CPU = _load()

@@ -1,0 +1,208 @@
+"""The operators in plain torch: the semantics, the oracle of the kernels, and the path for training.
+
+Everything is computed in fp32 (fp64 for fp64 inputs) and rounded once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import layout
+
+
+class Term(NamedTuple):
+    """One weighted slot of a recipe: a row of the table."""
+
+    slot: int
+    weight: float
+    rank: int
+    scale: float
+    a: int
+    b: int
+    gain: int
+    in_gain: int
+    shift: int
+
+
+class Route(NamedTuple):
+    tokens: Tensor  # int64, the tokens that take this recipe
+    terms: list[Term]
+
+
+def _float(bits: int) -> float:
+    return float(np.uint32(bits & 0xFFFFFFFF).view(np.float32))
+
+
+def _starts(name: str, starts: list[int], limit: int) -> list[int]:
+    if starts[0] != 0 or sorted(starts) != starts or starts[-1] > limit:
+        raise RuntimeError(f"mlora: plan's {name} must rise from 0 to at most {limit}, is {starts}")
+    return starts
+
+
+def routes(plan: Tensor, table: Tensor, tokens: int) -> list[Route]:
+    """Read a plan and the table rows it names.
+
+    Raises RuntimeError if the plan does not fit its own size, the tokens or the table.
+    """
+    if plan.dim() != 1 or plan.dtype != torch.int32 or plan.numel() < layout.PLAN_HEADER:
+        raise RuntimeError("mlora: plan must be a 1-D int32 tensor with a header")
+    if table.dim() != 2 or table.shape[1] != layout.TABLE_WIDTH or table.dtype != torch.int64:
+        raise RuntimeError(f"mlora: table must be int64 of shape (slots, {layout.TABLE_WIDTH})")
+    host = plan.cpu()
+    entries = host.tolist()
+    rows, count, terms = entries[:3]
+    if min(rows, count, terms) < 0 or (rows == 0 and count):
+        raise RuntimeError(f"mlora: plan header has rows {rows}, routes {count}, terms {terms}")
+    if rows == 0 or count == 0:
+        return []
+    lengths = (count + 1, rows, count + 1, terms, terms)
+    if layout.PLAN_HEADER + sum(lengths) > len(entries):
+        needed = layout.PLAN_HEADER + sum(lengths)
+        raise RuntimeError(f"mlora: plan of {rows} rows needs {needed} entries, it has {len(entries)}")
+    if tokens % rows:
+        raise RuntimeError(f"mlora: {tokens} tokens do not divide into the plan's {rows} rows")
+    parts, at = [], layout.PLAN_HEADER
+    for length in lengths:
+        parts.append(entries[at : at + length])
+        at += length
+    row_start, row_order, term_start, term_slot, term_weight = parts
+    _starts("row_start", row_start, rows)
+    _starts("term_start", term_start, terms)
+    for row in row_order[: row_start[-1]]:
+        if not 0 <= row < rows:
+            raise RuntimeError(f"mlora: plan names row {row} of {rows}")
+    for slot in term_slot:
+        if not 0 <= slot < table.shape[0]:
+            raise RuntimeError(f"mlora: plan names slot {slot}, the table has {table.shape[0]}")
+
+    named = dict(zip(term_slot, table[term_slot].tolist(), strict=True)) if term_slot else {}
+    length = tokens // rows
+    within = torch.arange(length)
+    result = []
+    for p in range(count):
+        recipe = []
+        for e in range(term_start[p], term_start[p + 1]):
+            row = named[term_slot[e]]
+            term = Term(
+                slot=term_slot[e],
+                weight=_float(term_weight[e]),
+                rank=row[layout.RANK],
+                scale=_float(row[layout.SCALE]),
+                a=row[layout.A],
+                b=row[layout.B],
+                gain=row[layout.GAIN],
+                in_gain=row[layout.IN_GAIN],
+                shift=row[layout.SHIFT],
+            )
+            if term.rank < 0 or (term.rank and min(term.a, term.b) < 0):
+                raise RuntimeError(f"mlora: slot {term.slot} has rank {term.rank} but no A or B")
+            recipe.append(term)
+        order = torch.tensor(row_order[row_start[p] : row_start[p + 1]], dtype=torch.int64)
+        index = (order[:, None] * length + within).flatten()
+        result.append(Route(index.to(plan.device), recipe))
+    return result
+
+
+def _part(arena: Tensor, offset: int, count: int, slot: int, dtype: torch.dtype) -> Tensor:
+    if offset < 0 or offset + count > arena.numel():
+        raise RuntimeError(
+            f"mlora: slot {slot}: elements {offset} to {offset + count} are outside of the arena"
+            f" of {arena.numel()}"
+        )
+    return arena[offset : offset + count].to(dtype)
+
+
+def _sum(x: Tensor, y: Tensor, base: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> Tensor:
+    """y + gain * base + B^T (A x) + shift in y's dtype, which is that of the computation; all (tokens, ...)."""
+    dtype, width_in, width_out = y.dtype, x.shape[1], y.shape[1]
+    for route in routes(plan, table, x.shape[0]):
+        delta, gain = None, None
+        for t in route.terms:
+            if t.rank:
+                a = _part(arena, t.a, t.rank * width_in, t.slot, dtype).view(t.rank, width_in)
+                b = _part(arena, t.b, t.rank * width_out, t.slot, dtype).view(t.rank, width_out)
+                v = (x[route.tokens].to(dtype) @ a.T) * (t.weight * t.scale)
+                delta = v @ b if delta is None else delta + v @ b
+            if t.shift >= 0:
+                shift = t.weight * _part(arena, t.shift, width_out, t.slot, dtype)
+                delta = shift if delta is None else delta + shift
+            if t.gain >= 0:
+                g = t.weight * _part(arena, t.gain, width_out, t.slot, dtype)
+                gain = g if gain is None else gain + g
+        if gain is not None:
+            scaled = gain * base[route.tokens].to(dtype)
+            delta = scaled if delta is None else delta + scaled
+        if delta is not None:
+            y = y.index_copy(0, route.tokens, y[route.tokens] + delta)
+    return y
+
+
+def _tokens(name: str, t: Tensor) -> Tensor:
+    if t.dim() < 1 or t.shape[-1] == 0:
+        raise RuntimeError(f"mlora: {name} must have a last dimension, is {tuple(t.shape)}")
+    return t.reshape(-1, t.shape[-1])
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def apply(y: Tensor, base: Tensor | None, x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> Tensor:
+    """What `apply_` leaves in y, as a new tensor; differentiable with respect to y, base and x.
+
+    Semantics: y + (sum_i w_i gain_i) * b + sum_i w_i scale_i B_i^T (A_i x) + sum_i w_i shift_i over the terms i
+    of each row's recipe, where b is `base`, or y if that is None.
+    Shapes: x (..., in), y and base (..., out), arena (elements,), table and plan as in `layout`.
+    """
+    rows, x_rows = _tokens("y", y), _tokens("x", x)
+    if rows.shape[0] != x_rows.shape[0]:
+        raise RuntimeError(f"mlora: x has {x_rows.shape[0]} tokens, y has {rows.shape[0]}")
+    if base is not None and base.shape != y.shape:
+        raise RuntimeError(f"mlora: base must have y's shape {tuple(y.shape)}, is {tuple(base.shape)}")
+    wide = rows.to(_wide(y.dtype))
+    b = wide if base is None else _tokens("base", base)
+    return _sum(x_rows, wide, b, arena, table, plan).to(y.dtype).view(y.shape)
+
+
+def apply_(y: Tensor, base: Tensor | None, x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> None:
+    """y <- apply(y, ...), in place. Rows without a route keep their bits."""
+    y.copy_(apply(y, base, x, arena, table, plan))
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, arena: Tensor, table: Tensor, plan: Tensor, kblock: int
+) -> Tensor:
+    """x weight^T + bias, then `apply` on the unrounded sum; one rounding.
+
+    Shapes: x (..., in), weight (out, in), bias (out,). `kblock` only orders the sum over `in`.
+    """
+    rows = _tokens("x", x)
+    dtype = _wide(x.dtype)
+    wide = F.linear(rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    out = _sum(rows, wide, wide, arena, table, plan)
+    return out.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+def scale_input(x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> Tensor:
+    """x * (1 + sum_i w_i in_gain_i) over the terms of each row's recipe, rounded once; differentiable.
+
+    Shapes: x (..., in), arena (elements,), table and plan as in `layout`.
+    """
+    rows = _tokens("x", x)
+    out = rows.to(_wide(x.dtype))
+    for route in routes(plan, table, rows.shape[0]):
+        gains = [
+            t.weight * _part(arena, t.in_gain, rows.shape[1], t.slot, out.dtype)
+            for t in route.terms
+            if t.in_gain >= 0
+        ]
+        if gains:
+            factor = 1 + torch.stack(gains).sum(0)
+            out = out.index_copy(0, route.tokens, out[route.tokens] * factor)
+    out = out.to(x.dtype).view(x.shape)
+    return out.clone() if out.data_ptr() == x.data_ptr() else out
