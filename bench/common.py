@@ -1,0 +1,124 @@
+"""What the benchmarks share: timing, quantiles, the machine's streaming read, and JSON lines."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+_clock = time.perf_counter
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that all benchmarks take."""
+    parser.add_argument("--out", type=Path, help="file for JSON lines")
+    parser.add_argument("--smoke", action="store_true", help="small shapes, seconds")
+    parser.add_argument("--threads", type=int, help="default: torch's own choice")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="one thread, CPU time: for a machine that is not idle"
+    )
+
+
+def set_up(args: argparse.Namespace) -> Console:
+    """Apply the options of `add_arguments`; returns where to print."""
+    global _clock
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    if args.cpu_time:
+        args.threads, _clock = 1, time.process_time
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160
+    load = os.getloadavg()[0]
+    if load > 0.5 and not args.cpu_time:
+        console.print(
+            f"[yellow]The load average is {load:.1f}: something else runs here, expect noise (see --cpu-time)"
+        )
+    return console
+
+
+def clock_name() -> str:
+    return "wall" if _clock is time.perf_counter else "cpu"
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Time of one call."""
+    start = _clock()
+    call()
+    return _clock() - start
+
+
+def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Median, 20 % and 80 % quantile."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    cuts = statistics.quantiles(values, n=5, method="inclusive")
+    return statistics.median(values), cuts[0], cuts[3]
+
+
+def llc_bytes() -> int:
+    """Size of the last-level cache of CPU 0, from sysfs; 32 MiB where that does not say."""
+    sizes = []
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        text = (index / "size").read_text().strip()
+        sizes.append(int(text[:-1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[text[-1]])
+    return max(sizes, default=32 * 2**20)
+
+
+def streaming_read(size: int, repeats: int = 9) -> float:
+    """Bytes per second at which torch's threads read `size` bytes over and over.
+
+    The best time of two readers: a matrix-vector product and a sum, which write next to nothing.
+    """
+    data = torch.ones(max(size // 4096, 1), 1024)
+    vector = torch.ones(1024)
+    best = 0.0
+    for read in (lambda: torch.mv(data, vector), lambda: data.sum()):
+        read()
+        best = max(best, data.nbytes / min(seconds(read) for _ in range(repeats)))
+    return best
+
+
+def machine() -> dict[str, Any]:
+    """What a figure was measured on."""
+    names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else "unknown",
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "clock": clock_name(),
+        "llc_bytes": llc_bytes(),
+        "torch": torch.__version__,
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+def _cpuinfo() -> list[str]:
+    file = Path("/proc/cpuinfo")
+    return file.read_text().splitlines() if file.is_file() else []
+
+
+class Log:
+    """JSON lines, written as they come; `out=None` writes none."""
+
+    def __init__(self, out: Path | None, **common: Any) -> None:
+        self.common = common
+        self.file = None
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            self.file = out.open("w", encoding="utf-8")
+
+    def write(self, **record: Any) -> None:
+        if self.file is not None:
+            self.file.write(json.dumps({**self.common, **record}) + "\n")
+            self.file.flush()

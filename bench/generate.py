@@ -1,0 +1,344 @@
+"""Whole-model cost of serving LoRA adapters, as a ratio to the bare model: decode step, prefill, generate().
+
+Bare and patched models share their weights and are timed in turns in one process, so what slows the
+machine slows both. Before any timing, the patched model's rows are checked against PEFT serving each
+adapter alone, and its base rows must equal the bare model's bit for bit; on a mismatch nothing is reported.
+
+    python bench/generate.py --out bench/results/generate.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Log, add_arguments, machine, quantiles, seconds, set_up, streaming_read
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import mlora
+from mlora.demo_model import resolve_model
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass
+class Case:
+    """One way to serve the batch. `routing` goes to every forward."""
+
+    name: str
+    model: Any
+    routing: dict[str, Any] = field(default_factory=dict)
+    adapters: int = 0
+    generates: bool = True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="hub id or folder; default SmolLM2-135M-Instruct")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--new", type=int, default=32)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument(
+        "--adapters", type=int, nargs="*", default=[1, 2, 4, 8, 16], help="distinct ones in the batch"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="pairs of prefills; 4x decode steps, half generates"
+    )
+    parser.add_argument("--no-peers", action="store_true", help="skip PEFT and PolyLoRA in the timings")
+    add_arguments(parser)
+    args = parser.parse_args()
+    if args.smoke:
+        args.batch, args.prompt, args.new, args.rank, args.repeats, args.adapters = 4, 8, 4, 4, 2, [1, 4]
+    if max(args.adapters) > args.batch:
+        parser.error(f"--adapters {max(args.adapters)} is more than the batch's {args.batch} rows")
+
+    console = set_up(args)
+    torch.manual_seed(0)
+    bare = tiny_llama() if args.smoke else load(args.model)
+    ids = torch.randint(3, bare.config.vocab_size, (args.batch, args.prompt))
+    with tempfile.TemporaryDirectory() as temp:
+        folders = [
+            make_adapter(bare, Path(temp) / f"a{i}", args.rank, seed=i) for i in range(max(args.adapters))
+        ]
+        adapter_bytes = sum(f.stat().st_size for f in folders[0].glob("*.safetensors"))
+        served, unfused = (patched(bare, folders, adapter_bytes, fused) for fused in (True, False))
+        with console.status("Checking against PEFT, each adapter alone"):
+            for line in check(bare, served, folders, ids):
+                console.print(line)
+        cases = mlora_cases(served, unfused, args.batch, args.adapters)
+        if not args.no_peers:
+            cases += peer_cases(bare, folders, args.batch, args.rank)
+        measure(console, args, bare, cases, ids, adapter_bytes)
+
+
+def load(model: str | None) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(str(resolve_model(model)), dtype=torch.bfloat16).eval()
+
+
+def twin(model: Any) -> Any:
+    """A second model over the same weights: taking turns does not push them out of the cache."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def patched(bare: Any, folders: list[Path], adapter_bytes: int, fused: bool) -> Any:
+    model = twin(bare)
+    runtime = mlora.patch(model, memory=2 * len(folders) * adapter_bytes, fused=fused)
+    for folder in folders:
+        runtime.load_adapter(str(folder), folder.name)
+    return model
+
+
+def tiny_llama() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=128,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+
+def make_adapter(model: Any, folder: Path, rank: int, seed: int) -> Path:
+    """A PEFT folder, random A and B on all seven linears; the delta is a tenth of the base's output or so."""
+    random = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in LINEARS:
+            a = torch.randn(rank, module.in_features, generator=random) / module.in_features**0.5
+            b = torch.randn(module.out_features, rank, generator=random) / rank**0.5
+            b *= 0.1 * module.weight.float().norm() / module.out_features**0.5
+            tensors[f"base_model.model.{name}.lora_A.weight"] = a.to(torch.bfloat16)
+            tensors[f"base_model.model.{name}.lora_B.weight"] = b.to(torch.bfloat16)
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": LINEARS,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def check(bare: Any, served: Any, folders: list[Path], ids: Tensor) -> Iterator[str]:
+    """Yield what held, or exit.
+
+    A row's error is the RMS distance of its logits from PEFT's in fp32, one fresh model per adapter, one
+    row at a time. It may be at most twice the error of the same PEFT model in the base's dtype.
+    """
+    from peft import PeftModel
+
+    rows = len(ids)
+    # The last row is a base row, to be compared with the bare model running the same batch.
+    names: list[Any] = [folders[i % len(folders)].name for i in range(rows - 1)] + [None]
+    with torch.inference_mode():
+        plain = bare(ids).logits
+        if not torch.equal(served(ids).logits, plain):
+            raise SystemExit(
+                "refused to report: without adapters the patched model's prefill differs from the bare one's"
+            )
+        mixed = served(ids, adapter_names=names).logits
+        if not torch.equal(mixed[-1], plain[-1]):
+            raise SystemExit("refused to report: a base row in a mixed prefill differs from the bare model's")
+        steps = [
+            decoder(Case("", m, r), ids)()
+            for m, r in ((bare, {}), (served, {}), (served, {"adapter_names": names}))
+        ]
+        if not torch.equal(steps[0], steps[1]) or not torch.equal(steps[0][-1], steps[2][-1]):
+            raise SystemExit("refused to report: a base row's decode step differs from the bare model's")
+        yield f"base rows equal the bare model's bit for bit (prefill {tuple(ids.shape)} and decode)"
+
+        exact = copy.deepcopy(bare).float()
+        worst, peft_worst = 0.0, 0.0
+        for row, folder in enumerate(folders[: rows - 1]):
+            want = PeftModel.from_pretrained(twin(exact), str(folder)).eval()(ids[row : row + 1]).logits[0]
+            got = PeftModel.from_pretrained(twin(bare), str(folder)).eval()(ids[row : row + 1]).logits[0]
+            ours, peft = rms(mixed[row] - want), rms(got - want)
+            moved = rms(want - plain[row])
+            if not ours <= 2 * peft or not moved > 4 * peft:
+                raise SystemExit(
+                    f"refused to report: {folder.name} alone in fp32 is {ours:.3g} away (RMS of logits), "
+                    f"PEFT in {bare.dtype} is {peft:.3g} away; the adapter itself moves logits by {moved:.3g}"
+                )
+            worst, peft_worst = max(worst, ours), max(peft_worst, peft)
+            gc.collect()
+    yield (
+        f"{min(len(folders), rows - 1)} adapters in one batch: worst RMS error of the logits {worst:.3g}; "
+        f"PEFT, each alone in {bare.dtype}: {peft_worst:.3g} (both against PEFT in fp32)"
+    )
+
+
+def rms(difference: Tensor) -> float:
+    return float(difference.float().square().mean().sqrt())
+
+
+def mlora_cases(served: Any, unfused: Any, batch: int, counts: list[int]) -> list[Case]:
+    cases = [Case("mlora, base rows", served)]
+    for count in counts:
+        names = [f"a{i % count}" for i in range(batch)]
+        cases.append(Case(f"mlora, {count} distinct", served, {"adapter_names": names}, count))
+    for count in sorted({1, max(counts)}):
+        names = [f"a{i % count}" for i in range(batch)]
+        cases.append(Case(f"mlora unfused, {count} distinct", unfused, {"adapter_names": names}, count))
+    return cases
+
+
+def peer_cases(bare: Any, folders: list[Path], batch: int, rank: int) -> list[Case]:
+    """PEFT with one adapter and its mixed batch, in the model's dtype; PolyLoRA where it is installed."""
+    from peft import PeftModel
+
+    peft: Any = PeftModel.from_pretrained(
+        twin(bare), str(folders[0]), adapter_name="a0", autocast_adapter_dtype=False
+    )
+    for folder in folders[1:]:
+        peft.load_adapter(str(folder), folder.name, autocast_adapter_dtype=False)
+    peft.eval()
+    names = [folders[i % len(folders)].name for i in range(batch)]
+    cases = [
+        Case("PEFT, 1 adapter", peft, adapters=1),
+        Case(f"PEFT mixed batch, {len(folders)} distinct", peft, {"adapter_names": names}, len(folders)),
+    ]
+    if find_spec("polylora") is not None:
+        from polylora import PolyLoraConfig, PolyLoraModel  # type: ignore[import-not-found]
+
+        config = PolyLoraConfig(max_gpu_adapters=len(folders), max_rank=rank, target_modules=LINEARS)
+        poly = PolyLoraModel(twin(bare), config).eval()
+        for folder in folders:
+            poly.load_adapter_from_disk(folder.name, str(folder))
+        routing = {"adapter_ids": names}
+        cases.append(Case(f"PolyLoRA, {len(folders)} distinct", poly, routing, len(folders), generates=False))
+    return cases
+
+
+def prefill(case: Case, ids: Tensor) -> Callable[[], object]:
+    return lambda: case.model(input_ids=ids, logits_to_keep=1, **case.routing)
+
+
+def decoder(case: Case, ids: Tensor) -> Callable[[], Tensor]:
+    """A call that runs one decode step after `ids` and leaves the cache as it was."""
+    cache = case.model(input_ids=ids, logits_to_keep=1, use_cache=True, **case.routing).past_key_values
+    token = ids[:, -1:]
+
+    def step() -> Tensor:
+        logits = case.model(input_ids=token, past_key_values=cache, use_cache=True, **case.routing).logits
+        cache.crop(-1)
+        return logits
+
+    return step
+
+
+def generation(case: Case, ids: Tensor, new: int) -> Callable[[], object]:
+    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    return lambda: case.model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), **options, **case.routing
+    )
+
+
+def measure(
+    console: Console, args: argparse.Namespace, bare: Any, cases: list[Case], ids: Tensor, adapter_bytes: int
+) -> None:
+    """Time each case in turns with the bare model, print a table and write the lines.
+
+    `bound` is what no serving can beat that leaves the base as it is: 1 + the time to stream the batch's
+    adapters once, over the bare model's time.
+    """
+    log = Log(
+        args.out,
+        bench="generate",
+        model="tiny random Llama" if args.smoke else args.model or "SmolLM2-135M-Instruct",
+        dtype=str(bare.dtype).removeprefix("torch."),
+        batch=args.batch,
+        prompt=args.prompt,
+        new=args.new,
+        rank=args.rank,
+        **machine(),
+    )
+    weights = sum(p.nbytes for p in bare.parameters())
+    stream = streaming_read(min(weights + adapter_bytes * max(args.adapters), 2**30))
+    console.print(
+        f"weights {weights / 2**20:.0f} MiB, an adapter {adapter_bytes / 2**20:.1f} MiB; streaming read "
+        f"of all of it {stream / 1e9:.1f} GB/s, {torch.get_num_threads()} threads"
+    )
+    phases: dict[str, tuple[Callable[[Case], Callable[[], object]], int]] = {
+        "decode step": (lambda case: decoder(case, ids), 4 * args.repeats),
+        "prefill": (lambda case: prefill(case, ids), args.repeats),
+        "generate": (lambda case: generation(case, ids, args.new), max(args.repeats // 2, 2)),
+    }
+    table = Table(title="Time over the bare model's (median, 20-80 % quantiles)")
+    for column in ("case", *phases):
+        table.add_column(column)
+    rows: dict[str, list[str]] = {case.name: [] for case in cases}
+    with torch.inference_mode():
+        for phase, (make, repeats) in phases.items():
+            for case in cases:
+                if phase == "generate" and not case.generates:
+                    rows[case.name].append("-")
+                    continue
+                with console.status(f"{phase}: {case.name}"):
+                    bare_times, times = alternate(make(Case("bare", bare)), make(case), repeats)
+                ratio, low, high = quantiles(
+                    [mine / its for mine, its in zip(times, bare_times, strict=True)]
+                )
+                reads = args.new if phase == "generate" else 1
+                bound = 1 + case.adapters * adapter_bytes * reads / stream / quantiles(bare_times)[0]
+                milliseconds = quantiles(times)[0] * 1e3
+                rows[case.name].append(
+                    f"{ratio:.2f} ({low:.2f}-{high:.2f}), {milliseconds:.0f} ms, bound {bound:.2f}"
+                )
+                log.write(
+                    case=case.name,
+                    phase=phase,
+                    adapters=case.adapters,
+                    ratio=ratio,
+                    ratio_q20=low,
+                    ratio_q80=high,
+                    seconds=quantiles(times),
+                    bare_seconds=quantiles(bare_times),
+                    byte_bound_ratio=bound,
+                    adapter_bytes=case.adapters * adapter_bytes,
+                    weight_bytes=weights,
+                    stream_bytes_per_s=stream,
+                    repeats=repeats,
+                )
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
+    console.print(table)
+
+
+def alternate(
+    first: Callable[[], object], second: Callable[[], object], repeats: int
+) -> tuple[list[float], list[float]]:
+    """Times of two calls taken in turns, each after one call to warm up."""
+    first(), second()
+    pairs = [(seconds(first), seconds(second)) for _ in range(repeats)]
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,334 @@
+"""The ops alone: time of one call beside the time that its bytes need, over shapes, ranks and popularities.
+
+Every workload is checked against an fp64 oracle first; on a mismatch nothing is reported. Adapters,
+inputs and outputs rotate through a working set that fits the last-level cache, or through one that does
+not. The byte bound is the compulsory traffic (each distinct adapter once, x once, y read and written) at
+the streaming read that torch reaches on as many bytes, with the same threads, in the same run.
+
+    python bench/kernels.py --out bench/results/kernels.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from common import Log, add_arguments, llc_bytes, machine, quantiles, seconds, set_up, streaming_read
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from mlora.ops import dispatch, layout
+from mlora.routing import Recipe, plan_words
+
+POPULARITIES = ("identical", "distinct", "uniform", "zipf-1.5")
+SCALE = 0.5
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One call: `tokens` tokens of `rows` rows, whose adapters have the given ranks (None is a base row)."""
+
+    group: str
+    label: str
+    inputs: int
+    outputs: int
+    tokens: int
+    route: tuple[int | None, ...]  # adapter of each row
+    ranks: tuple[int, ...]  # rank of each adapter
+    beyond: bool = False  # rotate through more than the last-level cache
+    op: str = "apply"
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def used(self) -> set[int]:
+        return {adapter for adapter in self.route if adapter is not None}
+
+    @property
+    def adapter_bytes(self) -> int:
+        return sum(self.ranks[i] for i in self.used) * (self.inputs + self.outputs) * self.dtype.itemsize
+
+    @property
+    def bytes(self) -> int:
+        """What the call must move at least."""
+        busy = sum(adapter is not None for adapter in self.route) * (self.tokens // len(self.route))
+        moved = self.adapter_bytes
+        if self.op != "apply":
+            moved += self.inputs * self.outputs * self.dtype.itemsize
+            return moved + self.tokens * (self.inputs + self.outputs) * self.dtype.itemsize
+        return moved + busy * (self.inputs + 2 * self.outputs) * self.dtype.itemsize
+
+
+class Buffers:
+    """`copies` independent sets of tensors for one workload; `call(i)` runs the op on set i."""
+
+    def __init__(self, load: Workload, copies: int) -> None:
+        self.load = load
+        draw = torch.Generator().manual_seed(0)
+        align = 64 // load.dtype.itemsize
+        rows = np.full((copies, max(len(load.ranks), 1), layout.TABLE_WIDTH), -1, dtype=np.int64)
+        rows[:, :, layout.RANK] = 0
+        end = 0
+        for copy in range(copies):
+            for slot, rank in enumerate(load.ranks):
+                row = rows[copy, slot]
+                row[layout.RANK] = rank
+                row[layout.SCALE] = np.float32(SCALE).view(np.uint32)
+                for column, width in ((layout.A, load.inputs), (layout.B, load.outputs)):
+                    row[column] = end
+                    end += -(-rank * width // align) * align
+        self.arena = torch.empty(max(end, 1), dtype=load.dtype)
+        # Normal bf16 values drawn once and repeated: drawing hundreds of millions would take minutes.
+        pool = (torch.randn(1_000_003, generator=draw) / math.sqrt(load.inputs)).to(load.dtype)
+        for start in range(0, end, len(pool)):
+            self.arena[start : start + len(pool)].copy_(pool[: min(len(pool), end - start)])
+        self.tables = torch.from_numpy(rows)
+        self.x = torch.randn(copies, load.tokens, load.inputs, generator=draw).to(load.dtype)
+        self.y = torch.randn(copies, load.tokens, load.outputs, generator=draw).to(load.dtype)
+        recipes: list[Recipe] = [() if adapter is None else ((str(adapter), 1.0),) for adapter in load.route]
+        self.plan = torch.from_numpy(plan_words(recipes, int))
+        self.weight: Tensor | None = None
+        self.kblock = 0
+        if load.op != "apply":
+            self.weight = torch.randn(copies, load.outputs, load.inputs, generator=draw).to(load.dtype)
+            self.weight /= math.sqrt(load.inputs)
+            if load.op == "linear":
+                self.kblock = dispatch.probe_kblock(load.inputs, load.outputs, False, load.tokens)
+        self.copies = copies
+        # Views made once: making them costs as much as a small call.
+        self.xs, self.ys, self.rows = list(self.x), list(self.y), list(self.tables)
+        self.weights = [] if self.weight is None else list(self.weight)
+
+    def call(self, i: int) -> Tensor:
+        if self.weight is None:
+            dispatch.apply_(self.ys[i], None, self.xs[i], self.arena, self.rows[i], self.plan)
+            return self.ys[i]
+        if self.load.op == "library":
+            return torch.nn.functional.linear(self.xs[i], self.weights[i])
+        return dispatch.linear(
+            self.xs[i], self.weights[i], None, self.arena, self.rows[i], self.plan, self.kblock
+        )
+
+    def sweep(self) -> None:
+        for i in range(self.copies):
+            self.call(i)
+
+    def expected(self, i: int, dtype: torch.dtype) -> Tensor:
+        """What `call(i)` must give, computed in `dtype`."""
+        load = self.load
+        x = self.x[i].to(dtype)
+        y = self.y[i].to(dtype) if self.weight is None else x @ self.weight[i].to(dtype).T
+        per_row = load.tokens // len(load.route)
+        for row, adapter in enumerate(load.route):
+            if adapter is not None:
+                a_at, b_at = (int(self.tables[i, adapter, column]) for column in (layout.A, layout.B))
+                rank = load.ranks[adapter]
+                a = self.arena[a_at : a_at + rank * load.inputs].view(rank, -1).to(dtype)
+                b = self.arena[b_at : b_at + rank * load.outputs].view(rank, -1).to(dtype)
+                part = slice(row * per_row, (row + 1) * per_row)
+                y[part] += SCALE * (x[part] @ a.T) @ b
+        return y
+
+    def check(self) -> None:
+        """Exit unless the error, worst and RMS, is at most twice that of fp32 arithmetic rounded once."""
+        exact = self.expected(0, torch.float64)
+        rounded = self.expected(0, torch.float32).to(self.load.dtype)
+        saved = self.y[0].clone()
+        got = self.call(0).clone()
+        self.y[0].copy_(saved)
+        for name, norm in (("worst", lambda e: e.abs().max()), ("RMS", lambda e: e.square().mean().sqrt())):
+            error, allowed = float(norm(got - exact)), 2 * float(norm(rounded - exact))
+            if not error <= allowed:
+                raise SystemExit(
+                    f"refused to report: {self.load.group} {self.load.label} {self.load.op}: {name} "
+                    f"error {error:.3g} against fp64, allowed {allowed:.3g}"
+                )
+
+
+def routes(popularity: str, rows: int, base_share: float = 0.0) -> tuple[tuple[int | None, ...], int]:
+    """Punica's popularities: the adapter of each row, numbered by first use, and how many there are."""
+    draw = random.Random(0)
+    if popularity == "identical":
+        picks = [0] * rows
+    elif popularity == "distinct":
+        picks = list(range(rows))
+    elif popularity == "uniform":
+        count = math.isqrt(rows - 1) + 1 if rows > 1 else 1
+        picks = [draw.randrange(count) for _ in range(rows)]
+    else:  # each adapter is 1.5 times as popular as the next
+        picks = draw.choices(range(rows), [1.5**-i for i in range(rows)], k=rows)
+    base = set(draw.sample(range(rows), round(base_share * rows)))
+    numbers: dict[int, int] = {}
+    route = tuple(
+        None if r in base else numbers.setdefault(pick, len(numbers)) for r, pick in enumerate(picks)
+    )
+    return route, len(numbers)
+
+
+def workloads(smoke: bool) -> Iterator[Workload]:
+    yield from popularity_workloads(
+        [(96, 80), (85, 33)] if smoke else [(576, 576), (576, 1536), (2048, 2048), (855, 2049)], smoke
+    )
+    yield from prefill_workloads(smoke)
+    yield from bandwidth_workloads(smoke)
+    yield from rank_workloads(smoke)
+    yield from fused_workloads(smoke)
+
+
+def popularity_workloads(widths: list[tuple[int, int]], smoke: bool) -> Iterator[Workload]:
+    for inputs, outputs in widths:
+        for rows in (4,) if smoke else (1, 16, 64):
+            for popularity in POPULARITIES:
+                for rank in (16, 3) if (inputs, outputs) == widths[0] else (16,):
+                    route, count = routes(popularity, rows)
+                    label = f"{popularity}, {rows} rows, r{rank}"
+                    yield Workload("popularity", label, inputs, outputs, rows, route, (rank,) * count)
+        for share in (0.5, 1.0):
+            route, count = routes("distinct", 16, share)
+            label = f"distinct, 16 rows, {share:.0%} base"
+            yield Workload("base rows", label, inputs, outputs, 16, route, (16,) * count)
+
+
+def prefill_workloads(smoke: bool) -> Iterator[Workload]:
+    inputs, outputs = (96, 80) if smoke else (576, 1536)
+    for tokens in (32,) if smoke else (32, 128, 512, 2048):
+        for popularity in ("identical", "distinct"):
+            route, count = routes(popularity, 16)
+            yield Workload(
+                "tokens", f"{popularity}, {tokens} tokens", inputs, outputs, tokens, route, (16,) * count
+            )
+    for rank in (20,) if smoke else (1, 3, 8, 20, 64, 256):
+        route, count = routes("distinct", 16)
+        yield Workload("ranks", f"distinct, 16 rows, r{rank}", inputs, outputs, 16, route, (rank,) * count)
+
+
+def bandwidth_workloads(smoke: bool) -> Iterator[Workload]:
+    for inputs, outputs in ((96, 80),) if smoke else ((576, 576), (2048, 2048), (4096, 4096), (4096, 14336)):
+        for beyond in (False, True):
+            if not (smoke and beyond):
+                route, count = routes("distinct", 16)
+                where = "beyond" if beyond else "inside"
+                yield Workload(
+                    "bandwidth", f"{where} the LLC", inputs, outputs, 16, route, (16,) * count, beyond
+                )
+
+
+def rank_workloads(smoke: bool) -> Iterator[Workload]:
+    inputs, outputs = (96, 80) if smoke else (2048, 2048)
+    mixes: tuple[tuple[str, tuple[int | None, ...]], ...] = (
+        ("r8 alone", (0, None)),
+        ("r256 alone", (None, 1)),
+        ("r8 beside r256", (0, 1)),
+    )
+    for label, route in mixes:
+        yield Workload("mixed ranks", label, inputs, outputs, 2, route, (8, 256))
+
+
+def fused_workloads(smoke: bool) -> Iterator[Workload]:
+    """The base product and the LoRA in one op, beside the library's product alone."""
+    for inputs, outputs in ((96, 96),) if smoke else ((576, 576), (576, 1536), (1536, 576), (2048, 2048)):
+        for label, (route, count) in {
+            "base rows": ((None,) * 16, 0),
+            "1 adapter": routes("identical", 16),
+            "16 adapters": routes("distinct", 16),
+        }.items():
+            yield Workload("fused", label, inputs, outputs, 16, route, (16,) * count, op="linear")
+        yield Workload("fused", "library, no LoRA", inputs, outputs, 16, (None,) * 16, (), op="library")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", help="one group, e.g. bandwidth")
+    parser.add_argument("--repeats", type=int, default=9)
+    add_arguments(parser)
+    args = parser.parse_args()
+    if args.smoke:
+        args.repeats = 3
+    loads = [load for load in workloads(args.smoke) if args.only in (None, load.group)]
+    if not loads:
+        parser.error(f"--only {args.only!r}: no such group")
+
+    console = set_up(args)
+    log = Log(args.out, bench="kernels", **machine())
+    llc = llc_bytes()
+    inside, beyond = (1 << 20, 4 << 20) if args.smoke else (min(llc // 8, 32 << 20), 3 * llc)
+    stream = {size: streaming_read(size) for size in (inside, beyond)}
+    for size, rate in stream.items():
+        console.print(
+            f"streaming read of {size >> 20} MiB: {rate / 1e9:.1f} GB/s ({torch.get_num_threads()} threads)"
+        )
+
+    table = Table(title="One call, bf16 (median, 20-80 % quantiles)")
+    for column in ("group", "in x out", "workload", "us", "20-80 %", "bound us", "adapter GB/s", "of stream"):
+        table.add_column(column, justify="left" if column in ("group", "workload") else "right")
+    medians: dict[str, float] = {}
+    for load in track(loads, "Kernels", console=Console(stderr=True), transient=True):
+        size = beyond if load.beyond else inside
+        buffers = Buffers(load, max(1, min(size // max(load.bytes, 1), 4096)))
+        if load.op == "linear" and not buffers.kblock:
+            console.print(f"fused {load.inputs}x{load.outputs}: not offered here, left out")
+            continue
+        buffers.check()
+        median, low, high = time_sweeps(buffers.sweep, buffers.copies, args.repeats)
+        rate = stream[size]
+        achieved = load.adapter_bytes / median
+        medians[load.label] = median
+        log.write(
+            **{k: v for k, v in asdict(load).items() if k not in ("route", "ranks", "dtype")},
+            dtype=str(load.dtype).removeprefix("torch."),
+            rows=len(load.route),
+            distinct=len(load.used),
+            ranks=sorted(set(load.ranks)),
+            seconds=(median, low, high),
+            bound_seconds=load.bytes / rate,
+            adapter_bytes=load.adapter_bytes,
+            bytes=load.bytes,
+            stream_bytes_per_s=rate,
+            working_set=buffers.copies * load.bytes,
+        )
+        table.add_row(
+            load.group,
+            f"{load.inputs}x{load.outputs}",
+            load.label,
+            f"{median * 1e6:.1f}",
+            f"{low * 1e6:.1f}-{high * 1e6:.1f}",
+            f"{load.bytes / rate * 1e6:.1f}",
+            f"{achieved / 1e9:.1f}" if load.used else "-",
+            f"{achieved / rate:.2f}" if load.used else "-",
+        )
+    console.print(table)
+    report_ranks(console, medians)
+
+
+def time_sweeps(sweep: Callable[[], None], calls: int, repeats: int) -> tuple[float, float, float]:
+    """Seconds a call, over sweeps of `calls` calls that are repeated until one timing takes 2 ms or more."""
+    loops = max(1, math.ceil(2e-3 / max(seconds(sweep), 1e-6)))
+
+    def timed() -> None:
+        for _ in range(loops):
+            sweep()
+
+    timed()
+    return tuple(value / (calls * loops) for value in quantiles([seconds(timed) for _ in range(repeats)]))  # type: ignore[return-value]
+
+
+def report_ranks(console: Console, medians: dict[str, float]) -> None:
+    needed: Sequence[str] = ("r8 alone", "r256 alone", "r8 beside r256")
+    if all(label in medians for label in needed):
+        small, large, both = (medians[label] * 1e6 for label in needed)
+        console.print(
+            f"A rank-8 row beside a rank-256 row: {both:.1f} us together, "
+            f"{small:.1f} us and {large:.1f} us alone. The rank-8 row adds {both - large:.1f} us."
+        )
+
+
+if __name__ == "__main__":
+    main()

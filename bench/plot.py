@@ -1,0 +1,115 @@
+"""PNG charts from the JSON lines of the other benchmarks.
+
+python bench/plot.py --out bench/results bench/results/*.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+MINE, PEER, BOUND = "#2a6f97", "#b5838d", "#333333"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", type=Path, nargs="+", help="JSON lines of kernels.py and generate.py")
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for the PNG files")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    records = [json.loads(line) for file in args.files for line in file.read_text().splitlines()]
+    drawn = []
+    if generate := [r for r in records if r["bench"] == "generate"]:
+        drawn.append(draw_generate(generate, args.out / "generate.png"))
+    if bandwidth := [r for r in records if r["bench"] == "kernels" and r["group"] == "bandwidth"]:
+        drawn.append(draw_bandwidth(bandwidth, args.out / "bandwidth.png"))
+    if not drawn:
+        raise SystemExit(f"nothing to draw in {', '.join(map(str, args.files))}")
+    for file in drawn:
+        print(file)
+
+
+def draw_generate(records: list[dict[str, Any]], file: Path) -> Path:
+    """Ratio to the bare model by case, one panel a phase; whiskers are 20-80 % quantiles."""
+    phases = list(dict.fromkeys(r["phase"] for r in records))
+    cases = list(dict.fromkeys(r["case"] for r in records))
+    figure, axes = plt.subplots(
+        1, len(phases), figsize=(4.2 * len(phases), 0.38 * len(cases) + 1.6), sharey=True, squeeze=False
+    )
+    for axis, phase in zip(axes[0], phases, strict=True):
+        found = {r["case"]: r for r in records if r["phase"] == phase}
+        widest = max(r["ratio_q80"] for r in found.values())
+        for y, case in enumerate(cases):
+            if case not in found:
+                axis.text(1.02, y, "not offered", va="center", fontsize=8, color="gray")
+                continue
+            record = found[case]
+            ratio, low, high = record["ratio"], record["ratio_q20"], record["ratio_q80"]
+            axis.barh(
+                y,
+                ratio,
+                color=MINE if case.startswith("mlora") else PEER,
+                xerr=[[max(ratio - low, 0)], [max(high - ratio, 0)]],
+                error_kw={"lw": 0.8, "capsize": 2},
+            )
+            axis.text(high + 0.02 * widest, y, f"{ratio:.2f}", va="center", fontsize=8)
+            if record["adapters"]:
+                axis.plot([record["byte_bound_ratio"]] * 2, [y - 0.4, y + 0.4], color=BOUND, lw=1.2)
+        axis.axvline(1, color="gray", lw=0.8, ls="--")
+        axis.set_xlim(0, 1.15 * widest)
+        axis.set_title(phase, fontsize=10)
+        axis.set_xlabel("time / bare model's")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_yticks(range(len(cases)), cases)
+    axes[0][0].invert_yaxis()
+    axes[0][0].plot([], [], color=BOUND, lw=1.2, label="unfused byte bound")
+    figure.legend(loc="lower right", fontsize=8, frameon=False)
+    first = records[0]
+    figure.suptitle(
+        f"{first['model']}, {first['dtype']}, {first['batch']} rows, {first['prompt']} + {first['new']} "
+        f"tokens, rank {first['rank']} on all linears; {first['threads']} threads, {first['isa']}",
+        fontsize=10,
+    )
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+    return file
+
+
+def draw_bandwidth(records: list[dict[str, Any]], file: Path) -> Path:
+    """Adapter bytes per second of the decode shape beside a streaming read of as many bytes."""
+    places = list(dict.fromkeys(r["label"] for r in records))
+    figure, axes = plt.subplots(1, len(places), figsize=(4 * len(places), 3.2), sharey=True, squeeze=False)
+    for axis, place in zip(axes[0], places, strict=True):
+        found = [r for r in records if r["label"] == place]
+        names = [f"{r['inputs']}x{r['outputs']}" for r in found]
+        rates = [r["adapter_bytes"] / r["seconds"][0] / 1e9 for r in found]
+        low = [
+            rate - r["adapter_bytes"] / r["seconds"][2] / 1e9 for rate, r in zip(rates, found, strict=True)
+        ]
+        high = [
+            r["adapter_bytes"] / r["seconds"][1] / 1e9 - rate for rate, r in zip(rates, found, strict=True)
+        ]
+        axis.bar(names, rates, color=MINE, yerr=[low, high], error_kw={"lw": 0.8, "capsize": 2})
+        axis.axhline(found[0]["stream_bytes_per_s"] / 1e9, color=BOUND, lw=1.2, label="streaming read")
+        axis.set_title(f"working set {place}", fontsize=10)
+        axis.set_xlabel("in x out, 16 rows, 16 adapters of rank 16")
+        axis.tick_params(axis="x", labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=8, frameon=False, loc="lower right")
+    axes[0][0].set_ylabel("adapter GB/s")
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+    return file
+
+
+if __name__ == "__main__":
+    main()
