@@ -59,7 +59,8 @@ class Adapter:
     @property
     def peft_type(self) -> str:
         """PEFT's type in capitals, e.g. `"LORA"`."""
-        return str(self.config["peft_type"]).upper()
+        value = self.config["peft_type"]
+        return str(getattr(value, "value", value)).upper()  # PEFT's own config objects hold an enum
 
     @classmethod
     def from_pretrained(
@@ -87,9 +88,15 @@ class Adapter:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the adapter as a PEFT folder, which both PEFT and `from_pretrained` read back."""
+        config = json.dumps(dict(self.config), indent=2, sort_keys=False, default=_to_json)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {PEFT_PREFIX + key: t.detach().contiguous() for key, t in self.tensors.items()}
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = json.dumps(dict(self.config), indent=2, sort_keys=False)
         (folder / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):  # PEFT's config objects keep target_modules as a set
+        return sorted(value)
+    raise TypeError(f"an adapter's config cannot hold {value!r}")

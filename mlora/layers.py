@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from . import errors
 from .lowering import BaseLinear
-from .ops import dispatch
+from .ops import dispatch, reference
+from .ops.rows import check_rows
 from .routing import Local, Plan
 from .store import GAIN, IN_GAIN
 
@@ -57,12 +58,13 @@ class LayerState:
     Args:
         name: its dotted path. `index`: its number in the store.
         table: this module's rows of the store's tables, int64 (slots, TABLE_WIDTH).
-        kblock: the accumulation block with which the fused kernel reproduces the library's base
-            product bit for bit; 0 where it does not.
+        fused: whether the base product may be computed by `dispatch.linear`.
+        kblocks: tokens and threads -> the accumulation block with which that op gives the library's
+            bits, 0 if none does; filled as they occur.
         outer: the `forward` that somebody put on the instance (accelerate's hooks do), or None.
     """
 
-    __slots__ = ("name", "index", "shared", "table", "dtype", "device", "kblock", "outer", "gathered")
+    __slots__ = ("name", "index", "shared", "table", "dtype", "device", "fused", "kblocks", "outer", "gathered")
 
     def __init__(self, name: str, index: int, shared: Shared, table: Tensor, module: nn.Module) -> None:
         self.name = name
@@ -72,11 +74,23 @@ class LayerState:
         self.dtype, self.device = compute_dtype(module), shared.arena.device
         self.outer: Callable[..., Tensor] | None = module.__dict__.get("forward")
         self.gathered = GATHERED in name.split(".")[:-1]
-        self.kblock = 0
-        if shared.fused and self.outer is None and type(module).forward is nn.Linear.forward:
-            weight, bias = module.weight, module.bias
-            if isinstance(weight, Tensor) and weight.is_contiguous() and self.dtype == shared.arena.dtype:
-                self.kblock = dispatch.probe_kblock(weight, bias)
+        self.kblocks: dict[tuple[int, int], int] = {}
+        self.fused = (
+            shared.fused
+            and self.outer is None
+            and type(module).forward is nn.Linear.forward
+            and self.dtype == shared.arena.dtype == torch.bfloat16
+            and self.device.type == "cpu"
+            and module.weight.is_contiguous()
+        )
+
+    def kblock(self, module: nn.Module, tokens: int) -> int:
+        """The block for an input of `tokens` tokens; see `dispatch.probe_kblock`."""
+        key = tokens, torch.get_num_threads()
+        if key not in self.kblocks:
+            out_features, in_features = module.weight.shape
+            self.kblocks[key] = dispatch.probe_kblock(in_features, out_features, module.bias is not None, tokens)
+        return self.kblocks[key]
 
 
 class LoraLayer(nn.Module):
@@ -97,8 +111,8 @@ class LoraLayer(nn.Module):
             words = plan.tensor
         else:
             words = shared.blank
-        if state.kblock and not touches & IN_GAIN and self._fusable(x):
-            return dispatch.linear(x, self.weight, self.bias, shared.arena, state.table, words, state.kblock)
+        if state.fused and not touches & IN_GAIN and (kblock := self._fusable(x)):
+            return dispatch.linear(x, self.weight, self.bias, shared.arena, state.table, words, kblock)
         if not touches:
             return self._base(x)
         return self._routed(x, words, touches)
@@ -107,10 +121,14 @@ class LoraLayer(nn.Module):
         outer = self._mlora.outer
         return super().forward(x) if outer is None else outer(x)
 
-    def _fusable(self, x: Tensor) -> bool:
-        if not 1 < x.numel() // x.shape[-1] <= dispatch.FUSED_MAX_TOKENS or x.dtype != self._mlora.dtype:
-            return False
-        return not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad))
+    def _fusable(self, x: Tensor) -> int:
+        """The block with which the fused op may serve `x`, or 0."""
+        tokens = x.numel() // x.shape[-1]
+        if not 1 < tokens <= dispatch.FUSED_MAX_TOKENS or x.dtype is not torch.bfloat16:
+            return 0
+        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+            return 0
+        return self._mlora.kblock(self, tokens)
 
     def _routed(self, x: Tensor, words: Tensor, touches: int) -> Tensor:
         """The base, then one op. With input gains the base reads u * x, and rows that also take an
@@ -125,7 +143,7 @@ class LoraLayer(nn.Module):
         else:
             y = self._base(x)
         if y.requires_grad or (x.requires_grad and torch.is_grad_enabled()):
-            return dispatch.differentiable(y, source, x, arena, table, words)
+            return reference.apply(y, source, x, arena, table, words)
         dispatch.apply_(y, source, x, arena, table, words)
         return y
 
@@ -134,7 +152,7 @@ class LoraLayer(nn.Module):
         state = self._mlora
         shared = state.shared
         if state.gathered:
-            dispatch.check_rows(shared.plan, 1)
+            check_rows(shared.plan, 0)  # only one entry for all rows may pass
         touches = GAIN | IN_GAIN if shared.in_gains else GAIN
         return self._routed(x, shared.plan, touches)
 

@@ -19,7 +19,7 @@ from .layers import (
     restore_class,
     swap_class,
 )
-from .ops import dispatch
+from .ops.rows import check_rows
 from .runtime import Runtime
 from .store import Store
 
@@ -39,7 +39,7 @@ class PatchedModel(nn.Module):
                     "new graph; route with `with runtime.use_adapters(names):` around the compiled call"
                 )
             if shape := _input_shape(args, kwargs):
-                dispatch.check_rows(self.mlora._shared.plan, shape[0])
+                check_rows(self.mlora._shared.plan, shape[0])
             return super().__call__(*args, **kwargs)
         shape = _input_shape(args, kwargs)
         with self.mlora._forward(adapter_names, shape):
@@ -172,12 +172,15 @@ def _input_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ..
 
 
 def _expansion(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """How many times `generate` repeats each row: for beams, or for several returned sequences."""
+    """How many times `generate` repeats each row: for beams, or for several returned sequences.
+
+    As in transformers, an argument counts before the given config, and that before the model's own.
+    """
     given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
-    config = given or getattr(model, "generation_config", None)
+    configs = (given, getattr(model, "generation_config", None))
 
     def setting(name: str) -> int:
-        value = kwargs.get(name)
-        return int((value if value is not None else getattr(config, name, None)) or 1)
+        values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+        return next((int(value) for value in values if value is not None), 1)
 
     return max(setting("num_beams"), setting("num_return_sequences"))

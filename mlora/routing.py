@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,9 @@ from . import errors
 from .ops import layout
 
 BASE = "__base__"
+
+_REAL = (int, float, np.integer, np.floating)
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 Entry: TypeAlias = str | None | Mapping[str, float]
 Entries: TypeAlias = Entry | Sequence[Entry]
@@ -76,7 +78,7 @@ def resolve_entry(entry: Any, exists: Callable[[str], bool]) -> Recipe:
     for name, weight in entry.items():
         if not isinstance(name, str) or not exists(name):
             raise errors.UnknownAdapterError(name)
-        if isinstance(weight, bool) or not isinstance(weight, (int, float, np.number)) or not _finite(weight):
+        if isinstance(weight, bool) or not isinstance(weight, _REAL) or not _finite(weight):
             raise errors.EntryError(f"the weight of adapter {name!r} is {weight!r}; it must be a finite number")
         if weight != 0:
             recipe.append((name, float(weight)))
@@ -84,7 +86,10 @@ def resolve_entry(entry: Any, exists: Callable[[str], bool]) -> Recipe:
 
 
 def _finite(weight: Any) -> bool:
-    return math.isfinite(weight) and abs(float(weight)) <= float(np.finfo(np.float32).max)
+    try:
+        return abs(float(weight)) <= _FLOAT32_MAX  # which NaN is not
+    except OverflowError:  # an int beyond the range of float
+        return False
 
 
 def is_single(entries: Any) -> bool:

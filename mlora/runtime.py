@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,7 @@ class Runtime:
         self._bases = {name: base_linear(name, module) for name, module in paths.items()}
         self._loaded: dict[str, _Loaded] = {}
         self._active = 0
+        self._lock = threading.RLock()  # guards the adapters' registry and the count above
 
     # Adapters
 
@@ -106,11 +108,13 @@ class Runtime:
             adapter_name, adapter.source, adapter.peft_type, _variant(adapter), ranks[-1], ranks, tuple(deltas),
             packed.nbytes, "host",
         )  # fmt: skip
-        if (packed.touches & IN_GAIN).any():
-            self._shared.in_gains = True
-        self._store.register(adapter_name, packed)
-        self._loaded[adapter_name] = _Loaded(adapter, info)
-        return self.adapters[adapter_name]
+        with self._lock:
+            self._check_new(adapter_name)  # another thread may have taken the name meanwhile
+            if (packed.touches & IN_GAIN).any():
+                self._shared.in_gains = True
+            self._store.register(adapter_name, packed)
+            self._loaded[adapter_name] = _Loaded(adapter, info)
+            return self.adapters[adapter_name]
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter.
@@ -119,13 +123,17 @@ class Runtime:
             UnknownAdapterError: there is none of that name.
             AdapterInUseError: a running call, `use_adapters` or `set_adapter` uses it.
         """
-        self._check_known(adapter_name)
-        if self._store[adapter_name].pins:
-            default = self._shared.default
-            by = "set_adapter; call set_adapter(None)" if default and adapter_name in default.names else "a running call"
-            raise errors.AdapterInUseError(f"adapter {adapter_name!r} is in use by {by} before deleting it")
-        self._store.unregister(adapter_name)
-        del self._loaded[adapter_name]
+        with self._lock:
+            self._check_known(adapter_name)
+            if self._store[adapter_name].pins:
+                default = self._shared.default
+                if default is not None and adapter_name in default.names:
+                    how = "set_adapter chose it; call set_adapter(None) first"
+                else:
+                    how = "a running call or an open use_adapters uses it"
+                raise errors.AdapterInUseError(f"adapter {adapter_name!r} cannot be deleted: {how}")
+            self._store.unregister(adapter_name)
+            del self._loaded[adapter_name]
 
     def save_adapter(self, adapter_name: str, folder: str | Path) -> None:
         """Write an adapter as a PEFT folder, with the very tensors that were loaded."""
@@ -139,7 +147,7 @@ class Runtime:
             name: AdapterInfo(
                 **{**loaded.info.__dict__, "location": "device" if self._store[name].resident else "host"}
             )
-            for name, loaded in self._loaded.items()
+            for name, loaded in list(self._loaded.items())
         }
 
     def status(self) -> str:
@@ -174,7 +182,7 @@ class Runtime:
     @contextmanager
     def use_adapters(self, entries: Entries) -> Iterator[None]:
         """Route everything that this thread runs inside the `with`: one entry a row, or one for all."""
-        rows = 1 if routing.is_single(entries) else len(entries)  # type: ignore[arg-type]
+        rows = len(entries) if isinstance(entries, Sequence) else 1
         with self._route(entries, rows, 1):
             yield
 
@@ -184,12 +192,14 @@ class Runtime:
         plan = self._acquire(entries, rows, expansion)
         previous = local.plan, local.entries
         local.plan, local.entries = plan, entries
-        self._active += 1
+        with self._lock:
+            self._active += 1
         self._publish()
         try:
             yield
         finally:
-            self._active -= 1
+            with self._lock:
+                self._active -= 1
             local.plan, local.entries = previous
             self._publish()
             self._release(plan)
@@ -205,7 +215,8 @@ class Runtime:
                     yield
             else:
                 plan = local.plan
-                if plan is not None and not plan.uniform and shape and shape[0] not in plan.row_counts:
+                listed = plan is not None and not routing.is_single(local.entries)
+                if plan is not None and listed and shape and shape[0] not in plan.row_counts:
                     raise errors.EntryError(
                         f"the active routing has {plan.rows} entries; the model was called with {shape[0]} rows"
                     )
@@ -227,6 +238,10 @@ class Runtime:
 
     def _acquire(self, entries: Any, rows: int, expansion: int) -> Plan:
         """Resolve, bring to the device and pin: a plan, to be given back with `_release`."""
+        with self._lock:  # nothing that is named may be deleted before it is pinned
+            return self._acquire_locked(entries, rows, expansion)
+
+    def _acquire_locked(self, entries: Any, rows: int, expansion: int) -> Plan:
         try:
             recipes = routing.resolve(entries, self._loaded.__contains__)
         except errors.UnknownAdapterError as error:

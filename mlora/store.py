@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -228,16 +228,13 @@ class Store:
         with self._lock:
             wanted = [self._adapters[name] for name in names]
             self._check_fits(wanted)
-            for name, packed in zip(names, wanted, strict=True):
+            keep = {id(packed) for packed in wanted}
+            for packed in wanted:
+                if not packed.resident:
+                    self._make_resident(packed, keep)
+            for name, packed in zip(names, wanted, strict=True):  # pinned last: until then they may move
                 packed.pins += 1
                 self._adapters.move_to_end(name)
-            try:
-                for packed in wanted:
-                    if not packed.resident:
-                        self._make_resident(packed)
-            except BaseException:
-                self.release(names)
-                raise
 
     def release(self, names: Sequence[str]) -> None:
         """Undo one `acquire` of the same names."""
@@ -262,23 +259,19 @@ class Store:
                 "(patch(max_adapters=...))"
             )
 
-    def _make_resident(self, packed: Packed) -> None:
-        """Place `packed`, evicting what was used longest ago, then closing the holes."""
-        idle = (p for p in list(self._adapters.values()) if p.resident and not p.pins)
+    def _make_resident(self, packed: Packed, keep: Set[int]) -> None:
+        """Place `packed`, evicting what was used longest ago except those whose id is in `keep`."""
+        others = list(self._adapters.values())
+        idle = (p for p in others if p.resident and not p.pins and id(p) not in keep)
         while not (self._free_slots and self._place(packed)):
             victim = next(idle, None)
             if victim is None:
-                break
+                # Pinned adapters do not move, so the holes between them can stay too small.
+                raise errors.CapacityError(
+                    f"an adapter of {packed.nbytes:,} bytes finds no contiguous room between the adapters that "
+                    f"running batches have pinned; {self._allocator.free_size * self.itemsize:,} bytes are free"
+                )
             self._evict(victim)
-        else:
-            return
-        self._compact()
-        if not self._place(packed):
-            # Pinned adapters do not move, so the holes between them can stay too small.
-            raise errors.CapacityError(
-                f"an adapter of {packed.nbytes:,} bytes finds no contiguous room between the adapters that "
-                f"running batches have pinned; {self._allocator.free_size * self.itemsize:,} bytes are free"
-            )
 
     def _place(self, packed: Packed) -> bool:
         offset = self._allocator.alloc(packed.blob.numel())

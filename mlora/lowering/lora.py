@@ -45,6 +45,8 @@ _NEUTRAL = {
     "ensure_weight_tying",
 }  # fmt: skip
 
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+
 # Initialisations that leave the base weights alone; the others rewrite them.
 _PLAIN_INITS = {True, False, None, "gaussian", "eva", "orthogonal", "mica"}
 
@@ -69,8 +71,8 @@ def lower_lora(adapter: Adapter, bases: Mapping[str, BaseLinear]) -> dict[str, D
         if rank != wanted:
             raise errors.AdapterError(f"{where}: lora_A has rank {rank}, its config says {wanted!r}")
         alpha = pattern_value(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-            raise errors.AdapterError(f"{where}: alpha is {alpha!r}; it must be a finite number")
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= _FLOAT32_MAX:
+            raise errors.AdapterError(f"{where}: alpha is {alpha!r}; it must be a finite number of fp32's range")
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         deltas[name] = _dora(parts, base, scale) if config.get("use_dora") else _plain(parts, scale)
     return deltas

@@ -1,0 +1,380 @@
+"""Tiny models, PEFT adapters with every trainable tensor randomized, and the oracles they are judged by."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import mlora
+
+torch.set_num_threads(2)
+settings.register_profile("mlora", deadline=None)  # the first example pays for imports and kernels
+settings.load_profile("mlora")
+
+VOCAB = 67
+HIDDEN = 32
+
+
+class Mlp(nn.Module):
+    """The plain module: no config, no transformers, one module used twice and one without bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(HIDDEN, 45)
+        self.blocks = nn.Sequential(nn.Linear(45, 45, bias=False), nn.GELU(), nn.Linear(45, 45))
+        self.head = nn.Linear(45, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.blocks(self.up(x))))
+
+
+def _causal(config_class: str, **extra: Any) -> Any:
+    import transformers
+
+    sizes = {
+        "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
+    }  # fmt: skip
+    config = getattr(transformers, config_class)(**{**sizes, **extra})
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def _gpt2() -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=HIDDEN, n_layer=2, n_head=4, **ids)
+    )
+
+
+def _opt() -> Any:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=VOCAB, hidden_size=HIDDEN, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=64, word_embed_proj_dim=24, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+        )
+    )  # fmt: skip
+
+
+def _t5() -> Any:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=VOCAB, d_model=HIDDEN, d_kv=8, d_ff=48, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
+            decoder_start_token_id=0, pad_token_id=0, eos_token_id=None,
+        )
+    )  # fmt: skip
+
+
+def _bert() -> Any:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=64, num_labels=5,
+        )
+    )  # fmt: skip
+
+
+def _vit() -> Any:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=12,
+            patch_size=4, num_labels=5,
+        )
+    )  # fmt: skip
+
+
+BUILDERS = {
+    "llama": lambda: _causal("LlamaConfig"),
+    "qwen2": lambda: _causal("Qwen2Config"),
+    "qwen3": lambda: _causal("Qwen3Config"),
+    "gemma": lambda: _causal("GemmaConfig"),
+    "gemma2": lambda: _causal("Gemma2Config", query_pre_attn_scalar=8),
+    "mixtral": lambda: _causal("MixtralConfig", num_local_experts=4, num_experts_per_tok=2),
+    "gpt2": _gpt2,
+    "opt": _opt,
+    "t5": _t5,
+    "bert": _bert,
+    "vit": _vit,
+    "mlp": Mlp,
+}
+
+
+def build(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """A tiny model whose weights are large enough that logits differ clearly from row to row."""
+    torch.manual_seed(seed)
+    model = BUILDERS[kind]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(0, parameter.shape[-1] ** -0.5)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.to(dtype)
+
+
+def inputs_for(
+    kind: str, rows: int, seed: int = 1, length: int = 7, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Keyword arguments for a forward; the last row but one is right-padded where the model takes tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "vit":
+        return {"pixel_values": torch.randn(rows, 3, 12, 12, generator=generator).to(dtype)}
+    if kind == "mlp":
+        return {"x": torch.randn(rows, length, HIDDEN, generator=generator).to(dtype)}
+    ids = torch.randint(2, VOCAB, (rows, length), generator=generator)
+    mask = torch.ones_like(ids)
+    if rows > 1:
+        mask[-2, length - 2 :] = 0
+        ids[-2, length - 2 :] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if kind == "t5":
+        batch["decoder_input_ids"] = torch.randint(2, VOCAB, (rows, length - 2), generator=generator)
+    return batch
+
+
+def row_of(batch: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
+    return {key: value[row : row + 1] for key, value in batch.items()}
+
+
+def logits(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Tensor:
+    """The output of one forward, without gradients, with padding positions zeroed."""
+    with torch.no_grad():
+        out = model(**batch, **options)
+    out = out if isinstance(out, Tensor) else out.logits
+    mask = batch.get("attention_mask")
+    if mask is not None and out.dim() == 3 and "decoder_input_ids" not in batch:
+        out = out * mask[..., None].to(out.dtype)
+    return out
+
+
+def make_adapter(
+    folder: Path,
+    model: Any,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    strength: float = 0.5,
+    **config: Any,
+) -> Path:
+    """Save a PEFT adapter for `model` in `folder`. Every trainable tensor is random: PEFT's initial values are
+    no-ops, which hide errors."""
+    from peft import LoraConfig, get_peft_model
+
+    base = copy.deepcopy(model).float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = get_peft_model(base, LoraConfig(**config))
+    generator = torch.Generator().manual_seed(seed)
+    changed = 0
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            changed += 1
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "magnitude" in name:  # a norm: positive
+                parameter.mul_(0.6 + 0.8 * torch.rand(parameter.shape, generator=generator))
+            elif "lora_A" in name:
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+            else:
+                parameter.copy_(noise * strength * parameter.shape[-1] ** -0.5)
+    assert changed, "the adapter trains nothing"
+    with warnings.catch_warnings():  # PEFT takes a trained bias for a tensor that was not gathered
+        warnings.simplefilter("ignore")
+        wrapped.save_pretrained(folder)
+    if dtype != torch.float32:
+        file = folder / "adapter_model.safetensors"
+        tensors = {key: tensor.to(dtype) for key, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+def peft_alone(model: Any, *folders: Path, weights: Sequence[float] = ()) -> Any:
+    """A fresh PEFT model with one adapter; or with several active at once, the scaling of each multiplied by its
+    weight, which is PEFT's own way to add LoRA deltas."""
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = PeftModel.from_pretrained(copy.deepcopy(model), folders[0], adapter_name="0")
+        for index, folder in enumerate(folders[1:], start=1):
+            wrapped.load_adapter(folder, adapter_name=str(index))
+    if len(folders) > 1:
+        wrapped.base_model.set_adapter([str(index) for index in range(len(folders))])
+    for module in wrapped.modules():
+        if isinstance(module, LoraLayer):
+            for index, weight in enumerate(weights):
+                if str(index) in module.scaling:
+                    module.scaling[str(index)] *= weight
+    return wrapped.eval()
+
+
+def formula(model: Any, mix: Mapping[Path, float]) -> Any:
+    """The weighted sum of deltas in fp64, from the files alone: the oracle for what PEFT cannot express."""
+    from peft import LoraConfig
+    from peft.utils.other import get_pattern_key
+
+    model = copy.deepcopy(model).double()
+    modules = dict(model.named_modules())
+    hooks: dict[str, list[Any]] = {}
+    for folder, weight in mix.items():
+        config = LoraConfig.from_pretrained(str(folder))
+        tensors = {k.removeprefix("base_model.model."): t.double() for k, t in _tensors(folder).items()}
+        for key in tensors:
+            if not key.endswith(".lora_A.weight"):
+                continue
+            name = key.removesuffix(".lora_A.weight")
+            a, b = tensors[key], tensors[f"{name}.lora_B.weight"]
+            alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
+            scale = alpha / (a.shape[0] ** 0.5 if config.use_rslora else a.shape[0])
+            bias = tensors.get(f"{name}.lora_B.bias")
+            magnitude = tensors.get(f"{name}.lora_magnitude_vector")
+            hooks.setdefault(name, []).append(
+                (weight, scale * b @ a, scale * bias if bias is not None else 0, magnitude)
+            )
+
+    def hook(name: str) -> Any:
+        module = modules[name]
+        w = module.weight.detach()
+        w = w if isinstance(module, nn.Linear) else w.t()
+
+        def add(_: Any, args: tuple[Tensor], out: Tensor) -> Tensor:
+            base = args[0] @ w.t()
+            for weight, delta, shift, magnitude in hooks[name]:
+                if magnitude is None:
+                    out = out + weight * (args[0] @ delta.t() + shift)
+                else:
+                    gain = magnitude / (w + delta).norm(dim=1)
+                    out = out + weight * (gain * (base + args[0] @ delta.t()) - base)
+            return out
+
+        return add
+
+    for name in hooks:
+        modules[name].register_forward_hook(hook(name))
+    return model.eval()
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def rewrite(folder: Path, target: Path, config: Mapping[str, Any] | None = None, tensors: Any = None) -> Path:
+    """A copy of an adapter folder with some config values replaced, and its tensors passed through `tensors`."""
+    target.mkdir()
+    values = json.loads((folder / "adapter_config.json").read_text())
+    values.update(config or {})
+    (target / "adapter_config.json").write_text(json.dumps(values))
+    state = _tensors(folder)
+    state = tensors(state) if tensors else state
+    save_file({k: t.contiguous() for k, t in state.items()}, target / "adapter_model.safetensors")
+    return target
+
+
+def assert_close(got: Tensor, want: Tensor, relative: float = 1e-5) -> None:
+    """No value is further from `want` than `relative` of its largest."""
+    assert got.shape == want.shape, f"shape {tuple(got.shape)}, wanted {tuple(want.shape)}"
+    scale = want.double().abs().max().item()
+    error = (got.double() - want.double()).abs().max().item()
+    assert error <= relative * scale, f"off by {error:.3g} where the largest value is {scale:.3g}"
+
+
+def state_hash(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for key, value in model.state_dict().items():
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(
+            value.detach().contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b""
+        )
+    return digest.hexdigest()
+
+
+def snapshot(model: Any) -> dict[str, Any]:
+    """Everything that a refused call must leave alone."""
+    runtime = model.mlora
+    store = runtime._store
+    used = sorted((p.offset, p.blob.numel()) for p in store._adapters.values() if p.resident)
+    return {
+        "adapters": runtime.adapters,
+        "used": store.used,
+        "blobs": [store.arena[offset : offset + size].tolist() for offset, size in used],
+        "tables": store.tables.tolist() if store.tables.numel() < 50_000 else store.tables.sum().item(),
+        "pins": {name: packed.pins for name, packed in store._adapters.items()},
+        "default": runtime._shared.default,
+        "plan": runtime._shared.local.plan,
+        "words": runtime._shared.plan[:64].tolist(),
+        "weights": state_hash(model),
+    }
+
+
+@contextmanager
+def refused(model: Any, error: type[BaseException], *wanted: str) -> Iterator[None]:
+    """The block raises `error`, whose message has every one of `wanted`, and nothing has changed."""
+    before = snapshot(model)
+    with pytest.raises(error) as caught:
+        yield
+    message = str(caught.value)
+    for part in wanted:
+        assert part in message, f"{part!r} is not in the message: {message}"
+    after = snapshot(model)
+    for key, value in before.items():
+        assert after[key] == value, f"the refused call changed {key}"
+
+
+LLAMA_ADAPTERS: dict[str, dict[str, Any]] = {
+    "r3": {"r": 3, "lora_alpha": 7, "target_modules": ["q_proj", "v_proj"]},
+    "rs16": {"r": 16, "lora_alpha": 8, "use_rslora": True, "target_modules": "all-linear"},
+    "dora1": {"r": 1, "lora_alpha": 2, "use_dora": True, "target_modules": r".*\.(0|1)\.(self_attn\.o|mlp\.gate)_proj"},
+    "bias8": {
+        "r": 8, "lora_alpha": 4, "lora_bias": True, "target_modules": ["k_proj", "o_proj", "down_proj"],
+        "rank_pattern": {"k_proj": 2, r".*\.1\.mlp\.down_proj": 5}, "alpha_pattern": {"o_proj": 12},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def llama() -> Any:
+    """The bare fp32 model; tests copy it before they patch."""
+    return build("llama")
+
+
+@pytest.fixture(scope="session")
+def folders(llama: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """PEFT folders of `LLAMA_ADAPTERS`."""
+    root = tmp_path_factory.mktemp("adapters")
+    return {
+        name: make_adapter(root / name, llama, seed, **config)
+        for seed, (name, config) in enumerate(LLAMA_ADAPTERS.items(), start=10)
+    }
+
+
+@pytest.fixture
+def patched(llama: Any, folders: dict[str, Path]) -> Any:
+    """A fresh patched copy of `llama` with all of `folders` loaded."""
+    model = copy.deepcopy(llama)
+    runtime = mlora.patch(model, memory=1 << 20, max_adapters=8)
+    for name, folder in folders.items():
+        runtime.load_adapter(folder, name)
+    return model

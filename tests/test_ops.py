@@ -1,0 +1,521 @@
+"""The operators against an fp64 loop, and the promises: rows do not see each other, base rows keep the library's bits."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlora.ops import dispatch, layout, reference
+
+NATIVE = dispatch.backend("cpu", torch.float32) == "cpu"
+BF16 = NATIVE and torch.ops.mlora.isa() == 3
+needs_native = pytest.mark.skipif(not NATIVE, reason="built without the C++ operators")
+needs_bf16 = pytest.mark.skipif(not BF16, reason="needs AVX512_BF16")
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+PARTS = {"a": layout.A, "b": layout.B, "gain": layout.GAIN, "in_gain": layout.IN_GAIN, "shift": layout.SHIFT}
+
+
+def bits(value: float) -> int:
+    return int(np.float32(value).view(np.int32))
+
+
+class Case:
+    """Adapters of given ranks in an arena with junk between the parts, and plans for recipes of (slot, weight)."""
+
+    def __init__(self, ranks, width_in, width_out, dtype, gains=False, shifts=False, in_gains=False, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        self.width_in, self.width_out, self.dtype, self.generator = width_in, width_out, dtype, g
+        self.table = torch.full((len(ranks), layout.TABLE_WIDTH), -1, dtype=torch.int64)
+        self.table[:, layout.RANK] = 0
+        self.adapters: list[dict] = []
+        chunks: list[Tensor] = []
+        at = 0
+        for slot, rank in enumerate(ranks):
+            adapter = {"scale": 0.5 + 0.25 * slot}
+            self.table[slot, layout.SCALE] = bits(adapter["scale"]) & 0xFFFFFFFF
+            self.table[slot, layout.RANK] = rank
+            parts = {}
+            if rank:
+                parts["a"] = torch.randn(rank, width_in, generator=g) / width_in**0.5
+                parts["b"] = torch.randn(rank, width_out, generator=g) / rank**0.5
+            if gains and slot % 2 == 0:
+                parts["gain"] = torch.randn(width_out, generator=g) * 0.1
+            if shifts and slot % 3 != 1:
+                parts["shift"] = torch.randn(width_out, generator=g)
+            if in_gains and slot % 2 == 0:
+                parts["in_gain"] = torch.randn(width_in, generator=g)
+            for name, part in parts.items():
+                junk = torch.full((1 + slot % 3,), torch.nan)
+                part = part.to(dtype)
+                self.table[slot, PARTS[name]] = at + junk.numel()
+                chunks += [junk.to(dtype), part.flatten()]
+                at += junk.numel() + part.numel()
+                adapter[name] = part.double()
+            self.adapters.append(adapter)
+        self.arena = torch.cat([*chunks, torch.full((1,), torch.nan, dtype=dtype)])
+
+    def plan(self, recipes: list[list[tuple[int, float]]], spare: int = 3) -> Tensor:
+        order: dict[tuple, list[int]] = {}
+        for row, recipe in enumerate(recipes):
+            order.setdefault(tuple(recipe), []).append(row)
+        base = order.pop((), [])
+        starts, rows, term_start, slots, weights = [0], [], [0], [], []
+        for recipe, members in order.items():
+            rows += members
+            starts.append(len(rows))
+            slots += [slot for slot, _ in recipe]
+            weights += [bits(weight) for _, weight in recipe]
+            term_start.append(len(slots))
+        header = [len(recipes), len(order), len(slots), 0, 0, 0, 0, 0]
+        entries = header + starts + rows + base + term_start + slots + weights + [2**31 - 1] * spare
+        return torch.tensor(entries, dtype=torch.int32)
+
+    def randn(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.dtype)
+
+    def oracle(self, y: Tensor, base: Tensor | None, x: Tensor, recipes) -> Tensor:
+        """The fp64 loop."""
+        out, x = y.double().clone(), x.double()
+        b = out.clone() if base is None else base.double()
+        length = x.shape[0] // len(recipes)
+        for t in range(x.shape[0]):
+            for slot, weight in recipes[t // length]:
+                weight = float(np.float32(weight))
+                adapter = self.adapters[slot]
+                if "a" in adapter:
+                    out[t] += weight * adapter["scale"] * (adapter["a"] @ x[t]) @ adapter["b"]
+                if "gain" in adapter:
+                    out[t] += weight * adapter["gain"] * b[t]
+                if "shift" in adapter:
+                    out[t] += weight * adapter["shift"]
+        return out
+
+
+def sentinel(rows: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A strided (rows, width) view with NaN sentinels on every side of every row, and the buffer it lies in."""
+    buffer = torch.full((rows + 2, width + 7), torch.nan, dtype=dtype)
+    return buffer[1:-1, 3 : 3 + width], buffer
+
+
+def check(got: Tensor, oracle: Tensor, ref: Tensor) -> None:
+    """At most twice the error of the fp32 reference, over the whole and at its worst element."""
+    floor = 2 * EPS[got.dtype] * 2.0**-4 * oracle.abs().max()
+    ours, theirs = (got.double() - oracle).abs(), (ref.double() - oracle).abs()
+    assert ours.norm() <= 2 * theirs.norm() + floor
+    assert ours.max() <= 2 * theirs.max() + floor
+
+
+A, B, MIX = [(0, 1.0)], [(1, -0.5)], [(0, 0.7), (2, 0.3), (1, 1.5)]
+ROUTINGS = {
+    "empty": ([[]], 0),
+    "all-base": ([[], [], []], 1),
+    "uniform": ([A], 7),
+    "decode": ([A, [], B, MIX, A], 1),
+    "prefill": ([MIX, [], B, A, B], 9),
+    "long": ([A, []], 70),
+}
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(
+    "ranks, width_in, width_out",
+    [
+        ((1, 3, 2), 1, 1),
+        ((16, 3, 20), 20, 855),
+        ((16, 1, 0), 2049, 20),
+        ((16, 8, 4), 576, 576),
+        ((256, 20, 3), 855, 2049),
+    ],
+    ids=["1x1", "20x855", "2049x20", "576x576", "855x2049"],
+)
+def test_apply_matches_fp64(ranks, width_in, width_out, dtype, routing):
+    case = Case(ranks, width_in, width_out, dtype, gains=True, shifts=True)
+    recipes, length = ROUTINGS[routing]
+    rows = len(recipes) * length
+    x, _ = sentinel(rows, width_in, dtype)
+    y, y_buffer = sentinel(rows, width_out, dtype)
+    x.copy_(case.randn(rows, width_in))
+    y.copy_(case.randn(rows, width_out))
+    before, base = y_buffer.clone(), case.randn(rows, width_out)
+    plan = case.plan(recipes)
+    for b in (None, base):
+        y_buffer.copy_(before)
+        ref = reference.apply(y, b, x, case.arena, case.table, plan)
+        oracle = case.oracle(y, b, x, recipes)
+        assert dispatch.apply_(y, b, x, case.arena, case.table, plan) is None
+        after = y.clone()
+        if rows:
+            check(after, oracle, ref)
+        routed = torch.tensor([bool(r) for r in recipes]).repeat_interleave(length)
+        old = before[1:-1, 3 : 3 + width_out]
+        assert torch.equal(after[~routed], old[~routed])
+        y.copy_(old)
+        assert torch.equal(y_buffer.view(torch.uint8), before.view(torch.uint8)), "wrote outside of the view"
+
+
+@needs_bf16
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize(
+    "ranks, width_in, width_out",
+    [((1, 3, 2), 2, 1), ((16, 3, 20), 20, 855), ((16, 1, 0), 2050, 20), ((16, 8, 4), 576, 576)],
+    ids=["2x1", "20x855", "2050x20", "576x576"],
+)
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_linear_matches_fp64(ranks, width_in, width_out, bias, routing):
+    case = Case(ranks, width_in, width_out, torch.bfloat16, gains=True, shifts=True)
+    recipes, length = ROUTINGS[routing]
+    rows = len(recipes) * length
+    x, _ = sentinel(rows, width_in, torch.bfloat16)
+    x.copy_(case.randn(rows, width_in))
+    weight = (case.randn(width_out, width_in).float() / width_in**0.5).bfloat16()
+    b = case.randn(width_out) if bias else None
+    plan = case.plan(recipes)
+    got = dispatch.linear(x, weight, b, case.arena, case.table, plan, 512)
+    ref = reference.linear(x, weight, b, case.arena, case.table, plan, 512)
+    assert got.shape == ref.shape and got.is_contiguous()
+    if rows:
+        dense = F.linear(x.double(), weight.double(), None if b is None else b.double())
+        check(got, case.oracle(dense, None, x, recipes), ref)
+
+
+@needs_bf16
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("width_in, width_out", [(576, 576), (576, 192), (1536, 576), (1024, 33), (200, 64)])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_linear_base_rows_have_the_library_bits(width_in, width_out, bias, threads, in_threads):
+    in_threads(threads)
+    case = Case((16,), width_in, width_out, torch.bfloat16)
+    matched = 0
+    for tokens in (1, 2, 3, 5, 16, 17, 40, 64):
+        kblock = dispatch.probe_kblock(width_in, width_out, bias, tokens)
+        if kblock == 0:
+            continue
+        matched += 1
+        x, weight = case.randn(tokens, width_in), case.randn(width_out, width_in)
+        half = width_in // 2  # leave rounding noise only, as the probe does, but with other numbers
+        x[:, half:], weight[:, half:] = (-x[:, :half]).roll(2, 1), weight[:, :half].roll(2, 1)
+        b = case.randn(width_out) * 1e-5 if bias else None
+        expected = F.linear(x, weight, b)
+        none = torch.zeros(layout.PLAN_HEADER, dtype=torch.int32)
+        assert torch.equal(
+            dispatch.linear(x, weight, b, case.arena, case.table, none, kblock), expected
+        )
+        plan = case.plan([[]] + [A] * (tokens - 1))
+        mixed = dispatch.linear(x, weight, b, case.arena, case.table, plan, kblock)
+        assert torch.equal(mixed[0], expected[0])
+    if not matched:
+        pytest.skip("this machine's library sums in another order")
+
+
+@pytest.fixture
+def in_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("width_in, width_out", [(576, 576), (855, 2049)])
+def test_a_row_does_not_see_its_batch(dtype, width_in, width_out, in_threads):
+    """Alone, in a batch, in decode and prefill shapes, under any number of threads: the same bits."""
+    case = Case((16, 3, 20, 256), width_in, width_out, dtype, gains=True, shifts=True)
+    recipes = [A, MIX, [], B, [(3, 1.0)], A, A, MIX]
+    length = 37
+    x, y = case.randn(len(recipes) * length, width_in), case.randn(len(recipes) * length, width_out)
+
+    def run(select: Tensor, chosen: list) -> Tensor:
+        out = y[select].clone()
+        dispatch.apply_(out, None, x[select], case.arena, case.table, case.plan(chosen))
+        return out
+
+    everything = torch.arange(len(recipes) * length)
+    in_threads(1)
+    batch = run(everything, recipes)
+    in_threads(2)
+    assert torch.equal(batch, run(everything, recipes))
+    for row, recipe in enumerate(recipes):
+        for t in (0, 1, 36):
+            token = everything[row * length + t : row * length + t + 1]
+            assert torch.equal(batch[token], run(token, [recipe])), "alone"
+        prefill = everything[row * length : (row + 1) * length]
+        assert torch.equal(batch[prefill], run(prefill, [recipe])), "prefill"
+    decode = everything[5::length]
+    assert torch.equal(batch[decode], run(decode, recipes)), "decode"
+
+
+@needs_bf16
+def test_linear_adds_the_delta_of_apply(in_threads):
+    """With a base of zero both round the same sum; and linear's rows do not see each other."""
+    case = Case((16, 3, 20), 576, 855, torch.bfloat16, shifts=True)
+    recipes = [A, MIX, [], B] * 8
+    x, weight = case.randn(32, 576), torch.zeros(855, 576, dtype=torch.bfloat16)
+    plan = case.plan(recipes)
+    out = torch.zeros(32, 855, dtype=torch.bfloat16)
+    dispatch.apply_(out, None, x, case.arena, case.table, plan)
+    assert torch.equal(out, dispatch.linear(x, weight, None, case.arena, case.table, plan, 512))
+
+    weight = case.randn(855, 576)
+    whole = dispatch.linear(x, weight, None, case.arena, case.table, plan, 512)
+    for threads, rows in ((1, slice(0, 32)), (2, slice(3, 5)), (2, slice(7, 24))):
+        in_threads(threads)
+        part = dispatch.linear(x[rows], weight, None, case.arena, case.table, case.plan(recipes[rows]), 512)
+        assert torch.equal(whole[rows], part)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("width", [1, 20, 576, 855])
+def test_scale_input(dtype, width):
+    case = Case((1, 0, 3), width, 4, dtype, in_gains=True)
+    recipes, length = [A, [], MIX, B], 3
+    x, _ = sentinel(12, width, dtype)
+    x.copy_(case.randn(12, width))
+    plan = case.plan(recipes)
+    got = dispatch.scale_input(x, case.arena, case.table, plan)
+    oracle = x.double().clone()
+    for t in range(12):
+        for slot, weight in recipes[t // length]:
+            if "in_gain" in case.adapters[slot]:
+                oracle[t] += float(np.float32(weight)) * case.adapters[slot]["in_gain"] * x[t].double()
+    check(got, oracle, reference.scale_input(x, case.arena, case.table, plan))
+    assert torch.equal(got[3:6], x[3:6]) and torch.equal(got[9:], x[9:])
+
+
+@pytest.mark.parametrize("shape", ["transposed", "sliced", "batched"])
+def test_apply_takes_any_strides(shape):
+    case = Case((3, 4, 5), 20, 33, torch.float32, gains=True)
+    recipes = [A, [], B, MIX]
+    x, y = case.randn(4, 6, 20), case.randn(4, 6, 33)
+    if shape == "transposed":
+        x, y = x.transpose(1, 2).contiguous().transpose(1, 2), y.transpose(0, 1).contiguous().transpose(0, 1)
+    elif shape == "sliced":
+        x, y = case.randn(4, 9, 20)[:, 2:8], case.randn(4, 9, 40)[:, 1:7, 4:37]
+    plan = case.plan(recipes)
+    expected = reference.apply(y, None, x, case.arena, case.table, plan)
+    dispatch.apply_(y, None, x, case.arena, case.table, plan)
+    torch.testing.assert_close(y, expected)
+    assert torch.equal(y[1], expected[1])
+
+
+@needs_native
+def test_subnormals_are_not_slow_and_leave_the_mode_alone():
+    case = Case((16,), 576, 576, torch.float32)
+    case.arena.fill_(1e-40)
+    x, y, tiny = case.randn(4, 576), case.randn(4, 576), torch.tensor([1e-40])
+    dispatch.apply_(y, None, x, case.arena, case.table, case.plan([A]))
+    assert y.isfinite().all() and (tiny * 2 != 0).all()
+
+
+@needs_native
+def test_half_keeps_subnormals():
+    case = Case((1,), 1, 40, torch.float16)
+    case.arena[case.table[0, layout.A]] = 2.0**-10
+    b = int(case.table[0, layout.B])
+    case.arena[b : b + 40] = 3 * 2.0**-24
+    y = torch.zeros(1, 40, dtype=torch.float16)
+    x = torch.full((1, 1), 1024.0, dtype=torch.float16)
+    dispatch.apply_(y, None, x, case.arena, case.table, case.plan([[(0, 2.0)]]))
+    assert torch.equal(y, torch.full((1, 40), 3 * 2.0**-24, dtype=torch.float16))
+
+
+def small(dtype=torch.float32):
+    case = Case((3, 2, 4), 20, 33, dtype, gains=True, shifts=True, in_gains=True)
+    return case, case.randn(4, 20), case.randn(4, 33), case.plan([A, [], B, MIX])
+
+
+@pytest.mark.parametrize("prefix", ["", "reference_"])
+def test_opcheck(prefix):
+    case, x, y, plan = small()
+    ops = torch.ops.mlora
+    tensors = (case.arena, case.table, plan)
+    torch.library.opcheck(getattr(ops, prefix + "apply_").default, (y, None, x, *tensors))
+    torch.library.opcheck(getattr(ops, prefix + "apply_").default, (y, y.clone(), x, *tensors))
+    torch.library.opcheck(getattr(ops, prefix + "scale_input").default, (x, *tensors))
+    if prefix or BF16:
+        case, x, y, plan = small(torch.bfloat16)
+        args = (x, case.randn(33, 20), case.randn(33), case.arena, case.table, plan, 512)
+        torch.library.opcheck(getattr(ops, prefix + "linear").default, args)
+
+
+def test_compiles_in_one_graph():
+    case, x, y, plan = small()
+
+    def step(y, x, plan):
+        z = dispatch.scale_input(x, case.arena, case.table, plan) * 2
+        y = y + 1
+        dispatch.apply_(y, None, z, case.arena, case.table, plan)
+        return y * 3
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(y, x, plan), step(y, x, plan))
+    other = case.plan([B, MIX, [], []])
+    assert torch.equal(compiled(y, x, other), step(y, x, other))
+
+
+def test_reference_is_differentiable():
+    case = Case((3, 2, 4), 5, 7, torch.float64, gains=True, shifts=True, in_gains=True)
+    plan = case.plan([A, [], B, MIX])
+    x, y, base = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((4, 5), (4, 7), (4, 7))
+    )
+    tensors = (case.arena, case.table, plan)
+    assert torch.autograd.gradcheck(lambda y, b, x: reference.apply(y, b, x, *tensors), (y, base, x))
+    assert torch.autograd.gradcheck(lambda x: reference.scale_input(x, *tensors), (x,))
+
+
+def damage_table(column, value):
+    def change(case, plan):
+        case.table[0, column] = value
+
+    return change
+
+
+def damage_plan(index, value):
+    def change(case, plan):
+        plan[index] = value
+
+    return change
+
+
+# The plan of `small` is R=4, P=3, E=5: row_start 8:12, row_order 12:16, term_start 16:20, slots 20:25.
+DAMAGE = {
+    "a beyond the arena": (damage_table(layout.A, 10**6), "outside of the arena"),
+    "b negative": (damage_table(layout.B, -2), "no A or B|outside of the arena"),
+    "gain beyond the arena": (damage_table(layout.GAIN, 10**6), "outside of the arena"),
+    "offset that overflows": (damage_table(layout.SHIFT, 2**63 - 1), "outside of the arena"),
+    "no a": (damage_table(layout.A, -1), "no A or B"),
+    "rank too large": (damage_table(layout.RANK, 2**40), "rank|outside of the arena"),
+    "rows do not divide": (damage_plan(0, 3), "do not divide|at most 3|names row"),
+    "more terms than entries": (damage_plan(2, 10**6), "needs"),
+    "negative routes": (damage_plan(1, -1), "header"),
+    "row_start falls": (damage_plan(9, 3), "row_start"),
+    "row out of range": (damage_plan(12, 4), "names row 4"),
+    "negative row": (damage_plan(12, -1), "names row -1"),
+    "term_start too large": (damage_plan(19, 6), "term_start"),
+    "slot out of range": (damage_plan(20, 3), "names slot 3"),
+    "negative slot": (damage_plan(20, -1), "names slot -1"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_plan_or_table_is_refused(name):
+    change, message = DAMAGE[name]
+    case, x, y, plan = small()
+    before = y.clone()
+    change(case, plan)
+    with pytest.raises(RuntimeError, match=message):
+        dispatch.apply_(y, None, x, case.arena, case.table, plan)
+    with pytest.raises(RuntimeError, match=message):
+        reference.apply(y, None, x, case.arena, case.table, plan)
+    assert torch.equal(y, before)
+
+
+@needs_native
+def test_wrong_tensors_are_refused():
+    case, x, y, plan = small()
+    apply_ = torch.ops.mlora.apply_
+    cases = [
+        ((y, None, x.half(), case.arena, case.table, plan), "one dtype"),
+        ((y, y[:2], x, case.arena, case.table, plan), "base must have y's shape"),
+        ((y[:3], None, x, case.arena, case.table, plan), "4 tokens, y has 3"),
+        ((y, None, x, case.arena, case.table[:, :5], plan), "table must be"),
+        ((y, None, x, case.arena, case.table.int(), plan), "table must be"),
+        ((y, None, x, case.arena, case.table, plan.long()), "plan must be"),
+        ((y, None, x, case.arena, case.table, plan[:5]), "header"),
+        ((y, None, x, case.arena.view(1, -1), case.table, plan), "arena must be"),
+    ]
+    for args, message in cases:
+        with pytest.raises(RuntimeError, match=message):
+            apply_(*args)
+
+
+def run_python(code: str, **env: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+def test_lower_instruction_sets(isa):
+    """The tests above that matter to a kernel, again with a lower instruction set."""
+    names = ["scalar", "avx2", "avx512", "avx512_bf16"]
+    if names.index(isa) >= torch.ops.mlora.isa() or "MLORA_CPU_ISA" in os.environ:
+        pytest.skip("not lower than what the tests above ran with")
+    code = f"""
+import sys, pytest, torch, mlora.ops.dispatch
+assert torch.ops.mlora.isa() == {names.index(isa)}
+sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", {__file__!r}, "-k",
+                      "fp64 and not long and not 855x2049 or see_its_batch or scale_input or subnormals"]))
+"""
+    run_python(code, MLORA_CPU_ISA=isa)
+
+
+def test_backend_override():
+    code = """
+import torch
+from mlora.ops import dispatch
+assert dispatch.backend("cpu", torch.float32) == "reference"
+from torch.utils._python_dispatch import TorchDispatchMode
+class Log(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        print(func)
+        return func(*args, **(kwargs or {}))
+x = torch.randn(2, 3)
+none, table = torch.zeros(8, dtype=torch.int32), torch.empty(0, 8, dtype=torch.int64)
+with Log():
+    dispatch.scale_input(x, torch.empty(0), table, none)
+"""
+    assert "reference_scale_input" in run_python(code, MLORA_BACKEND="reference")
+    done = subprocess.run(
+        [sys.executable, "-c", "import mlora.ops.dispatch"],
+        env={**os.environ, "MLORA_BACKEND": "gpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert "MLORA_BACKEND is 'gpu', must be one of cpu, reference" in done.stderr
+
+
+def test_backend_by_device_and_dtype():
+    assert dispatch.backend("cuda", torch.float16) == "reference"
+    assert dispatch.backend("cpu", torch.float64) == "reference"
+    assert dispatch.backend("cpu", torch.bfloat16) == ("cpu" if NATIVE else "reference")
+
+
+def test_mixed_dtypes_take_the_reference():
+    case, x, y, plan = small()
+    expected = reference.apply(y, None, x.bfloat16(), case.arena, case.table, plan)
+    dispatch.apply_(y, None, x.bfloat16(), case.arena, case.table, plan)
+    assert torch.equal(y, expected)
+
+
+@needs_native
+def test_runs_inside_another_parallel_region():
+    """Several Python threads at once: the scratch is each thread's own."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    case = Case((16, 3, 20), 576, 855, torch.bfloat16)
+    x, y, plan = case.randn(8, 576), case.randn(8, 855), case.plan([A, B, MIX, []])
+
+    def once(_):
+        out = y.clone()
+        for _ in range(20):
+            out.copy_(y)
+            dispatch.apply_(out, None, x, case.arena, case.table, plan)
+        return out
+
+    expected = once(0)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(out, expected) for out in pool.map(once, range(8)))
