@@ -31,6 +31,7 @@ import mlora
 from mlora.demo_model import resolve_model
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PHASES = ["decode step", "prefill", "generate"]
 
 
 @dataclass
@@ -59,6 +60,7 @@ def main() -> None:
     parser.add_argument(
         "--repeats", type=int, default=5, help="pairs of prefills; 4x decode steps, half generates"
     )
+    parser.add_argument("--phases", nargs="*", default=PHASES, choices=PHASES)
     parser.add_argument("--no-peers", action="store_true", help="skip PEFT and PolyLoRA in the timings")
     add_arguments(parser)
     args = parser.parse_args()
@@ -290,6 +292,7 @@ def measure(
         "prefill": (lambda case: prefill(case, ids), args.repeats),
         "generate": (lambda case: generation(case, ids, args.new), max(args.repeats // 2, 2)),
     }
+    phases = {phase: phases[phase] for phase in args.phases}
     table = Table(title="Time over the bare model's (median, 20-80 % quantiles)")
     for column in ("case", *phases):
         table.add_column(column)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 
 import mlora
@@ -29,8 +29,9 @@ from mlora.routing import Entry
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 PROMPTS = ("What is the capital of Norway?", "What do ducks eat?", "Who was Beethoven?", "How do birds fly?")
 TIMED_ROWS = 12
-TIMED_TOKENS = 24
+TIMED_TOKENS = 16
 REPEATS = 3
+BUDGET_S = 40.0  # no further repeat is started after this: on a slow or busy machine one has to do
 
 
 def load_model(model: str | None) -> tuple[Any, Any]:
@@ -218,9 +219,16 @@ def _time(
         _Line("mlora, same rows, one adapter after another", one_after_another, TIMED_ROWS, []),
     ]
     notes = []
-    for _ in track(range(REPEATS + 1), "Timing", console=progress, transient=True):
-        for line in lines:
-            line.measure()
+    generate(bare), generate(served, adapter_names=mixed)  # warm up
+    start = time.perf_counter()
+    with Progress(console=progress, transient=True) as bar:
+        task = bar.add_task("Timing", total=REPEATS * len(lines))
+        for _ in range(REPEATS):
+            for line in lines:
+                line.measure()
+                bar.advance(task)
+            if time.perf_counter() - start > BUDGET_S:
+                break
 
     if find_spec("peft") is None:
         notes.append("PEFT is not installed: its line is missing (pip install peft).")
@@ -229,7 +237,7 @@ def _time(
             peft_line, note = _peft_line(bare, generate, inputs, adapters)
             notes.append(note)
             if peft_line is not None:
-                for _ in range(REPEATS + 1):
+                for _ in lines[0].seconds:
                     peft_line.measure()
                 lines.append(peft_line)
 
@@ -237,13 +245,15 @@ def _time(
     table.add_column("run")
     for column in ("seconds", "tokens/s", "time / bare"):
         table.add_column(column, justify="right")
-    base = statistics.median(lines[0].seconds[1:])
+    base = statistics.median(lines[0].seconds)
     for line in lines:
-        seconds = statistics.median(line.seconds[1:])  # the first repeat warms up
+        seconds = statistics.median(line.seconds)
         tokens = line.rows * TIMED_TOKENS / seconds
         table.add_row(line.what, f"{seconds:.2f}", f"{tokens:.0f}", f"{seconds / base:.2f}")
     out.print(table, markup=False)
-    notes.append(f"Medians of {REPEATS} runs on {served.device.type}, {torch.get_num_threads()} threads.")
+    notes.append(
+        f"Medians of {len(lines[0].seconds)} runs on {served.device.type}, {torch.get_num_threads()} threads."
+    )
     for note in filter(None, notes):
         out.print(note, markup=False, highlight=False)
 

@@ -7,7 +7,8 @@ and `state_dict` keys exactly as they are, and swapping it back leaves no trace.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from types import MethodType
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,9 @@ class LayerState:
         fused: whether the base product may be computed by `dispatch.linear`.
         kblocks: tokens and threads -> the accumulation block with which that op gives the library's
             bits, 0 if none does; filled as they occur.
-        outer: the `forward` that somebody put on the instance (accelerate's hooks do), or None.
+        outer: the `forward` that somebody put on the instance, called for the base, or None. Not one that
+            keeps the module's own in another attribute, as accelerate's hooks do: there `swap_forward`
+            exchanges what it wraps.
     """
 
     __slots__ = ("name", "index", "shared", "table", "dtype", "device", "fused", "kblocks", "outer", "gathered")
@@ -72,7 +75,8 @@ class LayerState:
         self.shared = shared
         self.table = table
         self.dtype, self.device = compute_dtype(module), shared.arena.device
-        self.outer: Callable[..., Tensor] | None = module.__dict__.get("forward")
+        wraps = bound_forwards(module, type(module).forward)
+        self.outer: Callable[..., Tensor] | None = None if wraps else module.__dict__.get("forward")
         self.gathered = GATHERED in name.split(".")[:-1]
         self.kblocks: dict[tuple[int, int], int] = {}
         self.fused = (
@@ -98,7 +102,10 @@ class LoraLayer(nn.Module):
 
     _mlora: LayerState
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:
+        if x is None:  # nn.Linear calls it `input`
+            assert input is not None
+            x = input
         state = self._mlora
         shared = state.shared
         if torch.compiler.is_compiling():
@@ -158,10 +165,15 @@ class LoraLayer(nn.Module):
 
     def _check(self, x: Tensor, plan: Plan) -> None:
         state = self._mlora
+        if torch.is_autocast_enabled(x.device.type):
+            raise errors.ModelMovedError(
+                f"{state.name} runs under autocast to {torch.get_autocast_dtype(x.device.type)}; the model was patched "
+                f"in {state.dtype}. Leave autocast, or unpatch the model, convert it, and patch it again"
+            )
         if x.dtype != state.dtype or x.device != state.device:
             raise errors.ModelMovedError(
                 f"{state.name} got an input in {x.dtype} on {x.device}; the model was patched in {state.dtype} on "
-                f"{state.device}. Unpatch, move the model or leave autocast, and patch again"
+                f"{state.device}. Unpatch, move the model and patch again"
             )
         if plan.uniform:
             return
@@ -181,6 +193,41 @@ class LoraLayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         refuse_move(self, fn)
         return super()._apply(fn, recurse)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        refuse_copy()
+
+
+def bound_forwards(module: nn.Module, forward: Callable[..., Any]) -> list[str]:
+    """The attributes in which `module` itself holds `forward`, bound to it."""
+    return [
+        name
+        for name, value in module.__dict__.items()
+        if isinstance(value, MethodType) and value.__self__ is module and value.__func__ is forward
+    ]
+
+
+def swap_forward(module: nn.Module, old: Callable[..., Any], new: Callable[..., Any]) -> None:
+    """Put `new` wherever `module` itself holds `old`, bound to it."""
+    for name in bound_forwards(module, old):
+        module.__dict__[name] = MethodType(new, module)
+
+
+def guard_moves(module: nn.Module) -> None:
+    """Make a module that has layers below it refuse a move before it moves any of its other children."""
+
+    def apply(fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        refuse_move(module, fn)
+        return type(module)._apply(module, fn, recurse)
+
+    module.__dict__["_apply"] = apply
+
+
+def refuse_copy() -> NoReturn:
+    raise errors.PatchError(
+        "a patched model can be neither copied nor pickled; unpatch it first, or save it with save_pretrained or its "
+        "state_dict"
+    )
 
 
 def refuse_move(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,12 @@ from .layers import (
     Shared,
     compute_dtype,
     find_layers,
+    guard_moves,
+    refuse_copy,
     refuse_move,
     restore_class,
     swap_class,
+    swap_forward,
 )
 from .ops.rows import check_rows
 from .runtime import Runtime
@@ -53,6 +57,9 @@ class PatchedModel(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         refuse_move(self, fn)
         return super()._apply(fn, recurse)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        refuse_copy()
 
 
 def patch(
@@ -115,9 +122,13 @@ def patch(
     runtime = Runtime(model, store, shared, {name: states[id(module)].index for name, module in paths.items()}, paths)
 
     for key, (_, module) in modules.items():
-        module.__dict__.pop("forward", None)  # kept as the state's `outer`
+        if states[key].outer is not None:
+            del module.__dict__["forward"]
+        swap_forward(module, type(module).forward, LoraLayer.forward)
         module.__dict__["_mlora"] = states[key]
         swap_class(module, LoraLayer)
+    for module in _ancestors(model, paths):
+        guard_moves(module)
     swap_class(model, PatchedModel)
     model.__dict__["mlora"] = runtime
     return runtime
@@ -137,11 +148,20 @@ def unpatch(model: nn.Module) -> nn.Module:
             outer = module._mlora.outer
             del module.__dict__["_mlora"]
             restore_class(module)
+            swap_forward(module, LoraLayer.forward, type(module).forward)
             if outer is not None:
                 module.__dict__["forward"] = outer
+    for module in _ancestors(model, model.mlora._bases):
+        module.__dict__.pop("_apply", None)
     del model.__dict__["mlora"]
     restore_class(model)
     return model
+
+
+def _ancestors(model: nn.Module, paths: Iterable[str]) -> list[nn.Module]:
+    """The modules between `model` and its layers."""
+    names = {path[:end] for path in paths for end, letter in enumerate(path) if letter == "."}
+    return [module for name, module in model.named_modules(remove_duplicate=False) if name in names]
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import mlora
+from mlora.ops import layout
 
 torch.set_num_threads(2)
 settings.register_profile("mlora", deadline=None)  # the first example pays for imports and kernels
@@ -67,7 +68,8 @@ def _opt() -> Any:
     return OPTForCausalLM(
         OPTConfig(
             vocab_size=VOCAB, hidden_size=HIDDEN, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=64, word_embed_proj_dim=24, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+            max_position_embeddings=64, word_embed_proj_dim=24, pad_token_id=0, bos_token_id=1,
+            eos_token_id=None,
         )
     )  # fmt: skip
 
@@ -77,8 +79,8 @@ def _t5() -> Any:
 
     return T5ForConditionalGeneration(
         T5Config(
-            vocab_size=VOCAB, d_model=HIDDEN, d_kv=8, d_ff=48, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
-            decoder_start_token_id=0, pad_token_id=0, eos_token_id=None,
+            vocab_size=VOCAB, d_model=HIDDEN, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+            feed_forward_proj="gated-gelu", decoder_start_token_id=0, pad_token_id=0, eos_token_id=None,
         )
     )  # fmt: skip
 
@@ -88,8 +90,8 @@ def _bert() -> Any:
 
     return BertForSequenceClassification(
         BertConfig(
-            vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=64, num_labels=5,
+            vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, max_position_embeddings=64, num_labels=5,
         )
     )  # fmt: skip
 
@@ -99,8 +101,8 @@ def _vit() -> Any:
 
     return ViTForImageClassification(
         ViTConfig(
-            hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=12,
-            patch_size=4, num_labels=5,
+            hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            image_size=12, patch_size=4, num_labels=5,
         )
     )  # fmt: skip
 
@@ -177,8 +179,8 @@ def make_adapter(
     strength: float = 0.5,
     **config: Any,
 ) -> Path:
-    """Save a PEFT adapter for `model` in `folder`. Every trainable tensor is random: PEFT's initial values are
-    no-ops, which hide errors."""
+    """Save a PEFT adapter for `model` in `folder`. Every trainable tensor is random: PEFT's initial values
+    are no-ops, which hide errors."""
     from peft import LoraConfig, get_peft_model
 
     base = copy.deepcopy(model).float()
@@ -211,8 +213,8 @@ def make_adapter(
 
 
 def peft_alone(model: Any, *folders: Path, weights: Sequence[float] = ()) -> Any:
-    """A fresh PEFT model with one adapter; or with several active at once, the scaling of each multiplied by its
-    weight, which is PEFT's own way to add LoRA deltas."""
+    """A fresh PEFT model with one adapter; or with several active at once, the scaling of each multiplied by
+    its weight, which is PEFT's own way to add LoRA deltas."""
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
@@ -231,17 +233,17 @@ def peft_alone(model: Any, *folders: Path, weights: Sequence[float] = ()) -> Any
     return wrapped.eval()
 
 
-def formula(model: Any, mix: Mapping[Path, float]) -> Any:
-    """The weighted sum of deltas in fp64, from the files alone: the oracle for what PEFT cannot express."""
+def formula(model: Any, mix: Mapping[Path, float], dtype: torch.dtype = torch.float64) -> Any:
+    """The weighted sum of deltas, from the files alone: the oracle for what PEFT cannot express."""
     from peft import LoraConfig
     from peft.utils.other import get_pattern_key
 
-    model = copy.deepcopy(model).double()
+    model = copy.deepcopy(model).to(dtype)
     modules = dict(model.named_modules())
     hooks: dict[str, list[Any]] = {}
     for folder, weight in mix.items():
         config = LoraConfig.from_pretrained(str(folder))
-        tensors = {k.removeprefix("base_model.model."): t.double() for k, t in _tensors(folder).items()}
+        tensors = {k.removeprefix("base_model.model."): t.to(dtype) for k, t in _tensors(folder).items()}
         for key in tensors:
             if not key.endswith(".lora_A.weight"):
                 continue
@@ -282,7 +284,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def rewrite(folder: Path, target: Path, config: Mapping[str, Any] | None = None, tensors: Any = None) -> Path:
-    """A copy of an adapter folder with some config values replaced, and its tensors passed through `tensors`."""
+    """A copy of an adapter folder with config values replaced and its tensors passed through `tensors`."""
     target.mkdir()
     values = json.loads((folder / "adapter_config.json").read_text())
     values.update(config or {})
@@ -324,9 +326,19 @@ def snapshot(model: Any) -> dict[str, Any]:
         "pins": {name: packed.pins for name, packed in store._adapters.items()},
         "default": runtime._shared.default,
         "plan": runtime._shared.local.plan,
-        "words": runtime._shared.plan[:64].tolist(),
+        "words": _in_force(runtime._shared.plan.tolist()),
         "weights": state_hash(model),
     }
+
+
+def _in_force(words: list[int]) -> list[int]:
+    """What a plan buffer says; the words beyond its last entry mean nothing."""
+    rows, routes, terms = words[:3]
+    return (
+        words[: layout.PLAN_HEADER + 2 * (routes + 1) + rows + 2 * terms]
+        if rows
+        else words[: layout.PLAN_HEADER]
+    )
 
 
 @contextmanager
@@ -346,7 +358,10 @@ def refused(model: Any, error: type[BaseException], *wanted: str) -> Iterator[No
 LLAMA_ADAPTERS: dict[str, dict[str, Any]] = {
     "r3": {"r": 3, "lora_alpha": 7, "target_modules": ["q_proj", "v_proj"]},
     "rs16": {"r": 16, "lora_alpha": 8, "use_rslora": True, "target_modules": "all-linear"},
-    "dora1": {"r": 1, "lora_alpha": 2, "use_dora": True, "target_modules": r".*\.(0|1)\.(self_attn\.o|mlp\.gate)_proj"},
+    "dora1": {
+        "r": 1, "lora_alpha": 2, "use_dora": True,
+        "target_modules": r".*\.(0|1)\.(self_attn\.o|mlp\.gate)_proj",
+    },
     "bias8": {
         "r": 8, "lora_alpha": 4, "lora_bias": True, "target_modules": ["k_proj", "o_proj", "down_proj"],
         "rank_pattern": {"k_proj": 2, r".*\.1\.mlp\.down_proj": 5}, "alpha_pattern": {"o_proj": 12},

@@ -20,7 +20,8 @@ import mlora
 from mlora import errors
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+ROOT = "base_model.model"
+Q0 = f"{ROOT}.model.layers.0.self_attn.q_proj"
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ FILES: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("weights-are-cut", lambda f: spoil_weights(f, (f / WEIGHTS).read_bytes()[:-9]), ("damaged", WEIGHTS)),
     ("header-is-cut", lambda f: spoil_weights(f, (f / WEIGHTS).read_bytes()[:20]), ("damaged", WEIGHTS)),
     ("header-is-huge", lambda f: spoil_weights(f, b"\xff" * 64), ("damaged", WEIGHTS)),
-    ("weights-are-text", lambda f: spoil_weights(f, b"version https://git-lfs.github.com/\n" * 3), ("damaged",)),
+    ("weights-are-text", lambda f: spoil_weights(f, b"version https://git-lfs\n" * 3), ("damaged",)),
     ("weights-are-a-zip", lambda f: torch.save({"x": torch.ones(1)}, f / WEIGHTS), ("damaged", WEIGHTS)),
     ("no-tensors", lambda f: save_file({}, f / WEIGHTS), ("no tensors",)),
 )  # fmt: skip
@@ -174,7 +175,7 @@ TENSORS: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("wide-a", edit(lora_A=lambda t: torch.ones(3, 33)), ("q_proj", "lora_A", "33", "32")),
     ("narrow-b", edit(lora_B=lambda t: torch.ones(31, 3)), ("q_proj", "lora_B", "31", "32")),
     ("ranks-differ", edit(lora_B=lambda t: torch.ones(32, 4)), ("q_proj", "rank 3", "rank 4")),
-    ("other-rank", edit(lora_A=lambda t: torch.ones(5, 32), lora_B=lambda t: torch.ones(32, 5)), ("rank 5", "3")),
+    ("other-rank", edit(lora_A=lambda t: torch.ones(5, 32), lora_B=lambda t: torch.ones(32, 5)), ("rank 5",)),
     ("rank-zero", edit(lora_A=lambda t: t[:0], lora_B=lambda t: t[:, :0]), ("q_proj", "rank 0", "positive")),
     ("vector-a", edit(lora_A=lambda t: t[0]), ("q_proj", "lora_A", "(32,)", "matrix")),
     ("cube-b", edit(lora_B=lambda t: t[None]), ("q_proj", "lora_B", "(1, 32, 3)", "matrix")),
@@ -182,16 +183,16 @@ TENSORS: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("missing-a", edit(lora_A=None), ("layers.0.self_attn.q_proj", "lora_A is missing")),
     ("missing-b", edit(lora_B=None), ("layers.0.self_attn.q_proj", "lora_B is missing")),
     ("missing-module", edit(lora_A=None, lora_B=None), ("layers.0.self_attn.q_proj", "no weights")),
-    ("left-over-key", add(f"{Q0}.other.weight", torch.ones(2)), ("self_attn.q_proj.other.weight", "left over")),
-    ("trained-head", add("base_model.model.lm_head.weight", torch.ones(67, 32)), ("lm_head.weight", "left over")),
-    ("embedding", add("base_model.model.model.embed_tokens.lora_embedding_A", torch.ones(3, 67)), ("embedding LoRA",)),
+    ("left-over-key", add(f"{Q0}.other.weight", torch.ones(2)), ("q_proj.other.weight", "left over")),
+    ("trained-head", add(f"{ROOT}.lm_head.weight", torch.ones(67, 32)), ("lm_head.weight", "left over")),
+    ("embedding", add(f"{ROOT}.model.embed_tokens.lora_embedding_A", torch.ones(3, 67)), ("embedding LoRA",)),
     ("unasked-bias", add(f"{Q0}.lora_B.bias", torch.ones(32)), ("q_proj", "lora_bias", "bias")),
-    ("unasked-magnitude", add(f"{Q0}.lora_magnitude_vector", torch.ones(32)), ("q_proj", "use_dora", "magnitude")),
+    ("unasked-magnitude", add(f"{Q0}.lora_magnitude_vector", torch.ones(32)), ("use_dora", "magnitude")),
     ("untargeted", rename("q_proj", "o_proj"), ("o_proj", "target_modules", "q_proj")),
     ("another-model", rename("model.layers", "transformer.h"), ("transformer.h.0.self_attn", "another base")),
     ("more-layers", rename("layers.1", "layers.2"), ("layers.2.self_attn", "another base")),
     ("not-a-linear", rename("self_attn.q_proj", "input_layernorm"), ("input_layernorm", "no linear")),
-    ("twice", add("model.layers.0.self_attn.q_proj.lora_A.weight", torch.ones(3, 32)), ("prefix", "base_model.model.")),
+    ("twice", add(f"{Q0.removeprefix(ROOT + '.')}.lora_A.weight", torch.ones(3, 32)), ("prefix", ROOT)),
 )  # fmt: skip
 
 
@@ -344,7 +345,7 @@ TARGETS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("one-layer", {"target_modules": ["q_proj"], "layers_to_transform": 0}),
     ("named-layers", {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"}),
     ("rank-regex", {"target_modules": "all-linear", "rank_pattern": {r"layers\.0.*": 5, "q_proj": 2}}),
-    ("alpha-caret", {"target_modules": ["q_proj"], "alpha_pattern": {"^model.layers.0.self_attn.q_proj": 20}}),
+    ("alpha-caret", {"target_modules": ["q_proj"], "alpha_pattern": {"^model.layers.0.self_attn.q_proj": 9}}),
 )  # fmt: skip
 
 
@@ -356,6 +357,22 @@ def test_every_form_of_targets(llama: Any, patched: Any, tmp_path: Path, config:
     want = logits(peft_alone(llama, folder), batch)
     assert not torch.equal(want, logits(llama, batch))
     assert_close(logits(patched, batch, adapter_names="new"), want)
+
+
+def test_a_targeted_head_comes_with_a_copy_of_its_weight(llama: Any, patched: Any, tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "head", llama, 3, r=3, target_modules=["lm_head", "q_proj"])
+    assert any(key.endswith("lm_head.base_layer.weight") for key in load_file(folder / WEIGHTS))
+    patched.mlora.load_adapter(folder, "head")
+    batch = inputs_for("llama", 2)
+    assert_close(logits(patched, batch, adapter_names="head"), logits(peft_alone(llama, folder), batch))
+
+    def other(
+        state: dict[str, Tensor],
+    ) -> dict[str, Tensor]:  # what training with a changed vocabulary would leave
+        return {k: t + 1e-3 if k.endswith("base_layer.weight") else t for k, t in state.items()}
+
+    with refused(patched, errors.AdapterError, "lm_head", "copy of the base weight", "(67, 32)"):
+        patched.mlora.load_adapter(rewrite(folder, tmp_path / "other", tensors=other), "other")
 
 
 # Pickle

@@ -20,7 +20,7 @@ needs_native = pytest.mark.skipif(not NATIVE, reason="built without the C++ oper
 needs_bf16 = pytest.mark.skipif(not BF16, reason="needs AVX512_BF16")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # half an ulp of 1
 PARTS = {"a": layout.A, "b": layout.B, "gain": layout.GAIN, "in_gain": layout.IN_GAIN, "shift": layout.SHIFT}
 
 
@@ -87,12 +87,13 @@ class Case:
         out, x = y.double().clone(), x.double()
         b = out.clone() if base is None else base.double()
         length = x.shape[0] // len(recipes)
-        for t in range(x.shape[0]):
-            for slot, weight in recipes[t // length]:
+        for row, recipe in enumerate(recipes):
+            t = slice(row * length, (row + 1) * length)
+            for slot, weight in recipe:
                 weight = float(np.float32(weight))
                 adapter = self.adapters[slot]
                 if "a" in adapter:
-                    out[t] += weight * adapter["scale"] * (adapter["a"] @ x[t]) @ adapter["b"]
+                    out[t] += weight * adapter["scale"] * (x[t] @ adapter["a"].T) @ adapter["b"]
                 if "gain" in adapter:
                     out[t] += weight * adapter["gain"] * b[t]
                 if "shift" in adapter:
@@ -107,8 +108,9 @@ def sentinel(rows: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 
 
 def check(got: Tensor, oracle: Tensor, ref: Tensor) -> None:
-    """At most twice the error of the fp32 reference, over the whole and at its worst element."""
-    floor = 2 * EPS[got.dtype] * 2.0**-4 * oracle.abs().max()
+    """At most twice the error of the fp32 reference, over the whole and at its worst element, give or take what
+    one rounding of the largest element may cost."""
+    floor = EPS[got.dtype] * oracle.abs().max()
     ours, theirs = (got.double() - oracle).abs(), (ref.double() - oracle).abs()
     assert ours.norm() <= 2 * theirs.norm() + floor
     assert ours.max() <= 2 * theirs.max() + floor
@@ -207,9 +209,7 @@ def test_linear_base_rows_have_the_library_bits(width_in, width_out, bias, threa
         b = case.randn(width_out) * 1e-5 if bias else None
         expected = F.linear(x, weight, b)
         none = torch.zeros(layout.PLAN_HEADER, dtype=torch.int32)
-        assert torch.equal(
-            dispatch.linear(x, weight, b, case.arena, case.table, none, kblock), expected
-        )
+        assert torch.equal(dispatch.linear(x, weight, b, case.arena, case.table, none, kblock), expected)
         plan = case.plan([[]] + [A] * (tokens - 1))
         mixed = dispatch.linear(x, weight, b, case.arena, case.table, plan, kblock)
         assert torch.equal(mixed[0], expected[0])
@@ -458,7 +458,7 @@ def test_lower_instruction_sets(isa):
 import sys, pytest, torch, mlora.ops.dispatch
 assert torch.ops.mlora.isa() == {names.index(isa)}
 sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", {__file__!r}, "-k",
-                      "fp64 and not long and not 855x2049 or see_its_batch or scale_input or subnormals"]))
+                      "fp64 and (20x855 or 2049x20) and (decode or prefill) or see_its_batch and 855 or scale_input or subnormals"]))
 """
     run_python(code, MLORA_CPU_ISA=isa)
 

@@ -1,4 +1,4 @@
-"""A patched model stays itself, refuses what it cannot do exactly, and leaves no trace when it is unpatched."""
+"""A patched model stays itself, refuses what it cannot do exactly, and unpatching leaves no trace."""
 
 from __future__ import annotations
 
@@ -207,10 +207,11 @@ def test_a_peft_model_is_refused(llama: Any, folders: dict[str, Path]) -> None:
 
 
 def test_a_patched_model_is_neither_copied_nor_pickled(patched: Any, batch: dict[str, Tensor]) -> None:
-    with refused(patched, errors.PatchError, "copied", "unpatch"):
-        copy.deepcopy(patched)
-    with refused(patched, errors.PatchError, "pickled", "state_dict"):
-        pickle.dumps(patched)
+    for part in (patched, patched.model, patched.lm_head):
+        with refused(patched, errors.PatchError, "copied", "unpatch"):
+            copy.deepcopy(part)
+        with refused(patched, errors.PatchError, "pickled", "state_dict"):
+            pickle.dumps(part)
     with refused(patched, errors.PatchError):
         copy.deepcopy(patched.mlora)
     logits(patched, batch, adapter_names="r3")
@@ -363,6 +364,33 @@ def test_removing_an_accelerate_hook_keeps_the_adapter(
     want = logits(model, batch, adapter_names="r3")
     remove_hook_from_module(linear)
     assert torch.equal(logits(model, batch, adapter_names="r3"), want)
+
+
+def test_replacing_an_accelerate_hook_keeps_the_adapter(
+    model: Any, folders: dict[str, Path], batch: dict[str, Tensor]
+) -> None:
+    from accelerate.hooks import add_hook_to_module
+
+    linear, first, second = model.model.layers[0].self_attn.q_proj, Spy(), Spy()
+    add_hook_to_module(linear, first)
+    mlora.patch(model, memory=1 << 20).load_adapter(folders["r3"], "r3")
+    want = logits(model, batch, adapter_names="r3")
+    add_hook_to_module(linear, second)  # wraps the forward that the first one wrapped
+    assert torch.equal(logits(model, batch, adapter_names="r3"), want)
+    assert (first.calls, second.calls) == (1, 1)
+
+
+def test_a_forward_that_somebody_put_on_a_linear_is_the_base(
+    model: Any, folders: dict[str, Path], batch: dict[str, Tensor]
+) -> None:
+    linear = model.model.layers[0].self_attn.q_proj
+    linear.forward = lambda x: nn.functional.linear(x, linear.weight) * 2
+    mine, bare = linear.forward, logits(model, batch)
+    mlora.patch(model, memory=1 << 20).load_adapter(folders["r3"], "r3")
+    assert torch.equal(logits(model, batch), bare)
+    assert not torch.equal(logits(model, batch, adapter_names="r3"), bare)
+    mlora.unpatch(model)
+    assert linear.__dict__["forward"] is mine and torch.equal(logits(model, batch), bare)
 
 
 @pytest.mark.parametrize("when", ("before", "after"))
@@ -589,7 +617,10 @@ def test_inputs_that_cannot_be_attributed_to_rows(shape: Any, fits: bool) -> Non
         (5, errors.EntryError, ("5", "int")),
         ([5, None, None, None], errors.EntryError, ("5", "int")),
     ),
-    ids=("name", "name-in-row", "name-in-mix", "few", "many", "one-in-a-list", "empty", "nan", "inf", "int", "int-in-row"),
+    ids=(
+        "name", "name-in-row", "name-in-mix", "few", "many", "one-in-a-list", "empty", "nan", "inf", "int",
+        "int-in-row",
+    ),
 )  # fmt: skip
 @pytest.mark.parametrize("how", ("call", "generate", "context"))
 def test_bad_entries(
@@ -663,9 +694,8 @@ def test_deleting_what_is_in_use(patched: Any, batch: dict[str, Tensor]) -> None
 
 
 def test_unpatching_while_routed(patched: Any) -> None:
-    with patched.mlora.use_adapters("r3"):
-        with refused(patched, errors.PatchError, "use_adapters"):
-            mlora.unpatch(patched)
+    with patched.mlora.use_adapters("r3"), refused(patched, errors.PatchError, "use_adapters"):
+        mlora.unpatch(patched)
     patched.mlora.set_adapter("r3")
     mlora.unpatch(patched)
 
@@ -732,8 +762,11 @@ def test_a_batch_that_needs_more_than_the_arena(model: Any, folders: dict[str, P
         got = logits(model, batch, adapter_names=name)
         assert torch.equal(got, logits(fresh, batch, adapter_names=name))
         assert runtime.adapters[name].location == "device"
-    for name in folders:
-        runtime.set_adapter(name)  # also where the old default and the new one do not fit together
+    runtime.set_adapter("r3")
+    with refused(model, errors.CapacityError, f"{needed:,} bytes", "active already"):
+        runtime.set_adapter("rs16")  # the old default stays until the new one is there
+    runtime.set_adapter(None)
+    runtime.set_adapter("rs16")
 
 
 def test_an_adapter_larger_than_the_arena(model: Any, folders: dict[str, Path]) -> None:

@@ -14,7 +14,7 @@ template <class T>
 constexpr int64_t kShrinkAhead = 2048 / sizeof(T);  // elements of A to prefetch ahead: covers the latency of memory
 
 // Chains are cut into blocks, whose sums are added in order: a long fp32 chain would lose accuracy.
-constexpr int64_t kShrinkBlock = 1024;
+constexpr int64_t kShrinkBlock = 32 * W;
 
 // v[t * stride + r] = scale * (A[r] . x[t])
 template <class T, int Tokens, int Ranks>

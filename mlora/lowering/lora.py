@@ -28,6 +28,7 @@ _PARTS = {
     "lora_B.bias": "bias",
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
+    "base_layer.weight": "copy",  # PEFT adds the base weight of a targeted lm_head
 }
 
 # Options that this lowering reads.
@@ -66,6 +67,11 @@ def lower_lora(adapter: Adapter, bases: Mapping[str, BaseLinear]) -> dict[str, D
             if bool(config.get(option)) != (part in parts):
                 state = "has no" if config.get(option) else "has a"
                 raise errors.AdapterError(f"{where}: {option} is {config.get(option)!r} but it {state} {part} tensor")
+        if "copy" in parts and not torch.equal(parts["copy"].float(), base.weight()):
+            raise errors.AdapterError(
+                f"{where}: the file has its own copy of the base weight, of shape {tuple(parts['copy'].shape)}, which "
+                f"is not this model's ({base.out_features}, {base.in_features}); was it made for another base?"
+            )
         rank = parts["A"].shape[0]
         wanted = pattern_value(config.get("rank_pattern"), name, config.get("r", 8))
         if rank != wanted:

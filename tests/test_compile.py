@@ -1,0 +1,169 @@
+"""A patched model compiles once: what its adapters do afterwards changes contents, never graphs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_close, build, inputs_for, logits, make_adapter, refused
+from torch import Tensor, nn
+
+import mlora
+from mlora import errors
+
+MIXED = ["r3", None, "dora1", {"rs16": 0.5, "bias8": -1.0}]
+SHUFFLED = [{"dora1": 2.0}, "rs16", "rs16", None]
+
+
+class Counting:
+    """A backend that counts the graphs it was asked to compile."""
+
+    def __init__(self, name: str) -> None:
+        self.compile = torch._dynamo.lookup_backend(name)
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        self.graphs += 1
+        return self.compile(graph, inputs)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("backend", ("eager", "aot_eager"))
+def test_adapters_come_and_go_without_a_new_graph(
+    llama: Any, folders: dict[str, Path], tmp_path: Path, backend: str
+) -> None:
+    model, batch = copy.deepcopy(llama), inputs_for("llama", 4)
+    late = make_adapter(tmp_path / "late", llama, 77, r=5, target_modules=["up_proj", "k_proj", "lm_head"])
+    runtime = mlora.patch(model, memory=1 << 20, max_adapters=8)
+    counting = Counting(backend)
+    compiled = torch.compile(model, fullgraph=True, backend=counting)
+    assert_close(logits(compiled, batch), logits(model, batch), 1e-6)  # compiled before any adapter is there
+
+    def check(entries: Any) -> Tensor:
+        with runtime.use_adapters(entries):
+            got = logits(compiled, batch)
+        assert_close(got, logits(model, batch, adapter_names=entries), 1e-6)
+        return got
+
+    for name, folder in folders.items():
+        runtime.load_adapter(folder, name)
+        check(name)
+    first = check(MIXED)
+    assert not torch.equal(first, check(SHUFFLED))
+    assert torch.equal(first, check(MIXED))
+    runtime.delete_adapter("r3")
+    check(SHUFFLED)
+    runtime.load_adapter(late, "late")
+    check(["late", "dora1", None, {"late": -1.0, "bias8": 0.5}])
+    check(None)
+    runtime.set_adapter("late")
+    assert_close(logits(compiled, batch), logits(model, batch, adapter_names="late"), 1e-6)
+    runtime.set_adapter(None)
+    assert_close(logits(compiled, batch), logits(llama, batch), 1e-6)
+    assert counting.graphs == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "backend"), (("gpt2", "aot_eager"), ("mlp", "aot_eager"), ("mlp", "inductor"))
+)
+def test_other_modules_compile_too(kind: str, backend: str, tmp_path: Path) -> None:
+    base, batch = build(kind), inputs_for(kind, 3)
+    names = {"gpt2": ["c_attn", "c_fc"], "mlp": ["up", "head"]}[kind]
+    options = {"fan_in_fan_out": True} if kind == "gpt2" else {}
+    folder = make_adapter(tmp_path / "a", base, 1, r=4, use_dora=True, target_modules=names, **options)
+    runtime = mlora.patch(base, memory=1 << 18)
+    runtime.load_adapter(folder, "a")
+    counting = Counting(backend)
+    compiled = torch.compile(base, fullgraph=True, backend=counting)
+    for entries in (None, "a", ["a", None, {"a": 0.5}]):
+        with runtime.use_adapters(entries):
+            # inductor sums in an order of its own
+            assert_close(
+                logits(compiled, batch), logits(base, batch), 5e-6 if backend == "inductor" else 1e-6
+            )
+    assert counting.graphs == 1
+
+
+def test_a_bf16_model_compiles(folders: dict[str, Path]) -> None:
+    model, batch = build("llama", torch.bfloat16), inputs_for("llama", 4, length=3)
+    runtime = mlora.patch(model, memory=1 << 20, max_adapters=8)
+    for name, folder in folders.items():
+        runtime.load_adapter(folder, name)
+    counting = Counting("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counting)
+    for entries in (MIXED, SHUFFLED, None):
+        with runtime.use_adapters(entries):
+            assert_close(logits(compiled, batch).float(), logits(model, batch).float(), 2**-6)
+    assert counting.graphs == 1
+
+
+def test_a_compiled_forward_inside_the_patched_model(patched: Any, llama: Any) -> None:
+    batch = inputs_for("llama", 4)
+    want = logits(patched, batch, adapter_names=MIXED)
+    tokens = patched.generate(**batch, adapter_names=MIXED, max_new_tokens=3)
+    counting = Counting("eager")
+    patched.forward = torch.compile(patched.forward, fullgraph=True, backend=counting)
+    assert_close(logits(patched, batch, adapter_names=MIXED), want, 1e-6)
+    assert_close(
+        logits(patched, batch, adapter_names=SHUFFLED[::-1])[1:3],
+        logits(patched, batch, adapter_names="rs16")[1:3],
+    )
+    assert counting.graphs == 1
+    with torch._dynamo.config.patch(
+        error_on_recompile=False
+    ):  # the cache and the lengths change, not the adapters
+        assert torch.equal(patched.generate(**batch, adapter_names=MIXED, max_new_tokens=3), tokens)
+
+
+def test_names_inside_a_compiled_call_are_a_clear_error(patched: Any) -> None:
+    batch = inputs_for("llama", 4)
+    compiled = torch.compile(patched, fullgraph=True, backend="eager")
+    with refused(patched, Exception, "adapter_names", "use_adapters"):
+        compiled(**batch, adapter_names=MIXED)
+    with patched.mlora.use_adapters(MIXED):
+        assert_close(logits(compiled, batch), logits(patched, batch), 1e-6)
+
+
+def test_the_wrong_number_of_rows_in_a_compiled_call(patched: Any) -> None:
+    batch = inputs_for("llama", 4)
+    compiled = torch.compile(patched, fullgraph=True, backend="aot_eager")
+    logits(compiled, batch)
+    two = patched.mlora.use_adapters(["r3", None])
+    with two, refused(patched, errors.MloraError, "2 entries", "4 rows"):
+        logits(compiled, batch)
+
+
+class Experts(nn.Module):
+    """A module list of that name gets tokens that were gathered from any rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(8, 8)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts[0](x.flatten(0, 1).flip(0)).view_as(x)
+
+
+def test_gathered_tokens_in_a_compiled_call() -> None:
+    model = Experts().eval()
+    tensors = {"experts.0.lora_A.weight": torch.randn(1, 8), "experts.0.lora_B.weight": torch.randn(8, 1)}
+    runtime = mlora.patch(model, memory=1 << 16)
+    runtime.add_adapter("a", mlora.Adapter({"peft_type": "LORA", "r": 1}, tensors))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 4, 8)
+    with torch.no_grad():
+        with runtime.use_adapters("a"):
+            assert_close(compiled(x), model(x), 1e-6)
+        with runtime.use_adapters(["a", None, "a"]), refused(model, errors.AttributionError, "3 entries"):
+            compiled(x)
