@@ -21,8 +21,8 @@ $(VENV)/.tools:
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.tools $(SOURCES)
-	@echo "== Installing mlora and building its C++ kernels"
-	$(PIP) --no-build-isolation -e '.[demo,test,bench,dev]'
+	@echo "== Installing mlora and building its C++ kernels (a minute or two, silent)"
+	$(PIP) --quiet --no-build-isolation -e '.[demo,test,bench,dev]'
 	@touch $@
 
 $(VENV)/.model: $(VENV)/.built
@@ -42,7 +42,6 @@ test: $(VENV)/.model
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
 	$(BIN)/mypy mlora
 
 bench: $(VENV)/.model

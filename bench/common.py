@@ -23,9 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="file for JSON lines")
     parser.add_argument("--smoke", action="store_true", help="small shapes, seconds")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
-    parser.add_argument(
-        "--cpu-time", action="store_true", help="one thread, CPU time: for a machine that is not idle"
-    )
+    parser.add_argument("--cpu-time", action="store_true", help="one thread, CPU time: for a machine that is not idle")
 
 
 def set_up(args: argparse.Namespace) -> Console:

@@ -46,20 +46,14 @@ class Case:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hub id or folder; default SmolLM2-135M-Instruct")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument(
-        "--adapters", type=int, nargs="*", default=[1, 2, 4, 8, 16], help="distinct ones in the batch"
-    )
-    parser.add_argument(
-        "--repeats", type=int, default=5, help="pairs of prefills; 4x decode steps, half generates"
-    )
+    parser.add_argument("--adapters", type=int, nargs="*", default=[1, 2, 4, 8, 16], help="distinct ones in the batch")
+    parser.add_argument("--repeats", type=int, default=5, help="pairs of prefills; 4x decode steps, half generates")
     parser.add_argument("--phases", nargs="*", default=PHASES, choices=PHASES)
     parser.add_argument("--no-peers", action="store_true", help="skip PEFT and PolyLoRA in the timings")
     add_arguments(parser)
@@ -74,9 +68,7 @@ def main() -> None:
     bare = tiny_llama() if args.smoke else load(args.model)
     ids = torch.randint(3, bare.config.vocab_size, (args.batch, args.prompt))
     with tempfile.TemporaryDirectory() as temp:
-        folders = [
-            make_adapter(bare, Path(temp) / f"a{i}", args.rank, seed=i) for i in range(max(args.adapters))
-        ]
+        folders = [make_adapter(bare, Path(temp) / f"a{i}", args.rank, seed=i) for i in range(max(args.adapters))]
         adapter_bytes = sum(f.stat().st_size for f in folders[0].glob("*.safetensors"))
         served, unfused = (patched(bare, folders, adapter_bytes, fused) for fused in (True, False))
         with console.status("Checking against PEFT, each adapter alone"):
@@ -169,8 +161,7 @@ def check(bare: Any, served: Any, folders: list[Path], ids: Tensor) -> Iterator[
         if not torch.equal(mixed[-1], plain[-1]):
             raise SystemExit("refused to report: a base row in a mixed prefill differs from the bare model's")
         steps = [
-            decoder(Case("", m, r), ids)()
-            for m, r in ((bare, {}), (served, {}), (served, {"adapter_names": names}))
+            decoder(Case("", m, r), ids)() for m, r in ((bare, {}), (served, {}), (served, {"adapter_names": names}))
         ]
         if not torch.equal(steps[0], steps[1]) or not torch.equal(steps[0][-1], steps[2][-1]):
             raise SystemExit("refused to report: a base row's decode step differs from the bare model's")
@@ -215,9 +206,7 @@ def peer_cases(bare: Any, folders: list[Path], batch: int, rank: int) -> list[Ca
     """PEFT with one adapter and its mixed batch, in the model's dtype; PolyLoRA where it is installed."""
     from peft import PeftModel
 
-    peft: Any = PeftModel.from_pretrained(
-        twin(bare), str(folders[0]), adapter_name="a0", autocast_adapter_dtype=False
-    )
+    peft: Any = PeftModel.from_pretrained(twin(bare), str(folders[0]), adapter_name="a0", autocast_adapter_dtype=False)
     for folder in folders[1:]:
         peft.load_adapter(str(folder), folder.name, autocast_adapter_dtype=False)
     peft.eval()
@@ -257,9 +246,7 @@ def decoder(case: Case, ids: Tensor) -> Callable[[], Tensor]:
 
 def generation(case: Case, ids: Tensor, new: int) -> Callable[[], object]:
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-    return lambda: case.model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), **options, **case.routing
-    )
+    return lambda: case.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options, **case.routing)
 
 
 def measure(
@@ -305,15 +292,11 @@ def measure(
                     continue
                 with console.status(f"{phase}: {case.name}"):
                     bare_times, times = alternate(make(Case("bare", bare)), make(case), repeats)
-                ratio, low, high = quantiles(
-                    [mine / its for mine, its in zip(times, bare_times, strict=True)]
-                )
+                ratio, low, high = quantiles([mine / its for mine, its in zip(times, bare_times, strict=True)])
                 reads = args.new if phase == "generate" else 1
                 bound = 1 + case.adapters * adapter_bytes * reads / stream / quantiles(bare_times)[0]
                 milliseconds = quantiles(times)[0] * 1e3
-                rows[case.name].append(
-                    f"{ratio:.2f} ({low:.2f}-{high:.2f}), {milliseconds:.0f} ms, bound {bound:.2f}"
-                )
+                rows[case.name].append(f"{ratio:.2f} ({low:.2f}-{high:.2f}), {milliseconds:.0f} ms, bound {bound:.2f}")
                 log.write(
                     case=case.name,
                     phase=phase,

@@ -111,9 +111,7 @@ class Buffers:
             return self.ys[i]
         if self.load.op == "library":
             return torch.nn.functional.linear(self.xs[i], self.weights[i])
-        return dispatch.linear(
-            self.xs[i], self.weights[i], None, self.arena, self.rows[i], self.plan, self.kblock
-        )
+        return dispatch.linear(self.xs[i], self.weights[i], None, self.arena, self.rows[i], self.plan, self.kblock)
 
     def sweep(self) -> None:
         for i in range(self.copies):
@@ -165,9 +163,7 @@ def routes(popularity: str, rows: int, base_share: float = 0.0) -> tuple[tuple[i
         picks = draw.choices(range(rows), [1.5**-i for i in range(rows)], k=rows)
     base = set(draw.sample(range(rows), round(base_share * rows)))
     numbers: dict[int, int] = {}
-    route = tuple(
-        None if r in base else numbers.setdefault(pick, len(numbers)) for r, pick in enumerate(picks)
-    )
+    route = tuple(None if r in base else numbers.setdefault(pick, len(numbers)) for r, pick in enumerate(picks))
     return route, len(numbers)
 
 
@@ -200,9 +196,7 @@ def prefill_workloads(smoke: bool) -> Iterator[Workload]:
     for tokens in (32,) if smoke else (32, 128, 512, 2048):
         for popularity in ("identical", "distinct"):
             route, count = routes(popularity, 16)
-            yield Workload(
-                "tokens", f"{popularity}, {tokens} tokens", inputs, outputs, tokens, route, (16,) * count
-            )
+            yield Workload("tokens", f"{popularity}, {tokens} tokens", inputs, outputs, tokens, route, (16,) * count)
     for rank in (20,) if smoke else (1, 3, 8, 20, 64, 256):
         route, count = routes("distinct", 16)
         yield Workload("ranks", f"distinct, 16 rows, r{rank}", inputs, outputs, 16, route, (rank,) * count)
@@ -214,9 +208,7 @@ def bandwidth_workloads(smoke: bool) -> Iterator[Workload]:
             if not (smoke and beyond):
                 route, count = routes("distinct", 16)
                 where = "beyond" if beyond else "inside"
-                yield Workload(
-                    "bandwidth", f"{where} the LLC", inputs, outputs, 16, route, (16,) * count, beyond
-                )
+                yield Workload("bandwidth", f"{where} the LLC", inputs, outputs, 16, route, (16,) * count, beyond)
 
 
 def rank_workloads(smoke: bool) -> Iterator[Workload]:
@@ -243,9 +235,7 @@ def fused_workloads(smoke: bool) -> Iterator[Workload]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="one group, e.g. bandwidth")
     parser.add_argument("--repeats", type=int, default=9)
     add_arguments(parser)
@@ -262,9 +252,7 @@ def main() -> None:
     inside, beyond = (1 << 20, 4 << 20) if args.smoke else (min(llc // 8, 32 << 20), 3 * llc)
     stream = {size: streaming_read(size) for size in (inside, beyond)}
     for size, rate in stream.items():
-        console.print(
-            f"streaming read of {size >> 20} MiB: {rate / 1e9:.1f} GB/s ({torch.get_num_threads()} threads)"
-        )
+        console.print(f"streaming read of {size >> 20} MiB: {rate / 1e9:.1f} GB/s ({torch.get_num_threads()} threads)")
 
     table = Table(title="One call, bf16 (median, 20-80 % quantiles)")
     for column in ("group", "in x out", "workload", "us", "20-80 %", "bound us", "adapter GB/s", "of stream"):
@@ -325,8 +313,8 @@ def report_ranks(console: Console, medians: dict[str, float]) -> None:
     if all(label in medians for label in needed):
         small, large, both = (medians[label] * 1e6 for label in needed)
         console.print(
-            f"A rank-8 row beside a rank-256 row: {both:.1f} us together, "
-            f"{small:.1f} us and {large:.1f} us alone. The rank-8 row adds {both - large:.1f} us."
+            f"A rank-8 row beside a rank-256 row: {both:.1f} us together, {small:.1f} us and {large:.1f} us alone: "
+            f"{both / (small + large):.2f} of the sum"
         )
 
 

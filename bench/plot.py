@@ -19,9 +19,7 @@ MINE, PEER, BOUND = "#2a6f97", "#b5838d", "#333333"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+", help="JSON lines of kernels.py and generate.py")
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for the PNG files")
     args = parser.parse_args()
@@ -50,7 +48,7 @@ def draw_generate(records: list[dict[str, Any]], file: Path) -> Path:
         widest = max(r["ratio_q80"] for r in found.values())
         for y, case in enumerate(cases):
             if case not in found:
-                axis.text(1.02, y, "not offered", va="center", fontsize=8, color="gray")
+                axis.text(1.02, y, "not measured", va="center", fontsize=8, color="gray")
                 continue
             record = found[case]
             ratio, low, high = record["ratio"], record["ratio_q20"], record["ratio_q80"]
@@ -76,7 +74,7 @@ def draw_generate(records: list[dict[str, Any]], file: Path) -> Path:
     first = records[0]
     figure.suptitle(
         f"{first['model']}, {first['dtype']}, {first['batch']} rows, {first['prompt']} + {first['new']} "
-        f"tokens, rank {first['rank']} on all linears; {first['threads']} threads, {first['isa']}",
+        f"tokens, rank {first['rank']} on all linears; {first['threads']} threads, {first['clock']} time",
         fontsize=10,
     )
     figure.tight_layout()
@@ -92,19 +90,17 @@ def draw_bandwidth(records: list[dict[str, Any]], file: Path) -> Path:
         found = [r for r in records if r["label"] == place]
         names = [f"{r['inputs']}x{r['outputs']}" for r in found]
         rates = [r["adapter_bytes"] / r["seconds"][0] / 1e9 for r in found]
-        low = [
-            rate - r["adapter_bytes"] / r["seconds"][2] / 1e9 for rate, r in zip(rates, found, strict=True)
-        ]
-        high = [
-            r["adapter_bytes"] / r["seconds"][1] / 1e9 - rate for rate, r in zip(rates, found, strict=True)
-        ]
+        low = [rate - r["adapter_bytes"] / r["seconds"][2] / 1e9 for rate, r in zip(rates, found, strict=True)]
+        high = [r["adapter_bytes"] / r["seconds"][1] / 1e9 - rate for rate, r in zip(rates, found, strict=True)]
         axis.bar(names, rates, color=MINE, yerr=[low, high], error_kw={"lw": 0.8, "capsize": 2})
-        axis.axhline(found[0]["stream_bytes_per_s"] / 1e9, color=BOUND, lw=1.2, label="streaming read")
+        stream = found[0]["stream_bytes_per_s"] / 1e9
+        axis.set_ylim(0, 1.25 * max(*rates, stream, axis.get_ylim()[1] / 1.25))
+        axis.axhline(stream, color=BOUND, lw=1.2, label="streaming read")
         axis.set_title(f"working set {place}", fontsize=10)
         axis.set_xlabel("in x out, 16 rows, 16 adapters of rank 16")
         axis.tick_params(axis="x", labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=8, frameon=False, loc="lower right")
+        axis.legend(fontsize=8, frameon=False, loc="upper right")
     axes[0][0].set_ylabel("adapter GB/s")
     figure.tight_layout()
     figure.savefig(file, dpi=150)

@@ -67,21 +67,15 @@ def demo(
 
 @app.command()
 def generate(
-    input: Annotated[
-        Path, typer.Option(help='JSON lines: {"prompt": TEXT, "adapter": NAME | null | {NAME: WEIGHT}}.')
-    ],
+    input: Annotated[Path, typer.Option(help='JSON lines: {"prompt": TEXT, "adapter": NAME | null | {NAME: WEIGHT}}.')],
     output: Annotated[Path, typer.Option(help='Where to write the same lines with a "completion" each.')],
     adapter: Annotated[
         list[str] | None, typer.Option(metavar="NAME=PATH", help="A PEFT folder or hub id; repeatable.")
     ] = None,
     model: ModelOption = None,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Rows per generate() call, whatever their adapters.")
-    ] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per generate() call, whatever their adapters.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Feed prompts as they are, without the chat template.")
-    ] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Feed prompts as they are, without the chat template.")] = False,
 ) -> None:
     """Complete the prompts of a file, each under its own adapter, greedily and in mixed batches."""
     with one_line_errors():
@@ -181,9 +175,7 @@ def inspect(
         modules = _linears(adapter.tensors)
         ranks = sorted({rank for rank, _, _ in modules.values()})
         options = {
-            key: value
-            for key, value in sorted(adapter.config.items())
-            if value not in (None, False, {}, [], "", 0.0)
+            key: value for key, value in sorted(adapter.config.items()) if value not in (None, False, {}, [], "", 0.0)
         }
         out.print(f"source   {adapter.source}")
         out.print(f"type     {adapter.peft_type}")
@@ -202,9 +194,7 @@ def inspect(
                 from mlora.demo import load_model
 
                 info = mlora.patch(load_model(model)[0]).add_adapter("inspected", adapter)
-                out.print(
-                    f"served   yes, on {len(info.modules)} modules of {model}; {info.bytes:,} bytes there"
-                )
+                out.print(f"served   yes, on {len(info.modules)} modules of {model}; {info.bytes:,} bytes there")
         except MloraError as error:
             out.print("served   no")
             raise RuntimeError(f"refused: {error}") from None
@@ -250,9 +240,7 @@ def bench(
         if not set(steps) <= {"kernels", "generate", "plot"}:
             raise InputError(f"bench {what!r}: wanted kernels, generate, plot or all")
         if not (folder / "kernels.py").is_file():
-            raise InputError(
-                f"{folder} is not there: benchmarks need a source checkout (git clone, pip install -e .)"
-            )
+            raise InputError(f"{folder} is not there: benchmarks need a source checkout (git clone, pip install -e .)")
         out.mkdir(parents=True, exist_ok=True)
         for number, step in enumerate(steps, start=1):
             typer.echo(f"[{number}/{len(steps)}] bench/{step}.py", err=True)

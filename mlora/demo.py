@@ -73,9 +73,7 @@ def complete(
     """The greedy completion of each prompt under its entry, as one batch."""
     inputs = encode(tokenizer, prompts, raw).to(model.device)
     with torch.inference_mode():
-        output = model.generate(
-            **inputs, adapter_names=entries, max_new_tokens=max_new_tokens, do_sample=False
-        )
+        output = model.generate(**inputs, adapter_names=entries, max_new_tokens=max_new_tokens, do_sample=False)
     return list(tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
@@ -99,9 +97,7 @@ def rows_for(adapters: Mapping[str, Path]) -> list[tuple[str, Entry]]:
     file = next(iter(adapters.values())).parent.parent / "prompts.jsonl"
     if file.is_file():
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        rows = [
-            (line["prompt"], line["adapter"]) for line in lines if names_of(line["adapter"]) <= set(adapters)
-        ]
+        rows = [(line["prompt"], line["adapter"]) for line in lines if names_of(line["adapter"]) <= set(adapters)]
         if set().union(*(names_of(entry) for _, entry in rows)) == set(adapters):
             return rows
     names = list(adapters)
@@ -143,18 +139,14 @@ def run(model: str | None, folder: Path | None, max_new_tokens: int, timings: bo
         answers = complete(served, tokenizer, prompts, entries, max_new_tokens)
         seconds = time.perf_counter() - start
 
-    table = Table(
-        title="One batch, one model: every row under its own adapter", show_lines=True, title_justify="left"
-    )
+    table = Table(title="One batch, one model: every row under its own adapter", show_lines=True, title_justify="left")
     table.add_column("adapter", style="bold cyan", max_width=14)
     table.add_column("prompt", ratio=2)
     table.add_column("answer", ratio=3, style="green")
     for prompt, entry, answer in zip(prompts, entries, answers, strict=True):
         table.add_row(label(entry), prompt, answer.strip(), style="dim" if entry is None else "")
     out.print(table, markup=False)
-    out.print(
-        f"{len(prompts)} rows, {max_new_tokens} tokens at most each, one generate() call: {seconds:.1f} s\n"
-    )
+    out.print(f"{len(prompts)} rows, {max_new_tokens} tokens at most each, one generate() call: {seconds:.1f} s\n")
     if timings:
         _time(out, progress, bare, served, tokenizer, adapters, prompts)
 
@@ -219,7 +211,8 @@ def _time(
         _Line("mlora, same rows, one adapter after another", one_after_another, TIMED_ROWS, []),
     ]
     notes = []
-    generate(bare), generate(served, adapter_names=mixed)  # warm up
+    generate(bare)  # warm up
+    generate(served, adapter_names=mixed)
     start = time.perf_counter()
     with Progress(console=progress, transient=True) as bar:
         task = bar.add_task("Timing", total=REPEATS * len(lines))
@@ -251,9 +244,7 @@ def _time(
         tokens = line.rows * TIMED_TOKENS / seconds
         table.add_row(line.what, f"{seconds:.2f}", f"{tokens:.0f}", f"{seconds / base:.2f}")
     out.print(table, markup=False)
-    notes.append(
-        f"Medians of {len(lines[0].seconds)} runs on {served.device.type}, {torch.get_num_threads()} threads."
-    )
+    notes.append(f"Medians of {len(lines[0].seconds)} runs on {served.device.type}, {torch.get_num_threads()} threads.")
     for note in filter(None, notes):
         out.print(note, markup=False, highlight=False)
 
@@ -284,9 +275,7 @@ def _peft_line(
             refused.append(f"{name} ({error})")
     note = ""
     if refused:
-        note = (
-            f"PEFT cannot mix {', '.join(refused)}: its line uses {', '.join(mixable) or 'nothing'} instead."
-        )
+        note = f"PEFT cannot mix {', '.join(refused)}: its line uses {', '.join(mixable) or 'nothing'} instead."
     if not mixable:
         return None, note
     mixed = [mixable[i % len(mixable)] for i in range(rows)]

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import MethodType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from . import errors
 from .lowering import BaseLinear
@@ -20,13 +21,7 @@ from .ops.rows import check_rows
 from .routing import Local, Plan
 from .store import GAIN, IN_GAIN
 
-MODULE_CLASSES: tuple[type[nn.Module], ...] = (nn.Linear,)
-try:
-    from transformers.pytorch_utils import Conv1D
-
-    MODULE_CLASSES += (Conv1D,)
-except ImportError:  # a plain PyTorch model needs no transformers
-    Conv1D = None
+MODULE_CLASSES: tuple[type[nn.Module], ...] = (nn.Linear, Conv1D)
 
 # A list of this name holds experts, whose inputs are tokens gathered from any rows in any order.
 GATHERED = "experts"
@@ -85,14 +80,15 @@ class LayerState:
             and type(module).forward is nn.Linear.forward
             and self.dtype == shared.arena.dtype == torch.bfloat16
             and self.device.type == "cpu"
-            and module.weight.is_contiguous()
+            and type(module.weight) in (Tensor, nn.Parameter)  # not a quantized tensor that acts as one of bf16
+            and cast(Tensor, module.weight).is_contiguous()
         )
 
     def kblock(self, module: nn.Module, tokens: int) -> int:
         """The block for an input of `tokens` tokens; see `dispatch.probe_kblock`."""
         key = tokens, torch.get_num_threads()
         if key not in self.kblocks:
-            out_features, in_features = module.weight.shape
+            out_features, in_features = cast(Tensor, module.weight).shape
             self.kblocks[key] = dispatch.probe_kblock(in_features, out_features, module.bias is not None, tokens)
         return self.kblocks[key]
 
@@ -101,6 +97,8 @@ class LoraLayer(nn.Module):
     """Mixed in before a linear's class; see the module's docstring."""
 
     _mlora: LayerState
+    weight: Tensor
+    bias: Tensor | None
 
     def forward(self, x: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:
         if x is None:  # nn.Linear calls it `input`
@@ -134,6 +132,8 @@ class LoraLayer(nn.Module):
         if not 1 < tokens <= dispatch.FUSED_MAX_TOKENS or x.dtype is not torch.bfloat16:
             return 0
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+            return 0
+        if torch.is_autocast_enabled("cpu"):  # the library would compute in autocast's dtype
             return 0
         return self._mlora.kblock(self, tokens)
 
@@ -291,11 +291,11 @@ def compute_dtype(module: nn.Module) -> torch.dtype:
 
 def base_linear(name: str, module: nn.Module) -> BaseLinear:
     """What a lowering may ask of `module`."""
-    transposed = Conv1D is not None and isinstance(module, Conv1D)
+    transposed = isinstance(module, Conv1D)
     if transposed:
-        in_features, out_features = module.weight.shape
+        in_features, out_features = cast(Tensor, module.weight).shape
     else:
-        in_features, out_features = module.in_features, module.out_features
+        in_features, out_features = cast(nn.Linear, module).in_features, cast(nn.Linear, module).out_features
 
     def weight() -> Tensor:
         tensor = module.weight
@@ -308,6 +308,7 @@ def base_linear(name: str, module: nn.Module) -> BaseLinear:
         return dense.t() if transposed else dense
 
     def bias() -> Tensor | None:
-        return None if module.bias is None else module.bias.detach().to("cpu", torch.float32)
+        tensor = module.bias
+        return tensor.detach().to("cpu", torch.float32) if isinstance(tensor, Tensor) else None
 
     return BaseLinear(name, in_features, out_features, weight, bias)

@@ -19,7 +19,7 @@ BASE = "__base__"
 _REAL = (int, float, np.integer, np.floating)
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
-Entry: TypeAlias = str | None | Mapping[str, float]
+Entry: TypeAlias = str | Mapping[str, float] | None
 Entries: TypeAlias = Entry | Sequence[Entry]
 Recipe: TypeAlias = tuple[tuple[str, float], ...]
 """A resolved entry: (adapter name, weight), sorted by name, without zero weights; `()` is base."""

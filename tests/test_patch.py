@@ -48,9 +48,7 @@ def batch() -> dict[str, Tensor]:
 
 
 def identity(model: nn.Module) -> list[Any]:
-    return [
-        (name, id(m), type(m), set(m.__dict__)) for name, m in model.named_modules(remove_duplicate=False)
-    ]
+    return [(name, id(m), type(m), set(m.__dict__)) for name, m in model.named_modules(remove_duplicate=False)]
 
 
 @pytest.mark.parametrize("kind", ("llama", "gpt2", "t5", "mlp"))
@@ -117,9 +115,7 @@ def test_state_dict_goes_both_ways(patched: Any, llama: Any, batch: dict[str, Te
     assert torch.equal(logits(patched, batch), logits(build("llama", seed=9), batch))
 
 
-def test_hooks_fire_and_see_the_adapter(
-    model: Any, folders: dict[str, Path], batch: dict[str, Tensor]
-) -> None:
+def test_hooks_fire_and_see_the_adapter(model: Any, folders: dict[str, Path], batch: dict[str, Tensor]) -> None:
     seen: list[str] = []
     linear = model.model.layers[0].self_attn.q_proj
     linear.register_forward_pre_hook(lambda m, args: seen.append("pre"))
@@ -292,9 +288,7 @@ def test_autocast_is_an_error_not_a_wrong_result(patched: Any, batch: dict[str, 
         patched(**batch, adapter_names=entry)
 
 
-def test_autocast_without_an_adapter_is_the_bare_model(
-    patched: Any, llama: Any, batch: dict[str, Tensor]
-) -> None:
+def test_autocast_without_an_adapter_is_the_bare_model(patched: Any, llama: Any, batch: dict[str, Tensor]) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(logits(patched, batch), logits(llama, batch))
 
@@ -394,9 +388,7 @@ def test_a_forward_that_somebody_put_on_a_linear_is_the_base(
 
 
 @pytest.mark.parametrize("when", ("before", "after"))
-def test_cpu_offload(
-    llama: Any, model: Any, folders: dict[str, Path], batch: dict[str, Tensor], when: str
-) -> None:
+def test_cpu_offload(llama: Any, model: Any, folders: dict[str, Path], batch: dict[str, Tensor], when: str) -> None:
     from accelerate import cpu_offload
 
     if when == "before":
@@ -405,9 +397,7 @@ def test_cpu_offload(
     if when == "after":
         cpu_offload(model, execution_device=torch.device("cpu"))
     runtime.load_adapter(folders["rs16"], "rs16")
-    assert_close(
-        logits(model, batch, adapter_names="rs16"), logits(peft_alone(llama, folders["rs16"]), batch)
-    )
+    assert_close(logits(model, batch, adapter_names="rs16"), logits(peft_alone(llama, folders["rs16"]), batch))
     assert torch.equal(logits(model, batch), logits(llama, batch))
     with refused_on_meta(model, errors.UnsupportedAdapterError, "offloaded"):
         runtime.load_adapter(folders["dora1"], "dora1")
@@ -641,18 +631,14 @@ def test_bad_entries(
                 patched(**batch)
 
 
-@pytest.mark.parametrize(
-    "entry", (["r3"], 3, "nobody", {"r3": float("nan")}), ids=("list", "int", "name", "nan")
-)
+@pytest.mark.parametrize("entry", (["r3"], 3, "nobody", {"r3": float("nan")}), ids=("list", "int", "name", "nan"))
 def test_bad_defaults(patched: Any, entry: Any) -> None:
     patched.mlora.set_adapter("rs16")
     with refused(patched, errors.MloraError):
         patched.mlora.set_adapter(entry)
 
 
-@pytest.mark.parametrize(
-    "name", ("r3", "", "__base__", None, 5), ids=("taken", "empty", "base", "none", "int")
-)
+@pytest.mark.parametrize("name", ("r3", "", "__base__", None, 5), ids=("taken", "empty", "base", "none", "int"))
 def test_names_that_cannot_be_given(patched: Any, folders: dict[str, Path], name: Any) -> None:
     adapter = mlora.Adapter.from_pretrained(folders["rs16"])
     error = errors.DuplicateAdapterError if name == "r3" else errors.EntryError
@@ -856,15 +842,11 @@ def test_gradients_of_the_inputs_equal_pefts(patched: Any, llama: Any, folders: 
 
     def gradient(model: Any, rows: slice, **options: Any) -> Tensor:
         x = embeds[rows].clone().requires_grad_()
-        (
-            model(inputs_embeds=x, attention_mask=mask[rows], **options).logits * direction[rows]
-        ).sum().backward()
+        (model(inputs_embeds=x, attention_mask=mask[rows], **options).logits * direction[rows]).sum().backward()
         return x.grad
 
     for first, second in (("r3", "dora1"), ("rs16", "bias8")):
-        want = [
-            gradient(peft_alone(llama, folders[n]), slice(i, i + 1)) for i, n in enumerate((first, second))
-        ]
+        want = [gradient(peft_alone(llama, folders[n]), slice(i, i + 1)) for i, n in enumerate((first, second))]
         got = gradient(patched, slice(None), adapter_names=[first, second])
         assert_close(got, torch.cat(want), 2e-5)
     assert torch.equal(gradient(patched, slice(None)), gradient(llama, slice(None)))

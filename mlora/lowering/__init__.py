@@ -30,4 +30,4 @@ def lower(adapter: Adapter, bases: Mapping[str, BaseLinear]) -> dict[str, Delta]
     return lowering(adapter, bases)
 
 
-__all__ = ["BaseLinear", "Delta", "LOWERINGS", "lower"]
+__all__ = ["LOWERINGS", "BaseLinear", "Delta", "lower"]

@@ -38,7 +38,7 @@ def _fake_scale_input(x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> 
     return x.new_empty(x.shape)
 
 
-_FAKES = {"apply_": _fake_apply_, "linear": _fake_linear, "scale_input": _fake_scale_input}
+_FAKES: dict[str, Any] = {"apply_": _fake_apply_, "linear": _fake_linear, "scale_input": _fake_scale_input}
 _REFERENCES: dict[str, Any] = {
     "apply_": reference.apply_,
     "linear": reference.linear,
