@@ -42,6 +42,7 @@ test: $(VENV)/.model
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check mlora tests bench examples setup.py
 	$(BIN)/mypy mlora
 
 bench: $(VENV)/.model

@@ -149,7 +149,7 @@ def sql_example(rng: random.Random, held_out: bool) -> Example:
     kind = rng.choice(sorted(SQL_WORDINGS))
     wording = _wording(rng, SQL_WORDINGS[kind], held_out)
     words, clause = _condition(rng, text, numbers, held_out)
-    if kind in ("rows", "columns", "count", "aggregate") and rng.random() < 0.4 or kind in ("top", "group"):
+    if (kind in ("rows", "columns", "count", "aggregate") and rng.random() < 0.4) or kind in ("top", "group"):
         words, clause = "", ""
     number = rng.choice(numbers)
     if kind == "rows":

@@ -62,7 +62,7 @@ class LayerState:
             exchanges what it wraps.
     """
 
-    __slots__ = ("name", "index", "shared", "table", "dtype", "device", "fused", "kblocks", "outer", "gathered")
+    __slots__ = ("device", "dtype", "fused", "gathered", "index", "kblocks", "name", "outer", "shared", "table")
 
     def __init__(self, name: str, index: int, shared: Shared, table: Tensor, module: nn.Module) -> None:
         self.name = name
@@ -129,7 +129,7 @@ class LoraLayer(nn.Module):
     def _fusable(self, x: Tensor) -> int:
         """The block with which the fused op may serve `x`, or 0."""
         tokens = x.numel() // x.shape[-1]
-        if not 1 < tokens <= dispatch.FUSED_MAX_TOKENS or x.dtype is not torch.bfloat16:
+        if not 0 < tokens <= dispatch.FUSED_MAX_TOKENS or x.dtype is not torch.bfloat16:
             return 0
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
             return 0
@@ -158,6 +158,7 @@ class LoraLayer(nn.Module):
         """What a compiled graph runs: always the same ops, whose inputs only change their contents."""
         state = self._mlora
         shared = state.shared
+        self._check_autocast(x)
         if state.gathered:
             check_rows(shared.plan, 0)  # only one entry for all rows may pass
         touches = GAIN | IN_GAIN if shared.in_gains else GAIN
@@ -165,11 +166,7 @@ class LoraLayer(nn.Module):
 
     def _check(self, x: Tensor, plan: Plan) -> None:
         state = self._mlora
-        if torch.is_autocast_enabled(x.device.type):
-            raise errors.ModelMovedError(
-                f"{state.name} runs under autocast to {torch.get_autocast_dtype(x.device.type)}; the model was patched "
-                f"in {state.dtype}. Leave autocast, or unpatch the model, convert it, and patch it again"
-            )
+        self._check_autocast(x)
         if x.dtype != state.dtype or x.device != state.device:
             raise errors.ModelMovedError(
                 f"{state.name} got an input in {x.dtype} on {x.device}; the model was patched in {state.dtype} on "
@@ -189,6 +186,14 @@ class LoraLayer(nn.Module):
             f"{state.name} got an input of shape {tuple(x.shape)}, which cannot be attributed to the batch's "
             f"{plan.rows} rows ({what}); use one adapter for all rows, or adapters that do not target it"
         )
+
+    def _check_autocast(self, x: Tensor) -> None:
+        if torch.is_autocast_enabled(x.device.type):
+            state = self._mlora
+            raise errors.ModelMovedError(
+                f"{state.name} runs under autocast to {torch.get_autocast_dtype(x.device.type)}; the model was patched "
+                f"in {state.dtype}. Leave autocast, or unpatch the model, convert it, and patch it again"
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         refuse_move(self, fn)

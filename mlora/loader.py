@@ -40,9 +40,7 @@ def _from_hub(name: str, revision: str | None, token: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(name, revision=revision, token=token, allow_patterns=[CONFIG, WEIGHTS, PICKLE])
-        )
+        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=[CONFIG, WEIGHTS, PICKLE]))
     except Exception as error:  # the hub client's errors have no common base short of Exception
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise errors.AdapterError(

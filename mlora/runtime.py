@@ -175,9 +175,10 @@ class Runtime:
         if not routing.is_single(entry):
             raise errors.EntryError(f"set_adapter takes one entry for all rows, not {entry!r}")
         plan = self._acquire(entry, 1, 1)
-        previous, self._shared.default = self._shared.default, plan
+        with self._lock:
+            previous, self._shared.default = self._shared.default, plan
+            self._release(previous)
         self._publish()
-        self._release(previous)
 
     @contextmanager
     def use_adapters(self, entries: Entries) -> Iterator[None]:
@@ -220,9 +221,28 @@ class Runtime:
                     raise errors.EntryError(
                         f"the active routing has {plan.rows} entries; the model was called with {shape[0]} rows"
                     )
-                yield
+                with self._default():
+                    yield
         finally:
             local.length = previous
+
+    @contextmanager
+    def _default(self) -> Iterator[None]:
+        """Keep to the default of now, and keep its adapters, though another thread may set a new one."""
+        local = self._shared.local
+        if local.plan is not None or self._shared.default is None:
+            yield
+            return
+        with self._lock:
+            plan = self._shared.default
+            if plan is not None:
+                self._store.acquire(plan.names)
+        local.plan = plan
+        try:
+            yield
+        finally:
+            local.plan = None
+            self._release(plan)
 
     @contextmanager
     def _generation(self, entries: Any, shape: tuple[int, ...], expansion: int) -> Iterator[None]:
@@ -231,7 +251,8 @@ class Runtime:
         if entries is None:
             entries = local.entries
         if entries is None:
-            yield
+            with self._default():
+                yield
             return
         with self._route(entries, shape[0] if shape else 1, expansion):
             yield
@@ -276,7 +297,9 @@ class Runtime:
 
     def _check_new(self, name: Any) -> None:
         if not isinstance(name, str) or not name or name == routing.BASE:
-            raise errors.EntryError(f"{name!r} cannot name an adapter: it must be a string other than '' and '__base__'")
+            raise errors.EntryError(
+                f"{name!r} cannot name an adapter: it must be a string other than '' and '__base__'"
+            )
         if name in self._loaded:
             raise errors.DuplicateAdapterError(
                 f"an adapter {name!r} is loaded already, from {self._loaded[name].info.source}; delete it first"
@@ -308,5 +331,3 @@ def _variant(adapter: Adapter) -> str:
     if config.get("use_dora"):
         return "DoRA"
     return "rsLoRA" if config.get("use_rslora") else ""
-
-

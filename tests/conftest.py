@@ -57,9 +57,7 @@ def _gpt2() -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=HIDDEN, n_layer=2, n_head=4, **ids)
-    )
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=HIDDEN, n_layer=2, n_head=4, **ids))
 
 
 def _opt() -> Any:
@@ -307,9 +305,7 @@ def state_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for key, value in model.state_dict().items():
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(
-            value.detach().contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b""
-        )
+        digest.update(value.detach().contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
     return digest.hexdigest()
 
 
@@ -334,11 +330,7 @@ def snapshot(model: Any) -> dict[str, Any]:
 def _in_force(words: list[int]) -> list[int]:
     """What a plan buffer says; the words beyond its last entry mean nothing."""
     rows, routes, terms = words[:3]
-    return (
-        words[: layout.PLAN_HEADER + 2 * (routes + 1) + rows + 2 * terms]
-        if rows
-        else words[: layout.PLAN_HEADER]
-    )
+    return words[: layout.PLAN_HEADER + 2 * (routes + 1) + rows + 2 * terms] if rows else words[: layout.PLAN_HEADER]
 
 
 @contextmanager

@@ -45,8 +45,13 @@ def main() -> int:
             "MLORA_LDFLAGS": SANITIZE,
             "CUDA_HOME": "",
         }
-        subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=copy, env=env, check=True,
-                       stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+            cwd=copy,
+            env=env,
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         env = {
             **os.environ,
             "PYTHONPATH": str(copy),

@@ -74,9 +74,7 @@ def test_adapters_come_and_go_without_a_new_graph(
     assert counting.graphs == 1
 
 
-@pytest.mark.parametrize(
-    ("kind", "backend"), (("gpt2", "aot_eager"), ("mlp", "aot_eager"), ("mlp", "inductor"))
-)
+@pytest.mark.parametrize(("kind", "backend"), (("gpt2", "aot_eager"), ("mlp", "aot_eager"), ("mlp", "inductor")))
 def test_other_modules_compile_too(kind: str, backend: str, tmp_path: Path) -> None:
     base, batch = build(kind), inputs_for(kind, 3)
     names = {"gpt2": ["c_attn", "c_fc"], "mlp": ["up", "head"]}[kind]
@@ -89,9 +87,7 @@ def test_other_modules_compile_too(kind: str, backend: str, tmp_path: Path) -> N
     for entries in (None, "a", ["a", None, {"a": 0.5}]):
         with runtime.use_adapters(entries):
             # inductor sums in an order of its own
-            assert_close(
-                logits(compiled, batch), logits(base, batch), 5e-6 if backend == "inductor" else 1e-6
-            )
+            assert_close(logits(compiled, batch), logits(base, batch), 5e-6 if backend == "inductor" else 1e-6)
     assert counting.graphs == 1
 
 
@@ -120,9 +116,7 @@ def test_a_compiled_forward_inside_the_patched_model(patched: Any, llama: Any) -
         logits(patched, batch, adapter_names="rs16")[1:3],
     )
     assert counting.graphs == 1
-    with torch._dynamo.config.patch(
-        error_on_recompile=False
-    ):  # the cache and the lengths change, not the adapters
+    with torch._dynamo.config.patch(error_on_recompile=False):  # the cache and the lengths change, not the adapters
         assert torch.equal(patched.generate(**batch, adapter_names=MIXED, max_new_tokens=3), tokens)
 
 

@@ -217,9 +217,7 @@ def test_an_adapter_made_for_a_wider_base_names_it(patched: Any, tmp_path: Path)
 
 
 def test_an_adapter_made_for_another_architecture_names_it(patched: Any, tmp_path: Path) -> None:
-    folder = make_adapter(
-        tmp_path / "gpt2", build("gpt2"), 0, r=2, target_modules=["c_attn"], fan_in_fan_out=True
-    )
+    folder = make_adapter(tmp_path / "gpt2", build("gpt2"), 0, r=2, target_modules=["c_attn"], fan_in_fan_out=True)
     rewritten = rewrite(folder, tmp_path / "named", {"base_model_name_or_path": "openai/gpt-2"})
     with refused(patched, errors.AdapterError, "transformer.h.0.attn.c_attn", "'openai/gpt-2'"):
         patched.mlora.load_adapter(rewritten, "gpt2")
@@ -311,14 +309,10 @@ NEUTRAL: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 @pytest.mark.parametrize("change", [n[1] for n in NEUTRAL], ids=[n[0] for n in NEUTRAL])
-def test_options_that_change_no_result(
-    patched: Any, good: Path, tmp_path: Path, change: dict[str, Any]
-) -> None:
+def test_options_that_change_no_result(patched: Any, good: Path, tmp_path: Path, change: dict[str, Any]) -> None:
     patched.mlora.load_adapter(rewrite(good, tmp_path / "neutral", change), "new")
     batch = inputs_for("llama", 2)
-    assert torch.equal(
-        logits(patched, batch, adapter_names="new"), logits(patched, batch, adapter_names="r3")
-    )
+    assert torch.equal(logits(patched, batch, adapter_names="new"), logits(patched, batch, adapter_names="r3"))
 
 
 def test_old_configs_without_newer_options_load(patched: Any, good: Path, tmp_path: Path) -> None:
@@ -328,9 +322,7 @@ def test_old_configs_without_newer_options_load(patched: Any, good: Path, tmp_pa
     spoil_config(folder, json.dumps(config).encode())
     patched.mlora.load_adapter(folder, "old")
     batch = inputs_for("llama", 2)
-    assert torch.equal(
-        logits(patched, batch, adapter_names="old"), logits(patched, batch, adapter_names="r3")
-    )
+    assert torch.equal(logits(patched, batch, adapter_names="old"), logits(patched, batch, adapter_names="r3"))
 
 
 TARGETS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -402,9 +394,7 @@ def test_a_pickle_is_refused_unless_asked_for(patched: Any, pickled: Path) -> No
         patched.mlora.load_adapter(pickled, "new")
     patched.mlora.load_adapter(pickled, "new", allow_pickle=True)
     batch = inputs_for("llama", 2)
-    assert torch.equal(
-        logits(patched, batch, adapter_names="new"), logits(patched, batch, adapter_names="r3")
-    )
+    assert torch.equal(logits(patched, batch, adapter_names="new"), logits(patched, batch, adapter_names="r3"))
 
 
 def test_safetensors_win_over_a_pickle_beside_them(patched: Any, good: Path, tmp_path: Path) -> None:
@@ -425,9 +415,7 @@ def test_a_pickle_cannot_run_code(patched: Any, pickled: Path, tmp_path: Path) -
     assert not trap.exists()
 
 
-@pytest.mark.parametrize(
-    "content", ([torch.ones(1)], {"x": 3}, torch.ones(2)), ids=("list", "number", "tensor")
-)
+@pytest.mark.parametrize("content", ([torch.ones(1)], {"x": 3}, torch.ones(2)), ids=("list", "number", "tensor"))
 def test_a_pickle_of_something_else(patched: Any, pickled: Path, content: Any) -> None:
     torch.save(content, pickled / PICKLE)
     with refused(patched, errors.AdapterError, PICKLE, "dictionary of tensors"):
@@ -447,17 +435,13 @@ def test_save_adapter_writes_what_was_loaded(
         want, got = load_file(folder / WEIGHTS), load_file(target / WEIGHTS)
         assert want.keys() == got.keys() and all(torch.equal(want[k], got[k]) for k in want)
         assert json.loads((target / CONFIG).read_text()) == json.loads((folder / CONFIG).read_text())
-        assert_close(
-            logits(peft_alone(llama, target), batch), logits(patched, batch, adapter_names=name), 1e-5
-        )
+        assert_close(logits(peft_alone(llama, target), batch), logits(patched, batch, adapter_names=name), 1e-5)
     with refused(patched, errors.UnknownAdapterError, "'none'", "'r3'"):
         patched.mlora.save_adapter("none", tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
-def test_an_adapter_from_pefts_own_objects(
-    llama: Any, patched: Any, folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_an_adapter_from_pefts_own_objects(llama: Any, patched: Any, folders: dict[str, Path], tmp_path: Path) -> None:
     from peft import get_peft_model_state_dict
 
     wrapped = peft_alone(llama, folders["r3"])
@@ -466,14 +450,10 @@ def test_an_adapter_from_pefts_own_objects(
     info = patched.mlora.add_adapter("memory", adapter)
     assert info.source == "memory" and info.peft_type == "LORA"
     batch = inputs_for("llama", 2)
-    assert torch.equal(
-        logits(patched, batch, adapter_names="memory"), logits(patched, batch, adapter_names="r3")
-    )
+    assert torch.equal(logits(patched, batch, adapter_names="memory"), logits(patched, batch, adapter_names="r3"))
     patched.mlora.save_adapter("memory", tmp_path / "saved")
     patched.mlora.load_adapter(tmp_path / "saved", "again")
-    assert torch.equal(
-        logits(patched, batch, adapter_names="again"), logits(patched, batch, adapter_names="r3")
-    )
+    assert torch.equal(logits(patched, batch, adapter_names="again"), logits(patched, batch, adapter_names="r3"))
 
 
 def test_from_pretrained_is_what_load_adapter_reads(patched: Any, good: Path) -> None:

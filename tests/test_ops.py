@@ -1,4 +1,4 @@
-"""The operators against an fp64 loop, and the promises: rows do not see each other, base rows keep the library's bits."""
+"""The operators against an fp64 loop; rows do not see each other; base rows keep the library's bits."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ class Case:
                 at += junk.numel() + part.numel()
                 adapter[name] = part.double()
             self.adapters.append(adapter)
-        self.arena = torch.cat(chunks)  # ends where the last part does, for the sanitizers
+        self.arena = (
+            torch.cat(chunks) if chunks else torch.empty(0, dtype=dtype)
+        )  # ends where the last part does, for the sanitizers
 
     def plan(self, recipes: list[list[tuple[int, float]]], spare: int = 3) -> Tensor:
         order: dict[tuple, list[int]] = {}
@@ -217,6 +219,20 @@ def test_linear_base_rows_have_the_library_bits(width_in, width_out, bias, threa
         pytest.skip("this machine's library sums in another order")
 
 
+@needs_bf16
+@pytest.mark.parametrize("tokens", [2, 9, 20])
+def test_kblock_is_where_the_chain_is_cut(tokens):
+    """1 + 2^30 - 2^30 is 0 in one chain, and 1 if the last two are summed apart."""
+    x = torch.zeros(tokens, 64, dtype=torch.bfloat16)
+    x[:, 0], x[:, 32], x[:, 34] = 1, 2.0**30, -(2.0**30)
+    weight = torch.ones(40, 64, dtype=torch.bfloat16)
+    case = Case((), 64, 40, torch.bfloat16)
+    none = torch.zeros(layout.PLAN_HEADER, dtype=torch.int32)
+    for kblock, expected in ((64, 0.0), (32, 1.0)):
+        y = dispatch.linear(x, weight, None, case.arena, case.table, none, kblock)
+        assert torch.equal(y, torch.full((tokens, 40), expected, dtype=torch.bfloat16))
+
+
 @pytest.fixture
 def in_threads():
     before = torch.get_num_threads()
@@ -365,9 +381,7 @@ def test_compiles_in_one_graph():
 def test_reference_is_differentiable():
     case = Case((3, 2, 4), 5, 7, torch.float64, gains=True, shifts=True, in_gains=True)
     plan = case.plan([A, [], B, MIX])
-    x, y, base = (
-        torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((4, 5), (4, 7), (4, 7))
-    )
+    x, y, base = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((4, 5), (4, 7), (4, 7)))
     tensors = (case.arena, case.table, plan)
     assert torch.autograd.gradcheck(lambda y, b, x: reference.apply(y, b, x, *tensors), (y, base, x))
     assert torch.autograd.gradcheck(lambda x: reference.scale_input(x, *tensors), (x,))
@@ -454,11 +468,12 @@ def test_lower_instruction_sets(isa):
     names = ["scalar", "avx2", "avx512", "avx512_bf16"]
     if names.index(isa) >= torch.ops.mlora.isa() or "MLORA_CPU_ISA" in os.environ:
         pytest.skip("not lower than what the tests above ran with")
+    select = "fp64 and (20x855 or 2049x20) and (decode or prefill) or see_its_batch and 855"
+    select += " or scale_input or subnormals"
     code = f"""
 import sys, pytest, torch, mlora.ops.dispatch
 assert torch.ops.mlora.isa() == {names.index(isa)}
-sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", {__file__!r}, "-k",
-                      "fp64 and (20x855 or 2049x20) and (decode or prefill) or see_its_batch and 855 or scale_input or subnormals"]))
+sys.exit(pytest.main(["-qx", "-p", "no:cacheprovider", {__file__!r}, "-k", {select!r}]))
 """
     run_python(code, MLORA_CPU_ISA=isa)
 

@@ -288,9 +288,17 @@ def test_autocast_is_an_error_not_a_wrong_result(patched: Any, batch: dict[str, 
         patched(**batch, adapter_names=entry)
 
 
-def test_autocast_without_an_adapter_is_the_bare_model(patched: Any, llama: Any, batch: dict[str, Tensor]) -> None:
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(logits(patched, batch), logits(llama, batch))
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float16)),
+    ids=("fp32-bf16", "bf16-bf16", "bf16-fp16"),
+)
+def test_autocast_without_an_adapter_is_the_bare_model(dtype: torch.dtype, autocast: torch.dtype) -> None:
+    model, few = build("llama", dtype), inputs_for("llama", 4, length=3)
+    bare = copy.deepcopy(model)
+    mlora.patch(model, memory=1 << 16)
+    with torch.autocast("cpu", autocast):
+        assert torch.equal(logits(model, few), logits(bare, few))
 
 
 def test_weights_moved_behind_our_back_are_noticed(patched: Any, batch: dict[str, Tensor]) -> None:

@@ -142,17 +142,13 @@ def test_an_entry_of_another_type(entry: Any) -> None:
     assert repr(entry) in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "entry", ["zz", "", {"zz": 1.0}, {"a": 1.0, "zz": 0.0}, {None: 1.0}, {5: 1.0}], ids=repr
-)
+@pytest.mark.parametrize("entry", ["zz", "", {"zz": 1.0}, {"a": 1.0, "zz": 0.0}, {None: 1.0}, {5: 1.0}], ids=repr)
 def test_an_unknown_name(entry: Any) -> None:
     with pytest.raises(errors.UnknownAdapterError):
         resolve([entry], SLOTS.__contains__)
 
 
-@pytest.mark.parametrize(
-    "value", [5, {"a"}, iter(["a"]), np.array(["a"]), object()], ids=lambda v: type(v).__name__
-)
+@pytest.mark.parametrize("value", [5, {"a"}, iter(["a"]), np.array(["a"]), object()], ids=lambda v: type(v).__name__)
 def test_adapter_names_of_another_type(value: Any) -> None:
     with pytest.raises(errors.EntryError, match=type(value).__name__):
         resolve(value, SLOTS.__contains__)

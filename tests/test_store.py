@@ -64,9 +64,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         assert all(self.live[n] in pinned for n in fixed)
         assert self.allocator.free_size == free
         if not fixed and self.live:
-            assert max(o + s for o, s in self.live.values()) == 97 - free, (
-                "nothing pinned: one hole, at the end"
-            )
+            assert max(o + s for o, s in self.live.values()) == 97 - free, "nothing pinned: one hole, at the end"
 
     def largest_hole(self) -> int:
         end = best = 0
@@ -152,9 +150,7 @@ def test_parts_are_where_the_table_says(dtype: torch.dtype, extras: int) -> None
     store.register("x", packed)
     check_rows(store, packed, deltas)
     check_rows(store, store["filler"], filler)
-    wanted = (
-        LORA | (GAIN if extras & 1 else 0) | (IN_GAIN if extras & 2 else 0) | (SHIFT if extras & 4 else 0)
-    )
+    wanted = LORA | (GAIN if extras & 1 else 0) | (IN_GAIN if extras & 2 else 0) | (SHIFT if extras & 4 else 0)
     assert packed.touches.tolist() == [LORA, wanted]
 
 
@@ -378,9 +374,7 @@ def test_more_than_fits_says_how_much_was_needed() -> None:
         store.acquire(["a", "b", "c"])
     assert [store[n].pins for n in "abc"] == [0, 0, 0]
     store.acquire(["a", "b"])
-    with pytest.raises(
-        errors.CapacityError, match=rf"{3 * size:,} bytes.*{2 * size:,} of them.*active already"
-    ):
+    with pytest.raises(errors.CapacityError, match=rf"{3 * size:,} bytes.*{2 * size:,} of them.*active already"):
         store.acquire(["c"])
 
 

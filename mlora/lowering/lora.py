@@ -152,9 +152,7 @@ def _group(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
     return modules
 
 
-def _check_targets(
-    adapter: Adapter, modules: Mapping[str, dict[str, Tensor]], bases: Mapping[str, BaseLinear]
-) -> None:
+def _check_targets(adapter: Adapter, modules: Mapping[str, dict[str, Tensor]], bases: Mapping[str, BaseLinear]) -> None:
     config = adapter.config
     if missing := [name for name in modules if name not in bases]:
         raise errors.AdapterError(

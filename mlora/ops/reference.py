@@ -111,8 +111,7 @@ def routes(plan: Tensor, table: Tensor, tokens: int) -> list[Route]:
 def _part(arena: Tensor, offset: int, count: int, slot: int, dtype: torch.dtype) -> Tensor:
     if offset < 0 or offset + count > arena.numel():
         raise RuntimeError(
-            f"mlora: slot {slot}: elements {offset} to {offset + count} are outside of the arena"
-            f" of {arena.numel()}"
+            f"mlora: slot {slot}: elements {offset} to {offset + count} are outside of the arena of {arena.numel()}"
         )
     return arena[offset : offset + count].to(dtype)
 
@@ -197,9 +196,7 @@ def scale_input(x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> Tensor
     out = rows.to(_wide(x.dtype))
     for route in routes(plan, table, rows.shape[0]):
         gains = [
-            t.weight * _part(arena, t.in_gain, rows.shape[1], t.slot, out.dtype)
-            for t in route.terms
-            if t.in_gain >= 0
+            t.weight * _part(arena, t.in_gain, rows.shape[1], t.slot, out.dtype) for t in route.terms if t.in_gain >= 0
         ]
         if gains:
             factor = 1 + torch.stack(gains).sum(0)
