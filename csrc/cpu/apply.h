@@ -131,7 +131,7 @@ MLORA_INLINE void expand_tile(const Rows<T, S>& rows, const Segment& s, int t0, 
       Pair bs[Pairs];
       MLORA_UNROLL for (int i = 0; i < Pairs; ++i) {
         bs[i] = load<Tail>(b + i * step, left);
-        if (Tokens == 1 && !Tail) __builtin_prefetch(b + (Pairs + i) * step);
+        if (Tokens == 1 && !Tail) __builtin_prefetch(b + (2 * Pairs + i) * step);
       }
       MLORA_UNROLL for (int t = 0; t < Tokens; ++t) {
         const vf weight = set1(v[t * s.ranks]);
