@@ -83,7 +83,7 @@ class FlushSubnormals {
 // Calls f(from, to) for ranges that cover [0, cost), one range a thread; the cost is in elements read or so.
 template <class F>
 void split(int64_t cost, const F& f) {
-  constexpr int64_t kSmall = 1 << 14;  // not worth waking a thread for
+  constexpr int64_t kSmall = 1 << 17;  // not worth waking a thread for
   const int64_t threads = cost < kSmall ? 1 : torch::stable::get_num_threads();
   if (threads == 1) {
     const FlushSubnormals flush;
