@@ -41,7 +41,7 @@ def draw_generate(records: list[dict[str, Any]], file: Path) -> Path:
     phases = list(dict.fromkeys(r["phase"] for r in records))
     cases = list(dict.fromkeys(r["case"] for r in records))
     figure, axes = plt.subplots(
-        1, len(phases), figsize=(4.2 * len(phases), 0.38 * len(cases) + 1.6), sharey=True, squeeze=False
+        1, len(phases), figsize=(3.6 + 3.4 * len(phases), 0.38 * len(cases) + 1.9), sharey=True, squeeze=False
     )
     for axis, phase in zip(axes[0], phases, strict=True):
         found = {r["case"]: r for r in records if r["phase"] == phase}
@@ -69,12 +69,12 @@ def draw_generate(records: list[dict[str, Any]], file: Path) -> Path:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_yticks(range(len(cases)), cases)
     axes[0][0].invert_yaxis()
-    axes[0][0].plot([], [], color=BOUND, lw=1.2, label="unfused byte bound")
-    figure.legend(loc="lower right", fontsize=8, frameon=False)
+    bound = axes[0][0].plot([], [], color=BOUND, lw=1.2, label="unfused byte bound")
+    axes[0][-1].legend(loc="upper right", fontsize=8, frameon=False, handles=bound)
     first = records[0]
     figure.suptitle(
-        f"{first['model']}, {first['dtype']}, {first['batch']} rows, {first['prompt']} + {first['new']} "
-        f"tokens, rank {first['rank']} on all linears; {first['threads']} threads, {first['clock']} time",
+        f"{first['model']}, {first['dtype']}, {first['batch']} rows, {first['prompt']} + {first['new']} tokens,\n"
+        f"rank {first['rank']} on all linears; {first['threads']} threads, {first['clock']} time",
         fontsize=10,
     )
     figure.tight_layout()
