@@ -10,15 +10,56 @@ namespace {
 
 #define MLORA_UNROLL _Pragma("GCC unroll 16")
 
+constexpr int kTileRanks = 4;                          // rank rows of A that a tile reads
+constexpr int kTilePairs = MLORA_HAVE_AVX512 ? 4 : 2;  // Pairs of each rank row of B that a tile reads for one token
+
+// Into the second-level cache: a core has few buffers for lines on their way into the first, which then hold up loads.
+constexpr int kNear = 2;
+
+// What to ask for while reading a tile: the tile that will be read after it. A tile is read in an outer loop, over
+// Pairs of kTileRanks rows of A or over all rank rows of B, and an inner one, over those rows or over Pairs of the
+// row; outer and inner are what each adds to the address, in bytes. The address may lie outside of any buffer.
+struct Next {
+  uintptr_t at;
+  int64_t outer;
+  int64_t inner;
+};
+
 template <class T>
-constexpr int64_t kShrinkAhead = 2048 / sizeof(T);  // elements of A to prefetch ahead: covers the latency of memory
+constexpr int64_t kPairBytes = 2 * W * sizeof(T);
+
+template <class T>
+MLORA_INLINE Next next_rows(const T* a, int64_t in) {
+  return {reinterpret_cast<uintptr_t>(a), kPairBytes<T>, in * static_cast<int64_t>(sizeof(T))};
+}
+
+template <class T>
+MLORA_INLINE Next next_columns(const T* b, int64_t out) {
+  return {reinterpret_cast<uintptr_t>(b), out * static_cast<int64_t>(sizeof(T)), kPairBytes<T>};
+}
+
+template <class T>
+MLORA_INLINE Next first_tile(const Problem& p, const Job& job) {
+  if (job.term) return next_rows(static_cast<const T*>(job.term->a) + job.from * p.in, p.in);
+  const T* b = static_cast<const T*>(job.segment->terms->b);
+  return b ? next_columns(b + job.from, p.out) : Next{};
+}
+
+template <class T>
+MLORA_INLINE void fetch(const Next& next, int inner) {
+  const uintptr_t at = next.at + inner * next.inner;
+  MLORA_UNROLL for (int64_t line = 0; line < kPairBytes<T>; line += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(at + line), 0, kNear);
+  }
+}
 
 // Chains are cut into blocks, whose sums are added in order: a long fp32 chain would lose accuracy.
 constexpr int64_t kShrinkBlock = 32 * W;
 
 // v[t * stride + r] = scale * (A[r] . x[t])
-template <class T, int Tokens, int Ranks>
-MLORA_INLINE void shrink_tile(const T* const* x, const T* a, int64_t in, float scale, float* v, int64_t stride) {
+template <class T, int Tokens, int Ranks, bool Fetch>
+MLORA_INLINE void shrink_tile(const T* const* x, const T* a, int64_t in, float scale, float* v, int64_t stride,
+                              Next next) {
   constexpr int64_t step = 2 * W;
   vf total[Tokens][Ranks];
   MLORA_UNROLL for (int t = 0; t < Tokens; ++t) {
@@ -34,11 +75,11 @@ MLORA_INLINE void shrink_tile(const T* const* x, const T* a, int64_t in, float s
       Operand<T> xs[Tokens];
       MLORA_UNROLL for (int t = 0; t < Tokens; ++t) xs[t] = load_operand<T, false>(x[t] + k, step);
       MLORA_UNROLL for (int r = 0; r < Ranks; ++r) {
-        const T* row = a + r * in + k;
-        __builtin_prefetch(row + kShrinkAhead<T>);
-        const Operand<T> as = load_operand<T, false>(row, step);
+        if (Fetch) fetch<T>(next, r);
+        const Operand<T> as = load_operand<T, false>(a + r * in + k, step);
         MLORA_UNROLL for (int t = 0; t < Tokens; ++t) acc[t][r] = dot<T>(xs[t], as, acc[t][r]);
       }
+      next.at += next.outer;
     }
     if (k < stop) {
       MLORA_UNROLL for (int t = 0; t < Tokens; ++t) {
@@ -58,26 +99,42 @@ MLORA_INLINE void shrink_tile(const T* const* x, const T* a, int64_t in, float s
   }
 }
 
-template <class T, int Tokens>
-MLORA_INLINE void shrink_tokens(const T* const* x, const T* a, int64_t in, float scale, float* v, int64_t stride,
-                                int64_t from, int64_t to) {
-  int64_t r = from;
-  for (; r + 4 <= to; r += 4) shrink_tile<T, Tokens, 4>(x, a + r * in, in, scale, v + r, stride);
-  for (; r < to; ++r) shrink_tile<T, Tokens, 1>(x, a + r * in, in, scale, v + r, stride);
+template <class T, int Tokens, bool Fetch>
+MLORA_INLINE void shrink_tokens(const Problem& p, const T* const* x, const Job& job, int t, const Next& after,
+                                bool fetch_b) {
+  const int64_t stride = job.segment->ranks;
+  const float scale = job.term->scale;
+  float* v = job.v + t * stride;
+  const T* a = static_cast<const T*>(job.term->a) + job.from * p.in;
+  const T* b = static_cast<const T*>(job.term->b) + job.from * p.out;
+  int64_t r = job.from;
+  for (; r + kTileRanks <= job.to; r += kTileRanks) {
+    const T* tile = a;
+    a += kTileRanks * p.in;
+    if (Fetch && fetch_b) {
+      const T* end = b + kTileRanks * p.out;
+      for (; b < end; b += 64 / sizeof(T)) __builtin_prefetch(b, 0, kNear);
+    }
+    const Next next = r + kTileRanks < job.to ? next_rows(a, p.in) : after;
+    shrink_tile<T, Tokens, kTileRanks, Fetch>(x + t, tile, p.in, scale, v + r, stride, next);
+  }
+  for (; r < job.to; ++r, a += p.in) shrink_tile<T, Tokens, 1, Fetch>(x + t, a, p.in, scale, v + r, stride, after);
 }
 
 template <class T>
-void shrink(const Problem& p, const Segment& s, const Term& term, float* v, int64_t from, int64_t to) {
-  const T* a = static_cast<const T*>(term.a);
+MLORA_INLINE void shrink(const Problem& p, const Job& job, const Next& after, bool fetch_b) {
+  const Segment& s = *job.segment;
   const T* x[kSegmentTokens];
   for (int t = 0; t < s.count; ++t) x[t] = static_cast<const T*>(p.x) + s.tokens[t] * p.x_stride;
   int t = 0;
-  for (; t + 4 <= s.count; t += 4) {
-    shrink_tokens<T, 4>(x + t, a, p.in, term.scale, v + t * s.ranks, s.ranks, from, to);
+  if (s.count < 4) {
+    shrink_tokens<T, 1, true>(p, x, job, t++, after, fetch_b);
+  } else {
+    shrink_tokens<T, 4, true>(p, x, job, t, after, fetch_b);
+    t += 4;
   }
-  for (; t < s.count; ++t) {
-    shrink_tokens<T, 1>(x + t, a, p.in, term.scale, v + t * s.ranks, s.ranks, from, to);
-  }
+  for (; t + 4 <= s.count; t += 4) shrink_tokens<T, 4, false>(p, x, job, t, after, false);
+  for (; t < s.count; ++t) shrink_tokens<T, 1, false>(p, x, job, t, after, false);
 }
 
 // Elements of S, in the lane order of T.
@@ -117,8 +174,10 @@ struct Rows {
 };
 
 // Tokens [t0, t0 + Tokens) of the segment, columns [n, n + 2 * W * Pairs), or `left` columns if Tail.
+// Asks for `after`, or if that is null for what lies `ahead` columns on.
 template <class T, class S, int Tokens, int Pairs, bool Tail>
-MLORA_INLINE void expand_tile(const Rows<T, S>& rows, const Segment& s, int t0, int64_t out, int64_t n, int64_t left) {
+MLORA_INLINE void expand_tile(const Rows<T, S>& rows, const Segment& s, int t0, int64_t out, int64_t n, int64_t left,
+                              int64_t ahead, const Next* after) {
   constexpr int64_t step = 2 * W;
   Pair acc[Tokens][Pairs];
   MLORA_UNROLL for (int t = 0; t < Tokens; ++t) {
@@ -127,12 +186,14 @@ MLORA_INLINE void expand_tile(const Rows<T, S>& rows, const Segment& s, int t0, 
   const float* v = s.v + t0 * s.ranks;
   for (const Term* term = s.terms; term != s.terms + s.term_count; ++term) {
     const T* b = static_cast<const T*>(term->b) + n;
+    Next next = after && term == s.terms ? *after : next_columns(b + ahead, out);
     for (int64_t j = 0; j < term->rank; ++j, b += out, ++v) {
       Pair bs[Pairs];
       MLORA_UNROLL for (int i = 0; i < Pairs; ++i) {
         bs[i] = load<Tail>(b + i * step, left);
-        if (Tokens == 1 && !Tail) __builtin_prefetch(b + (2 * Pairs + i) * step);
+        if (t0 == 0) fetch<T>(next, i);
       }
+      next.at += next.outer;
       MLORA_UNROLL for (int t = 0; t < Tokens; ++t) {
         const vf weight = set1(v[t * s.ranks]);
         MLORA_UNROLL for (int i = 0; i < Pairs; ++i) {
@@ -178,35 +239,57 @@ MLORA_INLINE void expand_tile(const Rows<T, S>& rows, const Segment& s, int t0, 
 }
 
 template <class T, class S, int Tokens, int Pairs>
-MLORA_INLINE void expand_tokens(const Rows<T, S>& rows, const Segment& s, int t, int64_t out, int64_t from, int64_t to) {
+MLORA_INLINE void expand_tokens(const Rows<T, S>& rows, const Segment& s, int t, int64_t out, int64_t from, int64_t to,
+                                int64_t ahead, const Next* after) {
   constexpr int64_t step = 2 * W;
   int64_t n = from;
-  for (; n + Pairs * step <= to; n += Pairs * step) expand_tile<T, S, Tokens, Pairs, false>(rows, s, t, out, n, step);
-  if (Pairs > 1) {
-    for (; n + step <= to; n += step) expand_tile<T, S, Tokens, 1, false>(rows, s, t, out, n, step);
+  for (; n + Pairs * step <= to; n += Pairs * step) {
+    const Next* next = n + Pairs * step < to ? nullptr : after;
+    expand_tile<T, S, Tokens, Pairs, false>(rows, s, t, out, n, step, ahead ? ahead : Pairs * step, next);
   }
-  if (n < to) expand_tile<T, S, Tokens, 1, true>(rows, s, t, out, n, to - n);
+  if (Pairs > 1) {
+    for (; n + step <= to; n += step) {
+      const Next* next = n + step < to ? nullptr : after;
+      expand_tile<T, S, Tokens, 1, false>(rows, s, t, out, n, step, ahead ? ahead : step, next);
+    }
+  }
+  if (n < to) expand_tile<T, S, Tokens, 1, true>(rows, s, t, out, n, to - n, ahead, after);
 }
 
+// `ahead`: 0, or how many columns further right the caller will read B next. `after` (or null): what it reads then.
 template <class T, class S>
-MLORA_INLINE void expand_rows(const Rows<T, S>& rows, const Segment& s, int64_t out, int64_t from, int64_t to) {
+MLORA_INLINE void expand_rows(const Rows<T, S>& rows, const Segment& s, int64_t out, int64_t from, int64_t to,
+                              int64_t ahead, const Next* after) {
   constexpr int64_t columns = 256;  // a slice of B that stays in the first-level cache for all tokens
   for (int64_t n = from; n < to; n += columns) {
     const int64_t end = n + columns < to ? n + columns : to;
+    const Next* next = end < to ? nullptr : after;
     int t = 0;
 #if MLORA_HAVE_AVX512
-    for (; t + 8 <= s.count; t += 8) expand_tokens<T, S, 8, 1>(rows, s, t, out, n, end);
+    for (; t + 8 <= s.count; t += 8) expand_tokens<T, S, 8, 1>(rows, s, t, out, n, end, ahead, next);
 #endif
-    for (; t + 4 <= s.count; t += 4) expand_tokens<T, S, 4, 1>(rows, s, t, out, n, end);
-    for (; t < s.count; ++t) expand_tokens<T, S, 1, MLORA_HAVE_AVX512 ? 4 : 2>(rows, s, t, out, n, end);
+    for (; t + 4 <= s.count; t += 4) expand_tokens<T, S, 4, 1>(rows, s, t, out, n, end, ahead, next);
+    for (; t < s.count; ++t) expand_tokens<T, S, 1, kTilePairs>(rows, s, t, out, n, end, ahead, next);
   }
 }
 
 template <class T>
-void expand(const Problem& p, const Segment& s, int64_t from, int64_t to) {
+MLORA_INLINE void expand(const Problem& p, const Job& job, const Next& after) {
   T* y = static_cast<T*>(p.y);
   const Rows<T, T> rows{y, p.y_stride, static_cast<const T*>(p.base), p.base_stride, y, p.y_stride};
-  expand_rows(rows, s, p.out, from, to);
+  expand_rows(rows, *job.segment, p.out, job.from, job.to, 0, after.at ? &after : nullptr);
+}
+
+template <class T>
+void run(const Problem& p, const Job* jobs, int64_t count, bool fetch_b) {
+  for (int64_t i = 0; i < count; ++i) {
+    const Next after = i + 1 < count ? first_tile<T>(p, jobs[i + 1]) : Next{};
+    if (jobs[i].term) {
+      shrink<T>(p, jobs[i], after, fetch_b);
+    } else {
+      expand<T>(p, jobs[i], after);
+    }
+  }
 }
 
 template <class T, bool Tail>

@@ -57,11 +57,22 @@ struct Problem {
   int64_t kblock;
 };
 
+// A piece of one thread's work on a segment. With a term, the shrink of its rank rows [from, to):
+//     v[t, r] = scale * (A[r] . x[t]), where v points at the term's first rank row.
+// Without one, the expand of columns [from, to): y += gain * base + B^T v + shift.
+struct Job {
+  const Segment* segment;
+  const Term* term;
+  float* v;
+  int64_t from;
+  int64_t to;
+};
+
 struct Kernels {
-  // v[t, r] = scale * (A[r] . x[t]) for rank rows [from, to) of one term; v points at the term's first rank row.
-  using Shrink = void (*)(const Problem&, const Segment&, const Term&, float* v, int64_t from, int64_t to);
-  // y += gain * base + B^T v + shift for columns [from, to).
-  using Expand = void (*)(const Problem&, const Segment&, int64_t from, int64_t to);
+  // Runs jobs in order, and asks for each one's bytes during the one before: an adapter's parts are a few KiB each and
+  // lie anywhere, and the hardware's prefetchers, which learn a stream and stop at its end, leave most of such a part
+  // to be waited for. With `fetch_b`, shrinks also bring the same rank rows of B nearer, for a linear that follows.
+  using Run = void (*)(const Problem&, const Job*, int64_t jobs, bool fetch_b);
   // y = x * (1 + in_gain) for all columns; y has x's shape.
   using ScaleInput = void (*)(const Problem&, const Segment&);
   // xt[tile, pair, t]: pairs of x along `in` of each tile of kLinearTokens tokens, so that a pair's tokens adjoin.
@@ -70,8 +81,7 @@ struct Kernels {
   using Linear = void (*)(const Problem&, const uint32_t* xt, const Segment*, int64_t segments, float* tile,
                           int64_t from, int64_t to);
 
-  Shrink shrink[3];  // indexed by Type
-  Expand expand[3];
+  Run run[3];  // indexed by Type
   ScaleInput scale_input[3];
   Pack pack;  // null where linear is not offered
   Linear linear;

@@ -109,6 +109,8 @@ MLORA_INLINE void base_row_step(const bf16* x, const bf16* const* rows, int64_t 
   }
 }
 
+constexpr int64_t kRowAhead = 1024;  // elements of a weight row: covers the latency of memory
+
 inline void base_row(const bf16* x, const bf16* const* rows, int64_t in, int64_t block, float* sums) {
   constexpr int64_t step = 2 * W;
   for (int64_t start = 0; start < in; start += block) {
@@ -117,7 +119,7 @@ inline void base_row(const bf16* x, const bf16* const* rows, int64_t in, int64_t
     MLORA_UNROLL for (int c = 0; c < 8; ++c) acc[c] = zero();
     int64_t k = start;
     for (; k + step <= stop; k += step) {
-      MLORA_UNROLL for (int c = 0; c < 8; ++c) __builtin_prefetch(rows[c] + k + kShrinkAhead<bf16>);
+      MLORA_UNROLL for (int c = 0; c < 8; ++c) __builtin_prefetch(rows[c] + k + kRowAhead);
       base_row_step<false>(x, rows, k, step, acc);
     }
     if (k < stop) base_row_step<true>(x, rows, k, stop - k, acc);
@@ -191,7 +193,7 @@ void linear(const Problem& p, const uint32_t* xt, const Segment* segments, int64
       }
     }
     const Rows<bf16, float> io{sums - n, kLinearColumns, nullptr, 0, static_cast<bf16*>(p.y), p.y_stride};
-    for (int64_t s = 0; s < segment_count; ++s) expand_rows(io, segments[s], p.out, n, end);
+    for (int64_t s = 0; s < segment_count; ++s) expand_rows(io, segments[s], p.out, n, end, 2 * kLinearColumns, nullptr);
   }
 }
 

@@ -4,9 +4,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <optional>
 #include <string>
+#include <thread>
+#include <vector>
 
 #include "work.h"
 #if MLORA_X86
@@ -80,26 +83,63 @@ class FlushSubnormals {
 #endif
 };
 
-// Calls f(from, to) for ranges that cover [0, cost), one range a thread; the cost is in elements read or so.
+// Threads for work of this cost, in elements read or so.
+int64_t threads_for(int64_t cost) {
+  constexpr int64_t kSmall = 1 << 17;  // not worth waking a thread for
+  return cost < kSmall ? 1 : torch::stable::get_num_threads();
+}
+
+// Calls f(task, tasks) for every task, one a thread.
 template <class F>
 void split(int64_t cost, const F& f) {
-  constexpr int64_t kSmall = 1 << 17;  // not worth waking a thread for
-  const int64_t threads = cost < kSmall ? 1 : torch::stable::get_num_threads();
-  if (threads == 1) {
+  const int64_t tasks = threads_for(cost);
+  if (tasks == 1) {
     const FlushSubnormals flush;
-    f(int64_t{0}, cost);
+    f(int64_t{0}, int64_t{1});
     return;
   }
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     const FlushSubnormals flush;
-    f(begin * cost / threads, end * cost / threads);
+    for (int64_t task = begin; task < end; ++task) f(task, tasks);
   });
 }
 
-// Walks jobs laid end to end along the cost axis, and hands out each one's share of a range of that axis.
+// As two calls of `split`, first(task, tasks) for every task before second(task, tasks) for any, but waking the
+// threads once. A task of the first phase is run by whoever claims it, so that a thread that comes late holds nobody
+// up, and so that nobody ever waits for a task that nobody is running.
+template <class First, class Second>
+void split_in_two(int64_t cost, const First& first, const Second& second) {
+  constexpr int64_t kMost = 256;
+  const int64_t tasks = threads_for(cost);
+  if (tasks == 1 || tasks > kMost) {
+    split(tasks == 1 ? 0 : cost, first);
+    split(tasks == 1 ? 0 : cost, second);
+    return;
+  }
+  std::atomic<bool> claimed[kMost] = {};
+  std::atomic<int64_t> done{0};
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    const FlushSubnormals flush;
+    for (int64_t i = 0; i < tasks; ++i) {
+      const int64_t task = (begin + i) % tasks;
+      if (claimed[task].exchange(true, std::memory_order_relaxed)) continue;
+      first(task, tasks);
+      done.fetch_add(1, std::memory_order_release);
+    }
+    for (int spins = 0; done.load(std::memory_order_acquire) != tasks; ++spins) {
+#if MLORA_X86
+      _mm_pause();
+#endif
+      if (spins > 4096) std::this_thread::yield();
+    }
+    for (int64_t task = begin; task < end; ++task) second(task, tasks);
+  });
+}
+
+// Walks jobs laid end to end along the cost axis, and hands out each one's share of one task's range of that axis.
 class Share {
  public:
-  Share(int64_t from, int64_t to) : from_(from), to_(to) {}
+  Share(int64_t cost, int64_t task, int64_t tasks) : from_(task * cost / tasks), to_((task + 1) * cost / tasks) {}
 
   // A job of `units` units that cost `each`: sets [begin, end) to the units whose first cost lies in the range.
   bool take(int64_t units, int64_t each, int64_t* begin, int64_t* end) {
@@ -117,52 +157,73 @@ class Share {
 
 constexpr int64_t kRankUnit = 4;     // rank rows that a shrink tile takes
 constexpr int64_t kColumnUnit = 64;  // columns, at least a cache line of each rank row
+constexpr int64_t kStaysNear = 1 << 19;  // bytes that a core's second-level cache keeps beside what else it reads
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Reading a rank row costs about as much as using it for four tokens.
-int64_t shrink_cost(const Problem& p, const Segment& s) { return (s.count + 4) * p.in; }
-int64_t expand_cost(const Segment& s) { return (s.count + 4) * (s.ranks + 2) * kColumnUnit / 4; }
+// In elements read or so; reading a rank row costs about as much as using it for four tokens.
+int64_t rank_unit_cost(const Problem& p, const Segment& s) { return (s.count + 4) * p.in; }
+int64_t column_unit_cost(const Segment& s) { return (s.count + 4) * (s.ranks + 2) * kColumnUnit / 4; }
 
-void run_shrink(const Kernels& k, Type type, const Problem& p, const Work& work) {
-  int64_t cost = 0;
-  for (const Segment& s : work.segments) {
-    for (int32_t e = 0; e < s.term_count; ++e) {
-      cost += ceil_div(s.terms[e].rank, kRankUnit) * shrink_cost(p, s);
-    }
-  }
-  if (cost == 0) return;
-  split(cost, [&](int64_t from, int64_t to) {
-    Share share(from, to);
+int64_t shrink_cost(const Problem& p, const Segment& s) {
+  int64_t units = 0;
+  for (int32_t e = 0; e < s.term_count; ++e) units += ceil_div(s.terms[e].rank, kRankUnit);
+  return units * rank_unit_cost(p, s);
+}
+
+int64_t expand_cost(const Problem& p, const Segment& s) {
+  return s.has_output ? ceil_div(p.out, kColumnUnit) * column_unit_cost(s) : 0;
+}
+
+// One task's part of the work on the segments.
+struct Jobs {
+  std::vector<Job> first, second;
+
+  // Columns of every segment, which need all of its rank rows: `second` waits for every task's `first`.
+  void cut(const Problem& p, const Work& work, int64_t shrink, int64_t expand, int64_t task, int64_t tasks) {
+    first.clear();
+    second.clear();
+    Share rank_rows(shrink, task, tasks), columns(expand, task, tasks);
     for (const Segment& s : work.segments) {
-      int64_t column = 0;
+      float* v = s.v;
+      int64_t begin, end;
       for (int32_t e = 0; e < s.term_count; ++e) {
         const Term& term = s.terms[e];
-        int64_t begin, end;
-        if (share.take(ceil_div(term.rank, kRankUnit), shrink_cost(p, s), &begin, &end)) {
+        if (rank_rows.take(ceil_div(term.rank, kRankUnit), rank_unit_cost(p, s), &begin, &end)) {
           const int64_t last = end * kRankUnit < term.rank ? end * kRankUnit : term.rank;
-          k.shrink[type](p, s, term, s.v + column, begin * kRankUnit, last);
+          first.push_back({&s, &term, v, begin * kRankUnit, last});
         }
-        column += term.rank;
+        v += term.rank;
+      }
+      if (expand && s.has_output && columns.take(ceil_div(p.out, kColumnUnit), column_unit_cost(s), &begin, &end)) {
+        second.push_back({&s, nullptr, nullptr, begin * kColumnUnit,
+                          end * kColumnUnit < p.out ? end * kColumnUnit : p.out});
       }
     }
-  });
-}
+  }
 
-void run_expand(const Kernels& k, Type type, const Problem& p, const Work& work) {
-  const int64_t units = ceil_div(p.out, kColumnUnit);
-  int64_t cost = 0;
-  for (const Segment& s : work.segments) cost += s.has_output ? units * expand_cost(s) : 0;
-  if (cost == 0) return;
-  split(cost, [&](int64_t from, int64_t to) {
-    Share share(from, to);
+  // Whole segments, so that nobody waits and an adapter's A and B, which adjoin, are read in one go. Returns false,
+  // if they do not divide evenly into the tasks.
+  bool take_whole(const Problem& p, const Work& work, int64_t total, int64_t task, int64_t tasks) {
+    first.clear();
+    second.clear();
+    int64_t position = 0, mine = 0;
     for (const Segment& s : work.segments) {
-      int64_t begin, end;
-      if (!s.has_output || !share.take(units, expand_cost(s), &begin, &end)) continue;
-      k.expand[type](p, s, begin * kColumnUnit, end * kColumnUnit < p.out ? end * kColumnUnit : p.out);
+      const int64_t cost = shrink_cost(p, s) + expand_cost(p, s), middle = position + cost / 2;
+      position += cost;
+      if (cost == 0 || middle * tasks / total != task) continue;
+      mine += cost;
+      float* v = s.v;
+      for (int32_t e = 0; e < s.term_count; ++e) {
+        const Term& term = s.terms[e];
+        if (term.rank) first.push_back({&s, &term, v, 0, term.rank});
+        v += term.rank;
+      }
+      first.push_back({&s, nullptr, nullptr, 0, p.out});
     }
-  });
-}
+    return mine * tasks <= total + total / 8;
+  }
+};
 
 Type type_of(const Tensor& x, const Tensor& arena) {
   const ScalarType dtype = arena.scalar_type();
@@ -209,7 +270,14 @@ int64_t width_of(const char* name, const Tensor& t) {
   return t.size(t.dim() - 1);
 }
 
+// What the calling thread keeps between calls: a plan resolved, and the jobs of each task.
 thread_local Work thread_work;
+thread_local std::vector<Jobs> thread_jobs;
+
+std::vector<Jobs>& jobs_of(int64_t tasks) {
+  if (static_cast<int64_t>(thread_jobs.size()) < tasks) thread_jobs.resize(tasks);
+  return thread_jobs;
+}
 
 void apply_(Tensor y, std::optional<Tensor> base, Tensor x, Tensor arena, Tensor table, Tensor plan) {
   Problem p = {};
@@ -235,8 +303,29 @@ void apply_(Tensor y, std::optional<Tensor> base, Tensor x, Tensor arena, Tensor
   Tensor rows = rows_of(y, &p.y_stride);
   p.y = rows.mutable_data_ptr();
   const Kernels& k = kernels();
-  run_shrink(k, type, p, work);
-  run_expand(k, type, p, work);
+  int64_t shrink = 0, expand = 0, b_bytes = 0, most_b_bytes = 0;
+  for (const Segment& s : work.segments) {
+    shrink += shrink_cost(p, s);
+    expand += expand_cost(p, s);
+    const int64_t bytes = s.ranks * p.out * arena.element_size();
+    b_bytes += bytes;
+    most_b_bytes = bytes > most_b_bytes ? bytes : most_b_bytes;
+  }
+  const int64_t total = shrink + expand, tasks = threads_for(total);
+  std::vector<Jobs>& jobs = jobs_of(tasks);
+  const auto run = [&](const std::vector<Job>& list, bool fetch_b) {
+    k.run[type](p, list.data(), static_cast<int64_t>(list.size()), fetch_b);
+  };
+  bool whole = true;
+  for (int64_t task = 0; task < tasks && whole; ++task) whole = jobs[task].take_whole(p, work, total, task, tasks);
+  if (whole) {
+    split(total, [&](int64_t task, int64_t) { run(jobs[task].first, most_b_bytes <= kStaysNear); });
+  } else {
+    for (int64_t task = 0; task < tasks; ++task) jobs[task].cut(p, work, shrink, expand, task, tasks);
+    split_in_two(
+        total, [&](int64_t task, int64_t) { run(jobs[task].first, b_bytes <= tasks * kStaysNear); },
+        [&](int64_t task, int64_t) { run(jobs[task].second, false); });
+  }
   if (rows.get() != y.get()) torch::stable::copy_(y, rows);
 }
 
@@ -252,12 +341,12 @@ Tensor scale_input(Tensor x, Tensor arena, Tensor table, Tensor plan) {
   p.x = x.const_data_ptr();
   p.y = y.mutable_data_ptr();
   const Kernels& k = kernels();
-  const int64_t each = p.in;
-  split(p.tokens * p.in, [&](int64_t from, int64_t to) {
-    Share share(from, to);
+  const int64_t cost = p.tokens * p.in;
+  split(cost, [&](int64_t task, int64_t tasks) {
+    Share share(cost, task, tasks);
     for (const Segment& s : work.segments) {
       int64_t begin, end;
-      if (!share.take(s.count, each, &begin, &end)) continue;
+      if (!share.take(s.count, p.in, &begin, &end)) continue;
       Segment part = s;
       part.tokens += begin;
       part.count = static_cast<int32_t>(end - begin);
@@ -307,18 +396,37 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor arena,
   p.y_stride = p.out;
   if (p.tokens == 0 || p.out == 0) return y;
 
-  run_shrink(k, type, p, work);
-  const int64_t units = ceil_div(p.out, kLinearColumns);
-  split(units * kLinearColumns * p.in, [&](int64_t from, int64_t to) {
+  const int64_t units = ceil_div(p.out, kLinearColumns), cost = units * kLinearColumns * p.in;
+  int64_t shrink = 0, b_bytes = 0;
+  for (const Segment& s : work.segments) {
+    shrink += shrink_cost(p, s);
+    b_bytes += 2 * s.ranks * p.out;
+  }
+  const auto columns = [&](int64_t task, int64_t tasks) {
     int64_t begin, end;
-    if (!Share(from, to).take(units, kLinearColumns * p.in, &begin, &end)) return;
+    if (!Share(cost, task, tasks).take(units, kLinearColumns * p.in, &begin, &end)) return;
     const int64_t tiles = ceil_div(p.tokens, kLinearTokens);
     uint32_t* xt = thread_block.xt.get<uint32_t>(tiles * kLinearTokens * p.in / 2);
     float* sums = thread_block.sums.get<float>(tiles * kLinearTokens * kLinearColumns);
     k.pack(p, xt);
     k.linear(p, xt, work.segments.data(), static_cast<int64_t>(work.segments.size()), sums, begin * kLinearColumns,
              end * kLinearColumns < p.out ? end * kLinearColumns : p.out);
-  });
+  };
+  if (shrink == 0) {
+    split(cost, columns);
+    return y;
+  }
+  const int64_t tasks = threads_for(shrink + cost);
+  const bool fetch_b = b_bytes <= tasks * kStaysNear;
+  std::vector<Jobs>& jobs = jobs_of(tasks);
+  for (int64_t task = 0; task < tasks; ++task) jobs[task].cut(p, work, shrink, 0, task, tasks);
+  split_in_two(
+      shrink + cost,
+      [&](int64_t task, int64_t) {
+        const std::vector<Job>& list = jobs[task].first;
+        k.run[type](p, list.data(), static_cast<int64_t>(list.size()), fetch_b);
+      },
+      columns);
   return y;
 }
 
