@@ -102,9 +102,9 @@ def _kasa(module: Module, a: Tensor, b: Tensor, scale: float) -> Delta:
     diagonal = module.part("diagonal", rank)
     if rank >= min(base.in_features, base.out_features):
         raise errors.AdapterError(f"{module.where}: KaSA removes {rank} singular values, which leaves none")
-    u, s, vh = torch.linalg.svd(base.weight(), full_matrices=False)
+    u, s, vh = torch.linalg.svd(base.weight().double(), full_matrices=False)
     removed = (u[:, -rank:] * s[-rank:]).t()
-    return Delta(torch.cat([a, vh[-rank:]]), torch.cat([(b * (diagonal * scale)).t(), -removed]))
+    return Delta(torch.cat([a, vh[-rank:].float()]), torch.cat([(b * (diagonal * scale)).t(), -removed.float()]))
 
 
 def _factors(module: Module) -> tuple[Tensor, Tensor]:
