@@ -77,6 +77,11 @@ class Runtime:
         self._active = 0
         self._lock = threading.RLock()  # guards the adapters' registry and the count above
 
+    @property
+    def model(self) -> nn.Module:
+        """The patched model."""
+        return self._model
+
     # Adapters
 
     def load_adapter(
