@@ -129,8 +129,8 @@ def test_a_hub_id_is_fetched_and_read(patched: Any, good: Path, monkeypatch: pyt
 
 
 def test_a_file_instead_of_a_folder(patched: Any, good: Path) -> None:
-    with refused(patched, errors.AdapterError, WEIGHTS, "is a file"):
-        patched.mlora.load_adapter(good / WEIGHTS, "new")
+    with refused(patched, errors.AdapterError, CONFIG, "is a file"):
+        patched.mlora.load_adapter(good / CONFIG, "new")
 
 
 # Tensors

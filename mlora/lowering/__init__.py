@@ -16,6 +16,7 @@ from .ia3 import IA3
 from .loha import LOHA
 from .lokr import LOKR
 from .lora import LORA
+from .lycoris import LYCORIS
 from .miss import MISS
 from .module import Lowering, check_options, lower_module, modules_of
 from .randlora import RANDLORA
@@ -25,7 +26,7 @@ from .vera import VERA
 
 LOWERINGS: dict[str, Lowering] = {
     "ADALORA": ADALORA, "C3A": C3A, "DELORA": DELORA, "FOURIERFT": FOURIERFT, "GRALORA": GRALORA, "HIRA": HIRA,
-    "HRA": HRA, "IA3": IA3, "LOHA": LOHA, "LOKR": LOKR, "LORA": LORA, "MISS": MISS, "OFT": OFT,
+    "HRA": HRA, "IA3": IA3, "LOHA": LOHA, "LOKR": LOKR, "LORA": LORA, "LYCORIS": LYCORIS, "MISS": MISS, "OFT": OFT,
     "RANDLORA": RANDLORA, "ROAD": ROAD, "SHIRA": SHIRA, "VBLORA": VBLORA, "VERA": VERA, "WAVEFT": WAVEFT,
 }  # fmt: skip
 
@@ -59,7 +60,7 @@ def lower(adapter: Adapter, bases: Mapping[str, BaseLinear], approximately: int 
         raise errors.AdapterError(f"approximate is {approximately!r}; it must be a rank: a positive integer")
     lowering = lowering_of(adapter)
     deltas: dict[str, Delta] = {}
-    for module in modules_of(adapter, lowering.format, bases):
+    for module in modules_of(adapter, lowering, bases):
         delta = lower_module(module, lowering)
         if isinstance(delta, Dense):
             if approximately is None:

@@ -5,11 +5,10 @@ A gain, or an input gain. `ia3_l` is (out, 1), or (1, in) for feed-forward modul
 
 from __future__ import annotations
 
-import re
-
 from .. import errors
 from .delta import Delta
 from .module import Format, Lowering, Module
+from .targets import full_match
 
 FORMAT = Format(parts={"ia3_l": "ia3_l"}, honoured={"feedforward_modules"}, neutral={"init_ia3_weights"})
 
@@ -24,10 +23,7 @@ def delta(module: Module) -> Delta:
 def _feedforward(module: Module) -> bool:
     names, name = module.config.get("feedforward_modules") or [], module.base.name
     if isinstance(names, str):
-        try:
-            return re.fullmatch(names, name) is not None
-        except re.error as error:
-            raise errors.AdapterError(f"{names!r} is not a valid module pattern: {error}") from error
+        return full_match(names, name) is not None
     if not isinstance(names, (list, tuple, set)):
         raise errors.AdapterError(f"adapter from {module.source}: feedforward_modules is {names!r}")
     return any(name.endswith(str(suffix)) for suffix in names)  # PEFT takes any ending, not whole names only

@@ -7,7 +7,7 @@ one `Module`. Whatever is not listed is refused here, by name.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,21 +138,34 @@ class Module:
 
 @dataclass(frozen=True)
 class Lowering:
-    """A type: how it is saved, and the pure function from one of its modules to a delta."""
+    """A type.
+
+    Args:
+        format: how it is saved.
+        delta: the pure function from one of its modules to a delta.
+        names: where files do not use the model's own names: (those in the file, the model's) -> the model's
+            name of each.
+    """
 
     format: Format
     delta: Callable[[Module], Delta | Dense]
+    names: Callable[[Iterable[str], Iterable[str]], dict[str, str]] | None = None
 
 
-def modules_of(adapter: Adapter, format: Format, bases: Mapping[str, BaseLinear]) -> Iterator[Module]:
+def modules_of(adapter: Adapter, lowering: Lowering, bases: Mapping[str, BaseLinear]) -> Iterator[Module]:
     """The modules of `adapter`, after checks of its options, keys and targets.
 
     Raises:
         UnsupportedAdapterError: an option or a tensor that the type does not serve.
         AdapterError: it does not fit the model.
     """
-    check_options(adapter, format)
-    modules, shared = _group(adapter, format)
+    check_options(adapter, lowering.format)
+    modules, shared = _group(adapter, lowering.format)
+    if lowering.names is not None:
+        named = lowering.names(modules, bases)
+        if len(set(named.values())) != len(modules):
+            raise errors.AdapterError(f"adapter from {adapter.source}: several of its modules are one of this model's")
+        modules = {named[name]: parts for name, parts in modules.items()}
     targeted = {name for name, parts in modules.items() if parts.keys() - {"base bias", "copy"}}
     _check_targets(adapter, modules, targeted, bases)
     peers = tuple(bases[name] for name in sorted(targeted))
