@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from torch import Tensor
 from . import errors
 
 PEFT_PREFIX = "base_model.model."
+SHARED_PREFIX = "base_model."  # of tensors that belong to the whole adapter, as VeRA's projections
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,36 @@ class Adapter:
 
         return read_adapter(path_or_id, revision=revision, token=token, allow_pickle=allow_pickle)
 
+    @classmethod
+    def from_peft(cls, model: Any, name: str = "default") -> Adapter:
+        """A copy of adapter `name` of a live `PeftModel`, or of a transformers model with adapters in it.
+
+        Its tensors are what PEFT's `save_pretrained` would write, so an adapter that rewrote the base when
+        it started (PiSSA, OLoRA) is refused later as its file would be.
+
+        Raises:
+            UnknownAdapterError: the model has no adapter of that name.
+        """
+        configs = getattr(model, "peft_config", None) or {}
+        if name not in configs:
+            known = ", ".join(map(repr, configs)) or "none"
+            raise errors.UnknownAdapterError(f"this {type(model).__name__} has no adapter {name!r}; it has: {known}")
+        from peft import get_peft_model_state_dict
+
+        # The state is read first: it brings AdaLoRA's config up to date.
+        state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        tensors = {key: tensor.detach().to("cpu", copy=True) for key, tensor in state.items()}
+        return cls(copy.deepcopy(configs[name].to_dict()), tensors, source=f"{type(model).__name__} adapter {name!r}")
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the adapter as a PEFT folder, which both PEFT and `from_pretrained` read back."""
         config = json.dumps(dict(self.config), indent=2, sort_keys=False, default=_to_json)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {PEFT_PREFIX + key: t.detach().contiguous() for key, t in self.tensors.items()}
+        tensors = {
+            key if key.startswith(SHARED_PREFIX) else PEFT_PREFIX + key: tensor.detach().contiguous()
+            for key, tensor in self.tensors.items()
+        }
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         (folder / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
 

@@ -1,73 +1,84 @@
-"""Files -> `Adapter`: local PEFT folders and Hugging Face hub ids."""
+"""Files -> `Adapter`. Nothing here trusts a file: sizes are checked before they are read."""
 
 from __future__ import annotations
 
 import json
-import re
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from . import errors
 from .adapter import Adapter
+from .sources import CONFIG, DIFFUSERS, PICKLE, WEIGHTS, local_path
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-PICKLE = "adapter_model.bin"
+MAX_CONFIG = 16 << 20  # bytes; AdaLoRA's masks are the largest configs, some hundred KB
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# Where diffusers keeps the config of an adapter that it saves: in the header of the weights.
+_METADATA = "lora_adapter_metadata"
 
 
 def read_adapter(
     path_or_id: str | Path, *, revision: str | None = None, token: str | None = None, allow_pickle: bool = False
 ) -> Adapter:
     """See `Adapter.from_pretrained`."""
-    folder = Path(path_or_id)
-    if not folder.is_dir():
-        folder = _from_hub(str(path_or_id), revision, token)
-    return Adapter(_read_config(folder), _read_tensors(folder, allow_pickle), source=str(path_or_id))
+    source = str(path_or_id)
+    path = local_path(source, revision, token)
+    folder, weights = (path, path / WEIGHTS) if path.is_dir() else (path.parent, path)
+    if (folder / CONFIG).is_file():
+        return Adapter(_read_config(folder), _read_tensors(folder, weights, allow_pickle), source=source)
+    if path.is_dir():
+        weights = path / DIFFUSERS
+        if not weights.is_file():
+            raise errors.AdapterError(f"{folder} has no {CONFIG}: it is not a PEFT adapter folder")
+    return _without_config(weights, source)
 
 
-def _from_hub(name: str, revision: str | None, token: str | None) -> Path:
-    if Path(name).exists():
-        raise errors.AdapterError(f"{name!r} is a file; a PEFT adapter is a folder with {CONFIG} and {WEIGHTS}")
-    if not _HUB_ID.fullmatch(name):
-        raise errors.AdapterError(f"there is no folder {name!r}, and it is not a hub id of the form 'org/name'")
-    from huggingface_hub import snapshot_download
-
+def _without_config(file: Path, source: str) -> Adapter:
+    """A file of kohya-ss, LyCORIS or diffusers: its config is in its header or follows from its keys."""
+    tensors = _load(file)
     try:
-        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=[CONFIG, WEIGHTS, PICKLE]))
-    except Exception as error:  # the hub client's errors have no common base short of Exception
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        with safe_open(file, "pt") as handle:
+            text = (handle.metadata() or {}).get(_METADATA)
+        values = json.loads(text) if text is not None else {}
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise errors.AdapterError(f"{file}: its {_METADATA} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise errors.AdapterError(f"{file}: its {_METADATA} holds a JSON {type(values).__name__}; it must be an object")
+    components = sorted({key.partition(".")[0] for key in values})
+    if len(components) > 1:
         raise errors.AdapterError(
-            f"there is no folder {name!r}, and as a hub id it could not be fetched: {reason}"
-        ) from error
+            f"{file} holds adapters of several models ({', '.join(components)}); save the one for this model by itself"
+        )
+    if not components:
+        return Adapter({"peft_type": "LYCORIS"}, tensors, source=source)
+    prefix = f"{components[0]}."
+    config = {key.removeprefix(prefix): value for key, value in values.items()}
+    return Adapter(
+        {"peft_type": "LORA", **config}, {k.removeprefix(prefix): t for k, t in tensors.items()}, source=source
+    )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    if not path.is_file():
-        raise errors.AdapterError(f"{folder} has no {CONFIG}: it is not a PEFT adapter folder")
+    path = _inside(folder, folder / CONFIG)
+    if path.stat().st_size > MAX_CONFIG:
+        raise errors.AdapterError(f"{path} has {path.stat().st_size:,} bytes; a config has at most {MAX_CONFIG:,}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise errors.AdapterError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise errors.AdapterError(f"{path} holds a JSON {type(config).__name__}; it must be an object")
     return config
 
 
-def _read_tensors(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
-    path = folder / WEIGHTS
+def _read_tensors(folder: Path, path: Path, allow_pickle: bool) -> dict[str, Tensor]:
     if path.is_file():
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise errors.AdapterError(f"{path} is damaged or not a safetensors file: {error}") from error
+        return _load(_inside(folder, path))
     pickle = folder / PICKLE
     if not pickle.is_file():
         raise errors.AdapterError(f"{folder} has no {WEIGHTS}")
@@ -76,6 +87,7 @@ def _read_tensors(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
             f"{folder} has only {PICKLE}, a pickle, which can run code when read; convert it to {WEIGHTS}, "
             "or pass allow_pickle=True to read it with torch's weights_only unpickler"
         )
+    _check_size(_inside(folder, pickle))
     try:
         tensors = torch.load(pickle, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises pickle, zip, runtime and end-of-file errors
@@ -83,3 +95,29 @@ def _read_tensors(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise errors.AdapterError(f"{pickle} must hold a dictionary of tensors")
     return tensors
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    _check_size(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, OverflowError) as error:
+        raise errors.AdapterError(f"{path} is damaged or not a safetensors file: {error}") from error
+
+
+def _check_size(path: Path) -> None:
+    """A file's length may be a lie that costs nothing on disk; its tensors are read into memory."""
+    size, memory = path.stat().st_size, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory:
+        raise errors.AdapterError(f"{path} has {size:,} bytes, more than this machine's memory of {memory:,}")
+
+
+def _inside(folder: Path, path: Path) -> Path:
+    """`path`, if it leads into `folder`, or as the hub's cache links them, into the `blobs` beside the snapshots."""
+    roots = [folder.resolve()]
+    if folder.parent.name == "snapshots":
+        roots.append(folder.parent.parent.resolve() / "blobs")
+    target = path.resolve()
+    if not any(target.is_relative_to(root) for root in roots):
+        raise errors.AdapterError(f"{path} is a link out of its folder, to {target}")
+    return path

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import errors
+from .adapter import Adapter
 from .layers import (
     LayerState,
     LoraLayer,
@@ -26,6 +27,7 @@ from .layers import (
 from .ops.rows import check_rows
 from .runtime import Runtime
 from .store import Store
+from .takeover import has_peft, take_over
 
 PLAN_WORDS = 1 << 16  # the plan buffer of compiled code: room for batches of some ten thousand rows
 
@@ -76,7 +78,10 @@ def patch(
     hooks and `save_pretrained` stay as they are.
 
     Args:
-        model: a Hugging Face model, or any module with linears in it.
+        model: a Hugging Face model, or any module with linears in it. A `PeftModel`, or a transformers
+            model with adapters, hands its adapters over: PEFT's layers are taken out, its adapters are
+            loaded under their names, and the active one becomes the default (`Runtime.set_adapter`). Of a
+            `PeftModel` it is the model inside that is patched, `runtime.model`; the wrapper refuses calls.
         memory: bytes of device memory for resident adapters; the others wait on the host. The default
             is half the size of the model's weights, at least 64 MiB, and at most half of what is free.
         max_adapters: how many adapters can be resident at once.
@@ -87,17 +92,17 @@ def patch(
         The runtime, also reachable as `model.mlora`.
 
     Raises:
-        PatchError: it is patched already, is a PEFT model, or has no linear.
+        PatchError: it is patched already, has no linear, or has PEFT adapters merged or several active.
+        AdapterError, UnsupportedAdapterError: an adapter in it cannot be served.
     """
     if not isinstance(model, nn.Module):
         raise errors.PatchError(f"patch takes a torch.nn.Module, not {type(model).__name__}")
     if isinstance(model, PatchedModel):
         raise errors.PatchError("this model is patched already; its runtime is model.mlora")
-    if hasattr(model, "peft_config") or any(hasattr(m, "lora_A") for m in model.modules()):
-        raise errors.PatchError(
-            "this model has PEFT adapters in it; patch the base model (peft_model.unload()) and load the adapters "
-            "from their folders"
-        )
+    adapters: dict[str, Adapter] = {}
+    active = None
+    if has_peft(model):
+        model, adapters, active = take_over(model)
     paths = find_layers(model)
     if not paths:
         raise errors.PatchError(f"{type(model).__name__} has no linear to patch")
@@ -131,6 +136,10 @@ def patch(
         guard_moves(module)
     swap_class(model, PatchedModel)
     model.__dict__["mlora"] = runtime
+    for name, adapter in adapters.items():
+        runtime.add_adapter(name, adapter)
+    if active is not None:
+        runtime.set_adapter(active)
     return runtime
 
 

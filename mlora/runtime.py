@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,6 +31,8 @@ class AdapterInfo:
         modules: dotted paths of the modules that it changes.
         bytes: its size on the device.
         location: "device" or "host".
+        errors: module -> |D - D'| / |D| (Frobenius), for each whose delta D is approximated by D'; empty
+            where all is exact.
     """
 
     name: str
@@ -42,6 +44,12 @@ class AdapterInfo:
     modules: tuple[str, ...]
     bytes: int
     location: str
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def error(self) -> float:
+        """The largest of `errors`; 0 where all is exact."""
+        return max(self.errors.values(), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,11 @@ class Runtime:
         self._active = 0
         self._lock = threading.RLock()  # guards the adapters' registry and the count above
 
+    @property
+    def model(self) -> nn.Module:
+        """The patched model."""
+        return self._model
+
     # Adapters
 
     def load_adapter(
@@ -79,8 +92,13 @@ class Runtime:
         revision: str | None = None,
         token: str | None = None,
         allow_pickle: bool = False,
+        approximate: int | None = None,
     ) -> AdapterInfo:
         """Load a PEFT folder or a hub id, under `adapter_name` (default: the last part of its path).
+
+        Args:
+            approximate: serve a delta of full rank, which is refused otherwise, as the nearest one of this
+                rank; the info's `errors` tell how near. What has an exact form stays exact.
 
         Raises:
             DuplicateAdapterError: the name is taken.
@@ -90,12 +108,12 @@ class Runtime:
         name = adapter_name if adapter_name is not None else Path(path_or_id).name
         self._check_new(name)
         adapter = Adapter.from_pretrained(path_or_id, revision=revision, token=token, allow_pickle=allow_pickle)
-        return self.add_adapter(name, adapter)
+        return self.add_adapter(name, adapter, approximate=approximate)
 
-    def add_adapter(self, adapter_name: str, adapter: Adapter) -> AdapterInfo:
-        """Add an adapter that is in memory. Raises as `load_adapter` does."""
+    def add_adapter(self, adapter_name: str, adapter: Adapter, *, approximate: int | None = None) -> AdapterInfo:
+        """Add an adapter that is in memory. Takes `approximate` and raises as `load_adapter` does."""
         self._check_new(adapter_name)
-        deltas = lower(adapter, self._bases)
+        deltas = lower(adapter, self._bases, approximate)
         by_index = {self._indices[name]: delta for name, delta in deltas.items()}
         if len(by_index) != len(deltas):
             raise errors.AdapterError(
@@ -106,7 +124,7 @@ class Runtime:
         ranks = tuple(sorted({delta.rank for delta in deltas.values()}))
         info = AdapterInfo(
             adapter_name, adapter.source, adapter.peft_type, _variant(adapter), ranks[-1], ranks, tuple(deltas),
-            packed.nbytes, "host",
+            packed.nbytes, "host", {name: delta.error for name, delta in deltas.items() if delta.error},
         )  # fmt: skip
         with self._lock:
             self._check_new(adapter_name)  # another thread may have taken the name meanwhile
@@ -144,19 +162,27 @@ class Runtime:
     def adapters(self) -> dict[str, AdapterInfo]:
         """Name -> what is known of it, in the order of loading."""
         return {
-            name: AdapterInfo(
-                **{**loaded.info.__dict__, "location": "device" if self._store[name].resident else "host"}
-            )
+            name: replace(loaded.info, location="device" if self._store[name].resident else "host")
             for name, loaded in list(self._loaded.items())
         }
 
     def status(self) -> str:
         """A printable table of the adapters and the arena."""
-        rows = [("adapter", "type", "rank", "modules", "bytes", "where")]
+        rows = [("adapter", "type", "rank", "modules", "bytes", "where", "error")]
         for info in self.adapters.values():
             ranks = str(info.rank) if len(info.ranks) == 1 else f"{info.ranks[0]}-{info.ranks[-1]}"
             kind = info.variant or info.peft_type
-            rows.append((info.name, kind, ranks, str(len(info.modules)), f"{info.bytes:,}", info.location))
+            rows.append(
+                (
+                    info.name,
+                    kind,
+                    ranks,
+                    str(len(info.modules)),
+                    f"{info.bytes:,}",
+                    info.location,
+                    f"{info.error:.1e}" if info.errors else "exact",
+                )
+            )
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
         store = self._store

@@ -385,3 +385,51 @@ def patched(llama: Any, folders: dict[str, Path]) -> Any:
     for name, folder in folders.items():
         runtime.load_adapter(folder, name)
     return model
+
+
+# The conformance table: type x scenario, from what the tests themselves saw.
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--conformance-table", metavar="FILE", help="write the conformance suite's verdicts as Markdown")
+
+
+VERDICTS = pytest.StashKey[dict[str, dict[str, set[str]]]]()
+
+
+@pytest.fixture
+def verdicts(request: pytest.FixtureRequest) -> Any:
+    """A context in which a test earns a verdict for a cell of the table; it is WRONG if the block raises."""
+    table = request.config.stash.setdefault(VERDICTS, {})
+
+    @contextmanager
+    def record(name: str, model: str, scenario: str, verdict: str) -> Iterator[None]:
+        column = scenario if model == "llama" else model
+        cell = table.setdefault(name, {}).setdefault(column, set())
+        try:
+            yield
+        except BaseException:
+            cell.add("WRONG")
+            raise
+        cell.add(verdict)
+
+    return record
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    file, table = session.config.getoption("--conformance-table"), session.config.stash.get(VERDICTS, None)
+    if not file or not table:
+        return
+    columns = ("single", "mixed", "weighted", "generate", "bf16", "gpt2", "t5", "bert", "qwen2")
+    lines = ["| adapter | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
+    for name, cells in table.items():
+        row = [
+            _cell(cells.get(column, cells.get("refusal", set()) if column in columns[:5] else set()))
+            for column in columns
+        ]
+        lines.append(f"| {name} | " + " | ".join(row) + " |")
+    Path(file).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _cell(verdicts: set[str]) -> str:
+    return "WRONG" if "WRONG" in verdicts else next(iter(verdicts), "")

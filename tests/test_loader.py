@@ -129,8 +129,8 @@ def test_a_hub_id_is_fetched_and_read(patched: Any, good: Path, monkeypatch: pyt
 
 
 def test_a_file_instead_of_a_folder(patched: Any, good: Path) -> None:
-    with refused(patched, errors.AdapterError, WEIGHTS, "is a file"):
-        patched.mlora.load_adapter(good / WEIGHTS, "new")
+    with refused(patched, errors.AdapterError, CONFIG, "is a file"):
+        patched.mlora.load_adapter(good / CONFIG, "new")
 
 
 # Tensors
@@ -246,20 +246,26 @@ def test_weights_that_overflow_the_models_dtype(good: Path, tmp_path: Path) -> N
 # Config
 
 OPTIONS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
-    ("another-type", {"peft_type": "IA3"}, ("'IA3'", "LORA")),
+    ("another-type", {"peft_type": "LOHA"}, ("init_lora_weights=True",)),
+    ("a-type-of-prompts", {"peft_type": "PREFIX_TUNING"}, ("'PREFIX_TUNING'", "virtual tokens")),
     ("unknown-type", {"peft_type": "NONSENSE"}, ("'NONSENSE'", "LORA")),
     ("type-is-a-number", {"peft_type": 3}, ("'3'", "LORA")),
     ("unknown-option", {"use_magic": True}, ("use_magic=True",)),
     ("unknown-number", {"magic_scale": 0.5}, ("magic_scale=0.5",)),
     ("modules-to-save", {"modules_to_save": ["lm_head"]}, ("modules_to_save", "lm_head")),
-    ("trained-bias", {"bias": "all"}, ("bias='all'", "none")),
     ("trained-tokens", {"trainable_token_indices": [1, 2]}, ("trainable_token_indices",)),
     ("activated", {"alora_invocation_tokens": [5]}, ("alora_invocation_tokens",)),
     ("replicated", {"layer_replication": [[0, 2], [0, 2]]}, ("layer_replication",)),
     ("parameters", {"target_parameters": ["x"]}, ("target_parameters",)),
     ("arrow", {"arrow_config": {"top_k": 2}}, ("arrow_config",)),
-    ("bdlora", {"use_bdlora": {"nblocks": 2}}, ("use_bdlora",)),
-    ("kasa", {"kasa_config": {"beta": 1}}, ("kasa_config",)),
+    ("bdlora-of-nothing", {"use_bdlora": {"nblocks": 2}}, ("use_bdlora", "no factor")),
+    (
+        "bdlora-of-both",
+        {"use_bdlora": {"nblocks": 2, "target_modules_bd_a": ["q"], "target_modules_bd_b": ["proj"]}},
+        ("use_bdlora", "both factors"),
+    ),
+    ("bdlora-with-dora", {"use_bdlora": {"nblocks": 2}, "use_dora": True}, ("use_bdlora", "use_dora")),
+    ("kasa-without-tensor", {"kasa_config": {"beta": 1}}, ("kasa_config", "diagonal")),
     ("pissa", {"init_lora_weights": "pissa"}, ("init_lora_weights='pissa'",)),
     ("olora", {"init_lora_weights": "olora"}, ("init_lora_weights='olora'",)),
     ("corda", {"init_lora_weights": "corda"}, ("init_lora_weights='corda'",)),

@@ -195,13 +195,6 @@ def test_impossible_options(model: Any, options: dict[str, int]) -> None:
     assert identity(model) == before
 
 
-def test_a_peft_model_is_refused(llama: Any, folders: dict[str, Path]) -> None:
-    wrapped = peft_alone(llama, folders["r3"])
-    for model in (wrapped, wrapped.base_model.model):
-        with pytest.raises(errors.PatchError, match="PEFT"):
-            mlora.patch(model)
-
-
 def test_a_patched_model_is_neither_copied_nor_pickled(patched: Any, batch: dict[str, Tensor]) -> None:
     for part in (patched, patched.model, patched.lm_head):
         with refused(patched, errors.PatchError, "copied", "unpatch"):

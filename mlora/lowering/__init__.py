@@ -1,33 +1,88 @@
-"""Adapter -> one `Delta` a module. One file a PEFT type; each is a pure function."""
+"""Adapter -> one `Delta` a module. One file a PEFT type; each is a pure function of one module."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from .. import errors
 from ..adapter import Adapter
-from .delta import BaseLinear, Delta
-from .lora import lower_lora
+from .adalora import ADALORA
+from .delora import DELORA
+from .delta import BaseLinear, Delta, Dense, approximate
+from .dense import C3A, FOURIERFT, HIRA, OFT, SHIRA, WAVEFT
+from .gralora import GRALORA
+from .hra import HRA
+from .ia3 import IA3
+from .loha import LOHA
+from .lokr import LOKR
+from .lora import LORA
+from .lycoris import LYCORIS
+from .miss import MISS
+from .module import Lowering, check_options, lower_module, modules_of
+from .randlora import RANDLORA
+from .road import ROAD
+from .vblora import VBLORA
+from .vera import VERA
 
-Lowering = Callable[[Adapter, Mapping[str, BaseLinear]], dict[str, Delta]]
+LOWERINGS: dict[str, Lowering] = {
+    "ADALORA": ADALORA, "C3A": C3A, "DELORA": DELORA, "FOURIERFT": FOURIERFT, "GRALORA": GRALORA, "HIRA": HIRA,
+    "HRA": HRA, "IA3": IA3, "LOHA": LOHA, "LOKR": LOKR, "LORA": LORA, "LYCORIS": LYCORIS, "MISS": MISS, "OFT": OFT,
+    "RANDLORA": RANDLORA, "ROAD": ROAD, "SHIRA": SHIRA, "VBLORA": VBLORA, "VERA": VERA, "WAVEFT": WAVEFT,
+}  # fmt: skip
 
-LOWERINGS: dict[str, Lowering] = {"LORA": lower_lora}
+# Types that no per-row delta expresses, with the reason.
+REFUSED = {
+    **dict.fromkeys(
+        ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"),
+        "it adds virtual tokens to the prompt, not deltas to linears",
+    ),
+    "ADAPTION_PROMPT": "it adds virtual tokens inside attention, not deltas to linears",
+    "LN_TUNING": "it trains norms, not linears",
+    "TRAINABLE_TOKENS": "it trains token embeddings, not linears",
+    "LILY": "what it adds to a row depends on the other rows of the batch",
+    "XLORA": "it runs the model twice and mixes adapters by what it sees, and its classifier is not in the file",
+    "POLY": "it chooses by task_ids, an input of the model",
+    "BOFT": "its delta has full rank (butterfly rotations of the base weight)",
+}
 
 
-def lower(adapter: Adapter, bases: Mapping[str, BaseLinear]) -> dict[str, Delta]:
+def lower(adapter: Adapter, bases: Mapping[str, BaseLinear], approximately: int | None = None) -> dict[str, Delta]:
     """Lower `adapter` for a model whose linears are `bases` (dotted path -> linear).
+
+    Args:
+        approximately: the rank at which deltas of full rank may be approximated; None refuses them.
 
     Raises:
         UnsupportedAdapterError: the type or one of its options is not served.
         AdapterError: it does not fit the model.
     """
-    lowering = LOWERINGS.get(adapter.peft_type)
-    if lowering is None:
-        raise errors.UnsupportedAdapterError(
-            f"adapter from {adapter.source}: peft_type {adapter.peft_type!r} is not served; "
-            f"served types: {', '.join(sorted(LOWERINGS))}"
-        )
-    return lowering(adapter, bases)
+    if approximately is not None and (type(approximately) is not int or approximately < 1):
+        raise errors.AdapterError(f"approximate is {approximately!r}; it must be a rank: a positive integer")
+    lowering = lowering_of(adapter)
+    deltas: dict[str, Delta] = {}
+    for module in modules_of(adapter, lowering, bases):
+        delta = lower_module(module, lowering)
+        if isinstance(delta, Dense):
+            if approximately is None:
+                raise errors.UnsupportedAdapterError(
+                    f"adapter from {adapter.source}: the {adapter.peft_type} delta of {module.base.name} has full rank "
+                    f"({delta.why}), so it is not served exactly; approximate=RANK serves the nearest delta of that "
+                    f"rank and reports its error"
+                )
+            delta = approximate(delta, approximately)
+        deltas[module.base.name] = delta
+    return deltas
 
 
-__all__ = ["LOWERINGS", "BaseLinear", "Delta", "lower"]
+def lowering_of(adapter: Adapter) -> Lowering:
+    """The lowering of the adapter's type; raises `UnsupportedAdapterError` if there is none."""
+    if (lowering := LOWERINGS.get(adapter.peft_type)) is not None:
+        return lowering
+    why = REFUSED.get(adapter.peft_type)
+    raise errors.UnsupportedAdapterError(
+        f"adapter from {adapter.source}: peft_type {adapter.peft_type!r} is not served"
+        + (f": {why}" if why else f"; served types: {', '.join(sorted(LOWERINGS))}")
+    )
+
+
+__all__ = ["LOWERINGS", "REFUSED", "BaseLinear", "Delta", "check_options", "lower", "lowering_of"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 
@@ -23,6 +24,7 @@ class Delta:
         gain: (out,), g - 1. Stored as the difference to 1, where 16 bits are as exact as `b`'s.
         in_gain: (in,), u - 1.
         shift: (out,), c.
+        error: |D - B^T A| / |D| (Frobenius) where B^T A approximates a dense D; 0 where it is exact.
     """
 
     a: Tensor | None = None
@@ -31,10 +33,31 @@ class Delta:
     gain: Tensor | None = None
     in_gain: Tensor | None = None
     shift: Tensor | None = None
+    error: float = 0.0
 
     @property
     def rank(self) -> int:
         return 0 if self.a is None else self.a.shape[0]
+
+    def shifted(self, by: Tensor) -> Delta:
+        """The same with `by`, (out,), added to the shift."""
+        return replace(self, shift=by if self.shift is None else self.shift + by)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A delta without an exact low-rank form: y = g * base(x) + D x + c.
+
+    Args:
+        weight: returns D, (out, in), in fp32 or fp64.
+        why: why its rank is full, for the refusal.
+        gain, shift: as in `Delta`.
+    """
+
+    weight: Callable[[], Tensor]
+    why: str
+    gain: Tensor | None = None
+    shift: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -54,3 +77,37 @@ class BaseLinear:
     out_features: int
     weight: Callable[[], Tensor]
     bias: Callable[[], Tensor | None]
+
+
+def compact(a: Tensor, b: Tensor, scale: float = 1.0) -> Delta:
+    """The same B^T A in at most min(in, out) rank rows: where there are more, the product itself beside an
+    identity. Exact up to one rounding of the product to fp32."""
+    (rank, inputs), outputs = a.shape, b.shape[1]
+    if rank <= min(inputs, outputs):
+        return Delta(a, b, scale)
+    return whole(b.double().t() @ a.double(), scale)
+
+
+def whole(dense: Tensor, scale: float = 1.0) -> Delta:
+    """A dense (out, in) delta, exact in min(in, out) rank rows: itself beside an identity."""
+    dense = dense.float()
+    outputs, inputs = dense.shape
+    if outputs <= inputs:
+        return Delta(dense, torch.eye(outputs), scale)
+    return Delta(torch.eye(inputs), dense.t(), scale)
+
+
+def approximate(dense: Dense, rank: int) -> Delta:
+    """The nearest delta of at most `rank` rank rows (Eckart-Young: the leading singular triplets), and how far
+    it is. From rank min(in, out) on it is exact."""
+    weight = dense.weight().float()
+    if rank >= min(weight.shape):
+        delta = whole(weight)
+    else:
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        rank = max(1, min(rank, int((s > s[0] * torch.finfo(s.dtype).eps * max(weight.shape)).sum())))
+        root = s[:rank].sqrt()
+        norm = torch.linalg.vector_norm(s.double())
+        error = float(torch.linalg.vector_norm(s[rank:].double()) / norm) if norm > 0 else 0.0
+        delta = Delta(vh[:rank] * root[:, None], (u[:, :rank] * root).t(), error=error)
+    return replace(delta, gain=dense.gain, shift=dense.shift)

@@ -1,206 +1,180 @@
-"""LoRA with rsLoRA, DoRA, rank and alpha patterns and `lora_bias`.
+"""LoRA with rsLoRA, DoRA, KaSA, BdLoRA, rank and alpha patterns and `lora_bias`.
 
     LoRA    dW = s B A, s = alpha / r          (Hu et al., arXiv:2106.09685)
     rsLoRA  s = alpha / sqrt(r)                (Kalajdzievski, arXiv:2312.03732)
     DoRA    W' = m (W + s B A) / |W + s B A|   (Liu et al., arXiv:2402.09353), rows of (out, in)
+    KaSA    W' = W_r + s B diag(d) A           (Wang et al., arXiv:2412.06071), W_r = W without its r
+                                               smallest singular triplets
+    BdLoRA  A or B is block-diagonal
 
 In PEFT's layout `lora_A.weight` is (r, in) and `lora_B.weight` is (out, r), for `nn.Linear` and for
 GPT-2's `Conv1D` alike, so `fan_in_fan_out` only says how the base weight lies.
+
+PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA rewrite the base when they start. Saved with PEFT's conversion they
+are plain LoRAs of twice the rank; unconverted they are refused.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .. import errors
-from ..adapter import Adapter
-from .delta import BaseLinear, Delta
-from .targets import is_target, pattern_value
+from .delta import Delta
+from .module import Format, Lowering, Module, scaling
 
-_PARTS = {
-    "lora_A.weight": "A",
-    "lora_B.weight": "B",
-    "lora_B.bias": "bias",
-    "lora_magnitude_vector": "magnitude",
-    "lora_magnitude_vector.weight": "magnitude",
-    "base_layer.weight": "copy",  # PEFT adds the base weight of a targeted lm_head
-}
-
-# Options that this lowering reads.
-_HONOURED = {
-    "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias", "fan_in_fan_out",
-    "init_lora_weights",
-}  # fmt: skip
-
-# Options that do not change what a trained adapter computes: bookkeeping, training, initialisation.
-_NEUTRAL = {
-    "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "task_type", "inference_mode",
-    "lora_dropout", "megatron_core", "runtime_config", "eva_config", "corda_config", "loftq_config",
-    "lora_ga_config", "qalora_group_size", "use_qalora", "velora_config", "monteclora_config",
-    "ensure_weight_tying",
-}  # fmt: skip
-
-_FLOAT32_MAX = torch.finfo(torch.float32).max
+_REWRITTEN = (
+    "this initialisation rewrites the base weights; save the adapter with PEFT's "
+    "path_initial_model_for_weight_conversion, which turns it into a plain LoRA"
+)
 
 # Initialisations that leave the base weights alone; the others rewrite them.
 _PLAIN_INITS = {True, False, None, "gaussian", "eva", "orthogonal", "mica"}
 
+FORMAT = Format(
+    parts={
+        "lora_A.weight": "lora_A",
+        "lora_B.weight": "lora_B",
+        "lora_B.bias": "bias",
+        "lora_magnitude_vector": "magnitude",
+        "lora_magnitude_vector.weight": "magnitude",
+        "lora_diag": "diagonal",
+    },
+    honoured={
+        "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias",
+        "init_lora_weights", "kasa_config", "use_bdlora",
+    },
+    neutral={
+        "lora_dropout", "megatron_core", "runtime_config", "eva_config", "corda_config", "loftq_config",
+        "lora_ga_config", "qalora_group_size", "use_qalora", "velora_config", "monteclora_config",
+        "ensure_weight_tying",
+    },
+    notes={
+        "modules_to_save": "whole modules that were trained beside the adapter are not served",
+        "trainable_token_indices": "trained token embeddings are not served",
+        "alora_invocation_tokens": "it applies from a token in the text on, not to whole rows",
+        "target_parameters": "adapters of parameters that no linear holds are not served",
+        "layer_replication": "it changes the number of layers",
+        "arrow_config": "it routes each token by itself among other adapters",
+    },
+)  # fmt: skip
 
-def lower_lora(adapter: Adapter, bases: Mapping[str, BaseLinear]) -> dict[str, Delta]:
-    """Lower a LoRA adapter. See `mlora.lowering.lower`."""
-    config = adapter.config
-    _refuse_options(adapter)
-    modules = _group(adapter)
-    _check_targets(adapter, modules, bases)
-    deltas = {}
-    for name, parts in modules.items():
-        base = bases[name]
-        where = f"adapter from {adapter.source}, module {name}"
-        _check_shapes(where, parts, base)
-        for option, part in (("lora_bias", "bias"), ("use_dora", "magnitude")):
-            if bool(config.get(option)) != (part in parts):
-                state = "has no" if config.get(option) else "has a"
-                raise errors.AdapterError(f"{where}: {option} is {config.get(option)!r} but it {state} {part} tensor")
-        if "copy" in parts and not torch.equal(parts["copy"].float(), base.weight()):
+
+def delta(module: Module) -> Delta:
+    """The delta of one module; see the formulas above."""
+    config, base = module.config, module.base
+    _check_config(module)
+    for option, part in (("lora_bias", "bias"), ("use_dora", "magnitude"), ("kasa_config", "diagonal")):
+        if bool(config.get(option)) != (part in module.parts):
+            state = "has no" if config.get(option) else "has a"
             raise errors.AdapterError(
-                f"{where}: the file has its own copy of the base weight, of shape {tuple(parts['copy'].shape)}, which "
-                f"is not this model's ({base.out_features}, {base.in_features}); was it made for another base?"
+                f"{module.where}: {option} is {config.get(option)!r} but it {state} {part} tensor"
             )
-        rank = parts["A"].shape[0]
-        wanted = pattern_value(config.get("rank_pattern"), name, config.get("r", 8))
-        if rank != wanted:
-            raise errors.AdapterError(f"{where}: lora_A has rank {rank}, its config says {wanted!r}")
-        alpha = pattern_value(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= _FLOAT32_MAX:
-            raise errors.AdapterError(f"{where}: alpha is {alpha!r}; it must be a finite number of fp32's range")
-        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        deltas[name] = _dora(parts, base, scale) if config.get("use_dora") else _plain(parts, scale)
-    return deltas
+    a, b = _factors(module)
+    rank = a.shape[0]
+    module.expect("lora_A has rank", rank, module.integer("r", 8, "rank_pattern"))
+    scale = scaling(module, rank, "lora_alpha", rslora=bool(config.get("use_rslora")))
+    if "magnitude" in module.parts:
+        return _dora(module, a.float(), b.float(), scale)
+    if "diagonal" in module.parts:
+        return _kasa(module, a.float(), b.float(), scale)
+    shift = module.part("bias", base.out_features) * scale if "bias" in module.parts else None
+    return Delta(a, b.t(), scale, shift=shift)
 
 
-def _plain(parts: dict[str, Tensor], scale: float) -> Delta:
-    shift = parts["bias"].float() * scale if "bias" in parts else None
-    return Delta(parts["A"], parts["B"].t(), scale, shift=shift)
-
-
-def _dora(parts: dict[str, Tensor], base: BaseLinear, scale: float) -> Delta:
+def _dora(module: Module, a: Tensor, b: Tensor, scale: float) -> Delta:
     """y = base + (g-1)(base - bias) + g s B A x with g = m / |W + s B A|, as PEFT computes it."""
-    a, b = parts["A"].float(), parts["B"].float()
+    base = module.base
     norm = torch.linalg.vector_norm(torch.addmm(base.weight(), b, a, alpha=scale), dim=1)
     if not (norm > 0).all():
         raise errors.AdapterError(f"module {base.name}: DoRA divides by a zero row norm of W + s B A")
-    gain = parts["magnitude"].float() / norm
+    gain = module.part("magnitude", base.out_features) / norm
     bias = base.bias()
     shift = None if bias is None else (1 - gain) * bias
     return Delta(a, (b * gain[:, None]).t(), scale, gain=gain - 1, shift=shift)
 
 
-def _refuse_options(adapter: Adapter) -> None:
-    config = adapter.config
-
-    def refuse(option: str, why: str) -> errors.UnsupportedAdapterError:
-        return errors.UnsupportedAdapterError(
-            f"adapter from {adapter.source}: option {option}={config[option]!r} is not served: {why}"
-        )
-
-    for option, value in config.items():
-        if option in _HONOURED or option in _NEUTRAL or value in (None, False, {}, []):
-            continue
-        raise refuse(option, "it may change what the adapter computes and mlora does not implement it")
-    if config.get("bias", "none") != "none":
-        raise refuse("bias", "trained base biases are not served yet; only bias='none' is")
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, (dict, list)) or init not in _PLAIN_INITS:
-        raise refuse(
-            "init_lora_weights",
-            "this initialisation rewrites the base weights; save the adapter with PEFT's "
-            "path_initial_model_for_weight_conversion, which turns it into a plain LoRA",
-        )
-    if config.get("use_dora") and config.get("lora_bias"):
-        raise refuse("lora_bias", "PEFT does not define it together with use_dora")
-    rank = config.get("r", 8)
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise errors.AdapterError(f"adapter from {adapter.source}: r is {rank!r}; it must be a positive integer")
-    for option in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(option) or {}, dict):
-            raise errors.AdapterError(f"adapter from {adapter.source}: {option} must be an object")
+def _kasa(module: Module, a: Tensor, b: Tensor, scale: float) -> Delta:
+    """s B diag(d) A, less the r smallest singular triplets of W: rank 2 r."""
+    base, rank = module.base, a.shape[0]
+    diagonal = module.part("diagonal", rank)
+    if rank >= min(base.in_features, base.out_features):
+        raise errors.AdapterError(f"{module.where}: KaSA removes {rank} singular values, which leaves none")
+    u, s, vh = torch.linalg.svd(base.weight().double(), full_matrices=False)
+    removed = (u[:, -rank:] * s[-rank:]).t()
+    return Delta(torch.cat([a, vh[-rank:].float()]), torch.cat([(b * (diagonal * scale)).t(), -removed.float()]))
 
 
-def _group(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
-    """Module path -> its tensors by part; every key must be one that this lowering understands."""
-    modules: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in adapter.tensors.items():
-        for suffix, part in _PARTS.items():
-            if key.endswith("." + suffix):
-                if not tensor.is_floating_point():
-                    raise errors.AdapterError(
-                        f"adapter from {adapter.source}: {key} is {tensor.dtype}; it must be floating-point"
-                    )
-                modules.setdefault(key[: -len(suffix) - 1], {})[part] = tensor
-                break
-        else:
-            what = "embedding LoRA" if "lora_embedding_" in key else "a trained copy of a base weight, or unknown"
-            raise errors.UnsupportedAdapterError(
-                f"adapter from {adapter.source}: tensor {key!r} is left over ({what}); it is not served"
+def _factors(module: Module) -> tuple[Tensor, Tensor]:
+    """A, (r, in), and B, (out, r), in the file's dtype."""
+    base, parts = module.base, dict(module.parts)
+    if (blocked := _blocked(module)) in parts:
+        count, factor = _blocks(module), parts[blocked]
+        if factor.dim() != 2 or factor.shape[0] % count:
+            raise errors.AdapterError(
+                f"{module.where}: {blocked} has shape {tuple(factor.shape)}, not of {count} diagonal blocks"
             )
-    return modules
-
-
-def _check_targets(adapter: Adapter, modules: Mapping[str, dict[str, Tensor]], bases: Mapping[str, BaseLinear]) -> None:
-    config = adapter.config
-    if missing := [name for name in modules if name not in bases]:
-        raise errors.AdapterError(
-            f"adapter from {adapter.source}: it has weights for {_some(missing)}, which this model has no linear "
-            f"for; was it made for another base? (its config names {config.get('base_model_name_or_path')!r})"
-        )
-    targets = config.get("target_modules")
-    if targets is None or targets == "all-linear":
-        return  # resolved by PEFT when it was trained: the tensors say which
-    if not isinstance(targets, (str, list, tuple, set)):
-        raise errors.AdapterError(f"adapter from {adapter.source}: target_modules is {targets!r}")
-    wanted = {name for name in bases if is_target(config, name)}
-    if left := [name for name in modules if name not in wanted]:
-        raise errors.AdapterError(
-            f"adapter from {adapter.source}: it has weights for {_some(left)}, which its target_modules "
-            f"{targets!r} do not name"
-        )
-    if lacking := sorted(wanted - modules.keys()):
-        raise errors.AdapterError(
-            f"adapter from {adapter.source}: its target_modules {targets!r} name {_some(lacking)}, "
-            "for which it has no weights"
-        )
-
-
-def _check_shapes(where: str, parts: dict[str, Tensor], base: BaseLinear) -> None:
-    wanted: dict[str, Any] = {"A": ("lora_A", 1, base.in_features), "B": ("lora_B", 0, base.out_features)}
-    for part, (label, axis, width) in wanted.items():
+        parts[blocked] = torch.block_diag(*factor.chunk(count))
+    for part, axis, width in (("lora_A", 1, base.in_features), ("lora_B", 0, base.out_features)):
         if part not in parts:
-            raise errors.AdapterError(f"{where}: {label} is missing")
+            raise errors.AdapterError(f"{module.where}: {part} is missing")
         if parts[part].dim() != 2:
-            raise errors.AdapterError(f"{where}: {label} has shape {tuple(parts[part].shape)}; it must be a matrix")
+            raise errors.AdapterError(
+                f"{module.where}: {part} has shape {tuple(parts[part].shape)}; it must be a matrix"
+            )
         if parts[part].shape[axis] != width:
             axis_name = "columns" if axis == 1 else "rows"
             raise errors.AdapterError(
-                f"{where}: {label} has {parts[part].shape[axis]} {axis_name}, the module takes {width}"
+                f"{module.where}: {part} has {parts[part].shape[axis]} {axis_name}, the module takes {width}"
             )
-    if parts["A"].shape[0] != parts["B"].shape[1] or parts["A"].shape[0] == 0:
+    a, b = parts["lora_A"], parts["lora_B"]
+    if a.shape[0] != b.shape[1] or a.shape[0] == 0:
         raise errors.AdapterError(
-            f"{where}: lora_A has rank {parts['A'].shape[0]}, lora_B has rank {parts['B'].shape[1]}; "
+            f"{module.where}: lora_A has rank {a.shape[0]}, lora_B has rank {b.shape[1]}; "
             "they must be equal and positive"
         )
-    for part, label in (("bias", "lora_B.bias"), ("magnitude", "lora_magnitude_vector")):
-        if part in parts and parts[part].shape != (base.out_features,):
-            raise errors.AdapterError(
-                f"{where}: {label} has shape {tuple(parts[part].shape)}; it must be ({base.out_features},)"
-            )
+    return a, b
 
 
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+def _blocked(module: Module) -> str:
+    """The factor that BdLoRA makes block-diagonal in this module, or ""."""
+    options = module.config.get("use_bdlora")
+    if not options:
+        return ""
+    if not isinstance(options, dict):
+        raise errors.AdapterError(f"adapter from {module.source}: use_bdlora is {options!r}; it must be an object")
+    child = module.base.name.rsplit(".", 1)[-1]
+    factors = [
+        part
+        for part, key in (("lora_A", "target_modules_bd_a"), ("lora_B", "target_modules_bd_b"))
+        if any(str(target) in child for target in options.get(key) or ())  # PEFT looks for a part of the name
+    ]
+    if len(factors) > 1 or (not factors and options.get("match_strict", True)):
+        named = "both factors" if factors else "no factor"
+        raise errors.AdapterError(f"{module.where}: use_bdlora makes {named} of it block-diagonal; one was wanted")
+    return factors[0] if factors else ""
+
+
+def _blocks(module: Module) -> int:
+    return replace(module, config=module.config["use_bdlora"]).integer("nblocks", 1)
+
+
+def _check_config(module: Module) -> None:
+    config = module.config
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, (dict, list)) or init not in _PLAIN_INITS:
+        raise errors.UnsupportedAdapterError(
+            f"adapter from {module.source}: option init_lora_weights={init!r} is not served: {_REWRITTEN}"
+        )
+    chosen = [option for option in ("use_dora", "kasa_config", "use_bdlora") if config.get(option)]
+    if len(chosen) > 1 or (chosen and config.get("lora_bias")):
+        both = [*chosen, "lora_bias"][:2]
+        raise errors.UnsupportedAdapterError(
+            f"adapter from {module.source}: option {both[1]} is not served together with {both[0]}, "
+            "which PEFT does not define"
+        )
+
+
+LORA = Lowering(FORMAT, delta)

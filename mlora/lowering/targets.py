@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import regex
+
 from .. import errors
+
+_SECONDS = 0.2  # for one match; those of real configs take microseconds
 
 
 def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     """The value of the first key, in the file's order, that matches the end of `name` (PEFT's
     `rank_pattern` and `alpha_pattern`), or `default`."""
     for key, value in (patterns or {}).items():
-        if _compile(rf"(.*\.)?({key})$").match(name):
+        if full_match(rf"(.*\.)?({key})$", name):
             return value
     return default
 
@@ -33,7 +36,7 @@ def is_target(config: Mapping[str, Any], name: str) -> bool:
 
 def _matches(targets: str | Iterable[str], name: str) -> bool:
     if isinstance(targets, str):
-        return _compile(targets).fullmatch(name) is not None
+        return full_match(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
@@ -44,13 +47,16 @@ def _in_layers(config: Mapping[str, Any], name: str) -> bool:
     named = config.get("layers_pattern") or []
     named = [named] if isinstance(named, str) else named
     for pattern in [rf"(?:^|.*?\.){p}" for p in named] or [r".*?\.[^.]*"]:
-        if match := _compile(rf"{pattern}\.(?P<index>\d+)\.").match(name):
+        if match := full_match(rf"{pattern}\.(?P<index>\d+)\..*", name):
             return int(match["index"]) in ([layers] if isinstance(layers, int) else layers)
     return False
 
 
-def _compile(pattern: str) -> re.Pattern[str]:
+def full_match(pattern: str, name: str) -> Any:
+    """The match of all of `name`, or None. A file's pattern may not take longer than `_SECONDS`."""
     try:
-        return re.compile(pattern)
-    except re.error as error:
+        return regex.fullmatch(pattern, name, timeout=_SECONDS)
+    except (regex.error, RecursionError, OverflowError) as error:
         raise errors.AdapterError(f"{pattern!r} is not a valid module pattern: {error}") from error
+    except TimeoutError as error:
+        raise errors.AdapterError(f"the module pattern {pattern!r} takes too long to match {name!r}") from error

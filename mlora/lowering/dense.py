@@ -1,0 +1,167 @@
+"""Types whose delta has full rank by design: refused, or approximated when asked for.
+
+OFT        W' = W R^T, R block-diagonal and orthogonal          (Qiu et al., arXiv:2306.07280)
+FourierFT  dW = s Re(ifft2(S)), S sparse                        (Gao et al., arXiv:2405.03003)
+C3A        dW = blocks, each circulant, / in                    (Chen et al., arXiv:2407.19342)
+SHiRA      dW sparse                                            (Bhardwaj et al., arXiv:2406.13175)
+HiRA       dW = W * (B A)                                       (Huang et al., ICLR 2025)
+WaveFT     dW = s S, S sparse, or its inverse wavelet transform (Bilican et al., arXiv:2505.12532)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import errors
+from .delta import Dense
+from .module import Format, Lowering, Module
+
+
+def _oft(module: Module) -> Dense:
+    base, size, r = module.base, module.integer("oft_block_size", 32, least=0), module.integer("r", 0, least=0)
+    if size == 0:
+        module.divides("r", max(r, 1), base.in_features)
+        size = base.in_features // max(r, 1)
+    module.divides("oft_block_size", size, base.in_features)
+    shared = bool(module.config.get("block_share"))
+    blocks = base.in_features // size
+    packed = module.part("oft_R", 1 if shared else blocks, size * (size - 1) // 2).double()
+    terms = module.integer("num_cayley_neumann_terms", 5) if module.config.get("use_cayley_neumann", True) else 0
+
+    def weight() -> Tensor:
+        rotation = _cayley(packed, size, terms).expand(blocks, size, size)
+        dense = base.weight().double().reshape(-1, blocks, size)
+        return (torch.einsum("obc,bkc->obk", dense, rotation) - dense).reshape(-1, base.in_features)
+
+    return Dense(weight, "it rotates the input of the base weight")
+
+
+def _cayley(packed: Tensor, size: int, terms: int) -> Tensor:
+    """(blocks, size, size): (I - Q)(I + Q)^-1 of the skew-symmetric Q whose upper triangles are `packed`; with
+    `terms`, PEFT's series I + 2Q + 2Q^2 + ... + Q^last, which is that of -Q, cut off."""
+    rows, columns = torch.triu_indices(size, size, 1)
+    q = torch.zeros(len(packed), size, size, dtype=packed.dtype)
+    q[:, rows, columns] = packed
+    q = q - q.transpose(1, 2)
+    eye = torch.eye(size, dtype=q.dtype)
+    if not terms:
+        return torch.linalg.solve(eye + q, eye - q, left=False)
+    result = power = eye.expand_as(q)
+    last = max(terms - 1, 3) if terms > 2 else terms - 1
+    for term in range(1, last + 1):
+        power = power @ q
+        result = result + power * (1 if terms > 2 and term == last else 2)
+    return result
+
+
+def _located(module: Module, part: str, count: int) -> Tensor:
+    """(out, in) with the `count` values of `part` at the places that PEFT draws from `random_loc_seed`."""
+    outputs, inputs = module.base.out_features, module.base.in_features
+    if count > outputs * inputs:
+        raise errors.AdapterError(f"{module.where}: n_frequency is {count}, its weight has {outputs * inputs} numbers")
+    generator = torch.Generator().manual_seed(module.integer("random_loc_seed", 777, least=0))
+    places = torch.randperm(outputs * inputs, generator=generator)[:count]
+    dense = torch.zeros(outputs * inputs, dtype=torch.float64)
+    dense[places] = module.part(part, count).double()
+    return dense.reshape(outputs, inputs)
+
+
+def _fourierft(module: Module) -> Dense:
+    count, scale = module.integer("n_frequency", 1000, "n_frequency_pattern"), module.number("scaling", 150.0)
+    module.part("fourierft_spectrum", count)
+    return Dense(
+        lambda: torch.fft.ifft2(_located(module, "fourierft_spectrum", count)).real * scale,
+        "it is a sum of waves over the whole weight",
+    )
+
+
+def _waveft(module: Module) -> Dense:
+    count, scale = module.integer("n_frequency", 2592, "n_frequency_pattern"), module.number("scaling", 25.0)
+    if module.config.get("use_idwt", True):
+        raise errors.UnsupportedAdapterError(
+            f"adapter from {module.source}: option use_idwt=True is not served: mlora has no wavelet transform"
+        )
+    module.part("waveft_spectrum", count)
+    return Dense(lambda: _located(module, "waveft_spectrum", count) * scale, "it is sparse over the whole weight")
+
+
+def _c3a(module: Module) -> Dense:
+    base, size = module.base, module.integer("block_size", 256, "block_size_pattern")
+    module.divides("block_size", size, base.in_features, base.out_features)
+    kernel = module.part("c3a_kernel", base.out_features // size, base.in_features // size, size).double()
+
+    def weight() -> Tensor:
+        # Output i of a block takes input j with kernel[(j - i) mod size].
+        steps = (torch.arange(size) - torch.arange(size)[:, None]) % size
+        blocks = kernel[:, :, steps] / base.in_features  # (m, n, size, size)
+        return blocks.permute(0, 2, 1, 3).reshape(base.out_features, base.in_features)
+
+    return Dense(weight, "its blocks are circulant")
+
+
+def _shira(module: Module) -> Dense:
+    outputs, inputs = module.base.out_features, module.base.in_features
+    values = module.part("shira_weight", None)
+    places = module.part("shira_indices", 2, len(values)).long()
+    if places.min() < 0 or places[0].max() >= outputs or places[1].max() >= inputs:
+        raise errors.AdapterError(f"{module.where}: shira_indices lie outside of its ({outputs}, {inputs}) weight")
+
+    def weight() -> Tensor:
+        return torch.zeros(outputs, inputs).index_put((places[0], places[1]), values, accumulate=True)
+
+    return Dense(weight, "it is sparse over the whole weight")
+
+
+def _hira(module: Module) -> Dense:
+    base, rank = module.base, module.integer("r", 32, "rank_pattern")
+    a, b = module.part("hira_A", rank, base.in_features), module.part("hira_B", base.out_features, rank)
+    return Dense(
+        lambda: base.weight().double() * (b.double() @ a.double()), "it multiplies the base weight elementwise"
+    )
+
+
+OFT = Lowering(
+    Format(
+        parts={"oft_R.weight": "oft_R"},
+        honoured={"r", "oft_block_size", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms"},
+        neutral={"module_dropout", "init_weights", "eps"},  # eps is for coft only
+    ),
+    _oft,
+)
+FOURIERFT = Lowering(
+    Format(
+        parts={"fourierft_spectrum": "fourierft_spectrum"},
+        honoured={"n_frequency", "scaling", "random_loc_seed", "n_frequency_pattern"},
+        neutral={"init_weights"},
+    ),
+    _fourierft,
+)
+WAVEFT = Lowering(
+    Format(
+        parts={"waveft_spectrum": "waveft_spectrum"},
+        honoured={"n_frequency", "scaling", "random_loc_seed", "n_frequency_pattern", "use_idwt"},
+        neutral={"init_weights", "wavelet_family"},
+    ),
+    _waveft,
+)
+C3A = Lowering(
+    Format(parts={"c3a_kernel": "c3a_kernel"}, honoured={"block_size", "block_size_pattern"}, neutral={"init_weights"}),
+    _c3a,
+)
+SHIRA = Lowering(
+    Format(
+        parts={"shira_weight": "shira_weight", "shira_indices": "shira_indices"},
+        neutral={"r", "mask_type", "random_seed", "init_weights"},
+        integers={"shira_indices"},
+    ),
+    _shira,
+)
+HIRA = Lowering(
+    Format(
+        parts={"hira_A": "hira_A", "hira_B": "hira_B"},
+        honoured={"r", "rank_pattern"},
+        neutral={"hira_dropout", "init_weights"},
+    ),
+    _hira,
+)

@@ -1,0 +1,32 @@
+"""IA3: y = l * (W x + b), or W (l * x) + b for feed-forward modules   (Liu et al., arXiv:2205.05638).
+
+A gain, or an input gain. `ia3_l` is (out, 1), or (1, in) for feed-forward modules.
+"""
+
+from __future__ import annotations
+
+from .. import errors
+from .delta import Delta
+from .module import Format, Lowering, Module
+from .targets import full_match
+
+FORMAT = Format(parts={"ia3_l": "ia3_l"}, honoured={"feedforward_modules"}, neutral={"init_ia3_weights"})
+
+
+def delta(module: Module) -> Delta:
+    """The delta of one module."""
+    if _feedforward(module):
+        return Delta(in_gain=module.part("ia3_l", 1, module.base.in_features)[0] - 1)
+    return Delta(gain=module.part("ia3_l", module.base.out_features, 1)[:, 0] - 1)
+
+
+def _feedforward(module: Module) -> bool:
+    names, name = module.config.get("feedforward_modules") or [], module.base.name
+    if isinstance(names, str):
+        return full_match(names, name) is not None
+    if not isinstance(names, (list, tuple, set)):
+        raise errors.AdapterError(f"adapter from {module.source}: feedforward_modules is {names!r}")
+    return any(name.endswith(str(suffix)) for suffix in names)  # PEFT takes any ending, not whole names only
+
+
+IA3 = Lowering(FORMAT, delta)

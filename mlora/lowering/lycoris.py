@@ -1,0 +1,73 @@
+"""Adapters that other trainers save without a config: kohya-ss, LyCORIS, and diffusers before it wrote one.
+
+Each module is a LoRA, a LoHa or a LoKr by its keys, with scale alpha / r from a tensor `alpha`, or 1 where there
+is none. kohya and LyCORIS name a module `lora_unet_down_blocks_0_...`: its path with underscores for dots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .. import errors
+from . import loha, lokr
+from .delta import Delta, Dense
+from .module import Format, Lowering, Module
+
+PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_transformer_", "lycoris_")
+COMPONENTS = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")
+
+FORMAT = Format(
+    parts={
+        "lora_down.weight": "lora_A",
+        "lora_up.weight": "lora_B",
+        "lora.down.weight": "lora_A",
+        "lora.up.weight": "lora_B",
+        "lora_linear_layer.down.weight": "lora_A",
+        "lora_linear_layer.up.weight": "lora_B",
+        "lora_A.weight": "lora_A",
+        "lora_B.weight": "lora_B",
+        "alpha": "alpha",
+        **loha.FORMAT.parts,
+        **lokr.FORMAT.parts,
+    },
+)
+
+
+def names(saved: Iterable[str], bases: Iterable[str]) -> dict[str, str]:
+    """The model's name of each module, where there is one."""
+    known = set(bases)
+    flat: dict[str, str] = {}
+    for base in sorted(known):
+        if flat.setdefault(base.replace(".", "_"), base) != base:
+            flat[base.replace(".", "_")] = ""  # two modules, which the file cannot tell apart
+    found = {}
+    for name in saved:
+        dotted = next((name[len(c) :] for c in COMPONENTS if name.startswith(c)), name)
+        bare = next((name[len(p) :] for p in PREFIXES if name.startswith(p)), name)
+        found[name] = next((n for n in (name, dotted, flat.get(bare)) if n in known), name)
+    return found
+
+
+def delta(module: Module) -> Delta | Dense:
+    """The delta of one module."""
+    base, parts = module.base, module.parts
+    if "lora_A" in parts or "lora_B" in parts:
+        a = module.part("lora_A", None, base.in_features)
+        return Delta(a, module.part("lora_B", base.out_features, a.shape[0]).t(), _scale(module, a.shape[0]))
+    if any(part.startswith("hada") for part in parts):
+        rank = module.part("hada_w1_b", None, base.in_features).shape[0]
+        return loha.hadamard(module, rank, _scale(module, rank))
+    if any(part.startswith("lokr") for part in parts):
+        factor = next((part for part in ("lokr_w1_b", "lokr_w2_b") if part in parts), None)
+        # LyCORIS leaves two full factors unscaled, whatever alpha says.
+        return lokr.kronecker(
+            module, 1.0 if factor is None else _scale(module, module.part(factor, None, None).shape[0])
+        )
+    raise errors.AdapterError(f"{module.where}: it has an alpha and no weights")
+
+
+def _scale(module: Module, rank: int) -> float:
+    return float(module.part("alpha")) / rank if "alpha" in module.parts else 1.0
+
+
+LYCORIS = Lowering(FORMAT, delta, names)

@@ -1,0 +1,293 @@
+"""What a lowering gets: one module of an adapter, its tensors and options checked against the base.
+
+Every type is a `Format`, which lists the keys and the options that its files may have, and a function of
+one `Module`. Whatever is not listed is refused here, by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import errors
+from ..adapter import Adapter
+from .delta import BaseLinear, Delta, Dense
+from .targets import is_target, pattern_value
+
+# Options of every type that say which modules are changed, or how a base weight lies.
+_HONOURED = {
+    "peft_type", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias",
+    "fan_in_fan_out",
+}  # fmt: skip
+
+# Options of every type that do not change what a trained adapter computes.
+_NEUTRAL = {
+    "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "task_type", "inference_mode",
+}  # fmt: skip
+
+# Beside a type's own tensors, files may hold the base's: PEFT adds the weight of a targeted lm_head,
+# and with `bias` the trained biases.
+_BASE_PARTS = {"base_layer.weight": "copy", "base_layer.bias": "base bias", "bias": "base bias"}
+
+_NOTES = {"modules_to_save": "whole modules that were trained beside the adapter are not served"}
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one PEFT type is saved.
+
+    Args:
+        parts: suffix of a key -> the part's name.
+        honoured: options that the lowering reads. `neutral`: options that do not change the result of
+            a trained adapter: training and initialisation. Any other option must be null, false or empty.
+        shared: key of a tensor that belongs to the whole adapter -> the part's name.
+        integers: parts that hold whole numbers.
+        notes: option -> why it is refused, if not just for want of an implementation.
+    """
+
+    parts: Mapping[str, str]
+    honoured: Set[str] = frozenset()
+    neutral: Set[str] = frozenset()
+    shared: Mapping[str, str] = field(default_factory=dict)
+    integers: Set[str] = frozenset()
+    notes: Mapping[str, str] = field(default_factory=lambda: _NOTES)
+
+
+@dataclass(frozen=True)
+class Module:
+    """One module of an adapter.
+
+    Args:
+        config: the adapter's config. `parts`: its tensors. `shared`: the adapter's own tensors.
+        base: the linear that it changes. `peers`: those of the whole adapter.
+        source: of the adapter, for messages.
+    """
+
+    config: Mapping[str, Any]
+    parts: Mapping[str, Tensor]
+    shared: Mapping[str, Tensor]
+    base: BaseLinear
+    peers: tuple[BaseLinear, ...]
+    source: str
+
+    @property
+    def where(self) -> str:
+        return f"adapter from {self.source}, module {self.base.name}"
+
+    def part(self, name: str, *shape: int | None) -> Tensor:
+        """A tensor of the module, in fp32 if it is floating-point; `None` in `shape` takes any size but 0."""
+        if name not in self.parts:
+            raise errors.AdapterError(f"{self.where}: {name} is missing")
+        return _shaped(self.parts[name], f"{self.where}: {name}", shape)
+
+    def whole(self, name: str, *shape: int | None) -> Tensor:
+        """A tensor of the whole adapter, checked as `part` does."""
+        if name not in self.shared:
+            raise errors.AdapterError(f"adapter from {self.source}: {name} is missing")
+        return _shaped(self.shared[name], f"adapter from {self.source}: {name}", shape)
+
+    def integer(self, option: str, default: int, patterns: str = "", least: int = 1) -> int:
+        """A whole-number option, by the module's pattern where `patterns` names an option that has some."""
+        value = self._option(option, default, patterns)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= 1 << 31:
+            wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
+            raise errors.AdapterError(f"adapter from {self.source}: {option} is {value!r}; it must be {wanted}")
+        return value
+
+    def number(self, option: str, default: float, patterns: str = "") -> float:
+        """A real-number option, as `integer` reads whole ones."""
+        value = self._option(option, default, patterns)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= FLOAT32_MAX:
+            raise errors.AdapterError(
+                f"{self.where}: {option.removeprefix('lora_')} is {value!r}; it must be a finite number of fp32's range"
+            )
+        return value
+
+    def _option(self, option: str, default: Any, patterns: str) -> Any:
+        value = self.config.get(option, default)
+        if not patterns:
+            return value
+        table = self.config.get(patterns) or {}
+        if not isinstance(table, dict):
+            raise errors.AdapterError(f"adapter from {self.source}: {patterns} must be an object")
+        return pattern_value(table, self.base.name, value)
+
+    def expect(self, what: str, seen: int, wanted: int) -> None:
+        """Refuse a tensor whose size is not what the config says."""
+        if seen != wanted:
+            raise errors.AdapterError(f"{self.where}: {what} {seen}, its config says {wanted}")
+
+    def covers(self, what: str, seen: int, wanted: int) -> None:
+        """Refuse a shared tensor that is too small for the adapter's modules."""
+        if seen < wanted:
+            raise errors.AdapterError(f"adapter from {self.source}: {what} has width {seen}; its modules need {wanted}")
+
+    def divides(self, option: str, value: int, *widths: int) -> None:
+        """Refuse an option that cuts the module's widths into unequal parts."""
+        for width in widths:
+            if width % value:
+                raise errors.AdapterError(f"{self.where}: {option} is {value}, which does not divide {width}")
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """A type.
+
+    Args:
+        format: how it is saved.
+        delta: the pure function from one of its modules to a delta.
+        names: where files do not use the model's own names: (those in the file, the model's) -> the model's
+            name of each.
+    """
+
+    format: Format
+    delta: Callable[[Module], Delta | Dense]
+    names: Callable[[Iterable[str], Iterable[str]], dict[str, str]] | None = None
+
+
+def modules_of(adapter: Adapter, lowering: Lowering, bases: Mapping[str, BaseLinear]) -> Iterator[Module]:
+    """The modules of `adapter`, after checks of its options, keys and targets.
+
+    Raises:
+        UnsupportedAdapterError: an option or a tensor that the type does not serve.
+        AdapterError: it does not fit the model.
+    """
+    check_options(adapter, lowering.format)
+    modules, shared = _group(adapter, lowering.format)
+    if lowering.names is not None:
+        named = lowering.names(modules, bases)
+        if len(set(named.values())) != len(modules):
+            raise errors.AdapterError(f"adapter from {adapter.source}: several of its modules are one of this model's")
+        modules = {named[name]: parts for name, parts in modules.items()}
+    targeted = {name for name, parts in modules.items() if parts.keys() - {"base bias", "copy"}}
+    _check_targets(adapter, modules, targeted, bases)
+    peers = tuple(bases[name] for name in sorted(targeted))
+    for name, parts in modules.items():
+        yield Module(adapter.config, parts, shared, bases[name], peers, adapter.source)
+
+
+def lower_module(module: Module, lowering: Lowering) -> Delta | Dense:
+    """The module's delta, with the shift from the base's bias to a saved one."""
+    parts, base = module.parts, module.base
+    if "copy" in parts and not torch.equal(parts["copy"].float(), base.weight()):
+        raise errors.AdapterError(
+            f"{module.where}: the file has its own copy of the base weight, of shape {tuple(parts['copy'].shape)}, "
+            f"which is not this model's ({base.out_features}, {base.in_features}); was it made for another base?"
+        )
+    own = parts.keys() - {"copy", "base bias"}
+    delta = lowering.delta(module) if own else Delta()
+    bias = base.bias()
+    if "base bias" in parts:
+        if bias is None:
+            raise errors.AdapterError(f"{module.where}: the file has a trained base bias; the module has no bias")
+        shift = module.part("base bias", base.out_features) - bias
+        if isinstance(delta, Delta):
+            return delta.shifted(shift)
+        return Dense(delta.weight, delta.why, delta.gain, shift if delta.shift is None else delta.shift + shift)
+    if own and bias is not None and module.config.get("bias", "none") != "none":
+        raise errors.AdapterError(f"{module.where}: bias is {module.config['bias']!r} but the file has no base bias")
+    return delta
+
+
+def check_options(adapter: Adapter, format: Format) -> None:
+    """Refuse every option that may change the result and is not served."""
+    honoured = _HONOURED | format.honoured
+    for option, value in adapter.config.items():
+        if option in honoured or option in _NEUTRAL or option in format.neutral or value in (None, False, {}, []):
+            continue
+        why = format.notes.get(option, "it may change what the adapter computes and mlora does not implement it")
+        raise errors.UnsupportedAdapterError(
+            f"adapter from {adapter.source}: option {option}={value!r} is not served: {why}"
+        )
+
+
+def _group(adapter: Adapter, format: Format) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Module path -> its tensors by part, and the adapter's own tensors; every key must be understood."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    shared: dict[str, Tensor] = {}
+    suffixes = {**format.parts, **_BASE_PARTS}
+    for key, tensor in adapter.tensors.items():
+        if key in format.shared:
+            part = format.shared[key]
+            shared[part] = tensor
+        else:
+            suffix = next((s for s in suffixes if key.endswith("." + s)), None)
+            if suffix is None:
+                raise errors.UnsupportedAdapterError(
+                    f"adapter from {adapter.source}: tensor {key!r} is left over ({_guess(key)}); it is not served"
+                )
+            part = suffixes[suffix]
+            parts = modules.setdefault(key[: -len(suffix) - 1], {})
+            if part in parts:
+                raise errors.AdapterError(f"adapter from {adapter.source}: {key} is there under two names")
+            parts[part] = tensor
+        if tensor.is_floating_point() == (part in format.integers):
+            kind = "whole numbers" if part in format.integers else "floating-point"
+            raise errors.AdapterError(f"adapter from {adapter.source}: {key} is {tensor.dtype}; it must be {kind}")
+    return modules, shared
+
+
+def _guess(key: str) -> str:
+    if "_embedding_" in key:
+        return "embedding LoRA"
+    if key.startswith("v_head."):
+        return "the value head of a TRL trainer, which no answer of the model depends on; save the adapter without it"
+    return "a trained copy of a base weight, or unknown"
+
+
+def _check_targets(
+    adapter: Adapter, modules: Mapping[str, Any], targeted: Set[str], bases: Mapping[str, BaseLinear]
+) -> None:
+    config = adapter.config
+    if missing := [name for name in modules if name not in bases]:
+        if not targeted & set(missing):
+            raise errors.UnsupportedAdapterError(
+                f"adapter from {adapter.source}: it has trained biases of {_some(missing)}, which are no linears; "
+                f"bias={config.get('bias')!r} is served for linears only"
+            )
+        raise errors.AdapterError(
+            f"adapter from {adapter.source}: it has weights for {_some(missing)}, which this model has no linear "
+            f"for; was it made for another base? (its config names {config.get('base_model_name_or_path')!r})"
+        )
+    targets = config.get("target_modules")
+    if targets is None or targets == "all-linear":
+        return  # resolved by PEFT when it was trained: the tensors say which
+    if not isinstance(targets, (str, list, tuple, set)):
+        raise errors.AdapterError(f"adapter from {adapter.source}: target_modules is {targets!r}")
+    wanted = {name for name in bases if is_target(config, name)}
+    if left := sorted(targeted - wanted):
+        raise errors.AdapterError(
+            f"adapter from {adapter.source}: it has weights for {_some(left)}, which its target_modules "
+            f"{targets!r} do not name"
+        )
+    if lacking := sorted(wanted - targeted):
+        raise errors.AdapterError(
+            f"adapter from {adapter.source}: its target_modules {targets!r} name {_some(lacking)}, "
+            "for which it has no weights"
+        )
+
+
+def _shaped(tensor: Tensor, what: str, shape: tuple[int | None, ...]) -> Tensor:
+    seen = tuple(tensor.shape)
+    fits = len(seen) == len(shape) and all(s == w if w is not None else s > 0 for s, w in zip(seen, shape, strict=True))
+    if not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise errors.AdapterError(f"{what} has shape {seen}; it must be ({wanted}{',' if len(shape) == 1 else ''})")
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def scaling(module: Module, rank: int, alpha: str = "alpha", *, rslora: bool = False) -> float:
+    """alpha / r, or alpha / sqrt(r) with rsLoRA, by the module's `alpha_pattern`."""
+    return module.number(alpha, 8, "alpha_pattern") / (math.sqrt(rank) if rslora else rank)

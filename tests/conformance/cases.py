@@ -1,0 +1,249 @@
+"""What the conformance suite runs: adapters of every PEFT type and option, made by PEFT, with the verdict of each.
+
+Every trainable tensor is random, since most types start as a no-op. The oracle is a fresh PEFT model with
+that adapter alone; for weighted rows, which PEFT has no form for, it is W + sum_i w_i (W_i - W) of the
+weights W_i that PEFT merges.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from conftest import build, peft_alone
+from peft.tuners.lora.config import BdLoraConfig, KasaConfig
+from torch import Tensor, nn
+
+EXACT = "exact"
+REFUSED = "refused"
+APPROXIMATE = "refused; approximate=r"
+
+
+@dataclass(frozen=True, eq=False)
+class Spec:
+    """An adapter and what must become of it.
+
+    Args:
+        name: how the table lists it. `kind`: PEFT's config class. `options`: its arguments.
+        verdict: EXACT, REFUSED by name, or APPROXIMATE: refused unless a rank is given.
+        reason: what the refusal must name.
+        strength: of the random numbers, so that the adapter changes the answer and does not swamp it.
+        rewritten: values put into the config afterwards, for what cannot be made offline.
+        models: beside Llama.
+    """
+
+    name: str
+    kind: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    verdict: str = EXACT
+    reason: str = ""
+    strength: float = 0.3
+    rewritten: Mapping[str, Any] = field(default_factory=dict)
+    models: tuple[str, ...] = ()
+
+    @property
+    def id(self) -> str:
+        return self.name.lower().replace(",", "").replace(" ", "-")
+
+
+# Modules that keep, widen and narrow, by model.
+TARGETS = {
+    "llama": ["q_proj", "v_proj", "up_proj", "down_proj"],
+    "qwen2": ["q_proj", "v_proj", "up_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_proj"],
+    "t5": ["q", "wi_1", "wo"],
+    "bert": ["query", "dense"],
+}
+
+ALL = ("gpt2", "t5", "bert", "qwen2")
+LINEAR = ("t5", "bert")  # types that PEFT has no Conv1D layer for
+
+_LORA = {"r": 3, "lora_alpha": 7}
+
+
+def _lora(name: str, verdict: str = EXACT, reason: str = "", **options: Any) -> Spec:
+    return Spec(name, "LoraConfig", {**_LORA, **options}, verdict, reason)
+
+
+def _rewritten(name: str, reason: str, **values: Any) -> Spec:
+    return Spec(name, "LoraConfig", _LORA, REFUSED, reason, rewritten=values)
+
+
+SPECS: tuple[Spec, ...] = (
+    Spec("LoRA", "LoraConfig", _LORA, models=ALL),
+    _lora("rsLoRA", use_rslora=True),
+    Spec("DoRA", "LoraConfig", {**_LORA, "use_dora": True}, models=ALL),
+    _lora("LoRA with rank and alpha patterns", rank_pattern={"v_proj": 5}, alpha_pattern={"q_proj": 3}),
+    _lora("LoRA with lora_bias", lora_bias=True),
+    Spec("LoRA with bias lora_only", "LoraConfig", {**_LORA, "bias": "lora_only"}, models=ALL),
+    Spec("LoRA with bias all, linears", "LoraConfig", {**_LORA, "bias": "all"}, models=("qwen2",)),
+    Spec("DoRA with bias lora_only", "LoraConfig", {**_LORA, "use_dora": True, "bias": "lora_only"}, models=("qwen2",)),
+    # Not on T5: PEFT's truncation, an SVD in fp32, is 1e-4 from the same in fp64 there, ten times further than ours.
+    Spec("KaSA", "LoraConfig", {**_LORA, "kasa_config": KasaConfig()}, models=("bert",)),
+    _lora(
+        "BdLoRA",
+        r=4,
+        use_bdlora=BdLoraConfig(
+            target_modules_bd_a=["q_proj", "down"], target_modules_bd_b=["v_proj", "up_proj"], nblocks=2
+        ),
+    ),
+    _lora("MiCA", init_lora_weights="mica"),
+    _lora("LoRA, orthogonal init", r=4, init_lora_weights="orthogonal"),
+    Spec("EVA", "LoraConfig", _LORA, rewritten={"init_lora_weights": "eva", "eva_config": {"rho": 2.0}}),
+    _lora("PiSSA, converted", init_lora_weights="pissa"),
+    _lora("PiSSA with rsLoRA, converted", init_lora_weights="pissa", use_rslora=True),
+    _lora("OLoRA, converted", init_lora_weights="olora"),
+    _rewritten("PiSSA", "init_lora_weights='pissa'", init_lora_weights="pissa"),
+    _rewritten("OLoRA", "init_lora_weights='olora'", init_lora_weights="olora"),
+    _rewritten("CorDA", "init_lora_weights='corda'", init_lora_weights="corda"),
+    _rewritten("LoftQ", "init_lora_weights='loftq'", init_lora_weights="loftq"),
+    _rewritten("LoRA-GA", "init_lora_weights='lora_ga'", init_lora_weights="lora_ga"),
+    _rewritten("aLoRA", "alora_invocation_tokens", alora_invocation_tokens=[5]),
+    _rewritten("Arrow", "arrow_config", arrow_config={"top_k": 2}),
+    _rewritten("LoRA with layer_replication", "layer_replication", layer_replication=[[0, 2], [0, 2]]),
+    _lora("LoRA with modules_to_save", REFUSED, "modules_to_save", modules_to_save=["lm_head"]),
+    _lora("LoRA with trained tokens", REFUSED, "trainable_token_indices", trainable_token_indices=[3, 9]),
+    _lora("LoRA of embeddings", REFUSED, "embedding LoRA", target_modules=["embed_tokens", "q_proj"]),
+    Spec("AdaLoRA", "AdaLoraConfig", {"init_r": 4, "lora_alpha": 6, "total_step": 9}, models=ALL),
+    Spec("LoHa", "LoHaConfig", {"r": 2, "alpha": 3}, strength=0.6, models=LINEAR),
+    Spec("LoHa of full rank", "LoHaConfig", {"r": 6, "alpha": 3}, strength=0.6),
+    Spec("LoKr, low rank", "LoKrConfig", {"r": 2, "alpha": 2, "decompose_both": True}, models=LINEAR),
+    Spec("LoKr, one full factor", "LoKrConfig", {"r": 2, "alpha": 2}, models=LINEAR),
+    Spec("LoKr, full", "LoKrConfig", {"r": 16, "alpha": 4}, APPROXIMATE, "LOKR", models=LINEAR),
+    Spec("VeRA", "VeraConfig", {"r": 5}, models=ALL),
+    Spec("VeRA without projections", "VeraConfig", {"r": 5, "save_projection": False}),
+    Spec("VB-LoRA", "VBLoRAConfig", {"r": 3, "num_vectors": 11, "vector_length": 8}, models=ALL),
+    Spec(
+        "VB-LoRA, top-k only",
+        "VBLoRAConfig",
+        {"r": 3, "num_vectors": 11, "vector_length": 8, "topk": 3, "save_only_topk_weights": True},
+    ),
+    Spec("DeLoRA", "DeloraConfig", {"r": 3, "rank_pattern": {"v_proj": 5}}, models=LINEAR),
+    Spec("RandLora", "RandLoraConfig", {"r": 5, "randlora_alpha": 40}, strength=0.1, models=ALL),
+    Spec("RandLora, sparse", "RandLoraConfig", {"r": 4, "randlora_alpha": 40, "sparse": True}, strength=0.1),
+    Spec("RandLora, very sparse", "RandLoraConfig", {"r": 4, "randlora_alpha": 40, "very_sparse": True}, strength=0.1),
+    Spec(
+        "RandLora without projections",
+        "RandLoraConfig",
+        {"r": 4, "save_projection": False},
+        REFUSED,
+        "save_projection",
+        strength=0.1,
+    ),
+    Spec("MiSS", "MissConfig", {"r": 5}, models=LINEAR),
+    Spec("MiSS mini", "MissConfig", {"r": 4, "mini_r": 8, "init_weights": "mini"}),
+    Spec(
+        "MiSS bat", "MissConfig", {"r": 4, "init_weights": "bat"}, APPROXIMATE, "init_weights='bat'", models=("bert",)
+    ),
+    Spec("GraLoRA", "GraloraConfig", {"r": 4, "alpha": 6}, models=ALL),
+    Spec("GraLoRA, hybrid", "GraloraConfig", {"r": 4, "alpha": 6, "hybrid_r": 3}),
+    Spec("GraLoRA of full rank", "GraloraConfig", {"r": 8, "alpha": 6, "hybrid_r": 2, "gralora_k": 4}),
+    Spec("HRA", "HRAConfig", {"r": 3}, models=LINEAR),
+    Spec("HRA, Gram-Schmidt", "HRAConfig", {"r": 4, "apply_GS": True}),
+    Spec("IA3", "IA3Config", models=ALL),
+    Spec("RoAd 1", "RoadConfig", {"group_size": 8}, APPROXIMATE, "pairs", models=("bert",)),
+    Spec("RoAd 2", "RoadConfig", {"group_size": 8, "variant": "road_2"}, APPROXIMATE, "pairs"),
+    Spec("RoAd 4", "RoadConfig", {"group_size": 8, "variant": "road_4"}, APPROXIMATE, "pairs"),
+    Spec("OFT", "OFTConfig", {"oft_block_size": 4}, APPROXIMATE, "rotates", models=("bert",)),
+    Spec("OFT, exact Cayley", "OFTConfig", {"oft_block_size": 8, "use_cayley_neumann": False}, APPROXIMATE, "rotates"),
+    Spec("OFT, shared block", "OFTConfig", {"oft_block_size": 4, "block_share": True}, APPROXIMATE, "rotates"),
+    Spec("Constrained OFT", "OFTConfig", {"oft_block_size": 4, "coft": True}, REFUSED, "coft"),
+    Spec("BOFT", "BOFTConfig", {"boft_block_size": 4}, REFUSED, "BOFT"),
+    Spec("FourierFT", "FourierFTConfig", {"n_frequency": 30, "random_loc_seed": 5}, APPROXIMATE, "waves"),
+    Spec("WaveFT", "WaveFTConfig", {"n_frequency": 30}, REFUSED, "use_idwt"),
+    Spec("WaveFT without transform", "WaveFTConfig", {"n_frequency": 30, "use_idwt": False}, APPROXIMATE, "sparse"),
+    Spec("C3A", "C3AConfig", {"block_size": 8}, APPROXIMATE, "circulant", strength=4.0, models=("bert",)),
+    Spec("SHiRA", "ShiraConfig", {"r": 2}, APPROXIMATE, "sparse"),
+    Spec("HiRA", "HiraConfig", {"r": 3}, APPROXIMATE, "elementwise", strength=1.0),
+    Spec("LN tuning", "LNTuningConfig", {"target_modules": ["input_layernorm"]}, REFUSED, "norms"),
+    Spec("Trainable tokens", "TrainableTokensConfig", {"token_indices": [2]}, REFUSED, "token embeddings"),
+    Spec("Prompt tuning", "PromptTuningConfig", {"num_virtual_tokens": 2}, REFUSED, "virtual tokens"),
+    Spec("Prefix tuning", "PrefixTuningConfig", {"num_virtual_tokens": 2}, REFUSED, "virtual tokens"),
+)  # fmt: skip
+
+FULL_RANK = 64  # from here on `approximate` is exact on all of the tiny models
+
+_OWN_TARGETS = ("LNTuningConfig", "TrainableTokensConfig", "PromptTuningConfig", "PrefixTuningConfig")
+
+
+def make(folder: Path, spec: Spec, model: str, seed: int) -> Path:
+    """Save the adapter of `spec` for a model of conftest's, with every trainable tensor random."""
+    base = build(model)
+    options = dict(spec.options)
+    if spec.kind not in _OWN_TARGETS:
+        options.setdefault("target_modules", TARGETS[model])
+    if spec.kind == "IA3Config":
+        options["feedforward_modules"] = TARGETS[model][-1:]
+    if spec.kind in ("PromptTuningConfig", "PrefixTuningConfig"):
+        options["task_type"] = "CAUSAL_LM"
+    if model == "gpt2" and spec.kind not in ("RandLoraConfig", "VeraConfig"):
+        options["fan_in_fan_out"] = True
+    config = getattr(peft, spec.kind)(**options)
+    convert = "converted" in spec.name
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = peft.get_peft_model(base, config)
+        if convert:  # PEFT subtracts the adapter as it was initialised
+            wrapped.peft_config["default"].init_lora_weights = True
+            wrapped.save_pretrained(folder / "initial")
+            wrapped.peft_config["default"].init_lora_weights = spec.options["init_lora_weights"]
+        # T5 does not scale its attention, so what is strong elsewhere saturates it.
+        randomize(wrapped, seed, spec.strength * (0.5 if model == "t5" else 1))
+        extra = {"path_initial_model_for_weight_conversion": str(folder / "initial")} if convert else {}
+        wrapped.save_pretrained(folder, **extra)
+    if spec.rewritten:
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **spec.rewritten}))
+    return folder
+
+
+def randomize(model: nn.Module, seed: int, strength: float) -> None:
+    """Give every trainable tensor random values, in the range that its kind is made for."""
+    generator = torch.Generator().manual_seed(seed)
+    changed = 0
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            changed += 1
+            noise = torch.randn(parameter.shape, generator=generator)
+            if any(part in name for part in ("magnitude", "ia3_l", "road_alpha", "boft_s", "delora_lambda", "norm")):
+                parameter.mul_(1 + strength * noise.clamp(-2, 2))  # a gain
+            elif any(part in name for part in ("road_theta", "logits", "lora_E", "diag", "spectrum", "hra_u")):
+                parameter.copy_(noise)
+            elif "randlora" in name:
+                parameter.add_(strength * noise * (1 if "lambda" in name else parameter.abs().mean()))
+            elif "bias" in name:
+                parameter.add_(0.2 * noise)
+            else:
+                parameter.copy_(strength * noise)
+    assert changed, "the adapter trains nothing"
+
+
+def merged(base: nn.Module, mix: Mapping[Path, float]) -> nn.Module:
+    """The base with the weighted sum of the differences that PEFT's own merges make, in fp64."""
+    base = copy.deepcopy(base)
+    for module in base.modules():
+        if isinstance(module, nn.Linear) and module.bias is None:  # PEFT merges lora_bias only into a bias
+            module.bias = nn.Parameter(torch.zeros(module.out_features, dtype=module.weight.dtype))
+    states = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for folder in mix:
+            states[folder] = peft_alone(base, folder).merge_and_unload(safe_merge=True).state_dict()
+    result = copy.deepcopy(base)
+    state: dict[str, Tensor] = result.state_dict()
+    for key, value in state.items():
+        total = value.double()
+        for folder, weight in mix.items():
+            total = total + weight * (states[folder][key].double() - value.double())
+        state[key] = total.to(value.dtype)
+    result.load_state_dict(state)
+    return result.eval()

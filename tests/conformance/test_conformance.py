@@ -1,0 +1,201 @@
+"""Every type and option in every scenario: what a row gets is what its adapter gives alone, or the adapter is
+refused by name. `--conformance-table FILE` writes the verdicts as Markdown."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import APPROXIMATE, EXACT, FULL_RANK, REFUSED, SPECS, Spec, make, merged
+from conftest import VOCAB, assert_close, build, inputs_for, logits, peft_alone, refused, row_of
+from torch import Tensor
+
+import mlora
+from mlora import errors
+
+SERVED = tuple(spec for spec in SPECS if spec.verdict != REFUSED)
+CASES = [(spec, model) for spec in SERVED for model in ("llama", *spec.models)]
+IDS = [f"{model}-{spec.id}" for spec, model in CASES]
+
+
+class World:
+    """One architecture: the bare model, its patched copy, and oracles, made when they are first asked for."""
+
+    def __init__(self, kind: str, root: Path, dtype: torch.dtype = torch.float32) -> None:
+        self.kind, self.root = kind, root
+        self.base = build(kind, dtype)
+        self.model = copy.deepcopy(self.base)
+        self.runtime = mlora.patch(self.model, memory=8 << 20)
+        self.folder = cache(self._folder)
+        self.alone = cache(lambda spec: peft_alone(self.base, self.folder(spec)))
+        self.load = cache(self._load)
+
+    def _folder(self, spec: Spec) -> Path:
+        return make(self.root / spec.id, spec, self.kind, SPECS.index(spec))
+
+    def _load(self, spec: Spec) -> str:
+        """Load the adapter, at a rank at which an approximation is exact."""
+        info = self.runtime.load_adapter(
+            self.folder(spec), spec.name, approximate=FULL_RANK if spec.verdict == APPROXIMATE else None
+        )
+        assert not info.errors and info.peft_type.lower() in spec.kind.lower().replace("config", "")
+        return spec.name
+
+    def oracle(self, entry: Any) -> Any:
+        if entry is None:
+            return self.base
+        if isinstance(entry, Spec):
+            return self.alone(entry)
+        return merged(self.base, {self.folder(spec): weight for spec, weight in entry.items()})
+
+    def entry(self, entry: Any) -> Any:
+        if isinstance(entry, Mapping):
+            return {self.load(spec): weight for spec, weight in entry.items()}
+        return None if entry is None else self.load(entry)
+
+    def check(self, entries: list[Any], seed: int = 1) -> Tensor:
+        """Run one batch and compare each row with its oracle; the rows' own outputs."""
+        batch = inputs_for(self.kind, len(entries), seed)
+        got = logits(self.model, batch, adapter_names=[self.entry(entry) for entry in entries])
+        for row, entry in enumerate(entries):
+            assert_close(got[row : row + 1], logits(self.oracle(entry), row_of(batch, row)))
+            if entry is not None:
+                bare = logits(self.base, row_of(batch, row))
+                assert (got[row] - bare[0]).abs().max() > 1e-3 * bare.abs().max(), "the adapter must change the answer"
+        return got
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return cache(lambda kind: World(kind, tmp_path_factory.mktemp(kind)))
+
+
+def partners(spec: Spec, kind: str, count: int) -> list[Spec]:
+    """Other served adapters of the model, of types other than `spec`'s, chosen by its place in the list."""
+    others = [s for s, model in CASES if model == kind and s.kind != spec.kind]
+    start = SPECS.index(spec) * 5
+    return [others[(start + 7 * i) % len(others)] for i in range(count)]
+
+
+@pytest.mark.parametrize(("spec", "kind"), CASES, ids=IDS)
+def test_alone(worlds: Any, verdicts: Any, spec: Spec, kind: str) -> None:
+    with verdicts(spec.name, kind, "single", spec.verdict):
+        worlds(kind).check([spec])
+
+
+@pytest.mark.parametrize(("spec", "kind"), CASES, ids=IDS)
+def test_beside_base_rows_and_other_types(worlds: Any, verdicts: Any, spec: Spec, kind: str) -> None:
+    world = worlds(kind)
+    first, second = partners(spec, kind, 2)
+    entries = [None, spec, first, spec, None, second, spec]
+    with verdicts(spec.name, kind, "mixed", spec.verdict):
+        got = world.check(entries)
+        # Another order of the same rows gives each the same answer.
+        order = [4, 2, 6, 0, 5, 3, 1]
+        batch = {key: value[order] for key, value in inputs_for(kind, len(entries)).items()}
+        again = logits(world.model, batch, adapter_names=[world.entry(entries[i]) for i in order])
+        assert_close(again, got[order], 1e-6)
+
+
+@pytest.mark.parametrize(("spec", "kind"), CASES, ids=IDS)
+def test_weighted(worlds: Any, verdicts: Any, spec: Spec, kind: str) -> None:
+    first, second = partners(spec, kind, 2)
+    with verdicts(spec.name, kind, "weighted", spec.verdict):
+        worlds(kind).check([{spec: 0.6}, {spec: -0.5, first: 1.2}, {spec: 0.3, first: 0.4, second: 0.5}])
+
+
+@pytest.mark.parametrize("kind", sorted({spec.kind for spec in SERVED}))
+def test_mixed_within_a_type(worlds: Any, kind: str) -> None:
+    specs = [spec for spec in SERVED if spec.kind == kind]
+    worlds("llama").check([*specs, None, *specs[::-1]], seed=2)
+
+
+NEW = 4
+
+
+@pytest.mark.parametrize("beams", (1, 3), ids=("greedy", "beams"))
+@pytest.mark.parametrize("spec", SERVED, ids=[spec.id for spec in SERVED])
+def test_generate(worlds: Any, verdicts: Any, spec: Spec, beams: int) -> None:
+    world = worlds("llama")
+    other = partners(spec, "llama", 1)[0]
+    entries = [spec, None, other, spec]
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(2, VOCAB, (len(entries), 6), generator=generator)
+    mask = torch.ones_like(ids)
+    ids[0, :2] = mask[0, :2] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    options = {"max_new_tokens": NEW, "num_beams": beams, "do_sample": False}
+    with verdicts(spec.name, "llama", "generate", spec.verdict):
+        got = world.model.generate(**batch, **options, adapter_names=[world.entry(entry) for entry in entries])
+        for row, entry in enumerate(entries):
+            want = world.oracle(entry).generate(**row_of(batch, row), **options)
+            assert torch.equal(got[row : row + 1], want), f"row {row}"
+
+
+@pytest.mark.parametrize("spec", SERVED, ids=[spec.id for spec in SERVED])
+def test_bf16_is_within_twice_pefts_own_error(worlds: Any, halves: World, verdicts: Any, spec: Spec) -> None:
+    wide = worlds("llama")
+    batch = inputs_for("llama", 6)
+    with verdicts(spec.name, "llama", "bf16", spec.verdict):
+        folder = wide.folder(spec)
+        oracle = logits(peft_alone(copy.deepcopy(halves.base).float(), folder), batch).double()
+        theirs = logits(peft_alone(halves.base, folder), batch).double()
+        name = halves.runtime.load_adapter(
+            folder, approximate=FULL_RANK if spec.verdict == APPROXIMATE else None, adapter_name=spec.name
+        ).name
+        ours = logits(halves.model, batch, adapter_names=[name] * 6).double()
+        error, allowed = (ours - oracle).norm().item(), (theirs - oracle).norm().item()
+        assert 0 < error <= 2 * allowed, f"{error:.3g} from the oracle, PEFT {allowed:.3g}"
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World("llama", tmp_path_factory.mktemp("bf16"), torch.bfloat16)
+
+
+NOT_EXACT = tuple(spec for spec in SPECS if spec.verdict != EXACT)
+
+
+@pytest.mark.parametrize("spec", NOT_EXACT, ids=[spec.id for spec in NOT_EXACT])
+def test_refusals_name_their_reason(worlds: Any, verdicts: Any, spec: Spec) -> None:
+    world = worlds("llama")
+    with (
+        verdicts(spec.name, "llama", "refusal", spec.verdict),
+        refused(world.model, errors.UnsupportedAdapterError, spec.reason),
+    ):
+        world.runtime.load_adapter(world.folder(spec), "refused")
+
+
+def test_biases_of_norms_are_refused(worlds: Any) -> None:
+    world = worlds("bert")
+    spec = Spec("LoRA with bias all", "LoraConfig", {"r": 2, "bias": "all"})
+    folder = make(world.root / "norms", spec, "bert", 0)
+    with refused(world.model, errors.UnsupportedAdapterError, "LayerNorm", "bias='all'"):
+        world.runtime.load_adapter(folder, "norms")
+
+
+# RoAd's gain stays exact, and only what mixes outputs is approximated.
+APPROXIMATED = tuple(spec for spec in SPECS if spec.verdict == APPROXIMATE and spec.kind != "RoadConfig")
+
+
+@pytest.mark.parametrize("spec", APPROXIMATED, ids=[spec.id for spec in APPROXIMATED])
+def test_an_approximation_is_the_best_of_its_rank_and_tells_its_error(worlds: Any, spec: Spec) -> None:
+    world = worlds("llama")
+    rank = 6
+    info = world.runtime.load_adapter(world.folder(spec), f"{spec.name} at {rank}", approximate=rank)
+    oracle = world.alone(spec)
+    assert info.ranks == (rank,) and set(info.errors) == set(info.modules)
+    for name, error in info.errors.items():
+        base, layer = world.base.get_submodule(name), oracle.get_base_model().get_submodule(name)
+        eye = torch.eye(base.in_features)
+        with torch.no_grad():
+            delta = (layer(eye) - layer(0 * eye) - base(eye) + base(0 * eye)).t().double()
+        values = torch.linalg.svdvals(delta)
+        assert error == pytest.approx((values[rank:].norm() / values.norm()).item(), rel=1e-3)
+    assert f"{info.error:.1e}" in world.runtime.status()
+    world.runtime.delete_adapter(info.name)
