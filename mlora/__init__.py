@@ -2,10 +2,11 @@
 
 from . import errors
 from .adapter import Adapter
+from .merge import Merge
 from .patch import patch, unpatch
 from .routing import BASE
 from .runtime import AdapterInfo, Runtime
 
 __version__ = "0.1.0"
 
-__all__ = ["BASE", "Adapter", "AdapterInfo", "Runtime", "errors", "patch", "unpatch"]
+__all__ = ["BASE", "Adapter", "AdapterInfo", "Merge", "Runtime", "errors", "patch", "unpatch"]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from rich.console import Console
@@ -24,9 +24,10 @@ from rich.table import Table
 
 import mlora
 from mlora.demo_model import resolve_model
-from mlora.routing import Entry
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+Entry: TypeAlias = str | Mapping[str, float] | None
+
 PROMPTS = ("What is the capital of Norway?", "What do ducks eat?", "Who was Beethoven?", "How do birds fly?")
 TIMED_ROWS = 12
 TIMED_TOKENS = 16

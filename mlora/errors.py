@@ -42,6 +42,10 @@ class EntryError(MloraError, ValueError):
     """What was given as `adapter_names` cannot be read as one entry a row."""
 
 
+class MergeError(MloraError, ValueError):
+    """Adapters that cannot be merged in the way that was asked for."""
+
+
 class AttributionError(MloraError, RuntimeError):
     """A module got tokens that cannot be attributed to the rows of the batch."""
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import errors
+from .merge import Merge
 from .ops import layout
 
 BASE = "__base__"
@@ -19,7 +20,7 @@ BASE = "__base__"
 _REAL = (int, float, np.integer, np.floating)
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
-Entry: TypeAlias = str | Mapping[str, float] | None
+Entry: TypeAlias = str | Mapping[str, float] | Merge | None
 Entries: TypeAlias = Entry | Sequence[Entry]
 Recipe: TypeAlias = tuple[tuple[str, float], ...]
 """A resolved entry: (adapter name, weight), sorted by name, without zero weights; `()` is base."""
@@ -72,7 +73,7 @@ def resolve_entry(entry: Any, exists: Callable[[str], bool]) -> Recipe:
     if not isinstance(entry, Mapping):
         raise errors.EntryError(
             f"an entry of adapter_names is {entry!r} ({type(entry).__name__}); it must be an adapter's name, None, "
-            f"{BASE!r} or a mapping name -> weight"
+            f"{BASE!r}, a mapping name -> weight or an mlora.Merge"
         )
     recipe = []
     for name, weight in entry.items():

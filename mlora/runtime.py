@@ -15,7 +15,8 @@ from torch import nn
 from . import errors, routing
 from .adapter import Adapter
 from .layers import Shared, base_linear
-from .lowering import lower
+from .lowering import Delta, lower, to_adapter
+from .merge import Merge, as_merge, merge_adapters
 from .routing import Entries, Entry, Plan
 from .store import IN_GAIN, Store
 
@@ -56,13 +57,16 @@ class AdapterInfo:
 class _Loaded:
     adapter: Adapter
     info: AdapterInfo
+    approximate: int | None = None
+    merge: Merge | None = None  # of an adapter that an entry asked for
 
 
 class Runtime:
     """Made by `mlora.patch`, also reachable as `model.mlora`.
 
-    Wherever entries are taken, one is an adapter's name, `None` or `"__base__"` for the bare model,
-    or a mapping name -> weight for a weighted sum of deltas.
+    Wherever entries are taken, one is an adapter's name, `None` or `"__base__"` for the bare model, a mapping
+    name -> weight for a weighted sum of deltas, or a `Merge` (also as a mapping with its fields), which is computed
+    once and kept under its label.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class Runtime:
         self._loaded: dict[str, _Loaded] = {}
         self._active = 0
         self._lock = threading.RLock()  # guards the adapters' registry and the count above
+        self._merging = threading.Lock()
 
     @property
     def model(self) -> nn.Module:
@@ -113,7 +118,50 @@ class Runtime:
     def add_adapter(self, adapter_name: str, adapter: Adapter, *, approximate: int | None = None) -> AdapterInfo:
         """Add an adapter that is in memory. Takes `approximate` and raises as `load_adapter` does."""
         self._check_new(adapter_name)
-        deltas = lower(adapter, self._bases, approximate)
+        return self._register(adapter_name, adapter, lower(adapter, self._bases, approximate), approximate)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        **options: Any,
+    ) -> AdapterInfo:
+        """Merge loaded adapters into a new one. `options` are the other fields of `Merge`, which also says what the
+        arguments mean; PEFT's names, with PEFT's defects mended: every type of adapter and any ranks take part, each
+        with its own scaling, gains and biases.
+
+        The info's `errors` tell how far each module is from what the merge stands for, where it was cut to a rank.
+
+        Raises:
+            MergeError: the arguments do not make a merge, or factor space cannot hold these adapters.
+            UnknownAdapterError, DuplicateAdapterError: of the names. CapacityError: as `load_adapter`.
+        """
+        self._check_new(adapter_name)
+        try:
+            how = Merge(tuple(adapters), tuple(weights), combination_type, **options)
+        except TypeError as error:
+            raise errors.MergeError(f"add_weighted_adapter: {error}") from error
+        return self._merge(adapter_name, how, None)
+
+    def _merge(self, adapter_name: str, how: Merge, kept_for: Merge | None) -> AdapterInfo:
+        how = how.canonical()
+        for name in how.adapters:
+            self._check_known(name)
+        sources = [self._loaded[name] for name in how.adapters]
+        lowered = [lower(loaded.adapter, self._bases, loaded.approximate) for loaded in sources]
+        deltas = dict(merge_adapters(lowered, how, self._bases))
+        return self._register(adapter_name, to_adapter(deltas, how.label), deltas, None, kept_for)
+
+    def _register(
+        self,
+        adapter_name: str,
+        adapter: Adapter,
+        deltas: Mapping[str, Delta],
+        approximate: int | None = None,
+        merge: Merge | None = None,
+    ) -> AdapterInfo:
         by_index = {self._indices[name]: delta for name, delta in deltas.items()}
         if len(by_index) != len(deltas):
             raise errors.AdapterError(
@@ -131,8 +179,29 @@ class Runtime:
             if (packed.touches & IN_GAIN).any():
                 self._shared.in_gains = True
             self._store.register(adapter_name, packed)
-            self._loaded[adapter_name] = _Loaded(adapter, info)
+            self._loaded[adapter_name] = _Loaded(adapter, info, approximate, merge)
             return self.adapters[adapter_name]
+
+    def _resolve_merges(self, entries: Any) -> Any:
+        """`entries` with every merge replaced by the name of its result, or by weights where it is a plain sum."""
+        if isinstance(entries, Sequence) and not isinstance(entries, str):
+            return [self._resolve_merges_of(entry) for entry in entries]
+        return self._resolve_merges_of(entries)
+
+    def _resolve_merges_of(self, entry: Any) -> Any:
+        how = as_merge(entry)
+        if how is None:
+            return entry
+        how = how.canonical()
+        if how.is_sum:
+            weights: dict[str, float] = {}
+            for name, weight in zip(how.adapters, how.weights, strict=True):
+                weights[name] = weights.get(name, 0.0) + weight
+            return weights
+        with self._merging:  # computed once, also when several threads ask for it
+            if how.label not in self._loaded:
+                self._merge(how.label, how, how)
+        return how.label
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter.
@@ -150,6 +219,13 @@ class Runtime:
                 else:
                     how = "a running call or an open use_adapters uses it"
                 raise errors.AdapterInUseError(f"adapter {adapter_name!r} cannot be deleted: {how}")
+            made_of_it = [
+                label
+                for label, loaded in self._loaded.items()
+                if loaded.merge and adapter_name in loaded.merge.adapters
+            ]
+            for label in made_of_it:
+                self.delete_adapter(label)
             self._store.unregister(adapter_name)
             del self._loaded[adapter_name]
 
@@ -198,6 +274,7 @@ class Runtime:
             EntryError, UnknownAdapterError: `entry` is not an entry.
             CapacityError: its adapters do not fit.
         """
+        entry = self._resolve_merges(entry)
         if not routing.is_single(entry):
             raise errors.EntryError(f"set_adapter takes one entry for all rows, not {entry!r}")
         plan = self._acquire(entry, 1, 1)
@@ -216,6 +293,7 @@ class Runtime:
     @contextmanager
     def _route(self, entries: Any, rows: int, expansion: int) -> Iterator[None]:
         local = self._shared.local
+        entries = self._resolve_merges(entries)
         plan = self._acquire(entries, rows, expansion)
         previous = local.plan, local.entries
         local.plan, local.entries = plan, entries

@@ -19,15 +19,16 @@ from .lora import LORA
 from .lycoris import LYCORIS
 from .miss import MISS
 from .module import Lowering, check_options, lower_module, modules_of
+from .native import NATIVE, to_adapter
 from .randlora import RANDLORA
 from .road import ROAD
 from .vblora import VBLORA
 from .vera import VERA
 
 LOWERINGS: dict[str, Lowering] = {
-    "ADALORA": ADALORA, "C3A": C3A, "DELORA": DELORA, "FOURIERFT": FOURIERFT, "GRALORA": GRALORA, "HIRA": HIRA,
-    "HRA": HRA, "IA3": IA3, "LOHA": LOHA, "LOKR": LOKR, "LORA": LORA, "LYCORIS": LYCORIS, "MISS": MISS, "OFT": OFT,
-    "RANDLORA": RANDLORA, "ROAD": ROAD, "SHIRA": SHIRA, "VBLORA": VBLORA, "VERA": VERA, "WAVEFT": WAVEFT,
+    "ADALORA": ADALORA, "C3A": C3A, "DELORA": DELORA, "DELTA": NATIVE, "FOURIERFT": FOURIERFT, "GRALORA": GRALORA,
+    "HIRA": HIRA, "HRA": HRA, "IA3": IA3, "LOHA": LOHA, "LOKR": LOKR, "LORA": LORA, "LYCORIS": LYCORIS, "MISS": MISS,
+    "OFT": OFT, "RANDLORA": RANDLORA, "ROAD": ROAD, "SHIRA": SHIRA, "VBLORA": VBLORA, "VERA": VERA, "WAVEFT": WAVEFT,
 }  # fmt: skip
 
 # Types that no per-row delta expresses, with the reason.
@@ -85,4 +86,4 @@ def lowering_of(adapter: Adapter) -> Lowering:
     )
 
 
-__all__ = ["LOWERINGS", "REFUSED", "BaseLinear", "Delta", "check_options", "lower", "lowering_of"]
+__all__ = ["LOWERINGS", "REFUSED", "BaseLinear", "Delta", "check_options", "lower", "lowering_of", "to_adapter"]

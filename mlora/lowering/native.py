@@ -1,0 +1,74 @@
+"""mlora's own type, DELTA: the algebra itself, for merged adapters that no PEFT type can hold.
+
+Per module `delta_A` (rank, in), `delta_B` (rank, out), `delta_gain` (out,), `delta_in_gain` (in,) and `delta_shift`
+(out,), each where there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .. import errors
+from ..adapter import Adapter
+from .delta import Delta
+from .module import Format, Lowering, Module
+
+PARTS = {"a": "delta_A", "b": "delta_B", "gain": "delta_gain", "in_gain": "delta_in_gain", "shift": "delta_shift"}
+
+FORMAT = Format(parts={key: key for key in PARTS.values()})
+
+
+def delta(module: Module) -> Delta:
+    """The delta of one module."""
+    base = module.base
+    widths = {"gain": base.out_features, "in_gain": base.in_features, "shift": base.out_features}
+    parts: dict[str, Any] = {
+        part: module.part(PARTS[part], width) for part, width in widths.items() if PARTS[part] in module.parts
+    }
+    if "delta_A" in module.parts or "delta_B" in module.parts:
+        parts["a"] = module.part("delta_A", None, base.in_features)
+        parts["b"] = module.part("delta_B", parts["a"].shape[0], base.out_features)
+    if not parts:
+        raise errors.AdapterError(f"{module.where}: it has no weights")
+    return Delta(**parts)
+
+
+NATIVE = Lowering(FORMAT, delta)
+
+
+def to_adapter(deltas: Mapping[str, Delta], source: str) -> Adapter:
+    """The adapter that lowers to `deltas` (dotted path -> delta): a LoRA, which PEFT reads too, or a DELTA where one
+    of them has gains or no rank rows."""
+    deltas = {name: d for name, d in deltas.items() if any(getattr(d, part) is not None for part in PARTS)}
+    plain = all(d.a is not None and d.gain is None and d.in_gain is None for d in deltas.values())
+    if not plain:
+        tensors = {
+            f"{name}.{key}": tensor * d.scale if part == "b" else tensor
+            for name, d in deltas.items()
+            for part, key in PARTS.items()
+            if (tensor := getattr(d, part)) is not None
+        }
+        return Adapter({"peft_type": "DELTA", "target_modules": sorted(deltas)}, tensors, source)
+    tensors = {}
+    with_bias = any(d.shift is not None for d in deltas.values())
+    for name, d in deltas.items():
+        assert d.a is not None and d.b is not None
+        tensors[f"{name}.lora_A.weight"] = d.a
+        tensors[f"{name}.lora_B.weight"] = (d.b * d.scale).t().contiguous()
+        if with_bias:
+            tensors[f"{name}.lora_B.bias"] = torch.zeros(d.b.shape[1]) if d.shift is None else d.shift
+    largest = max((d.rank for d in deltas.values()), default=1)
+    ranks = {name: d.rank for name, d in deltas.items() if d.rank != largest}
+    config = {
+        "peft_type": "LORA",
+        "target_modules": sorted(deltas),
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,  # a scaling of 1 everywhere
+        "lora_bias": with_bias,
+    }
+    return Adapter(config, tensors, source)

@@ -1,0 +1,416 @@
+"""Several adapters -> one: `Merge`, which says how, and the strategies, pure functions of tensors.
+
+Delta space, the default, works on the true change of a weight, D_i = gain_i * W + W * in_gain_i + scale_i B_i^T A_i,
+and returns the result at a rank, with its relative error; `linear` and `cat` are exact there, by concatenation of rank
+rows. Factor space works on A and B separately, as PEFT's `add_weighted_adapter` does where its type does not end in
+`_svd`, number for number; a mixture of factors is not the mixture of the deltas.
+
+Strategies: task arithmetic (`linear`; Ilharco et al., arXiv 2212.04089), TIES (Yadav et al., arXiv 2306.01708), DARE
+(Yu et al., arXiv 2311.03099), and pruning by magnitude.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import errors
+from .lowering.delta import BaseLinear, Delta
+
+STRATEGIES = ("linear", "cat", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+COMBINATION_TYPES = (*STRATEGIES, "svd", *(s + "_svd" for s in STRATEGIES[2:]))
+SPACES = ("delta", "factor")
+SIGNS = ("total", "frequency")
+
+# Other names of the fields: LoRAX's and Ludwig's.
+_ALIASES = {"ids": "adapters", "sources": "adapters", "merge_strategy": "combination_type"}
+
+
+@dataclass(frozen=True)
+class Merge:
+    """How to merge named adapters; also an entry of `adapter_names`, computed once and cached.
+
+    Args:
+        adapters: their names. `weights`: one finite number each, of any sign.
+        combination_type: "linear" (the weighted sum), "cat" (the same in delta space), "ties", "dare_linear",
+            "dare_ties", "magnitude_prune", or PEFT's "svd" ("linear" cut to a rank) and "..._svd" (delta space).
+        density: the share of values that ties, dare and magnitude_prune keep, in (0, 1].
+        majority_sign_method: how ties elects a sign: "total" (of the sum) or "frequency" (of the signs).
+        svd_rank: rank of the result; default: exact for linear and cat, else the largest of the adapters.
+        svd_clamp: clamp the factors to this quantile of their values, in (0, 1].
+        seed: of dare's masks. `normalize`: divide the weights by their sum.
+        space: "delta" or "factor".
+
+    Raises:
+        MergeError: a value is not one of these, or an option does not belong to the type.
+    """
+
+    adapters: tuple[str, ...]
+    weights: tuple[float, ...]
+    combination_type: str = "linear"
+    density: float | None = None
+    majority_sign_method: str = "total"
+    svd_rank: int | None = None
+    svd_clamp: float | None = None
+    seed: int = 0
+    normalize: bool = False
+    space: str = "delta"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.adapters, str) or not all(isinstance(name, str) for name in self.adapters):
+            raise errors.MergeError(f"adapters is {self.adapters!r}; it must be a list of adapters' names")
+        object.__setattr__(self, "adapters", tuple(self.adapters))
+        if not self.adapters:
+            raise errors.MergeError("adapters is empty; a merge takes at least one")
+        if len(self.adapters) != len(self.weights):
+            raise errors.MergeError(f"{len(self.weights)} weights for {len(self.adapters)} adapters")
+        for weight in self.weights:
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+                raise errors.MergeError(f"a weight is {weight!r}; it must be a finite number")
+        object.__setattr__(self, "weights", tuple(map(float, self.weights)))
+        _one_of("combination_type", self.combination_type, COMBINATION_TYPES)
+        _one_of("majority_sign_method", self.majority_sign_method, SIGNS)
+        _one_of("space", self.space, SPACES)
+        if self.prunes and (self.density is None or not _is_number(self.density) or not 0 < self.density <= 1):
+            raise errors.MergeError(
+                f"density is {self.density!r}; {self.combination_type} needs the share of values to keep, in (0, 1]"
+            )
+        if not self.prunes and self.density is not None:
+            raise errors.MergeError(f"{self.combination_type} takes no density")
+        if self.svd_rank is not None and (type(self.svd_rank) is not int or self.svd_rank < 1):
+            raise errors.MergeError(f"svd_rank is {self.svd_rank!r}; it must be a positive integer")
+        if self.svd_clamp is not None and not (_is_number(self.svd_clamp) and 0 < self.svd_clamp <= 1):
+            raise errors.MergeError(f"svd_clamp is {self.svd_clamp!r}; it must be a quantile in (0, 1]")
+        if type(self.seed) is not int or self.seed < 0:
+            raise errors.MergeError(f"seed is {self.seed!r}; it must be an integer of at least 0")
+        if self.space == "factor" and not self.in_factors and self.combination_type != "cat":
+            raise errors.MergeError(f"{self.combination_type} works on deltas, not in factor space")
+        if self.svd_rank is not None and self.in_factors:
+            raise errors.MergeError(f"{self.combination_type} in factor space keeps the adapters' rank: no svd_rank")
+        if self.svd_clamp is not None and not self.truncates:
+            raise errors.MergeError("svd_clamp needs an svd: give an svd_rank, or a type that has one")
+        if self.normalize and sum(self.weights) == 0:
+            raise errors.MergeError(f"the weights {self.weights} sum to 0 and cannot be normalised")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Merge:
+        """From JSON or YAML; LoRAX's and Ludwig's field names are accepted too.
+
+        Ludwig's `sources` makes the weights relative: they are normalised, and equal where none are given.
+        """
+        known = {f.name for f in fields(cls)}
+        given: dict[str, Any] = {}
+        for key, value in values.items():
+            name = _ALIASES.get(key, key)
+            if name not in known:
+                raise errors.MergeError(f"a merge has no {key!r}; it takes {', '.join(sorted({*known, *_ALIASES}))}")
+            if name in given:
+                raise errors.MergeError(f"a merge has {key!r} beside another name of {name!r}")
+            given[name] = value
+        if "sources" in values:
+            given.setdefault("normalize", True)
+        names = given.get("adapters")
+        if not isinstance(names, Sequence):
+            raise errors.MergeError(f"a merge's adapters are {names!r}; they must be a list of names")
+        if given.get("weights") is None:
+            given["weights"] = [1.0] * len(names)
+        if not isinstance(given["weights"], Sequence):
+            raise errors.MergeError(f"a merge's weights are {given['weights']!r}; they must be a list of numbers")
+        return cls(**given)
+
+    @property
+    def strategy(self) -> str:
+        return "linear" if self.combination_type == "svd" else self.combination_type.removesuffix("_svd")
+
+    @property
+    def prunes(self) -> bool:
+        return self.strategy not in ("linear", "cat")
+
+    @property
+    def in_factors(self) -> bool:
+        """Whether A and B are merged separately."""
+        return self.space == "factor" and self.combination_type in STRATEGIES and self.strategy != "cat"
+
+    @property
+    def truncates(self) -> bool:
+        """Whether the result is cut to a rank."""
+        return not self.in_factors and (self.prunes or self.combination_type == "svd" or self.svd_rank is not None)
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether it is the plain weighted sum of the deltas."""
+        return not self.in_factors and not self.truncates
+
+    def canonical(self) -> Merge:
+        """The same merge in one spelling: sorted adapters, plain weights, and no option that has no effect."""
+        total = sum(self.weights) if self.normalize else 1.0
+        pairs = sorted(zip(self.adapters, (w / total for w in self.weights), strict=True))
+        plain = self.strategy
+        if not self.in_factors and self.truncates:
+            plain = "svd" if plain in ("linear", "cat") else plain
+        elif self.is_sum:
+            plain = "linear"
+        return Merge(
+            tuple(name for name, _ in pairs),
+            tuple(weight for _, weight in pairs),
+            plain,
+            density=self.density,
+            majority_sign_method=self.majority_sign_method if "ties" in plain else "total",
+            svd_rank=self.svd_rank,
+            svd_clamp=self.svd_clamp,
+            seed=self.seed if "dare" in plain else 0,
+            space="factor" if self.in_factors else "delta",
+        )
+
+    @property
+    def label(self) -> str:
+        """A name that says all that matters: equal for merges that are equal."""
+        how = self.canonical()
+        parts = [f"{weight:.9g}*{name}" for name, weight in zip(how.adapters, how.weights, strict=True)]
+        defaults = {f.name: f.default for f in fields(Merge)}
+        parts += [
+            f"{name}={getattr(how, name)}"
+            for name in ("density", "majority_sign_method", "svd_rank", "svd_clamp", "seed", "space")
+            if getattr(how, name) != defaults[name]
+        ]
+        return f"{how.combination_type}({', '.join(parts)})"
+
+
+def as_merge(entry: Any) -> Merge | None:
+    """`entry` if it is a `Merge`, or one written as a mapping (told by its list of adapters); None for the others."""
+    if isinstance(entry, Merge):
+        return entry
+    if isinstance(entry, Mapping) and any(isinstance(entry.get(key), (list, tuple)) for key in ("adapters", *_ALIASES)):
+        return Merge.from_dict(entry)
+    return None
+
+
+def merge_adapters(
+    adapters: Sequence[Mapping[str, Delta]], how: Merge, bases: Mapping[str, BaseLinear]
+) -> Iterator[tuple[str, Delta]]:
+    """Module by module, what `merge_module` makes of the deltas that are there: (dotted path, delta)."""
+    for name in dict.fromkeys(name for deltas in adapters for name in deltas):
+        yield name, merge_module([deltas.get(name) for deltas in adapters], how, bases[name])
+
+
+def _one_of(option: str, value: Any, allowed: Iterable[str]) -> None:
+    if value not in tuple(allowed):
+        raise errors.MergeError(f"{option} is {value!r}; it must be one of {', '.join(allowed)}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def merge_module(deltas: Sequence[Delta | None], how: Merge, base: BaseLinear) -> Delta:
+    """What `how` makes of one module; at least one delta is not None, which is an adapter that leaves it alone.
+
+    Shapes: as in `Delta`, all of one module. The result is in fp32, its scale is 1, and its `error` is the relative
+    Frobenius distance of its low-rank part from what it stands for.
+
+    Raises:
+        MergeError: factor space cannot hold these deltas.
+    """
+    total = sum(how.weights) if how.normalize else 1.0
+    present = [(d, w / total, n) for d, w, n in zip(deltas, how.weights, how.adapters, strict=True) if d is not None]
+    if how.is_sum:
+        return _sum([(d, w) for d, w, _ in present])
+    seeds = [zlib.crc32(f"{how.seed}/{base.name}/{name}".encode()) for _, _, name in present]
+    if how.in_factors:
+        return _in_factors([(d, w) for d, w, _ in present], how, base, seeds)
+
+    weights = [w for _, w, _ in present]
+    if how.prunes or any(d.gain is not None or d.in_gain is not None for d, _, _ in present):
+        dense = combine([partial(_dense, d, base) for d, _, _ in present], weights, how, seeds)
+        result = _truncate(dense, _rank(how, present), how.svd_clamp)
+    else:
+        result = _truncate_sum(_sum([(d, w) for d, w, _ in present]), _rank(how, present), how.svd_clamp)
+    if any(d.shift is not None for d, _, _ in present):
+        none = torch.zeros(base.out_features)
+        shifts = [partial(_float, none if d.shift is None else d.shift) for d, _, _ in present]
+        result = replace(result, shift=combine(shifts, weights, how, [seed + 1 for seed in seeds]))
+    return result
+
+
+def _rank(how: Merge, present: Sequence[tuple[Delta, float, str]]) -> int:
+    return how.svd_rank or max(1, *(d.rank for d, _, _ in present))
+
+
+def _sum(terms: Sequence[tuple[Delta, float]]) -> Delta:
+    """The exact weighted sum, by concatenation. The weights go to A, as in PEFT's `cat`."""
+    ranked = [(d, w) for d, w in terms if d.a is not None and d.b is not None]
+    a = torch.cat([d.a.float() * w * d.scale for d, w in ranked if d.a is not None]) if ranked else None
+    b = torch.cat([d.b.float() for d, _ in ranked if d.b is not None]) if ranked else None
+
+    def weighted(part: str) -> Tensor | None:
+        found = [w * getattr(d, part).float() for d, w in terms if getattr(d, part) is not None]
+        return torch.stack(found).sum(0) if found else None
+
+    # A sum's relative error is bounded by its terms': what is known of it.
+    error = max((d.error for d, _ in terms), default=0.0)
+    return Delta(a, b, gain=weighted("gain"), in_gain=weighted("in_gain"), shift=weighted("shift"), error=error)
+
+
+def _in_factors(terms: Sequence[tuple[Delta, float]], how: Merge, base: BaseLinear, seeds: Sequence[int]) -> Delta:
+    for d, _ in terms:
+        if d.a is None or d.gain is not None or d.in_gain is not None or d.shift is not None:
+            raise errors.MergeError(
+                f"module {base.name}: factor space merges plain LoRA only; one of the adapters has a gain or a bias. "
+                f"Use space='delta'"
+            )
+    ranks = sorted({d.rank for d, _ in terms})
+    if len(ranks) > 1:
+        raise errors.MergeError(
+            f"module {base.name}: factor space needs equal ranks; the adapters have {ranks}. Use space='delta'"
+        )
+    # Each factor takes the root of the weight, and A its sign.
+    roots = [math.sqrt(abs(w * d.scale)) for d, w in terms]
+    signed = [root if w * d.scale >= 0 else -root for root, (d, w) in zip(roots, terms, strict=True)]
+    a = combine([partial(_float, d.a) for d, _ in terms], signed, how, seeds)
+    b = combine([partial(_float, _float(d.b).t()) for d, _ in terms], roots, how, [seed + 1 for seed in seeds])
+    return Delta(a, b.t().contiguous())
+
+
+def _float(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor.float()
+
+
+def _dense(delta: Delta, base: BaseLinear) -> Tensor:
+    """The true change of the weight, (out, in) in fp32."""
+    if delta.a is not None and delta.b is not None:
+        dense = (delta.b.float().t() @ delta.a.float()) * delta.scale
+    else:
+        dense = torch.zeros(base.out_features, base.in_features)
+    if delta.gain is not None:
+        dense += delta.gain.float()[:, None] * base.weight()
+    if delta.in_gain is not None:
+        dense += delta.in_gain.float() * base.weight()
+    return dense
+
+
+def combine(
+    tensors: Sequence[Callable[[], Tensor]], weights: Sequence[float], how: Merge, seeds: Sequence[int]
+) -> Tensor:
+    """The strategy on tensors of one shape, each made when it is needed: never more than a few are held.
+
+    `seeds`: of each tensor's mask, for dare. TIES elects signs from the unweighted tensors, where a tie counts as
+    positive, and divides by the number of tensors that agree, as PEFT does.
+    """
+    pruned: list[Callable[[], Tensor]] = list(tensors)
+    density = how.density
+    if density is not None and density < 1:
+        if "dare" in how.strategy:
+            pruned = [_dropper(make, density, seed) for make, seed in zip(tensors, seeds, strict=True)]
+        else:
+            pruned = [_pruner(make, density) for make in tensors]
+    if "ties" not in how.strategy:
+        result = pruned[0]() * weights[0]
+        for make, weight in zip(pruned[1:], weights[1:], strict=True):
+            result += make() * weight
+        return result
+    votes = None
+    for make in pruned:
+        vote = make() if how.majority_sign_method == "total" else make().sign()
+        votes = vote if votes is None else votes + vote
+    assert votes is not None
+    positive = votes >= 0
+    result, agreeing = torch.zeros_like(votes), torch.zeros_like(votes)
+    for make, weight in zip(pruned, weights, strict=True):
+        tensor = make()
+        agrees = torch.where(positive, tensor > 0, tensor < 0)
+        result += tensor * weight * agrees
+        agreeing += agrees
+    return result / agreeing.clamp(min=1)
+
+
+def _pruner(make: Callable[[], Tensor], density: float) -> Callable[[], Tensor]:
+    """The int(density * count) values of largest magnitude; which ones is worked out once."""
+    threshold: list[float] = []
+
+    def pruned() -> Tensor:
+        tensor = make()
+        size = tensor.abs().flatten()
+        keep = int(density * size.numel())
+        if keep == 0:
+            return torch.zeros_like(tensor)
+        if not threshold:
+            threshold.append(float(size.kthvalue(size.numel() - keep + 1).values))
+        mask = size > threshold[0]
+        missing = keep - int(mask.sum())
+        if missing:  # among equals, the first
+            mask[(size == threshold[0]).nonzero()[:missing, 0]] = True
+        return tensor * mask.view(tensor.shape)
+
+    return pruned
+
+
+def _dropper(make: Callable[[], Tensor], density: float, seed: int) -> Callable[[], Tensor]:
+    """Values kept with probability `density`, and divided by it; every call draws the same mask."""
+
+    def dropped() -> Tensor:
+        tensor = make()
+        draw = torch.Generator().manual_seed(seed)
+        return tensor * torch.bernoulli(torch.full_like(tensor, density), generator=draw) / density
+
+    return dropped
+
+
+def _truncate_sum(delta: Delta, rank: int, clamp: float | None) -> Delta:
+    """The best `rank` rank rows of a low-rank delta, from the QR of its stacked factors: B^T A is never formed."""
+    if delta.a is None or delta.b is None:
+        return replace(delta, a=None, b=None)
+    qa, ra = torch.linalg.qr(delta.a.t().double())
+    qb, rb = torch.linalg.qr(delta.b.t().double())
+    u, s, vh = torch.linalg.svd(rb @ ra.t(), full_matrices=False)
+    result = _from_svd(qb @ u, s, vh @ qa.t(), rank, clamp)
+    tail = float(s[rank:].square().sum().sqrt()) if result.rank else 0.0
+    norm = float(s.square().sum().sqrt())
+    return replace(result, error=tail / norm if norm else 0.0, shift=delta.shift)
+
+
+def _truncate(dense: Tensor, rank: int, clamp: float | None) -> Delta:
+    """The best `rank` rank rows of a dense (out, in) matrix, and their relative error."""
+    norm = float(torch.linalg.vector_norm(dense.double()))
+    if norm == 0:
+        return Delta()
+    u, s, vh = _leading(dense, rank)
+    result = _from_svd(u, s, vh, rank, clamp)
+    assert result.a is not None and result.b is not None
+    left = float(torch.linalg.vector_norm((dense - result.b.t() @ result.a).double()))
+    return replace(result, error=left / norm)
+
+
+def _leading(dense: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """At least the `rank` leading singular triplets, by block Krylov iteration (Musco & Musco, arXiv 1504.05477),
+    or by a whole SVD where that would not be smaller."""
+    blocks, width = 10, rank + 6
+    if 3 * blocks * width > min(dense.shape):
+        u, s, vh = torch.linalg.svd(dense, full_matrices=False)
+        return u, s, vh
+    draw = torch.Generator().manual_seed(0)
+    block = torch.linalg.qr(dense @ torch.randn(dense.shape[1], width, generator=draw)).Q
+    space = [block]
+    for _ in range(blocks - 1):
+        block = torch.linalg.qr(dense @ (dense.t() @ block)).Q
+        space.append(block)
+    q = torch.linalg.qr(torch.cat(space, dim=1)).Q
+    u, s, vh = torch.linalg.svd(q.t() @ dense, full_matrices=False)
+    return q @ u, s, vh
+
+
+def _from_svd(u: Tensor, s: Tensor, vh: Tensor, rank: int, clamp: float | None) -> Delta:
+    """PEFT's factors: B = U S, A = V^T, clamped together to a quantile of their values."""
+    rank = min(rank, len(s))
+    b, a = (u[:, :rank] * s[:rank]).float(), vh[:rank].float()
+    if clamp is not None:
+        high = float(torch.quantile(torch.cat([b.flatten(), a.flatten()]), clamp))
+        b, a = b.clamp(-high, high), a.clamp(-high, high)
+    return Delta(a.contiguous(), b.t().contiguous())

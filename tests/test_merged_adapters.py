@@ -1,0 +1,211 @@
+"""Merges of a patched model's adapters: as new adapters and as entries of a batch."""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_close, formula, inputs_for, logits, row_of, state_hash
+from torch import Tensor
+
+import mlora
+from mlora import Merge, errors
+from mlora.lowering import lower, to_adapter
+from mlora.lowering.delta import Delta
+
+
+@pytest.fixture
+def model(llama: Any, folders: dict[str, Path]) -> Any:
+    model = copy.deepcopy(llama)
+    runtime = mlora.patch(model)
+    for name, folder in folders.items():
+        runtime.load_adapter(folder, name)
+    return model
+
+
+@pytest.fixture
+def batch() -> dict[str, Tensor]:
+    return inputs_for("llama", 4)
+
+
+# As new adapters
+
+
+@pytest.mark.parametrize("kind", ["linear", "cat", "svd"])
+@pytest.mark.parametrize("weights", [{"r3": 0.7, "rs16": -0.4}, {"dora1": 0.5, "bias8": 1.5, "r3": 1.0}])
+def test_a_weighted_adapter_is_the_sum_of_its_sources(
+    model: Any, llama: Any, folders: dict[str, Path], batch: Any, kind: str, weights: dict[str, float]
+) -> None:
+    """Ranks, rsLoRA, DoRA and biases all count, which PEFT's own drops or distorts."""
+    rank = {"svd_rank": 64} if kind == "svd" else {}
+    info = model.mlora.add_weighted_adapter(list(weights), list(weights.values()), "new", kind, **rank)
+    want = logits(formula(llama, {folders[name]: w for name, w in weights.items()}), batch)
+    assert_close(logits(model, batch, adapter_names="new"), want)
+    assert info.error < 1e-5 and model.mlora.adapters["new"].source.startswith(("linear(", "svd("))
+
+
+@pytest.mark.parametrize(
+    "weights", [{"r3": 0.7, "rs16": -0.4}, {"dora1": 0.5, "bias8": 1.5}, {"bias8": 1.0, "r3": 2.0}]
+)
+def test_a_weighted_adapter_can_be_saved_and_loaded_again(
+    model: Any, batch: Any, tmp_path: Path, weights: dict[str, float]
+) -> None:
+    runtime = model.mlora
+    runtime.add_weighted_adapter(list(weights), list(weights.values()), "new")
+    runtime.save_adapter("new", tmp_path / "new")
+    runtime.load_adapter(tmp_path / "new", "again")
+    again = logits(model, batch, adapter_names="again")
+    assert torch.equal(again, logits(model, batch, adapter_names="new"))
+    kind = json.loads((tmp_path / "new" / "adapter_config.json").read_text())["peft_type"]
+    assert kind == ("DELTA" if "dora1" in weights else "LORA")
+
+
+def test_peft_reads_a_merged_lora(model: Any, llama: Any, batch: Any, tmp_path: Path) -> None:
+    from conftest import peft_alone
+
+    model.mlora.add_weighted_adapter(["r3", "rs16", "bias8"], [0.7, -0.4, 1.0], "new")
+    model.mlora.save_adapter("new", tmp_path / "new")
+    assert_close(logits(model, batch, adapter_names="new"), logits(peft_alone(llama, tmp_path / "new"), batch))
+
+
+def test_the_error_of_a_cut_is_reported(model: Any) -> None:
+    info = model.mlora.add_weighted_adapter(["r3", "rs16"], [1.0, 1.0], "new", "ties", density=0.5, svd_rank=2)
+    assert info.rank == 2 and 0.1 < info.error < 1
+    assert "new" in model.mlora.status()
+
+
+def test_a_merge_of_merges(model: Any, batch: Any) -> None:
+    model.mlora.add_weighted_adapter(["r3", "rs16"], [1.0, 0.5], "one")
+    model.mlora.add_weighted_adapter(["one", "r3"], [1.0, -1.0], "two")
+    assert_close(logits(model, batch, adapter_names="two"), logits(model, batch, adapter_names={"rs16": 0.5}))
+
+
+@pytest.mark.parametrize(
+    "change, error, wanted",
+    [
+        ({"adapter_name": "r3"}, errors.DuplicateAdapterError, "'r3'"),
+        ({"adapters": ["r3", "nobody"]}, errors.UnknownAdapterError, "'nobody'"),
+        ({"weights": [1.0]}, errors.MergeError, "1 weights for 2"),
+        ({"combination_type": "average"}, errors.MergeError, "'average'"),
+        ({"desnity": 0.5}, errors.MergeError, "desnity"),
+        ({"space": "factor"}, errors.MergeError, r"equal ranks.*\[3, 16\]"),
+        ({"adapters": ["r3", "dora1"], "space": "factor"}, errors.MergeError, "a gain or a bias"),
+    ],
+)
+def test_bad_merges_change_nothing(model: Any, change: dict[str, Any], error: Any, wanted: str) -> None:
+    before = dict(model.mlora.adapters), state_hash(model)
+    with pytest.raises(error, match=wanted):
+        model.mlora.add_weighted_adapter(
+            **{"adapters": ["r3", "rs16"], "weights": [1.0, 1.0], "adapter_name": "new", **change}
+        )
+    assert (dict(model.mlora.adapters), state_hash(model)) == before
+
+
+# As entries
+
+
+def test_a_merge_in_a_batch_equals_the_merge_made_by_hand(model: Any, batch: Any) -> None:
+    merge = Merge(["r3", "rs16"], [0.7, 0.3], "ties", density=0.5)
+    model.mlora.add_weighted_adapter(["r3", "rs16"], [0.7, 0.3], "by hand", "ties", density=0.5)
+    as_json = {"ids": ["rs16", "r3"], "weights": [0.3, 0.7], "merge_strategy": "ties", "density": 0.5}
+    mixed = logits(model, batch, adapter_names=[merge, None, "by hand", as_json])
+    for row, name in enumerate(["by hand", None, "by hand", "by hand"]):
+        assert_close(mixed[row : row + 1], logits(model, row_of(batch, row), adapter_names=name))
+
+
+def test_equal_merges_share_one_route_and_are_computed_once(
+    model: Any, batch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime, made = model.mlora, []
+    merge_one = type(runtime)._merge
+    monkeypatch.setattr(type(runtime), "_merge", lambda self, *a: (made.append(a), merge_one(self, *a))[1])
+    a, b = (Merge(n, w, "ties", density=1.0) for n, w in ((["r3", "rs16"], [1, 2]), (["rs16", "r3"], [2, 1])))
+    with runtime.use_adapters([a, b, "r3", b]):
+        plan = runtime._shared.local.plan
+        assert plan.tensor[:3].tolist() == [4, 2, 2]
+    logits(model, batch, adapter_names=a)
+    assert len(made) == 1
+
+
+def test_a_linear_merge_is_a_weighted_entry(model: Any, batch: Any) -> None:
+    before = set(model.mlora.adapters)
+    merged = logits(model, batch, adapter_names=Merge(["dora1", "r3", "r3"], [0.5, 0.25, 0.25], normalize=True))
+    assert torch.equal(merged, logits(model, batch, adapter_names={"dora1": 0.5, "r3": 0.5}))
+    assert set(model.mlora.adapters) == before
+
+
+def test_a_merge_goes_with_its_sources(model: Any, folders: dict[str, Path], batch: Any) -> None:
+    runtime, merge = model.mlora, Merge(["r3", "rs16"], [1, 1], "ties", density=0.5)
+    old = logits(model, batch, adapter_names=merge)
+    with runtime.use_adapters(merge), pytest.raises(errors.AdapterInUseError, match="ties"):
+        runtime.delete_adapter("r3")
+    assert "r3" in runtime.adapters
+    runtime.delete_adapter("r3")
+    assert merge.label not in runtime.adapters
+    with pytest.raises(errors.UnknownAdapterError, match="'r3'"):
+        logits(model, batch, adapter_names=merge)
+    runtime.load_adapter(folders["bias8"], "r3")  # another adapter of that name
+    assert not torch.equal(logits(model, batch, adapter_names=merge), old)
+
+
+def test_merges_in_generate_and_as_default(model: Any) -> None:
+    ids = torch.randint(2, 60, (2, 5), generator=torch.Generator().manual_seed(0))
+    merge = Merge(["r3", "rs16"], [2, 2], "magnitude_prune", density=0.4)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    routed = model.generate(ids, adapter_names=[merge, None], num_beams=2, **options)
+    model.mlora.set_adapter(merge)
+    assert torch.equal(model.generate(ids, num_beams=2, **options)[0], routed[0])
+    model.mlora.set_adapter(None)
+
+
+def test_threads_that_ask_for_one_merge(model: Any, batch: Any) -> None:
+    merge, results = Merge(["r3", "rs16"], [1, 1], "dare_ties", density=0.5), []
+
+    def ask() -> None:
+        results.append(logits(model, batch, adapter_names=merge))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4 and all(torch.equal(r, results[0]) for r in results)
+
+
+def test_a_bad_merge_in_a_batch_changes_nothing(model: Any, batch: Any) -> None:
+    with pytest.raises(errors.MergeError, match="density is None"):
+        logits(model, batch, adapter_names=[{"ids": ["r3"], "merge_strategy": "ties"}, None, None, None])
+    assert torch.equal(logits(model, batch), logits(model, batch, adapter_names=None))
+
+
+# The form that holds any merge
+
+
+def test_any_delta_can_be_written_as_an_adapter(model: Any) -> None:
+    bases = model.mlora._bases
+    name, base = next((n, b) for n, b in bases.items() if b.in_features != b.out_features)
+    draw = torch.Generator().manual_seed(0)
+    parts = {
+        "a": torch.randn(2, base.in_features, generator=draw),
+        "b": torch.randn(2, base.out_features, generator=draw),
+        "gain": torch.randn(base.out_features, generator=draw),
+        "in_gain": torch.randn(base.in_features, generator=draw),
+        "shift": torch.randn(base.out_features, generator=draw),
+    }
+    for without in parts:
+        delta = Delta(
+            scale=0.5, **{k: v for k, v in parts.items() if k != without and not (without in "ab" and k in "ab")}
+        )
+        (back,) = lower(to_adapter({name: delta}, "test"), bases).values()
+        for part in parts:
+            want, got = getattr(delta, part), getattr(back, part)
+            assert (want is None) == (got is None)
+            if want is not None and part != "b":
+                assert torch.equal(want, got)
+        if delta.b is not None and back.b is not None:
+            assert torch.equal(delta.b * 0.5, back.b * back.scale)
