@@ -6,7 +6,7 @@ and `state_dict` keys exactly as they are, and swapping it back leaves no trace.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any, NoReturn, cast
 
@@ -294,8 +294,9 @@ def compute_dtype(module: nn.Module) -> torch.dtype:
     return torch.get_default_dtype()
 
 
-def base_linear(name: str, module: nn.Module) -> BaseLinear:
-    """What a lowering may ask of `module`."""
+def base_linear(name: str, module: nn.Module, originals: Callable[[], Mapping[str, Tensor]] = dict) -> BaseLinear:
+    """What a lowering may ask of `module`. `originals` gives the weight and bias where the module's own are not the
+    base's, because something is folded in."""
     transposed = isinstance(module, Conv1D)
     if transposed:
         in_features, out_features = cast(Tensor, module.weight).shape
@@ -303,7 +304,7 @@ def base_linear(name: str, module: nn.Module) -> BaseLinear:
         in_features, out_features = cast(nn.Linear, module).in_features, cast(nn.Linear, module).out_features
 
     def weight() -> Tensor:
-        tensor = module.weight
+        tensor = originals().get("weight", module.weight)
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.is_meta:
             raise errors.UnsupportedAdapterError(
                 f"module {name}: this adapter's delta depends on the base weight, which is quantized or offloaded "
@@ -313,7 +314,7 @@ def base_linear(name: str, module: nn.Module) -> BaseLinear:
         return dense.t() if transposed else dense
 
     def bias() -> Tensor | None:
-        tensor = module.bias
+        tensor = originals().get("bias", module.bias)
         return tensor.detach().to("cpu", torch.float32) if isinstance(tensor, Tensor) else None
 
     return BaseLinear(name, in_features, out_features, weight, bias)

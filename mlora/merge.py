@@ -239,6 +239,42 @@ def merge_module(deltas: Sequence[Delta | None], how: Merge, base: BaseLinear) -
     return result
 
 
+def relative(recipe: Sequence[tuple[Delta, float]], folded: Sequence[tuple[Delta, float]], where: str) -> Delta:
+    """What to add to a module that has `folded` in its weight, so that it does what `recipe` would do alone.
+
+    Let f, g and u be the folded sum's low-rank part with its shift, its gain and its input gain, G and V the recipe's
+    gains. The module gives y'(x) = g * base(u * x) + f(x), so that
+        G * base(x) = (G / g) * (y'(x) - f(x))   and   base(V * x) = y'((V / u) * x) - f((V / u) * x).
+
+    Raises:
+        MergeError: a folded gain is 0, or gains meet input gains.
+    """
+    want, have = _sum(recipe), _sum(folded)
+    ratios: dict[str, Tensor] = {}
+    for part in ("gain", "in_gain"):
+        ours, theirs = getattr(want, part), getattr(have, part)
+        if ours is None and theirs is None:
+            continue
+        below = torch.ones(1, dtype=torch.float64) if theirs is None else 1 + theirs.double()
+        if (below == 0).any():
+            raise errors.MergeError(f"module {where}: a gain of 0 is folded in, which nothing undoes")
+        ratios[part] = (1 if ours is None else 1 + ours.double()) / below
+    if len(ratios) > 1:
+        raise errors.MergeError(f"module {where}: gains and input gains, of which one is folded in, do not combine")
+    minus = Delta(have.a, have.b, -1.0, shift=None if have.shift is None else -have.shift)
+    if (ratio := ratios.get("gain")) is not None:
+        minus = replace(minus, b=_scaled(minus.b, ratio), shift=_scaled(minus.shift, ratio))
+    if (ratio := ratios.get("in_gain")) is not None:
+        minus = replace(minus, a=_scaled(minus.a, ratio))
+    total = _sum([(replace(want, gain=None, in_gain=None), 1.0), (minus, 1.0)])
+    gains = {part: (ratio - 1).float() for part, ratio in ratios.items()}
+    return replace(total, gain=gains.get("gain"), in_gain=gains.get("in_gain"))
+
+
+def _scaled(tensor: Tensor | None, by: Tensor) -> Tensor | None:
+    return None if tensor is None else (tensor.double() * by).float()
+
+
 def _rank(how: Merge, present: Sequence[tuple[Delta, float, str]]) -> int:
     return how.svd_rank or max(1, *(d.rank for d, _, _ in present))
 

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from . import errors, routing
 from .adapter import Adapter
+from .fold import KEEPS, Checkpoint, Copies, Corrections, Fold, Keeper, Target, shared_storages, target_of
 from .layers import Shared, base_linear
 from .lowering import Delta, lower, to_adapter
-from .merge import Merge, as_merge, merge_adapters
-from .routing import Entries, Entry, Plan
-from .store import IN_GAIN, Store
+from .merge import Merge, as_merge, merge_adapters, relative
+from .routing import Entries, Entry, Plan, Recipe
+from .store import GAIN, IN_GAIN, Store
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,14 @@ class Runtime:
         self._store = store
         self._shared = shared
         self._indices = indices
-        self._bases = {name: base_linear(name, module) for name, module in paths.items()}
+        self._bases = {
+            name: base_linear(name, module, partial(self._originals, indices[name])) for name, module in paths.items()
+        }
+        self._modules = {indices[name]: (name, module) for name, module in paths.items()}
+        self._default_entry: Entry = None
+        self._fold: Fold | None = None
+        self._folded: Recipe = ()
+        self._bridges: set[str] = set()  # adapters made to undo what is folded in, for rows that name others
         self._loaded: dict[str, _Loaded] = {}
         self._active = 0
         self._lock = threading.RLock()  # guards the adapters' registry and the count above
@@ -212,6 +221,10 @@ class Runtime:
         """
         with self._lock:
             self._check_known(adapter_name)
+            if adapter_name in self.merged:
+                raise errors.AdapterInUseError(
+                    f"adapter {adapter_name!r} cannot be deleted: it is folded into the weights; unmerge_adapter first"
+                )
             if self._store[adapter_name].pins:
                 default = self._shared.default
                 if default is not None and adapter_name in default.names:
@@ -227,6 +240,7 @@ class Runtime:
             for label in made_of_it:
                 self.delete_adapter(label)
             self._store.unregister(adapter_name)
+            self._bridges.discard(adapter_name)
             del self._loaded[adapter_name]
 
     def save_adapter(self, adapter_name: str, folder: str | Path) -> None:
@@ -265,6 +279,174 @@ class Runtime:
         lines.append(f"arena: {store.used:,} of {store.capacity:,} bytes, {store.arena.dtype} on {store.arena.device}")
         return "\n".join(line.rstrip() for line in lines)
 
+    # Folding into the weights
+
+    @property
+    def merged(self) -> dict[str, float]:
+        """The recipe that is folded into the weights: adapter -> weight; empty if none is."""
+        return dict(self._folded)
+
+    def merge_adapter(
+        self, entry: Entry, *, keep: str = "copy", checkpoint: str | Path | None = None, safe: bool = True
+    ) -> None:
+        """Fold `entry` into the base weights, in place: calls that name no adapters get it at the bare model's speed.
+
+        Rows that name adapters get those alone, and base rows the base, up to the rounding of the folded weights.
+        What was folded in before is replaced.
+
+        Args:
+            keep: what `unmerge_adapter` will restore the bytes from: "copy" (a copy of each weight on the host),
+                "checkpoint" (nothing is kept: the files are read again), or "corrections" (a byte a weight, for
+                recipes that only add to it).
+            checkpoint: the folder of those files; default: where the model says that it came from.
+            safe: first make sure that every result is finite, by computing it once more.
+
+        Raises:
+            MergeError: a weight is tied, quantized or offloaded, has no bias to add to, would overflow, or cannot be
+                restored in the way asked for. Nothing has changed then.
+            UnknownAdapterError, EntryError, CapacityError: as `set_adapter`. AdapterInUseError: a call is running.
+        """
+        if keep not in KEEPS:
+            raise errors.MergeError(f"keep is {keep!r}; it must be one of {', '.join(KEEPS)}")
+        entry = self._resolve_merges(entry)
+        with self._lock:
+            self._check_idle("merge_adapter")
+            recipe = self._recipe(entry)
+            before, folded = self._fold, self._folded
+            if before is not None and keep == "copy" and isinstance(before.keeper, Copies):
+                keeper: Keeper = before.keeper  # the new recipe is put in from the originals: one pass
+            else:
+                keeper = self._keeper(keep, checkpoint)
+                self._unfold()
+            try:
+                self._fold_in(recipe, keeper, safe)
+                if before is not None and keeper is before.keeper:
+                    kept = {target.name for target in self._fold.targets} if self._fold else set()
+                    left = [target for target in before.targets if target.name not in kept]
+                    self._with_plan(folded, Fold(left, keeper).take_out)
+            except BaseException:
+                if before is not None:
+                    self._fold_in(folded, before.keeper, safe=False)
+                raise
+            self._refresh_default()
+
+    def unmerge_adapter(self) -> None:
+        """Restore every byte of the weights; nothing happens if nothing is folded in.
+
+        Raises:
+            AdapterInUseError: a call is running. MergeError: the checkpoint's files have changed.
+        """
+        with self._lock:
+            self._check_idle("unmerge_adapter")
+            self._unfold()
+            self._refresh_default()
+
+    def merge_and_unload(self, entry: Entry = None, *, safe: bool = True) -> nn.Module:
+        """Fold `entry` (default: what is folded in or set already) into the weights and unpatch: a plain model, which
+        `save_pretrained` writes. Raises as `merge_adapter` does."""
+        from .patch import unpatch
+
+        with self._lock:
+            if entry is None and self._fold is None and self._default_entry is not None:
+                entry = self._default_entry
+            if entry is not None:
+                self.merge_adapter(entry, safe=safe)
+            self.set_adapter(None)
+            self._fold, self._folded = None, ()
+            return unpatch(self._model)
+
+    def _originals(self, index: int) -> dict[str, Tensor]:
+        """The tensors of a module as they were before something was folded in, by the parameter's own name: lowerings
+        read the base, not what is folded into it."""
+        target = next((t for t in self._fold.targets if t.index == index), None) if self._fold is not None else None
+        found: dict[str, Tensor] = {}
+        if target is not None and self._fold is not None:
+            keeper = self._fold.keeper
+            self._with_plan(self._folded, lambda arena, plan: found.update(keeper.original(target, arena, plan)))
+        return {name.rpartition(".")[2]: tensor for name, tensor in found.items()}
+
+    def _recipe(self, entry: Entry) -> Recipe:
+        try:
+            return routing.resolve_entry(entry, self._loaded.__contains__)
+        except errors.UnknownAdapterError as error:
+            self._unknown(error.args[0])
+
+    def _keeper(self, keep: str, checkpoint: str | Path | None) -> Keeper:
+        if keep == "copy":
+            return Copies()
+        if keep == "corrections":
+            return Corrections()
+        folder = checkpoint or getattr(getattr(self._model, "config", None), "_name_or_path", None)
+        if not folder or not Path(folder).is_dir():
+            raise errors.MergeError(f"keep='checkpoint' needs checkpoint=FOLDER: the model says it is from {folder!r}")
+        return Checkpoint(folder)
+
+    def _with_plan(self, recipe: Recipe, use: Callable[..., None], *args: Any) -> None:
+        """use(arena, plan of `recipe`, *args) with the recipe's adapters on the device."""
+        names = tuple(name for name, _ in recipe)
+        self._store.acquire(names)
+        try:
+            words = routing.plan_words([recipe], lambda name: self._store[name].slot)
+            use(self._store.arena, routing.to_device(words, self._store.arena.device), *args)
+        finally:
+            self._store.release(names)
+
+    def _fold_in(self, recipe: Recipe, keeper: Keeper, safe: bool) -> None:
+        shared = shared_storages(self._model)
+        touched = {index for name, _ in recipe for index in np.flatnonzero(self._store[name].touches).tolist()}
+        targets: list[Target] = []
+        for index in sorted(touched):
+            name, module = self._modules[index]
+            targets.append(target_of(name, module, index, self._store.tables[index], shared))
+        fold = Fold(targets, keeper)
+        self._with_plan(recipe, fold.put_in, safe)
+        self._fold, self._folded = (fold, recipe) if recipe else (None, ())
+
+    def _unfold(self) -> None:
+        if self._fold is not None:
+            self._with_plan(self._folded, self._fold.take_out)
+            self._fold, self._folded = None, ()
+
+    def _check_idle(self, what: str) -> None:
+        if self._active:
+            raise errors.AdapterInUseError(f"{what} changes the weights, while a call or use_adapters is using them")
+
+    def _refresh_default(self) -> None:
+        if self._default_entry is not None:
+            self.set_adapter(self._default_entry)
+        for label in [label for label in self._bridges if not self._store[label].pins]:
+            self.delete_adapter(label)
+
+    def _relative(self, recipe: Recipe) -> Recipe:
+        """The recipe that does on the folded weights what `recipe` does on the base's."""
+        if not self._folded:
+            return recipe
+        names = {name for name, _ in (*recipe, *self._folded)}
+        if not any((self._store[name].touches & (GAIN | IN_GAIN)).any() for name in names):
+            difference = dict(recipe)
+            for name, weight in self._folded:
+                difference[name] = difference.get(name, 0.0) - weight
+            return tuple(sorted((name, weight) for name, weight in difference.items() if weight))
+        if recipe == self._folded:
+            return ()
+        label = f"{dict(recipe)} on {dict(self._folded)}"
+        if label not in self._loaded:
+            deltas = {
+                name: lower(self._loaded[name].adapter, self._bases, self._loaded[name].approximate) for name in names
+            }
+            made = {
+                path: relative(
+                    [(deltas[name][path], w) for name, w in recipe if path in deltas[name]],
+                    [(deltas[name][path], w) for name, w in self._folded if path in deltas[name]],
+                    path,
+                )
+                for path in dict.fromkeys(path for d in deltas.values() for path in d)
+            }
+            source = Merge(tuple(names), (1.0,) * len(names))
+            self._register(label, to_adapter(made, label), made, None, source)
+            self._bridges.add(label)
+        return ((label, 1.0),)
+
     # Routing
 
     def set_adapter(self, entry: Entry) -> None:
@@ -279,7 +461,8 @@ class Runtime:
             raise errors.EntryError(f"set_adapter takes one entry for all rows, not {entry!r}")
         plan = self._acquire(entry, 1, 1)
         with self._lock:
-            previous, self._shared.default = self._shared.default, plan
+            previous, self._shared.default = self._shared.default, None if entry is None else plan
+            self._default_entry = entry
             self._release(previous)
         self._publish()
 
@@ -371,6 +554,7 @@ class Runtime:
             recipes = routing.resolve(entries, self._loaded.__contains__)
         except errors.UnknownAdapterError as error:
             self._unknown(error.args[0])
+        recipes = [self._relative(recipe) for recipe in recipes]
         if routing.is_single(entries):
             rows = 1
         elif len(recipes) != rows:
@@ -420,6 +604,8 @@ class Runtime:
     def _close(self) -> None:
         if self._active:
             raise errors.PatchError("the model cannot be unpatched while a call or use_adapters is routing it")
+        if self._fold is not None:
+            raise errors.PatchError("an adapter is folded into the weights: unmerge_adapter first, or merge_and_unload")
         if self._shared.default is not None:
             self.set_adapter(None)
 

@@ -19,7 +19,7 @@ SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-om
 # Strided views with sentinels, every shape of tile, wrong plans; once more with the lowest instruction set. Left out:
 # what starts processes or traces, which tells nothing about memory.
 SELECT = (
-    "fp64 and not 855x2049 or see_its_batch and 576 or delta_of_apply or scale_input or refused or strides"
+    "fp64 and not 855x2049 or see_its_batch and 576 or delta_of_apply or scale_input or merge or refused or strides"
     " or subnormals"
 )
 

@@ -307,6 +307,42 @@ def test_scale_input(dtype, width):
     assert torch.equal(got[3:6], x[3:6]) and torch.equal(got[9:], x[9:])
 
 
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "from source"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(
+    "ranks, width_in, width_out",
+    [((1, 3, 2), 1, 1), ((16, 3, 20), 20, 855), ((16, 1, 0), 2049, 20), ((256, 20, 3), 576, 131)],
+    ids=["1x1", "20x855", "2049x20", "576x131"],
+)
+def test_merge_matches_fp64(ranks, width_in, width_out, dtype, in_place, in_threads):
+    """Also under any number of threads, and nothing beside the weight is written."""
+    case = Case(ranks, width_in, width_out, dtype, gains=True, in_gains=True)
+    plan, source = case.plan([MIX], spare=0), case.randn(width_out, width_in)
+    guard = torch.full((width_out * width_in + 16,), torch.nan, dtype=dtype)
+    weight = guard[8:-8].view(width_out, width_in)
+
+    oracle = source.double()
+    for slot, w in MIX:
+        adapter, w = case.adapters[slot], float(np.float32(w))
+        if "a" in adapter:
+            oracle = oracle + w * adapter["scale"] * adapter["b"].T @ adapter["a"]
+        if "gain" in adapter:
+            oracle = oracle + w * adapter["gain"][:, None] * source.double()
+        if "in_gain" in adapter:
+            oracle = oracle + w * adapter["in_gain"] * source.double()
+    ref = source.clone()
+    reference.merge_(ref, None, case.arena, case.table, plan)
+    results = []
+    for threads in (1, 2):
+        in_threads(threads)
+        weight.copy_(source if in_place else torch.full_like(source, torch.nan))
+        dispatch.merge_(weight, None if in_place else source, case.arena, case.table, plan)
+        results.append(weight.clone())
+    check(weight, oracle, ref)
+    assert torch.equal(*results)
+    assert guard[:8].isnan().all() and guard[-8:].isnan().all()
+
+
 @pytest.mark.parametrize("shape", ["transposed", "sliced", "batched"])
 def test_apply_takes_any_strides(shape):
     case = Case((3, 4, 5), 20, 33, torch.float32, gains=True)
@@ -357,6 +393,8 @@ def test_opcheck(prefix):
     torch.library.opcheck(getattr(ops, prefix + "apply_").default, (y, None, x, *tensors))
     torch.library.opcheck(getattr(ops, prefix + "apply_").default, (y, y.clone(), x, *tensors))
     torch.library.opcheck(getattr(ops, prefix + "scale_input").default, (x, *tensors))
+    folded = (case.randn(33, 20), case.randn(33, 20), case.arena, case.table, case.plan([MIX], spare=0))
+    torch.library.opcheck(getattr(ops, prefix + "merge_").default, folded)
     if prefix or BF16:
         case, x, y, plan = small(torch.bfloat16)
         args = (x, case.randn(33, 20), case.randn(33), case.arena, case.table, plan, 512)
@@ -451,6 +489,15 @@ def test_wrong_tensors_are_refused():
     for args, message in cases:
         with pytest.raises(RuntimeError, match=message):
             apply_(*args)
+    merge_, weight, one = torch.ops.mlora.merge_, case.randn(33, 20), case.plan([MIX], spare=0)
+    for args, message in [
+        ((weight.t(), None, case.arena, case.table, one), "weight must be contiguous"),
+        ((weight.half(), None, case.arena, case.table, one), "one dtype"),
+        ((weight, weight[:5], case.arena, case.table, one), "source must be as weight is"),
+        ((weight, None, case.arena, case.table, plan), "1 tokens do not divide|one row"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            merge_(*args)
 
 
 def run_python(code: str, **env: str) -> str:
@@ -469,7 +516,7 @@ def test_lower_instruction_sets(isa):
     if names.index(isa) >= torch.ops.mlora.isa() or "MLORA_CPU_ISA" in os.environ:
         pytest.skip("not lower than what the tests above ran with")
     select = "fp64 and (20x855 or 2049x20) and (decode or prefill) or see_its_batch and 855"
-    select += " or scale_input or subnormals"
+    select += " or scale_input or subnormals or merge and 20x855"
     code = f"""
 import sys, pytest, torch, mlora.ops.dispatch
 assert torch.ops.mlora.isa() == {names.index(isa)}

@@ -68,6 +68,16 @@ struct Job {
   int64_t to;
 };
 
+// weight = source * (1 + gains of rows + in-gains of columns) + B^T A; source may be weight.
+struct MergeProblem {
+  const void* source;
+  void* weight;
+  int64_t in;
+  int64_t out;
+};
+
+constexpr int64_t kMergeCoefficients = 6;  // scratch floats that merge needs for each rank row, and once more
+
 struct Kernels {
   // Runs jobs in order, and asks for each one's bytes during the one before: an adapter's parts are a few KiB each and
   // lie anywhere, and the hardware's prefetchers, which learn a stream and stop at its end, leave most of such a part
@@ -81,8 +91,12 @@ struct Kernels {
   using Linear = void (*)(const Problem&, const uint32_t* xt, const Segment*, int64_t segments, float* tile,
                           int64_t from, int64_t to);
 
+  // Rows [from, to) of the weight, by the segment's terms; v is the thread's own.
+  using Merge = void (*)(const MergeProblem&, const Segment&, int64_t from, int64_t to, float* v);
+
   Run run[3];  // indexed by Type
   ScaleInput scale_input[3];
+  Merge merge[3];
   Pack pack;  // null where linear is not offered
   Linear linear;
 };

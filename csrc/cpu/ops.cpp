@@ -430,6 +430,30 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor arena,
   return y;
 }
 
+thread_local Scratch thread_coefficients;
+
+void merge_(Tensor weight, std::optional<Tensor> source, Tensor arena, Tensor table, Tensor plan) {
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "mlora: weight must be contiguous, (out, in)");
+  const Type type = type_of(weight, arena);
+  const Tensor from = source ? *source : weight;
+  STD_TORCH_CHECK(from.scalar_type() == weight.scalar_type() && from.dim() == 2 && from.size(0) == weight.size(0) &&
+                      from.size(1) == weight.size(1) && from.is_contiguous(),
+                  "mlora: source must be as weight is");
+  MergeProblem p = {from.const_data_ptr(), weight.mutable_data_ptr(), weight.size(1), weight.size(0)};
+  Work& work = thread_work;
+  work.build(arena, table, plan, 1, p.in, p.out, true);
+  STD_TORCH_CHECK(work.segments.size() == 1, "mlora: merge_ takes a plan of one row");
+  const Segment& s = work.segments[0];
+  const Kernels& k = kernels();
+  const int64_t panels = ceil_div(p.out, kMergeCoefficients);
+  split(p.out * p.in * (s.ranks + 1), [&](int64_t task, int64_t tasks) {
+    float* v = thread_coefficients.get<float>((s.ranks + 1) * kMergeCoefficients);
+    const int64_t begin = task * panels / tasks * kMergeCoefficients;
+    const int64_t end = (task + 1) * panels / tasks * kMergeCoefficients;
+    k.merge[type](p, s, begin, end < p.out ? end : p.out, v);
+  });
+}
+
 int64_t isa_number() { return isa(); }
 
 }  // namespace
@@ -439,6 +463,7 @@ STABLE_TORCH_LIBRARY_IMPL(mlora, CPU, m) {
   m.impl("apply_", TORCH_BOX(&mlora::apply_));
   m.impl("linear", TORCH_BOX(&mlora::linear));
   m.impl("scale_input", TORCH_BOX(&mlora::scale_input));
+  m.impl("merge_", TORCH_BOX(&mlora::merge_));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mlora, CompositeExplicitAutograd, m) {

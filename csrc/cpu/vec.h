@@ -65,6 +65,26 @@ struct Pair {
   vf a, b;
 };
 
+MLORA_INLINE float from_bits(uint32_t i) {
+  float f;
+  __builtin_memcpy(&f, &i, 4);
+  return f;
+}
+MLORA_INLINE uint32_t to_bits(float f) {
+  uint32_t i;
+  __builtin_memcpy(&i, &f, 4);
+  return i;
+}
+MLORA_INLINE float widen(float v) { return v; }
+MLORA_INLINE float widen(bf16 v) { return from_bits(static_cast<uint32_t>(v.bits) << 16); }
+MLORA_INLINE float widen(fp16 v) {
+  const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000) << 16;
+  const uint32_t magnitude = v.bits & 0x7fff;
+  if (magnitude >= 0x7c00) return from_bits(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
+  if (magnitude < 0x400) return from_bits(sign | to_bits(static_cast<float>(magnitude) * 0x1p-24f));
+  return from_bits(sign | ((magnitude << 13) + (112u << 23)));
+}
+
 #if MLORA_HAVE_AVX512
 
 MLORA_INLINE uint32_t first(int64_t n) { return n >= 32 ? ~0u : (1u << (n < 0 ? 0 : n)) - 1; }
@@ -158,25 +178,6 @@ MLORA_INLINE void store(bf16* p, Pair v) {
 
 #else
 
-MLORA_INLINE float from_bits(uint32_t i) {
-  float f;
-  __builtin_memcpy(&f, &i, 4);
-  return f;
-}
-MLORA_INLINE uint32_t to_bits(float f) {
-  uint32_t i;
-  __builtin_memcpy(&i, &f, 4);
-  return i;
-}
-MLORA_INLINE float widen(float v) { return v; }
-MLORA_INLINE float widen(bf16 v) { return from_bits(static_cast<uint32_t>(v.bits) << 16); }
-MLORA_INLINE float widen(fp16 v) {
-  const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000) << 16;
-  const uint32_t magnitude = v.bits & 0x7fff;
-  if (magnitude >= 0x7c00) return from_bits(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
-  if (magnitude < 0x400) return from_bits(sign | to_bits(static_cast<float>(magnitude) * 0x1p-24f));
-  return from_bits(sign | ((magnitude << 13) + (112u << 23)));
-}
 MLORA_INLINE void narrow(float f, float* p) { *p = f; }
 MLORA_INLINE void narrow(float f, bf16* p) {
   const uint32_t i = to_bits(f);

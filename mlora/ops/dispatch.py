@@ -46,6 +46,8 @@ _reference_scale_input = torch.ops.mlora.reference_scale_input.default
 _apply_ = torch.ops.mlora.apply_.default if _NATIVE else _reference_apply_
 _linear = torch.ops.mlora.linear.default if _NATIVE else _reference_linear
 _scale_input = torch.ops.mlora.scale_input.default if _NATIVE else _reference_scale_input
+_reference_merge_ = torch.ops.mlora.reference_merge_.default
+_merge_ = torch.ops.mlora.merge_.default if _NATIVE else _reference_merge_
 
 
 def backend(device: torch.device | str, dtype: torch.dtype) -> str:
@@ -75,6 +77,14 @@ def scale_input(x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> Tensor
     if x.dtype is arena.dtype and arena.dtype in _CPU_DTYPES:
         return _scale_input(x, arena, table, plan)
     return _reference_scale_input(x, arena, table, plan)
+
+
+def merge_(weight: Tensor, source: Tensor | None, arena: Tensor, table: Tensor, plan: Tensor) -> None:
+    """See `reference.merge_`; in place."""
+    if weight.dtype is arena.dtype and arena.dtype in _CPU_DTYPES:
+        _merge_(weight, source, arena, table, plan)
+    else:
+        _reference_merge_(weight, source, arena, table, plan)
 
 
 def probe_kblock(in_features: int, out_features: int, bias: bool, rows: int) -> int:

@@ -18,6 +18,7 @@ _SCHEMAS = {
     "apply_": "(Tensor(a!) y, Tensor? base, Tensor x, Tensor arena, Tensor table, Tensor plan) -> ()",
     "linear": "(Tensor x, Tensor weight, Tensor? bias, Tensor arena, Tensor table, Tensor plan, int kblock) -> Tensor",
     "scale_input": "(Tensor x, Tensor arena, Tensor table, Tensor plan) -> Tensor",
+    "merge_": "(Tensor(a!) weight, Tensor? source, Tensor arena, Tensor table, Tensor plan) -> ()",
 }
 
 
@@ -35,11 +36,21 @@ def _fake_scale_input(x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> 
     return x.new_empty(x.shape)
 
 
-_FAKES: dict[str, Any] = {"apply_": _fake_apply_, "linear": _fake_linear, "scale_input": _fake_scale_input}
+def _fake_merge_(weight: Tensor, source: Tensor | None, arena: Tensor, table: Tensor, plan: Tensor) -> None:
+    return None
+
+
+_FAKES: dict[str, Any] = {
+    "apply_": _fake_apply_,
+    "linear": _fake_linear,
+    "scale_input": _fake_scale_input,
+    "merge_": _fake_merge_,
+}
 _REFERENCES: dict[str, Any] = {
     "apply_": reference.apply_,
     "linear": reference.linear,
     "scale_input": reference.scale_input,
+    "merge_": reference.merge_,
 }
 
 

@@ -203,3 +203,27 @@ def scale_input(x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> Tensor
             out = out.index_copy(0, route.tokens, out[route.tokens] * factor)
     out = out.to(x.dtype).view(x.shape)
     return out.clone() if out.data_ptr() == x.data_ptr() else out
+
+
+def merge_(weight: Tensor, source: Tensor | None, arena: Tensor, table: Tensor, plan: Tensor) -> None:
+    """Fold the recipe of the plan's one row into the weight of a linear, in place, with one rounding.
+
+    Semantics: W <- S * (1 + sum_i w_i (gain_i[:, None] + in_gain_i[None, :])) + sum_i w_i scale_i B_i^T A_i, where S is
+    `source`, or W if that is None: base(x) becomes what the layer makes of it, apart from the bias.
+    Shapes: weight and source (out, in), contiguous; table as in `layout`; plan of one row, without spare capacity.
+    """
+    dtype = _wide(weight.dtype)
+    height, width = weight.shape
+    base = (weight if source is None else source).to(dtype)
+    out = base.clone()
+    for route in routes(plan, table, 1):
+        for t in route.terms:
+            if t.rank:
+                a = _part(arena, t.a, t.rank * width, t.slot, dtype).view(t.rank, width)
+                b = _part(arena, t.b, t.rank * height, t.slot, dtype).view(t.rank, height)
+                out += (t.weight * t.scale) * (b.T @ a)
+            if t.gain >= 0:
+                out += t.weight * _part(arena, t.gain, height, t.slot, dtype)[:, None] * base
+            if t.in_gain >= 0:
+                out += t.weight * _part(arena, t.in_gain, width, t.slot, dtype) * base
+    weight.copy_(out)
