@@ -2,6 +2,7 @@
 
 from . import errors
 from .adapter import Adapter
+from .config import from_config
 from .merge import Merge
 from .patch import patch, unpatch
 from .routing import BASE
@@ -9,4 +10,4 @@ from .runtime import AdapterInfo, Runtime
 
 __version__ = "0.1.0"
 
-__all__ = ["BASE", "Adapter", "AdapterInfo", "Merge", "Runtime", "errors", "patch", "unpatch"]
+__all__ = ["BASE", "Adapter", "AdapterInfo", "Merge", "Runtime", "errors", "from_config", "patch", "unpatch"]

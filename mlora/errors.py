@@ -46,6 +46,10 @@ class MergeError(MloraError, ValueError):
     """Adapters that cannot be merged in the way that was asked for."""
 
 
+class ConfigError(MloraError, ValueError):
+    """A config file that does not follow the schema; the message names the key."""
+
+
 class AttributionError(MloraError, RuntimeError):
     """A module got tokens that cannot be attributed to the rows of the batch."""
 

@@ -30,7 +30,7 @@ SPACES = ("delta", "factor")
 SIGNS = ("total", "frequency")
 
 # Other names of the fields: LoRAX's and Ludwig's.
-_ALIASES = {"ids": "adapters", "sources": "adapters", "merge_strategy": "combination_type"}
+ALIASES = {"ids": "adapters", "sources": "adapters", "merge_strategy": "combination_type"}
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,9 @@ class Merge:
         known = {f.name for f in fields(cls)}
         given: dict[str, Any] = {}
         for key, value in values.items():
-            name = _ALIASES.get(key, key)
+            name = ALIASES.get(key, key)
             if name not in known:
-                raise errors.MergeError(f"a merge has no {key!r}; it takes {', '.join(sorted({*known, *_ALIASES}))}")
+                raise errors.MergeError(f"a merge has no {key!r}; it takes {', '.join(sorted({*known, *ALIASES}))}")
             if name in given:
                 raise errors.MergeError(f"a merge has {key!r} beside another name of {name!r}")
             given[name] = value
@@ -187,7 +187,7 @@ def as_merge(entry: Any) -> Merge | None:
     """`entry` if it is a `Merge`, or one written as a mapping (told by its list of adapters); None for the others."""
     if isinstance(entry, Merge):
         return entry
-    if isinstance(entry, Mapping) and any(isinstance(entry.get(key), (list, tuple)) for key in ("adapters", *_ALIASES)):
+    if isinstance(entry, Mapping) and any(isinstance(entry.get(key), (list, tuple)) for key in ("adapters", *ALIASES)):
         return Merge.from_dict(entry)
     return None
 

@@ -160,7 +160,7 @@ def unpatch(model: nn.Module) -> nn.Module:
             swap_forward(module, LoraLayer.forward, type(module).forward)
             if outer is not None:
                 module.__dict__["forward"] = outer
-    for module in _ancestors(model, model.mlora._bases):
+    for module in _ancestors(model, model.mlora.bases):
         module.__dict__.pop("_apply", None)
     del model.__dict__["mlora"]
     restore_class(model)

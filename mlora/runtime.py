@@ -17,7 +17,7 @@ from . import errors, routing
 from .adapter import Adapter
 from .fold import KEEPS, Checkpoint, Copies, Corrections, Fold, Keeper, Target, shared_storages, target_of
 from .layers import Shared, base_linear
-from .lowering import Delta, lower, to_adapter
+from .lowering import BaseLinear, Delta, lower, to_adapter
 from .merge import Merge, as_merge, merge_adapters, relative
 from .routing import Entries, Entry, Plan, Recipe
 from .store import GAIN, IN_GAIN, Store
@@ -64,7 +64,7 @@ class _Loaded:
 
 
 class Runtime:
-    """Made by `mlora.patch`, also reachable as `model.mlora`.
+    """Made by `mlora.patch`, also reachable as `model.mlora`. `bases`: dotted path -> linear that adapters can change.
 
     Wherever entries are taken, one is an adapter's name, `None` or `"__base__"` for the bare model, a mapping
     name -> weight for a weighted sum of deltas, or a `Merge` (also as a mapping with its fields), which is computed
@@ -78,7 +78,7 @@ class Runtime:
         self._store = store
         self._shared = shared
         self._indices = indices
-        self._bases = {
+        self.bases: Mapping[str, BaseLinear] = {
             name: base_linear(name, module, partial(self._originals, indices[name])) for name, module in paths.items()
         }
         self._modules = {indices[name]: (name, module) for name, module in paths.items()}
@@ -127,7 +127,7 @@ class Runtime:
     def add_adapter(self, adapter_name: str, adapter: Adapter, *, approximate: int | None = None) -> AdapterInfo:
         """Add an adapter that is in memory. Takes `approximate` and raises as `load_adapter` does."""
         self._check_new(adapter_name)
-        return self._register(adapter_name, adapter, lower(adapter, self._bases, approximate), approximate)
+        return self._register(adapter_name, adapter, lower(adapter, self.bases, approximate), approximate)
 
     def add_weighted_adapter(
         self,
@@ -147,11 +147,15 @@ class Runtime:
             MergeError: the arguments do not make a merge, or factor space cannot hold these adapters.
             UnknownAdapterError, DuplicateAdapterError: of the names. CapacityError: as `load_adapter`.
         """
-        self._check_new(adapter_name)
         try:
             how = Merge(tuple(adapters), tuple(weights), combination_type, **options)
         except TypeError as error:
             raise errors.MergeError(f"add_weighted_adapter: {error}") from error
+        return self.add_merge(adapter_name, how)
+
+    def add_merge(self, adapter_name: str, how: Merge) -> AdapterInfo:
+        """`add_weighted_adapter` of a `Merge`."""
+        self._check_new(adapter_name)
         return self._merge(adapter_name, how, None)
 
     def _merge(self, adapter_name: str, how: Merge, kept_for: Merge | None) -> AdapterInfo:
@@ -159,8 +163,8 @@ class Runtime:
         for name in how.adapters:
             self._check_known(name)
         sources = [self._loaded[name] for name in how.adapters]
-        lowered = [lower(loaded.adapter, self._bases, loaded.approximate) for loaded in sources]
-        deltas = dict(merge_adapters(lowered, how, self._bases))
+        lowered = [lower(loaded.adapter, self.bases, loaded.approximate) for loaded in sources]
+        deltas = dict(merge_adapters(lowered, how, self.bases))
         return self._register(adapter_name, to_adapter(deltas, how.label), deltas, None, kept_for)
 
     def _register(
@@ -432,7 +436,7 @@ class Runtime:
         label = f"{dict(recipe)} on {dict(self._folded)}"
         if label not in self._loaded:
             deltas = {
-                name: lower(self._loaded[name].adapter, self._bases, self._loaded[name].approximate) for name in names
+                name: lower(self._loaded[name].adapter, self.bases, self._loaded[name].approximate) for name in names
             }
             made = {
                 path: relative(
