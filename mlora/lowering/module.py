@@ -34,6 +34,16 @@ _NEUTRAL = {
 # and with `bias` the trained biases.
 _BASE_PARTS = {"base_layer.weight": "copy", "base_layer.bias": "base bias", "bias": "base bias"}
 
+_TEXTS = (str, "a pattern or a list of names")
+_SHAPES: dict[str, tuple[type, str]] = {
+    "target_modules": _TEXTS,
+    "exclude_modules": _TEXTS,
+    "layers_pattern": _TEXTS,
+    "feedforward_modules": _TEXTS,
+    "layers_to_transform": (int, "an index or a list of them"),
+    "bias": (str, "a word"),
+}
+
 _NOTES = {"modules_to_save": "whole modules that were trained beside the adapter are not served"}
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -173,6 +183,12 @@ def modules_of(adapter: Adapter, lowering: Lowering, bases: Mapping[str, BaseLin
         yield Module(adapter.config, parts, shared, bases[name], peers, adapter.source)
 
 
+def module_names(adapter: Adapter, lowering: Lowering) -> list[str]:
+    """The modules that the files of `adapter` change, as they name them; raises as `modules_of` does."""
+    check_options(adapter, lowering.format)
+    return sorted(_group(adapter, lowering.format)[0])
+
+
 def lower_module(module: Module, lowering: Lowering) -> Delta | Dense:
     """The module's delta, with the shift from the base's bias to a saved one."""
     parts, base = module.parts, module.base
@@ -197,7 +213,13 @@ def lower_module(module: Module, lowering: Lowering) -> Delta | Dense:
 
 
 def check_options(adapter: Adapter, format: Format) -> None:
-    """Refuse every option that may change the result and is not served."""
+    """Refuse every option that may change the result and is not served, and those of every type that say
+    nothing about modules."""
+    for option, (kind, wanted) in _SHAPES.items():
+        value = adapter.config.get(option)
+        many = isinstance(value, (list, tuple, set, frozenset)) and all(type(item) is kind for item in value)
+        if value is not None and type(value) is not kind and not (many and option != "bias"):
+            raise errors.AdapterError(f"adapter from {adapter.source}: {option} is {value!r}; it must be {wanted}")
     honoured = _HONOURED | format.honoured
     for option, value in adapter.config.items():
         if option in honoured or option in _NEUTRAL or option in format.neutral or value in (None, False, {}, []):
@@ -259,8 +281,6 @@ def _check_targets(
     targets = config.get("target_modules")
     if targets is None or targets == "all-linear":
         return  # resolved by PEFT when it was trained: the tensors say which
-    if not isinstance(targets, (str, list, tuple, set)):
-        raise errors.AdapterError(f"adapter from {adapter.source}: target_modules is {targets!r}")
     wanted = {name for name in bases if is_target(config, name)}
     if left := sorted(targeted - wanted):
         raise errors.AdapterError(
