@@ -451,8 +451,8 @@ def test_an_adapter_from_pefts_own_objects(llama: Any, patched: Any, folders: di
     from peft import get_peft_model_state_dict
 
     wrapped = peft_alone(llama, folders["r3"])
-    config = wrapped.peft_config["0"].to_dict()  # holds a set and an enum
-    adapter = mlora.Adapter(config, get_peft_model_state_dict(wrapped, adapter_name="0"))
+    config = wrapped.peft_config["oracle-0"].to_dict()  # holds a set and an enum
+    adapter = mlora.Adapter(config, get_peft_model_state_dict(wrapped, adapter_name="oracle-0"))
     info = patched.mlora.add_adapter("memory", adapter)
     assert info.source == "memory" and info.peft_type == "LORA"
     batch = inputs_for("llama", 2)

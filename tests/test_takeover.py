@@ -118,8 +118,8 @@ def test_patch_takes_a_transformers_model_with_adapters_over(
 
 def test_what_peft_loses_in_a_live_model_is_noticed(llama: Any, folders: dict[str, Path]) -> None:
     # PEFT takes the "1" of layers.1 for the name of an adapter, and leaves that layer out of adapter 0's state.
-    live = peft_alone(llama, folders["r3"], folders["rs16"])
-    live.base_model.set_adapter("0")
+    live = peft.PeftModel.from_pretrained(copy.deepcopy(llama), folders["r3"], adapter_name="0")
+    live.load_adapter(folders["rs16"], adapter_name="1")
     with pytest.raises(errors.AdapterError, match=r"layers\.1.*no weights"):
         mlora.patch(live)
 

@@ -112,6 +112,7 @@ SPECS: tuple[Spec, ...] = (
     _lora("LoRA with trained tokens", REFUSED, "trainable_token_indices", trainable_token_indices=[3, 9]),
     _lora("LoRA of embeddings", REFUSED, "embedding LoRA", target_modules=["embed_tokens", "q_proj"]),
     Spec("AdaLoRA", "AdaLoraConfig", {"init_r": 4, "lora_alpha": 6, "total_step": 9}, models=ALL),
+    Spec("AdaLoRA, pruned", "AdaLoraConfig", {"init_r": 4, "lora_alpha": 6, "total_step": 9}),
     Spec("LoHa", "LoHaConfig", {"r": 2, "alpha": 3}, strength=0.6, models=LINEAR),
     Spec("LoHa of full rank", "LoHaConfig", {"r": 6, "alpha": 3}, strength=0.6),
     Spec("LoKr, low rank", "LoKrConfig", {"r": 2, "alpha": 2, "decompose_both": True}, models=LINEAR),
@@ -196,6 +197,14 @@ def make(folder: Path, spec: Spec, model: str, seed: int) -> Path:
             wrapped.peft_config["default"].init_lora_weights = spec.options["init_lora_weights"]
         # T5 does not scale its attention, so what is strong elsewhere saturates it.
         randomize(wrapped, seed, spec.strength * (0.5 if model == "t5" else 1))
+        if "pruned" in spec.name:  # as training leaves it: masks of other lengths, one module with nothing left
+            kept = {"q_proj": [1, 0, 1, 1], "v_proj": [0, 0, 0, 0], "up_proj": [0, 1, 0, 0], "down_proj": [1, 1, 1, 1]}
+            wrapped.peft_config["default"].rank_pattern = {
+                name.removeprefix("base_model.model."): [bool(bit) for bit in mask]
+                for name, _ in wrapped.named_parameters()
+                for child, mask in kept.items()
+                if f"{child}.lora_E" in name
+            }
         extra = {"path_initial_model_for_weight_conversion": str(folder / "initial")} if convert else {}
         wrapped.save_pretrained(folder, **extra)
     if spec.rewritten:
