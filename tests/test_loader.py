@@ -252,7 +252,7 @@ OPTIONS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("type-is-a-number", {"peft_type": 3}, ("'3'", "LORA")),
     ("unknown-option", {"use_magic": True}, ("use_magic=True",)),
     ("unknown-number", {"magic_scale": 0.5}, ("magic_scale=0.5",)),
-    ("modules-to-save", {"modules_to_save": ["lm_head"]}, ("modules_to_save", "lm_head")),
+    ("modules-to-save", {"modules_to_save": ["lm_head"]}, ("modules_to_save", "lm_head", "no weights")),
     ("trained-tokens", {"trainable_token_indices": [1, 2]}, ("trainable_token_indices",)),
     ("activated", {"alora_invocation_tokens": [5]}, ("alora_invocation_tokens",)),
     ("replicated", {"layer_replication": [[0, 2], [0, 2]]}, ("layer_replication",)),

@@ -96,6 +96,15 @@ def test_patch_takes_a_peft_model_over(
     mlora.patch(base)  # nothing of PEFT's is left
 
 
+def test_a_trained_head_is_taken_over(llama: Any, tmp_path: Path, batch: dict[str, Tensor]) -> None:
+    folder = make_adapter(tmp_path, llama, 1, r=2, target_modules=TARGETS, modules_to_save=["lm_head"])
+    want = logits(peft_alone(llama, folder), batch)
+    runtime = mlora.patch(peft_alone(llama, folder))
+    assert type(runtime.model.lm_head).__name__ == "Linear"
+    assert_close(logits(runtime.model, batch), want)
+    assert torch.equal(logits(runtime.model, batch, adapter_names="__base__"), logits(llama, batch))
+
+
 def test_disabled_adapters_are_no_default(live: Any, llama: Any, batch: dict[str, Tensor]) -> None:
     live.base_model.disable_adapter_layers()
     runtime = mlora.patch(live)
@@ -141,5 +150,5 @@ def test_what_cannot_be_taken_over_stays_as_it_is(
     live.merge_adapter()
     check_untouched(live, batch, "merged", "b")
     live.unmerge_adapter()
-    folder = make_adapter(tmp_path / "head", llama, 1, r=2, target_modules=TARGETS, modules_to_save=["lm_head"])
-    check_untouched(peft_alone(llama, folder), batch, "modules_to_save", error=errors.UnsupportedAdapterError)
+    folder = make_adapter(tmp_path / "head", llama, 1, r=2, target_modules=TARGETS, modules_to_save=["norm"])
+    check_untouched(peft_alone(llama, folder), batch, "no linears", error=errors.UnsupportedAdapterError)

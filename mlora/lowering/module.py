@@ -16,13 +16,13 @@ from torch import Tensor
 
 from .. import errors
 from ..adapter import Adapter
-from .delta import BaseLinear, Delta, Dense
+from .delta import BaseLinear, Delta, Dense, whole
 from .targets import is_target, pattern_value
 
 # Options of every type that say which modules are changed, or how a base weight lies.
 _HONOURED = {
     "peft_type", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias",
-    "fan_in_fan_out",
+    "fan_in_fan_out", "modules_to_save",
 }  # fmt: skip
 
 # Options of every type that do not change what a trained adapter computes.
@@ -30,9 +30,14 @@ _NEUTRAL = {
     "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "task_type", "inference_mode",
 }  # fmt: skip
 
-# Beside a type's own tensors, files may hold the base's: PEFT adds the weight of a targeted lm_head,
-# and with `bias` the trained biases.
-_BASE_PARTS = {"base_layer.weight": "copy", "base_layer.bias": "base bias", "bias": "base bias"}
+# Beside a type's own tensors, files may hold the base's: PEFT adds the weight of a targeted lm_head, with
+# `bias` the trained biases, and with `modules_to_save` whole modules that were trained.
+_BASE_PARTS = {
+    "base_layer.weight": "copy",
+    "base_layer.bias": "base bias",
+    "bias": "base bias",
+    "weight": "saved weight",
+}
 
 _TEXTS = (str, "a pattern or a list of names")
 _SHAPES: dict[str, tuple[type, str]] = {
@@ -42,9 +47,8 @@ _SHAPES: dict[str, tuple[type, str]] = {
     "feedforward_modules": _TEXTS,
     "layers_to_transform": (int, "an index or a list of them"),
     "bias": (str, "a word"),
+    "modules_to_save": _TEXTS,
 }
-
-_NOTES = {"modules_to_save": "whole modules that were trained beside the adapter are not served"}
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -67,7 +71,7 @@ class Format:
     neutral: Set[str] = frozenset()
     shared: Mapping[str, str] = field(default_factory=dict)
     integers: Set[str] = frozenset()
-    notes: Mapping[str, str] = field(default_factory=lambda: _NOTES)
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,12 @@ def modules_of(adapter: Adapter, lowering: Lowering, bases: Mapping[str, BaseLin
         if len(set(named.values())) != len(modules):
             raise errors.AdapterError(f"adapter from {adapter.source}: several of its modules are one of this model's")
         modules = {named[name]: parts for name, parts in modules.items()}
-    targeted = {name for name, parts in modules.items() if parts.keys() - {"base bias", "copy"}}
+    targeted = {name for name, parts in modules.items() if parts.keys() - set(_BASE_PARTS.values())}
+    if unsaved := [name for name in bases if _is_saved(adapter, name) and "saved weight" not in modules.get(name, ())]:
+        raise errors.AdapterError(
+            f"adapter from {adapter.source}: its modules_to_save {adapter.config['modules_to_save']!r} name "
+            f"{_some(unsaved)}, for which it has no weights"
+        )
     _check_targets(adapter, modules, targeted, bases)
     peers = tuple(bases[name] for name in sorted(targeted))
     for name, parts in modules.items():
@@ -197,18 +206,29 @@ def lower_module(module: Module, lowering: Lowering) -> Delta | Dense:
             f"{module.where}: the file has its own copy of the base weight, of shape {tuple(parts['copy'].shape)}, "
             f"which is not this model's ({base.out_features}, {base.in_features}); was it made for another base?"
         )
-    own = parts.keys() - {"copy", "base bias"}
-    delta = lowering.delta(module) if own else Delta()
-    bias = base.bias()
+    own = parts.keys() - set(_BASE_PARTS.values())
+    saved = "saved weight" in parts
+    if own and saved:
+        raise errors.AdapterError(f"{module.where}: modules_to_save names it and the adapter targets it as well")
+    delta: Delta | Dense = Delta()
+    if own:
+        delta = lowering.delta(module)
+    elif saved:  # as exact as the weight itself, in min(in, out) rank rows
+        delta = whole(
+            module.part("saved weight", base.out_features, base.in_features).double() - base.weight().double()
+        )
     if "base bias" in parts:
-        if bias is None:
+        if (bias := base.bias()) is None:
             raise errors.AdapterError(f"{module.where}: the file has a trained base bias; the module has no bias")
         shift = module.part("base bias", base.out_features) - bias
         if isinstance(delta, Delta):
             return delta.shifted(shift)
         return Dense(delta.weight, delta.why, delta.gain, shift if delta.shift is None else delta.shift + shift)
-    if own and bias is not None and module.config.get("bias", "none") != "none":
-        raise errors.AdapterError(f"{module.where}: bias is {module.config['bias']!r} but the file has no base bias")
+    if (saved or (own and module.config.get("bias", "none") != "none")) and base.bias() is not None:
+        option = "modules_to_save" if saved else "bias"
+        raise errors.AdapterError(
+            f"{module.where}: {option} is {module.config[option]!r} but the file has no bias for it"
+        )
     return delta
 
 
@@ -241,7 +261,7 @@ def _group(adapter: Adapter, format: Format) -> tuple[dict[str, dict[str, Tensor
             shared[part] = tensor
         else:
             suffix = next((s for s in suffixes if key.endswith("." + s)), None)
-            if suffix is None:
+            if suffix is None or (suffix == "weight" and not _is_saved(adapter, key[: -len(".weight")])):
                 raise errors.UnsupportedAdapterError(
                     f"adapter from {adapter.source}: tensor {key!r} is left over ({_guess(key)}); it is not served"
                 )
@@ -254,6 +274,13 @@ def _group(adapter: Adapter, format: Format) -> tuple[dict[str, dict[str, Tensor
             kind = "whole numbers" if part in format.integers else "floating-point"
             raise errors.AdapterError(f"adapter from {adapter.source}: {key} is {tensor.dtype}; it must be {kind}")
     return modules, shared
+
+
+def _is_saved(adapter: Adapter, name: str) -> bool:
+    """Whether `modules_to_save` names the module, or one that it is in. PEFT takes any ending of a name."""
+    saved = adapter.config.get("modules_to_save") or ()
+    steps = name.split(".")
+    return any(".".join(steps[:n]).endswith(s) for n in range(1, len(steps) + 1) for s in saved if isinstance(s, str))
 
 
 def _guess(key: str) -> str:
@@ -270,9 +297,10 @@ def _check_targets(
     config = adapter.config
     if missing := [name for name in modules if name not in bases]:
         if not targeted & set(missing):
+            option = "modules_to_save" if any("saved weight" in modules[name] for name in missing) else "bias"
             raise errors.UnsupportedAdapterError(
-                f"adapter from {adapter.source}: it has trained biases of {_some(missing)}, which are no linears; "
-                f"bias={config.get('bias')!r} is served for linears only"
+                f"adapter from {adapter.source}: it has trained weights of {_some(missing)}, which are no linears of "
+                f"this model; {option}={config.get(option)!r} is served for linears only"
             )
         raise errors.AdapterError(
             f"adapter from {adapter.source}: it has weights for {_some(missing)}, which this model has no linear "
