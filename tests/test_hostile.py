@@ -238,9 +238,15 @@ def test_a_pattern_that_never_ends_is_cut_off(model: Any, honest: dict[str, Path
     assert time.monotonic() - start < SECONDS
 
 
-@pytest.mark.parametrize("count", (10_000,))
-def test_a_rank_that_would_square_is_served_in_bounded_memory(model: Any, tmp_path: Path, count: int) -> None:
+def test_tensors_of_no_module(model: Any, tmp_path: Path) -> None:
+    mlora.Adapter({"peft_type": "VERA", "r": 2}, {"base_model.vera_A": torch.ones(2, 48)}).save_pretrained(tmp_path)
+    with refused(model, errors.AdapterError, "no weights of any module"):
+        model.mlora.load_adapter(tmp_path, "new")
+
+
+def test_a_rank_that_would_square_is_served_in_bounded_memory(model: Any, tmp_path: Path) -> None:
     # A LoHa of rank r has r^2 rank rows when taken apart; here that would be 10^8 x 32 numbers.
+    count = 10_000
     names = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
     tensors = {
         f"{name}.hada_w{i}_{side}": torch.full((32, count) if side == "a" else (count, 32), 1e-3)

@@ -43,7 +43,12 @@ TARGETS = ["q_proj", "down_proj"]
             0,
             ("with an error of up to ", "model.layers.0.mlp.down_proj"),
         ),
-        (peft.LoraConfig(r=3, target_modules=TARGETS, modules_to_save=["lm_head"]), (), 1, ("modules_to_save",)),
+        (
+            peft.LoraConfig(r=3, target_modules=TARGETS, trainable_token_indices=[1]),
+            (),
+            1,
+            ("trainable_token_indices",),
+        ),
     ),
     ids=("lora", "loha", "loha-fits", "refused", "no-such-type", "approximate", "option"),
 )

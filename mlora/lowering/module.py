@@ -175,6 +175,8 @@ def modules_of(adapter: Adapter, lowering: Lowering, bases: Mapping[str, BaseLin
     """
     check_options(adapter, lowering.format)
     modules, shared = _group(adapter, lowering.format)
+    if not modules:
+        raise errors.AdapterError(f"adapter from {adapter.source}: it has no weights of any module")
     if lowering.names is not None:
         named = lowering.names(modules, bases)
         if len(set(named.values())) != len(modules):
@@ -260,7 +262,7 @@ def _group(adapter: Adapter, format: Format) -> tuple[dict[str, dict[str, Tensor
             part = format.shared[key]
             shared[part] = tensor
         else:
-            suffix = next((s for s in suffixes if key.endswith("." + s)), None)
+            suffix = _suffix(key, suffixes)
             if suffix is None or (suffix == "weight" and not _is_saved(adapter, key[: -len(".weight")])):
                 raise errors.UnsupportedAdapterError(
                     f"adapter from {adapter.source}: tensor {key!r} is left over ({_guess(key)}); it is not served"
@@ -276,9 +278,22 @@ def _group(adapter: Adapter, format: Format) -> tuple[dict[str, dict[str, Tensor
     return modules, shared
 
 
+def _suffix(key: str, suffixes: Mapping[str, str]) -> str | None:
+    """The longest of `suffixes`, which have three steps at most, that ends `key`."""
+    found, at = None, len(key)
+    for _ in range(3):
+        if (at := key.rfind(".", 0, at)) < 0:
+            break
+        if key[at + 1 :] in suffixes:
+            found = key[at + 1 :]
+    return found
+
+
 def _is_saved(adapter: Adapter, name: str) -> bool:
     """Whether `modules_to_save` names the module, or one that it is in. PEFT takes any ending of a name."""
-    saved = adapter.config.get("modules_to_save") or ()
+    saved = adapter.config.get("modules_to_save")
+    if not saved:
+        return False
     steps = name.split(".")
     return any(".".join(steps[:n]).endswith(s) for n in range(1, len(steps) + 1) for s in saved if isinstance(s, str))
 
