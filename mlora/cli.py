@@ -158,9 +158,12 @@ def _check_line(line: Any, known: set[str]) -> dict[str, Any]:
 
 @app.command()
 def inspect(
-    folder: Annotated[str, typer.Argument(help="A PEFT adapter folder or hub id.")],
+    folder: Annotated[str, typer.Argument(help="A PEFT adapter folder, a .safetensors file, a URL or a hub id.")],
     model: Annotated[
         str | None, typer.Option("--model", help="Also load it into this base model (hub id or folder).")
+    ] = None,
+    approximate: Annotated[
+        int | None, typer.Option(min=1, metavar="RANK", help="With --model: serve full-rank deltas at this rank.")
     ] = None,
 ) -> None:
     """Show what an adapter is, and whether mlora serves it exactly or refuses it, and why."""
@@ -169,32 +172,41 @@ def inspect(
 
         from mlora import Adapter
         from mlora.errors import MloraError
+        from mlora.lowering import module_names
 
         out = Console(soft_wrap=True, highlight=False, markup=False)
         adapter = Adapter.from_pretrained(folder)
-        modules = _linears(adapter.tensors)
-        ranks = sorted({rank for rank, _, _ in modules.values()})
+        linears = _linears(adapter.tensors)
+        ranks = sorted({rank for rank, _, _ in linears.values()})
         options = {
             key: value for key, value in sorted(adapter.config.items()) if value not in (None, False, {}, [], "", 0.0)
         }
         out.print(f"source   {adapter.source}")
         out.print(f"type     {adapter.peft_type}")
         out.print("options  " + ", ".join(f"{key}={_short(value)}" for key, value in options.items()))
-        kinds = sorted({name.rsplit(".", 1)[-1] for name in modules})
-        out.print(f"modules  {len(modules)} ({', '.join(kinds) or 'none with lora_A and lora_B'})")
         out.print(f"ranks    {', '.join(map(str, ranks)) or '-'}")
         size = sum(tensor.nbytes for tensor in adapter.tensors.values())
         out.print(f"bytes    {size:,} in {len(adapter.tensors)} tensors")
         try:
-            if model is None:
-                _check_served(adapter, modules)
-                out.print("served   yes (pass --model to check that it fits a base model)")
-            else:
+            names = module_names(adapter)
+            kinds = sorted({name.rsplit(".", 1)[-1] for name in names})
+            out.print(f"modules  {len(names)} ({', '.join(kinds)})")
+            if model is not None:
                 import mlora
                 from mlora.demo import load_model
 
-                info = mlora.patch(load_model(model)[0]).add_adapter("inspected", adapter)
-                out.print(f"served   yes, on {len(info.modules)} modules of {model}; {info.bytes:,} bytes there")
+                runtime = mlora.patch(load_model(model)[0])
+                info = runtime.add_adapter("inspected", adapter, approximate=approximate)
+                how = f"with an error of up to {info.error:.1e}" if info.errors else "exactly"
+                where = f"on {len(info.modules)} modules of {model}; {info.bytes:,} bytes there"
+                out.print(f"served   {how}, {where}")
+                for name, error in sorted(info.errors.items(), key=lambda item: -item[1]):
+                    out.print(f"error    {error:.1e} {name}")
+            elif set(linears) == set(names) and not adapter.config.get("use_bdlora"):
+                _check_served(adapter, linears)
+                out.print("served   yes (pass --model to check that it fits a base model)")
+            else:
+                out.print("served   its options and tensors are known; pass --model to check it against a base model")
         except MloraError as error:
             out.print("served   no")
             raise RuntimeError(f"refused: {error}") from None

@@ -15,7 +15,7 @@ from .adapter import Adapter
 from .layers import base_linear, find_layers
 from .lowering import lower
 
-_INNER = ".base_layer"
+_INNER = ("base_layer", "original_module")  # where PEFT's layers, and its copies of whole modules, keep the model's own
 
 
 def has_peft(model: nn.Module) -> bool:
@@ -52,14 +52,18 @@ def take_over(model: nn.Module) -> tuple[nn.Module, dict[str, Adapter], str | No
     bases = {}
     for path, module in find_layers(base).items():
         owner = next((name for name in inside if path.startswith(f"{name}.")), None)
-        if owner is None or path == owner + _INNER:  # not a linear of PEFT's own
-            bases[owner or path] = base_linear(owner or path, module)
+        if owner is not None:
+            child, _, rest = path[len(owner) + 1 :].partition(".")
+            if child not in _INNER:
+                continue  # a linear of PEFT's own
+            path = f"{owner}.{rest}" if rest else owner
+        bases[path] = base_linear(path, module)
     for adapter in adapters.values():
         lower(adapter, bases)
 
     for path, layer in inside.items():
         parent, _, child = path.rpartition(".")
-        setattr(base.get_submodule(parent), child, layer.get_base_layer())
+        setattr(base.get_submodule(parent), child, _own(layer))
     for attribute in ("peft_config", "_hf_peft_config_loaded"):
         base.__dict__.pop(attribute, None)
     if base is not model:
@@ -72,9 +76,16 @@ def _tuner_layers(model: nn.Module) -> dict[str, Any]:
     found = {
         name: module
         for name, module in model.named_modules()
-        if hasattr(module, "get_base_layer") and hasattr(module, "base_layer")
+        if any(isinstance(getattr(module, inner, None), nn.Module) for inner in _INNER)
     }
     return {name: layer for name, layer in found.items() if not any(name.startswith(f"{o}.") for o in found)}
+
+
+def _own(layer: Any) -> nn.Module:
+    """The module of the model's own inside `layer`, which may hold it several layers deep."""
+    while inner := next((child for name in _INNER if isinstance(child := getattr(layer, name, None), nn.Module)), None):
+        layer = inner
+    return layer
 
 
 def _active(layers: dict[str, Any]) -> str | None:

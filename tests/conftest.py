@@ -213,21 +213,22 @@ def make_adapter(
 def peft_alone(model: Any, *folders: Path, weights: Sequence[float] = ()) -> Any:
     """A fresh PEFT model with one adapter; or with several active at once, the scaling of each multiplied by
     its weight, which is PEFT's own way to add LoRA deltas."""
+    names = [f"oracle-{index}" for index in range(len(folders))]  # PEFT takes a bare "0" for the one of "layers.0"
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wrapped = PeftModel.from_pretrained(copy.deepcopy(model), folders[0], adapter_name="0")
-        for index, folder in enumerate(folders[1:], start=1):
-            wrapped.load_adapter(folder, adapter_name=str(index))
+        wrapped = PeftModel.from_pretrained(copy.deepcopy(model), folders[0], adapter_name=names[0])
+        for name, folder in zip(names[1:], folders[1:], strict=True):
+            wrapped.load_adapter(folder, adapter_name=name)
     if len(folders) > 1:
-        wrapped.base_model.set_adapter([str(index) for index in range(len(folders))])
+        wrapped.base_model.set_adapter(names)
     for module in wrapped.modules():
         if isinstance(module, LoraLayer):
-            for index, weight in enumerate(weights):
-                if str(index) in module.scaling:
-                    module.scaling[str(index)] *= weight
+            for name, weight in zip(names, weights, strict=False):
+                if name in module.scaling:
+                    module.scaling[name] *= weight
     return wrapped.eval()
 
 

@@ -252,7 +252,7 @@ OPTIONS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("type-is-a-number", {"peft_type": 3}, ("'3'", "LORA")),
     ("unknown-option", {"use_magic": True}, ("use_magic=True",)),
     ("unknown-number", {"magic_scale": 0.5}, ("magic_scale=0.5",)),
-    ("modules-to-save", {"modules_to_save": ["lm_head"]}, ("modules_to_save", "lm_head")),
+    ("modules-to-save", {"modules_to_save": ["lm_head"]}, ("modules_to_save", "lm_head", "no weights")),
     ("trained-tokens", {"trainable_token_indices": [1, 2]}, ("trainable_token_indices",)),
     ("activated", {"alora_invocation_tokens": [5]}, ("alora_invocation_tokens",)),
     ("replicated", {"layer_replication": [[0, 2], [0, 2]]}, ("layer_replication",)),
@@ -451,8 +451,8 @@ def test_an_adapter_from_pefts_own_objects(llama: Any, patched: Any, folders: di
     from peft import get_peft_model_state_dict
 
     wrapped = peft_alone(llama, folders["r3"])
-    config = wrapped.peft_config["0"].to_dict()  # holds a set and an enum
-    adapter = mlora.Adapter(config, get_peft_model_state_dict(wrapped, adapter_name="0"))
+    config = wrapped.peft_config["oracle-0"].to_dict()  # holds a set and an enum
+    adapter = mlora.Adapter(config, get_peft_model_state_dict(wrapped, adapter_name="oracle-0"))
     info = patched.mlora.add_adapter("memory", adapter)
     assert info.source == "memory" and info.peft_type == "LORA"
     batch = inputs_for("llama", 2)

@@ -96,6 +96,15 @@ def test_patch_takes_a_peft_model_over(
     mlora.patch(base)  # nothing of PEFT's is left
 
 
+def test_a_trained_head_is_taken_over(llama: Any, tmp_path: Path, batch: dict[str, Tensor]) -> None:
+    folder = make_adapter(tmp_path, llama, 1, r=2, target_modules=TARGETS, modules_to_save=["lm_head"])
+    want = logits(peft_alone(llama, folder), batch)
+    runtime = mlora.patch(peft_alone(llama, folder))
+    assert type(runtime.model.lm_head).__name__ == "Linear"
+    assert_close(logits(runtime.model, batch), want)
+    assert torch.equal(logits(runtime.model, batch, adapter_names="__base__"), logits(llama, batch))
+
+
 def test_disabled_adapters_are_no_default(live: Any, llama: Any, batch: dict[str, Tensor]) -> None:
     live.base_model.disable_adapter_layers()
     runtime = mlora.patch(live)
@@ -118,8 +127,8 @@ def test_patch_takes_a_transformers_model_with_adapters_over(
 
 def test_what_peft_loses_in_a_live_model_is_noticed(llama: Any, folders: dict[str, Path]) -> None:
     # PEFT takes the "1" of layers.1 for the name of an adapter, and leaves that layer out of adapter 0's state.
-    live = peft_alone(llama, folders["r3"], folders["rs16"])
-    live.base_model.set_adapter("0")
+    live = peft.PeftModel.from_pretrained(copy.deepcopy(llama), folders["r3"], adapter_name="0")
+    live.load_adapter(folders["rs16"], adapter_name="1")
     with pytest.raises(errors.AdapterError, match=r"layers\.1.*no weights"):
         mlora.patch(live)
 
@@ -141,5 +150,5 @@ def test_what_cannot_be_taken_over_stays_as_it_is(
     live.merge_adapter()
     check_untouched(live, batch, "merged", "b")
     live.unmerge_adapter()
-    folder = make_adapter(tmp_path / "head", llama, 1, r=2, target_modules=TARGETS, modules_to_save=["lm_head"])
-    check_untouched(peft_alone(llama, folder), batch, "modules_to_save", error=errors.UnsupportedAdapterError)
+    folder = make_adapter(tmp_path / "head", llama, 1, r=2, target_modules=TARGETS, modules_to_save=["norm"])
+    check_untouched(peft_alone(llama, folder), batch, "no linears", error=errors.UnsupportedAdapterError)

@@ -18,7 +18,8 @@ from .lokr import LOKR
 from .lora import LORA
 from .lycoris import LYCORIS
 from .miss import MISS
-from .module import Lowering, check_options, lower_module, modules_of
+from .module import Lowering, lower_module, modules_of
+from .module import module_names as _module_names
 from .native import NATIVE, to_adapter
 from .randlora import RANDLORA
 from .road import ROAD
@@ -59,7 +60,7 @@ def lower(adapter: Adapter, bases: Mapping[str, BaseLinear], approximately: int 
     """
     if approximately is not None and (type(approximately) is not int or approximately < 1):
         raise errors.AdapterError(f"approximate is {approximately!r}; it must be a rank: a positive integer")
-    lowering = lowering_of(adapter)
+    lowering = _lowering_of(adapter)
     deltas: dict[str, Delta] = {}
     for module in modules_of(adapter, lowering, bases):
         delta = lower_module(module, lowering)
@@ -75,7 +76,7 @@ def lower(adapter: Adapter, bases: Mapping[str, BaseLinear], approximately: int 
     return deltas
 
 
-def lowering_of(adapter: Adapter) -> Lowering:
+def _lowering_of(adapter: Adapter) -> Lowering:
     """The lowering of the adapter's type; raises `UnsupportedAdapterError` if there is none."""
     if (lowering := LOWERINGS.get(adapter.peft_type)) is not None:
         return lowering
@@ -86,4 +87,13 @@ def lowering_of(adapter: Adapter) -> Lowering:
     )
 
 
-__all__ = ["LOWERINGS", "REFUSED", "BaseLinear", "Delta", "check_options", "lower", "lowering_of", "to_adapter"]
+def module_names(adapter: Adapter) -> list[str]:
+    """The modules that `adapter` changes, by the names in its files.
+
+    Raises:
+        UnsupportedAdapterError: its type, an option or a tensor is not served.
+    """
+    return _module_names(adapter, _lowering_of(adapter))
+
+
+__all__ = ["LOWERINGS", "REFUSED", "BaseLinear", "Delta", "lower", "module_names", "to_adapter"]

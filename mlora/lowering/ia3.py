@@ -5,7 +5,6 @@ A gain, or an input gain. `ia3_l` is (out, 1), or (1, in) for feed-forward modul
 
 from __future__ import annotations
 
-from .. import errors
 from .delta import Delta
 from .module import Format, Lowering, Module
 from .targets import full_match
@@ -24,9 +23,7 @@ def _feedforward(module: Module) -> bool:
     names, name = module.config.get("feedforward_modules") or [], module.base.name
     if isinstance(names, str):
         return full_match(names, name) is not None
-    if not isinstance(names, (list, tuple, set)):
-        raise errors.AdapterError(f"adapter from {module.source}: feedforward_modules is {names!r}")
-    return any(name.endswith(str(suffix)) for suffix in names)  # PEFT takes any ending, not whole names only
+    return any(name.endswith(suffix) for suffix in names)  # PEFT takes any ending, not whole names only
 
 
 IA3 = Lowering(FORMAT, delta)

@@ -52,7 +52,6 @@ FORMAT = Format(
         "ensure_weight_tying",
     },
     notes={
-        "modules_to_save": "whole modules that were trained beside the adapter are not served",
         "trainable_token_indices": "trained token embeddings are not served",
         "alora_invocation_tokens": "it applies from a token in the text on, not to whole rows",
         "target_parameters": "adapters of parameters that no linear holds are not served",

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from .. import errors
 from ..adapter import Adapter
-from .delta import BaseLinear, Delta, Dense
+from .delta import BaseLinear, Delta, Dense, whole
 from .targets import is_target, pattern_value
 
 # Options of every type that say which modules are changed, or how a base weight lies.
 _HONOURED = {
     "peft_type", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias",
-    "fan_in_fan_out",
+    "fan_in_fan_out", "modules_to_save",
 }  # fmt: skip
 
 # Options of every type that do not change what a trained adapter computes.
@@ -30,11 +30,25 @@ _NEUTRAL = {
     "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "task_type", "inference_mode",
 }  # fmt: skip
 
-# Beside a type's own tensors, files may hold the base's: PEFT adds the weight of a targeted lm_head,
-# and with `bias` the trained biases.
-_BASE_PARTS = {"base_layer.weight": "copy", "base_layer.bias": "base bias", "bias": "base bias"}
+# Beside a type's own tensors, files may hold the base's: PEFT adds the weight of a targeted lm_head, with
+# `bias` the trained biases, and with `modules_to_save` whole modules that were trained.
+_BASE_PARTS = {
+    "base_layer.weight": "copy",
+    "base_layer.bias": "base bias",
+    "bias": "base bias",
+    "weight": "saved weight",
+}
 
-_NOTES = {"modules_to_save": "whole modules that were trained beside the adapter are not served"}
+_TEXTS = (str, "a pattern or a list of names")
+_SHAPES: dict[str, tuple[type, str]] = {
+    "target_modules": _TEXTS,
+    "exclude_modules": _TEXTS,
+    "layers_pattern": _TEXTS,
+    "feedforward_modules": _TEXTS,
+    "layers_to_transform": (int, "an index or a list of them"),
+    "bias": (str, "a word"),
+    "modules_to_save": _TEXTS,
+}
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -57,7 +71,7 @@ class Format:
     neutral: Set[str] = frozenset()
     shared: Mapping[str, str] = field(default_factory=dict)
     integers: Set[str] = frozenset()
-    notes: Mapping[str, str] = field(default_factory=lambda: _NOTES)
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -161,16 +175,29 @@ def modules_of(adapter: Adapter, lowering: Lowering, bases: Mapping[str, BaseLin
     """
     check_options(adapter, lowering.format)
     modules, shared = _group(adapter, lowering.format)
+    if not modules:
+        raise errors.AdapterError(f"adapter from {adapter.source}: it has no weights of any module")
     if lowering.names is not None:
         named = lowering.names(modules, bases)
         if len(set(named.values())) != len(modules):
             raise errors.AdapterError(f"adapter from {adapter.source}: several of its modules are one of this model's")
         modules = {named[name]: parts for name, parts in modules.items()}
-    targeted = {name for name, parts in modules.items() if parts.keys() - {"base bias", "copy"}}
+    targeted = {name for name, parts in modules.items() if parts.keys() - set(_BASE_PARTS.values())}
+    if unsaved := [name for name in bases if _is_saved(adapter, name) and "saved weight" not in modules.get(name, ())]:
+        raise errors.AdapterError(
+            f"adapter from {adapter.source}: its modules_to_save {adapter.config['modules_to_save']!r} name "
+            f"{_some(unsaved)}, for which it has no weights"
+        )
     _check_targets(adapter, modules, targeted, bases)
     peers = tuple(bases[name] for name in sorted(targeted))
     for name, parts in modules.items():
         yield Module(adapter.config, parts, shared, bases[name], peers, adapter.source)
+
+
+def module_names(adapter: Adapter, lowering: Lowering) -> list[str]:
+    """The modules that the files of `adapter` change, as they name them; raises as `modules_of` does."""
+    check_options(adapter, lowering.format)
+    return sorted(_group(adapter, lowering.format)[0])
 
 
 def lower_module(module: Module, lowering: Lowering) -> Delta | Dense:
@@ -181,23 +208,40 @@ def lower_module(module: Module, lowering: Lowering) -> Delta | Dense:
             f"{module.where}: the file has its own copy of the base weight, of shape {tuple(parts['copy'].shape)}, "
             f"which is not this model's ({base.out_features}, {base.in_features}); was it made for another base?"
         )
-    own = parts.keys() - {"copy", "base bias"}
-    delta = lowering.delta(module) if own else Delta()
-    bias = base.bias()
+    own = parts.keys() - set(_BASE_PARTS.values())
+    saved = "saved weight" in parts
+    if own and saved:
+        raise errors.AdapterError(f"{module.where}: modules_to_save names it and the adapter targets it as well")
+    delta: Delta | Dense = Delta()
+    if own:
+        delta = lowering.delta(module)
+    elif saved:  # as exact as the weight itself, in min(in, out) rank rows
+        delta = whole(
+            module.part("saved weight", base.out_features, base.in_features).double() - base.weight().double()
+        )
     if "base bias" in parts:
-        if bias is None:
+        if (bias := base.bias()) is None:
             raise errors.AdapterError(f"{module.where}: the file has a trained base bias; the module has no bias")
         shift = module.part("base bias", base.out_features) - bias
         if isinstance(delta, Delta):
             return delta.shifted(shift)
         return Dense(delta.weight, delta.why, delta.gain, shift if delta.shift is None else delta.shift + shift)
-    if own and bias is not None and module.config.get("bias", "none") != "none":
-        raise errors.AdapterError(f"{module.where}: bias is {module.config['bias']!r} but the file has no base bias")
+    if (saved or (own and module.config.get("bias", "none") != "none")) and base.bias() is not None:
+        option = "modules_to_save" if saved else "bias"
+        raise errors.AdapterError(
+            f"{module.where}: {option} is {module.config[option]!r} but the file has no bias for it"
+        )
     return delta
 
 
 def check_options(adapter: Adapter, format: Format) -> None:
-    """Refuse every option that may change the result and is not served."""
+    """Refuse every option that may change the result and is not served, and those of every type that say
+    nothing about modules."""
+    for option, (kind, wanted) in _SHAPES.items():
+        value = adapter.config.get(option)
+        many = isinstance(value, (list, tuple, set, frozenset)) and all(type(item) is kind for item in value)
+        if value is not None and type(value) is not kind and not (many and option != "bias"):
+            raise errors.AdapterError(f"adapter from {adapter.source}: {option} is {value!r}; it must be {wanted}")
     honoured = _HONOURED | format.honoured
     for option, value in adapter.config.items():
         if option in honoured or option in _NEUTRAL or option in format.neutral or value in (None, False, {}, []):
@@ -218,8 +262,8 @@ def _group(adapter: Adapter, format: Format) -> tuple[dict[str, dict[str, Tensor
             part = format.shared[key]
             shared[part] = tensor
         else:
-            suffix = next((s for s in suffixes if key.endswith("." + s)), None)
-            if suffix is None:
+            suffix = _suffix(key, suffixes)
+            if suffix is None or (suffix == "weight" and not _is_saved(adapter, key[: -len(".weight")])):
                 raise errors.UnsupportedAdapterError(
                     f"adapter from {adapter.source}: tensor {key!r} is left over ({_guess(key)}); it is not served"
                 )
@@ -232,6 +276,26 @@ def _group(adapter: Adapter, format: Format) -> tuple[dict[str, dict[str, Tensor
             kind = "whole numbers" if part in format.integers else "floating-point"
             raise errors.AdapterError(f"adapter from {adapter.source}: {key} is {tensor.dtype}; it must be {kind}")
     return modules, shared
+
+
+def _suffix(key: str, suffixes: Mapping[str, str]) -> str | None:
+    """The longest of `suffixes`, which have three steps at most, that ends `key`."""
+    found, at = None, len(key)
+    for _ in range(3):
+        if (at := key.rfind(".", 0, at)) < 0:
+            break
+        if key[at + 1 :] in suffixes:
+            found = key[at + 1 :]
+    return found
+
+
+def _is_saved(adapter: Adapter, name: str) -> bool:
+    """Whether `modules_to_save` names the module, or one that it is in. PEFT takes any ending of a name."""
+    saved = adapter.config.get("modules_to_save")
+    if not saved:
+        return False
+    steps = name.split(".")
+    return any(".".join(steps[:n]).endswith(s) for n in range(1, len(steps) + 1) for s in saved if isinstance(s, str))
 
 
 def _guess(key: str) -> str:
@@ -248,9 +312,10 @@ def _check_targets(
     config = adapter.config
     if missing := [name for name in modules if name not in bases]:
         if not targeted & set(missing):
+            option = "modules_to_save" if any("saved weight" in modules[name] for name in missing) else "bias"
             raise errors.UnsupportedAdapterError(
-                f"adapter from {adapter.source}: it has trained biases of {_some(missing)}, which are no linears; "
-                f"bias={config.get('bias')!r} is served for linears only"
+                f"adapter from {adapter.source}: it has trained weights of {_some(missing)}, which are no linears of "
+                f"this model; {option}={config.get(option)!r} is served for linears only"
             )
         raise errors.AdapterError(
             f"adapter from {adapter.source}: it has weights for {_some(missing)}, which this model has no linear "
@@ -259,8 +324,6 @@ def _check_targets(
     targets = config.get("target_modules")
     if targets is None or targets == "all-linear":
         return  # resolved by PEFT when it was trained: the tensors say which
-    if not isinstance(targets, (str, list, tuple, set)):
-        raise errors.AdapterError(f"adapter from {adapter.source}: target_modules is {targets!r}")
     wanted = {name for name in bases if is_target(config, name)}
     if left := sorted(targeted - wanted):
         raise errors.AdapterError(

@@ -25,7 +25,7 @@ _SIZES = {"road_1": 0.5, "road_2": 1, "road_4": 2}  # parameters for each output
 def delta(module: Module) -> Dense:
     """The delta of one module."""
     base, group, variant = module.base, module.integer("group_size", 64), module.config.get("variant", "road_1")
-    if variant not in _SIZES:
+    if not isinstance(variant, str) or variant not in _SIZES:
         raise errors.AdapterError(f"adapter from {module.source}: variant is {variant!r}; known: {', '.join(_SIZES)}")
     module.divides("group_size", group, base.out_features)
     if group % 2:

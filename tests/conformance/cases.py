@@ -19,6 +19,7 @@ import peft
 import torch
 from conftest import build, peft_alone
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 EXACT = "exact"
@@ -94,6 +95,11 @@ SPECS: tuple[Spec, ...] = (
             target_modules_bd_a=["q_proj", "down"], target_modules_bd_b=["v_proj", "up_proj"], nblocks=2
         ),
     ),
+    _lora("LoRA with a trained lm_head", modules_to_save=["lm_head"]),
+    Spec("LoRA with a trained classifier", "LoraConfig", {**_LORA, "task_type": "SEQ_CLS"}, models=("bert",)),
+    Spec("IA3 with a trained lm_head", "IA3Config", {"modules_to_save": ["lm_head"]}),
+    _lora("LoRA with a trained norm", REFUSED, "no linears", modules_to_save=["norm"]),
+    _lora("LoRA with trained embeddings", REFUSED, "embed_tokens", modules_to_save=["embed_tokens"]),
     _lora("MiCA", init_lora_weights="mica"),
     _lora("LoRA, orthogonal init", r=4, init_lora_weights="orthogonal"),
     Spec("EVA", "LoraConfig", _LORA, rewritten={"init_lora_weights": "eva", "eva_config": {"rho": 2.0}}),
@@ -108,10 +114,10 @@ SPECS: tuple[Spec, ...] = (
     _rewritten("aLoRA", "alora_invocation_tokens", alora_invocation_tokens=[5]),
     _rewritten("Arrow", "arrow_config", arrow_config={"top_k": 2}),
     _rewritten("LoRA with layer_replication", "layer_replication", layer_replication=[[0, 2], [0, 2]]),
-    _lora("LoRA with modules_to_save", REFUSED, "modules_to_save", modules_to_save=["lm_head"]),
     _lora("LoRA with trained tokens", REFUSED, "trainable_token_indices", trainable_token_indices=[3, 9]),
     _lora("LoRA of embeddings", REFUSED, "embedding LoRA", target_modules=["embed_tokens", "q_proj"]),
     Spec("AdaLoRA", "AdaLoraConfig", {"init_r": 4, "lora_alpha": 6, "total_step": 9}, models=ALL),
+    Spec("AdaLoRA, pruned", "AdaLoraConfig", {"init_r": 4, "lora_alpha": 6, "total_step": 9}),
     Spec("LoHa", "LoHaConfig", {"r": 2, "alpha": 3}, strength=0.6, models=LINEAR),
     Spec("LoHa of full rank", "LoHaConfig", {"r": 6, "alpha": 3}, strength=0.6),
     Spec("LoKr, low rank", "LoKrConfig", {"r": 2, "alpha": 2, "decompose_both": True}, models=LINEAR),
@@ -196,6 +202,14 @@ def make(folder: Path, spec: Spec, model: str, seed: int) -> Path:
             wrapped.peft_config["default"].init_lora_weights = spec.options["init_lora_weights"]
         # T5 does not scale its attention, so what is strong elsewhere saturates it.
         randomize(wrapped, seed, spec.strength * (0.5 if model == "t5" else 1))
+        if "pruned" in spec.name:  # as training leaves it: masks of other lengths, one module with nothing left
+            kept = {"q_proj": [1, 0, 1, 1], "v_proj": [0, 0, 0, 0], "up_proj": [0, 1, 0, 0], "down_proj": [1, 1, 1, 1]}
+            wrapped.peft_config["default"].rank_pattern = {
+                name.removeprefix("base_model.model."): [bool(bit) for bit in mask]
+                for name, _ in wrapped.named_parameters()
+                for child, mask in kept.items()
+                if f"{child}.lora_E" in name
+            }
         extra = {"path_initial_model_for_weight_conversion": str(folder / "initial")} if convert else {}
         wrapped.save_pretrained(folder, **extra)
     if spec.rewritten:
@@ -230,8 +244,10 @@ def randomize(model: nn.Module, seed: int, strength: float) -> None:
 def merged(base: nn.Module, mix: Mapping[Path, float]) -> nn.Module:
     """The base with the weighted sum of the differences that PEFT's own merges make, in fp64."""
     base = copy.deepcopy(base)
-    for module in base.modules():
-        if isinstance(module, nn.Linear) and module.bias is None:  # PEFT merges lora_bias only into a bias
+    biased = {key for folder in mix for key in load_file(folder / "adapter_model.safetensors") if "lora_B.bias" in key}
+    for name, module in base.named_modules():
+        # PEFT merges lora_bias only into a bias.
+        if f"base_model.model.{name}.lora_B.bias" in biased and module.bias is None:
             module.bias = nn.Parameter(torch.zeros(module.out_features, dtype=module.weight.dtype))
     states = {}
     with warnings.catch_warnings():
