@@ -2,12 +2,12 @@
 
 Two forms. *Decode*, up to DECODE_TOKENS tokens: the batch may be all different adapters, so tiles are as small as the
 tensor cores allow and the sum over `in` is split as far as its tree goes. *Prefill*: tiles of 64 tokens, so that A
-and B are read once for 64 rows, which makes them a small part of the traffic; larger tiles would leave processors
-without work at 2048 tokens.
+is read once for 64 rows, which makes it a small part of the traffic; larger tiles would leave processors without
+work at 2048 tokens.
 
 What may change a row's bits (LEAF, BK) depends on the width and the dtype alone, never on the number of tokens.
-`shrink` and `expand` use mma.sync on every architecture and in both forms (their tiles are too small for the
-instructions of a whole warp group, and they wait for memory anyway), so both forms round alike.
+`shrink` and `expand` use mma.sync on every architecture and in both forms (their tiles are too small for
+the instructions of a whole warp group, and they wait for memory anyway), so both forms round alike.
 """
 
 from __future__ import annotations
@@ -37,23 +37,30 @@ class Device:
 
 @dataclass(frozen=True)
 class Form:
-    """Tiles of one form. Names as in the kernels; `shrink_grain` and `expand_grain` are their GRAIN."""
+    """Tiles of one form; names in the kernels are in brackets.
 
-    tokens: int
-    columns: int
-    wide: int
-    ranks: int
-    shrink_grain: int
-    expand_grain: int
-    shrink_warps: int
-    expand_warps: int
+    Args:
+        split: whether each leaf of the sum has a slice of the workspace (SPLIT).
+        per_processor: programs a processor.
+        shrink_tokens, expand_tokens: tokens of a tile (BM). columns: of a tile of `expand` (BN).
+        pair: PAIR. ranks: rank rows at once in `expand` (RE).
+        shrink_grain, expand_grain: rank rows or columns of a unit of work (GRAIN).
+    """
+
     split: bool
     per_processor: int
+    shrink_tokens: int
+    shrink_grain: int
+    pair: bool
+    expand_tokens: int
+    expand_grain: int
+    columns: int
+    ranks: int
 
 
 # Decode: a rank row and one sector of y are the smallest pieces that cost nothing to hand to another processor.
-DECODE = Form(16, 128, 16, 16, 1, 16, 4, 4, True, 1)
-PREFILL = Form(64, 128, 64, 32, 16, 64, 4, 8, False, 2)
+DECODE = Form(True, 1, 16, 1, False, 16, 16, 128, 16)
+PREFILL = Form(False, 2, 64, 16, True, 32, 64, 128, 32)
 
 # The base product: (BM, BN, BK for 16-bit types, warps, stages). Shared memory per block is 99 KiB on sm_86, sm_89 and
 # sm_120, 163 KiB on sm_80, 227 KiB on sm_90 and sm_100; a stage takes (BM + BN) * BK * 2 bytes.
@@ -96,14 +103,14 @@ def shrink_grid(device: Device, tokens: int, width: int) -> int:
     """Programs of `shrink`: as many as have work if every row takes one adapter, of rank 8 or more in decode."""
     f = form(tokens)
     n = slices(width, f.split)
-    least = -(-tokens // f.tokens) * n if not f.split else tokens * n * 8
+    least = -(-tokens // f.shrink_tokens) * n if not f.split else tokens * n * 8
     return max(1, min(device.processors * f.per_processor, least))
 
 
 def expand_grid(device: Device, tokens: int, width_out: int) -> int:
     """Programs of `expand`: as many as have work if every row takes the same adapter."""
     f = form(tokens)
-    least = -(-tokens // f.tokens) * -(-width_out // f.expand_grain)
+    least = -(-tokens // f.expand_tokens) * -(-width_out // f.expand_grain)
     return max(1, min(device.processors * f.per_processor, least))
 
 

@@ -28,7 +28,7 @@ INTERPRETED = Device(processors=4, capability=90)
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: `kernel[(grid,)](*args, **constants, num_warps=warps, num_stages=stages)`."""
+    """One kernel launch: `kernel[(grid,)](*args, **constants, **options)`."""
 
     kernel: Any
     grid: int
@@ -41,8 +41,13 @@ class Launch:
     def name(self) -> str:
         return self.kernel.fn.__name__
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Compiler options. Whether products and sums fuse is said here, since Triton's default is changing."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
     def run(self) -> None:
-        self.kernel[(self.grid,)](*self.args, **self.constants, num_warps=self.warps, num_stages=self.stages)
+        self.kernel[(self.grid,)](*self.args, **self.constants, **self.options)
 
 
 @functools.cache
@@ -101,8 +106,8 @@ def shrink_launch(v: Tensor, x: Tensor, arena: Tensor, table: Tensor, plan: Tens
     tokens, width = x.shape
     f = config.form(tokens)
     constants = {
-        "BM": f.tokens,
-        "WIDE": f.wide,
+        "BM": f.shrink_tokens,
+        "PAIR": f.pair,
         "BK": config.block_k(x.itemsize),
         "LEAF": config.leaf(width),
         "SPLIT": f.split,
@@ -110,7 +115,7 @@ def shrink_launch(v: Tensor, x: Tensor, arena: Tensor, table: Tensor, plan: Tens
     }
     args = (v, x, arena, table, plan, tokens, width, x.stride(0), v.shape[2])
     grid = config.shrink_grid(device, tokens, width)
-    return Launch(lora.shrink, grid, args, constants, f.shrink_warps, config.stages(device.capability, x.itemsize))
+    return Launch(lora.shrink, grid, args, constants, 4, config.stages(device.capability, x.itemsize))
 
 
 def apply_launches(
@@ -122,7 +127,7 @@ def apply_launches(
     v, capacity = _workspace(x)
     source = y if base is None else base
     constants = {
-        "BM": f.tokens,
+        "BM": f.expand_tokens,
         "BN": f.columns,
         "RE": f.ranks,
         "BK": config.block_k(x.itemsize),
@@ -135,7 +140,7 @@ def apply_launches(
     grid = config.expand_grid(device, tokens, y.shape[1])
     return [
         shrink_launch(v, x, arena, table, plan, device),
-        Launch(lora.expand, grid, args, constants, f.expand_warps, 1),
+        Launch(lora.expand, grid, args, constants, 4, 1),
     ]
 
 
@@ -172,8 +177,7 @@ def scale_input_launches(
 ) -> list[Launch]:
     """The launch of `scale_input` on x (tokens, in) and out, contiguous."""
     tokens, width = x.shape
-    f = config.form(tokens)
-    bm, bn = (f.tokens, f.columns) if f.split else (16, 256)
+    bm, bn = 16, 256
     tiles = -(-tokens // bm) * -(-width // bn)
     args = (out, x, arena, table, plan, tokens, width, x.stride(0))
     return [Launch(gains.scale_input, min(device.processors * 4, tiles), args, {"BM": bm, "BN": bn})]

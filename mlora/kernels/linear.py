@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .lora import add_delta, first_v, sum_gains
+from .lora import add_delta, sum_gains
 from .work import ALL, GAIN, SHIFT, header, locate, mma, segment_terms, share, tile_tokens, total_units
 
 GROUP = tl.constexpr(8)  # tiles of tokens that a column of tiles is worked through together, to reuse W from the cache
@@ -60,12 +60,9 @@ def linear(
         if t0 < t1:
             gain = sum_gains(arena, plan, table, t0, t1, rows, routes, cols, some, GAIN, BN)
             acc += gain[None, :] * acc
-            v0 = first_v(
-                v, plan, table, t0, t1, rows, routes, token, live, tokens, capacity, width, BM, RE, LEAF, SPLIT
-            )
             acc = add_delta(
-                acc, v, v0, x, arena, plan, table, t0, t1, rows, routes, token, live, cols, some, tokens, capacity,
-                width, width_out, x_stride, BM, RE, BK, LEAF, SPLIT,
+                acc, v, 0, 0, x, arena, plan, table, t0, t1, rows, routes, token, live, cols, some, tokens, capacity,
+                width, width_out, x_stride, BM, RE, BK, LEAF, SPLIT, False,
             )  # fmt: skip
             acc += sum_gains(arena, plan, table, t0, t1, rows, routes, cols, some, SHIFT, BN)[None, :]
         at = y + token[:, None] * width_out + cols[None, :]

@@ -28,8 +28,9 @@ from .work import (
     locate,
     mma,
     mma_wide,
+    read_row,
     read_scale,
-    read_term,
+    read_weight,
     segment_terms,
     share,
     tile_tokens,
@@ -43,37 +44,54 @@ ALIGN = tl.constexpr(8)  # elements: 16 bytes of the 16-bit types
 @triton.jit
 def dots(
     x, a, token, live, r, r_end, width, x_stride, start, leaves,
-    BM: tl.constexpr, RC: tl.constexpr, BK: tl.constexpr, LEAF: tl.constexpr,
+    BM: tl.constexpr, RC: tl.constexpr, BK: tl.constexpr, LEAF: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
-    """(BM, RC) sums of A[r + j] * x[token] over `leaves` leaves from element `start` on."""
+    """(RC, BM) sums of A[r + j] * x[token] over `leaves` leaves from element `start` on; and those of the next RC
+    rank rows if PAIR, so that x is read once for both."""
     rs, ks = r + tl.arange(0, RC), tl.arange(0, BK)
     x_rows = x + token[:, None] * x_stride
     a_rows = a + rs[:, None].to(tl.int64) * width
     some = rs[:, None] < r_end
-    total = tl.zeros((BM, RC), tl.float32)
+    more = rs[:, None] + RC < r_end
+    total = tl.zeros((RC, BM), tl.float32)
+    total_next = tl.zeros((RC, BM), tl.float32)
     for leaf in range(0, leaves):
-        acc = tl.zeros((BM, RC), tl.float32)
+        acc = tl.zeros((RC, BM), tl.float32)
+        acc_next = tl.zeros((RC, BM), tl.float32)
         k0 = start + leaf * LEAF
         for k in range(k0, tl.minimum(k0 + LEAF, width), BK):
-            inside = (k + ks)[None, :] < width
-            xs = tl.load(x_rows + (k + ks)[None, :], mask=live[:, None] & inside, other=0.0)
-            rows = tl.load(a_rows + (k + ks)[None, :], mask=some & inside, other=0.0)
-            acc = mma(xs, tl.trans(rows), acc)
+            at = (k + ks)[None, :]
+            inside = at < width
+            xs = tl.trans(tl.load(x_rows + at, mask=live[:, None] & inside, other=0.0))
+            acc = mma(tl.load(a_rows + at, mask=some & inside, other=0.0), xs, acc)
+            if PAIR:
+                rows = tl.load(a_rows + RC * width + at, mask=more & inside, other=0.0)
+                acc_next = mma(rows, xs, acc_next)
         total += acc
-    return total
+        if PAIR:
+            total_next += acc_next
+    return total, total_next
+
+
+@triton.jit
+def store_rows(v, sums, token, live, r, r_end, col, capacity, RC: tl.constexpr):
+    """Leave sums (RC, BM) of the rank rows from r on in the tile's slice."""
+    rs = r + tl.arange(0, RC)
+    keep = ((rs < r_end) & (col + rs < capacity))[:, None] & live[None, :]
+    tl.store(v + token[None, :] * capacity + (col + rs)[:, None], sums, mask=keep)
 
 
 @triton.jit
 def shrink_rows(
     v, x, a, token, live, r0, r_end, col, capacity, width, x_stride, start, leaves,
-    BM: tl.constexpr, RC: tl.constexpr, BK: tl.constexpr, LEAF: tl.constexpr,
+    BM: tl.constexpr, RC: tl.constexpr, BK: tl.constexpr, LEAF: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
-    """Rank rows [r0, r_end) of one term, RC at a time. v: the tile's slice."""
-    for r in range(r0, r_end, RC):
-        sums = dots(x, a, token, live, r, r_end, width, x_stride, start, leaves, BM, RC, BK, LEAF)
-        rs = r + tl.arange(0, RC)
-        keep = live[:, None] & ((rs < r_end) & (col + rs < capacity))[None, :]
-        tl.store(v + token[:, None] * capacity + (col + rs)[None, :], sums, mask=keep)
+    """Rank rows [r0, r_end) of one term."""
+    for r in range(r0, r_end, 2 * RC if PAIR else RC):
+        sums, sums_next = dots(x, a, token, live, r, r_end, width, x_stride, start, leaves, BM, RC, BK, LEAF, PAIR)
+        store_rows(v, sums, token, live, r, r_end, col, capacity, RC)
+        if PAIR:
+            store_rows(v, sums_next, token, live, r + RC, r_end, col, capacity, RC)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -82,7 +100,7 @@ def shrink(
     x,  # (tokens, in)
     arena, table, plan, tokens, width, x_stride, capacity,
     BM: tl.constexpr,  # tokens of a tile
-    WIDE: tl.constexpr,  # rank rows at once where a term has many; 16 otherwise
+    PAIR: tl.constexpr,  # whether to take 64 rank rows at once where a term has more than 16
     BK: tl.constexpr,
     LEAF: tl.constexpr,
     SPLIT: tl.constexpr,  # whether each leaf has a slice
@@ -104,7 +122,7 @@ def shrink(
         t0, t1 = segment_terms(plan, segment, rows, routes)
         passed, col = 0, 0
         for t in range(t0, t1):
-            _, row = read_term(plan, table, t, rows, routes)
+            row = read_row(plan, table, t, rows, routes)
             rank = tl.load(row + RANK).to(tl.int32)
             r0 = tl.maximum(q - passed, 0) * GRAIN
             r1 = tl.minimum((q_end - passed) * GRAIN, rank)
@@ -113,17 +131,17 @@ def shrink(
                 if a % ALIGN != 0:
                     shrink_rows(
                         out, x, arena + a, token, live, r0, r1, col, capacity, width, x_stride, start, leaves,
-                        BM, 16, BK, LEAF,
+                        BM, 16, BK, LEAF, False,
                     )  # fmt: skip
-                elif (WIDE == 16) | (r1 - r0 <= 16):
+                elif PAIR and r1 - r0 > 16:
                     shrink_rows(
                         out, x, arena + tl.multiple_of(a, ALIGN), token, live, r0, r1, col, capacity, width, x_stride,
-                        start, leaves, BM, 16, BK, LEAF,
+                        start, leaves, BM, 32, BK, LEAF, True,
                     )  # fmt: skip
                 else:
                     shrink_rows(
                         out, x, arena + tl.multiple_of(a, ALIGN), token, live, r0, r1, col, capacity, width, x_stride,
-                        start, leaves, BM, WIDE, BK, LEAF,
+                        start, leaves, BM, 16, BK, LEAF, False,
                     )  # fmt: skip
             passed += tl.cdiv(rank, GRAIN)
             col += tl.cdiv(rank, RANK_ALIGN) * RANK_ALIGN
@@ -160,10 +178,11 @@ def compute_v(
     LEAF: tl.constexpr,
 ):  # fmt: skip
     """What `read_v` returns, for rank rows that the workspace has no room for."""
-    total = tl.zeros((BM, RE), tl.float32)
+    total = tl.zeros((RE, BM), tl.float32)
     for start in range(0, width, LEAF * LEAVES):
-        total += dots(x, a, token, live, r, rank, width, x_stride, start, LEAVES, BM, RE, BK, LEAF)
-    return total
+        part, _ = dots(x, a, token, live, r, rank, width, x_stride, start, LEAVES, BM, RE, BK, LEAF, False)
+        total += part
+    return tl.trans(total)
 
 
 @triton.jit
@@ -180,49 +199,49 @@ def read_b(arena, b, r, rank, cols, some, width_out, RE: tl.constexpr):
 
 
 @triton.jit
-def first_v(
-    v, plan, table, t0, t1, rows, routes, token, live, tokens, capacity, width,
-    BM: tl.constexpr, RE: tl.constexpr, LEAF: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """The first RE rank rows of the first term, which a program keeps for all columns of a tile. For most adapters
-    that is all there is."""
-    rank = 0
-    if t0 < t1:
-        _, row = read_term(plan, table, t0, rows, routes)
-        rank = tl.load(row + RANK).to(tl.int32)
-    return read_v(v, token, live, 0, 0, rank, tokens, capacity, width, BM, RE, LEAF, SPLIT)
-
-
-@triton.jit
 def sum_gains(
     arena, plan, table, t0, t1, rows, routes, cols, some, PART: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
     """(BN,) weighted sum of one per-column part over the terms that have it."""
     total = tl.zeros((BN,), tl.float32)
     for t in range(t0, t1):
-        weight, row = read_term(plan, table, t, rows, routes)
+        row = read_row(plan, table, t, rows, routes)
         at = tl.load(row + PART)
         if at >= 0:
-            total += weight * tl.load(arena + at + cols, mask=some, other=0.0).to(tl.float32)
+            total += read_weight(plan, t, rows, routes) * tl.load(arena + at + cols, mask=some, other=0.0).to(tl.float32)
     return total
 
 
 @triton.jit
+def first_rank(plan, table, t0, t1, rows, routes):
+    """The rank of the first of the terms [t0, t1), 0 if there is none."""
+    rank = 0
+    if t0 < t1:
+        rank = tl.load(read_row(plan, table, t0, rows, routes) + RANK).to(tl.int32)
+    return rank
+
+
+@triton.jit
 def add_delta(
-    acc, v, v0, x, arena, plan, table, t0, t1, rows, routes, token, live, cols, some, tokens, capacity, width,
-    width_out, x_stride, BM: tl.constexpr, RE: tl.constexpr, BK: tl.constexpr, LEAF: tl.constexpr,
-    SPLIT: tl.constexpr,
+    acc, v, kept, kept_next, x, arena, plan, table, t0, t1, rows, routes, token, live, cols, some, tokens, capacity,
+    width, width_out, x_stride, BM: tl.constexpr, RE: tl.constexpr, BK: tl.constexpr, LEAF: tl.constexpr,
+    SPLIT: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """acc + sum_e w_e scale_e B_e^T v_e over the terms [t0, t1), for one tile of columns."""
+    """acc + sum_e w_e scale_e B_e^T v_e over the terms [t0, t1), for one tile of columns.
+
+    kept, kept_next: if KEEP, v of the first 2 * RE rank rows of the first term.
+    """
     col = 0
     for t in range(t0, t1):
-        weight, row = read_term(plan, table, t, rows, routes)
+        row = read_row(plan, table, t, rows, routes)
         rank = tl.load(row + RANK).to(tl.int32)
-        scale = weight * read_scale(row)
+        scale = read_weight(plan, t, rows, routes) * read_scale(row)
         a, b = tl.load(row + A), tl.load(row + B)
         for r in range(0, rank, RE):
-            if (t == t0) & (r == 0):
-                vs = v0
+            if KEEP and (t == t0) & (r == 0):
+                vs = kept
+            elif KEEP and (t == t0) & (r == RE):
+                vs = kept_next
             elif col + r + RE <= capacity:
                 vs = read_v(v, token, live, col, r, rank, tokens, capacity, width, BM, RE, LEAF, SPLIT)
             else:
@@ -256,7 +275,9 @@ def expand(
         g_end = tl.minimum(grains, g + end - u)
         token, live = tile_tokens(plan, segment, tile, rows, routes, length, BM)
         t0, t1 = segment_terms(plan, segment, rows, routes)
-        v0 = first_v(v, plan, table, t0, t1, rows, routes, token, live, tokens, capacity, width, BM, RE, LEAF, SPLIT)
+        rank = first_rank(plan, table, t0, t1, rows, routes)
+        kept = read_v(v, token, live, 0, 0, rank, tokens, capacity, width, BM, RE, LEAF, SPLIT)
+        kept_next = read_v(v, token, live, 0, RE, rank, tokens, capacity, width, BM, RE, LEAF, SPLIT)
         stop = tl.minimum(g_end * GRAIN, width_out)
         for n in range(g * GRAIN, stop, BN):
             cols = n + tl.arange(0, BN)
@@ -269,8 +290,8 @@ def expand(
                 source = tl.load(base + token[:, None] * base_stride + cols[None, :], mask=mask, other=0.0)
                 acc += gain[None, :] * source.to(tl.float32)
             acc = add_delta(
-                acc, v, v0, x, arena, plan, table, t0, t1, rows, routes, token, live, cols, some, tokens, capacity,
-                width, width_out, x_stride, BM, RE, BK, LEAF, SPLIT,
+                acc, v, kept, kept_next, x, arena, plan, table, t0, t1, rows, routes, token, live, cols, some, tokens,
+                capacity, width, width_out, x_stride, BM, RE, BK, LEAF, SPLIT, True,
             )  # fmt: skip
             acc += sum_gains(arena, plan, table, t0, t1, rows, routes, cols, some, SHIFT, BN)[None, :]
             tl.store(at, acc.to(y.dtype.element_ty), mask=mask)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .lora import sum_gains
-from .work import GAIN, IN_GAIN, RANK, A, B, header, mma, read_scale, read_term, segment_terms
+from .work import GAIN, IN_GAIN, RANK, A, B, header, mma, read_row, read_scale, read_weight, segment_terms
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def merge(
         in_gain = sum_gains(arena, plan, table, t0, t1, rows, routes, ins, some_in, IN_GAIN, BN)
         total = (1 + gain[:, None] + in_gain[None, :]) * old
         for t in range(t0, t1):
-            w, row = read_term(plan, table, t, rows, routes)
+            row = read_row(plan, table, t, rows, routes)
             rank = tl.load(row + RANK).to(tl.int32)
             a, b = arena + tl.load(row + A), arena + tl.load(row + B)
             acc = tl.zeros((BM, BN), tl.float32)
@@ -44,5 +44,5 @@ def merge(
                 bs = tl.load(b + wide * width_out + outs[None, :], mask=some & some_out[None, :], other=0.0)
                 as_ = tl.load(a + wide * width + ins[None, :], mask=some & some_in[None, :], other=0.0)
                 acc = mma(tl.trans(bs), as_, acc)
-            total += (w * read_scale(row)) * acc
+            total += (read_weight(plan, t, rows, routes) * read_scale(row)) * acc
         tl.store(at, total.to(weight.dtype.element_ty), mask=mask)

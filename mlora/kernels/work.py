@@ -43,13 +43,6 @@ def header(plan, tokens):
 
 
 @triton.jit
-def term_starts(plan, rows, routes):
-    """Pointers to term_start and term_slot; term_weight is E behind the latter."""
-    start = plan + HEADER + routes + 1 + rows
-    return start, start + routes + 1
-
-
-@triton.jit
 def measure(plan, table, p, rows, routes, length, BM: tl.constexpr, GRAIN: tl.constexpr, UNIT: tl.constexpr):
     """Of the segments p (a vector): how many tiles each has, and how many units a tile."""
     routed = p < routes
@@ -60,7 +53,8 @@ def measure(plan, table, p, rows, routes, length, BM: tl.constexpr, GRAIN: tl.co
         last = tl.where(p == routes, rows, last)
         units = (p <= routes).to(tl.int32)
     else:
-        starts, slots = term_starts(plan, rows, routes)
+        starts = plan + HEADER + routes + 1 + rows
+        slots = starts + routes + 1
         t0 = tl.load(starts + p, mask=routed, other=0)
         t1 = tl.load(starts + p + 1, mask=routed, other=0)
         units = tl.zeros_like(p)
@@ -134,18 +128,22 @@ def tile_tokens(plan, segment, tile, rows, routes, length, BM: tl.constexpr):
 @triton.jit
 def segment_terms(plan, segment, rows, routes):
     """The terms [t0, t1) of a segment, none if it is that of the rows without a route."""
-    starts, _ = term_starts(plan, rows, routes)
+    starts = plan + HEADER + routes + 1 + rows
     routed = segment < routes
     return tl.load(starts + segment, mask=routed, other=0), tl.load(starts + segment + 1, mask=routed, other=0)
 
 
 @triton.jit
-def read_term(plan, table, t, rows, routes):
-    """A term's weight and its row of the table."""
-    _, slots = term_starts(plan, rows, routes)
-    slot = tl.load(slots + t).to(tl.int64)
-    weight = tl.load(slots + tl.load(plan + 2) + t).to(tl.float32, bitcast=True)
-    return weight, table + slot * TABLE_WIDTH
+def read_row(plan, table, t, rows, routes):
+    """Pointer to the table's row of term t."""
+    slot = tl.load(plan + HEADER + 2 * (routes + 1) + rows + t)
+    return table + slot.to(tl.int64) * TABLE_WIDTH
+
+
+@triton.jit
+def read_weight(plan, t, rows, routes):
+    terms = tl.load(plan + 2)
+    return tl.load(plan + HEADER + 2 * (routes + 1) + rows + terms + t).to(tl.float32, bitcast=True)
 
 
 @triton.jit
