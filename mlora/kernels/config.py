@@ -59,8 +59,8 @@ class Form:
 
 
 # Decode: a rank row and one sector of y are the smallest pieces that cost nothing to hand to another processor.
-DECODE = Form(True, 1, 16, 1, False, 16, 16, 128, 16)
-PREFILL = Form(False, 2, 64, 16, True, 32, 64, 128, 32)
+DECODE = Form(True, 1, 16, 1, False, 16, 16, 64, 16)
+PREFILL = Form(False, 2, 64, 16, True, 32, 64, 64, 32)
 
 # The base product: (BM, BN, BK for 16-bit types, warps, stages). Shared memory per block is 99 KiB on sm_86, sm_89 and
 # sm_120, 163 KiB on sm_80, 227 KiB on sm_90 and sm_100; a stage takes (BM + BN) * BK * 2 bytes.
@@ -85,7 +85,7 @@ def block_k(itemsize: int) -> int:
 
 def stages(capability: int, itemsize: int) -> int:
     """Blocks of `in` in flight. A block of `shrink` takes (64 + 64) * 128 bytes."""
-    return 4 if capability >= 80 else 2
+    return 3 if capability >= 80 else 2
 
 
 def slices(width: int, split: bool) -> int:

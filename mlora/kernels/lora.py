@@ -6,7 +6,7 @@ part; with few, each leaf has its own program and `expand` adds them up. So the 
 the batch never change a row's bits.
 
 v: fp32 (slices, tokens, capacity). Slice s holds the sum over part s, or over leaf s. The rank rows of a recipe's
-terms lie side by side, each term's from a multiple of 16 on. Those beyond `capacity` are not kept: `expand` computes
+terms lie side by side, each term's from a multiple of 16 on, with zeros up to the next. Those beyond `capacity` are not kept: `expand` computes
 them again in every tile of columns, which is slow and right.
 """
 
@@ -77,18 +77,18 @@ def dots(
 def store_rows(v, sums, token, live, r, r_end, col, capacity, RC: tl.constexpr):
     """Leave sums (RC, BM) of the rank rows from r on in the tile's slice."""
     rs = r + tl.arange(0, RC)
-    keep = ((rs < r_end) & (col + rs < capacity))[:, None] & live[None, :]
-    tl.store(v + token[None, :] * capacity + (col + rs)[:, None], sums, mask=keep)
+    keep = live[:, None] & ((rs < r_end) & (col + rs < capacity))[None, :]
+    tl.store(v + token[:, None] * capacity + (col + rs)[None, :], tl.trans(sums), mask=keep)
 
 
 @triton.jit
 def shrink_rows(
-    v, x, a, token, live, r0, r_end, col, capacity, width, x_stride, start, leaves,
+    v, x, a, token, live, r0, r_end, rank, col, capacity, width, x_stride, start, leaves,
     BM: tl.constexpr, RC: tl.constexpr, BK: tl.constexpr, LEAF: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
-    """Rank rows [r0, r_end) of one term."""
+    """Rank rows [r0, r_end) of one term; those from `rank` on are zeros."""
     for r in range(r0, r_end, 2 * RC if PAIR else RC):
-        sums, sums_next = dots(x, a, token, live, r, r_end, width, x_stride, start, leaves, BM, RC, BK, LEAF, PAIR)
+        sums, sums_next = dots(x, a, token, live, r, rank, width, x_stride, start, leaves, BM, RC, BK, LEAF, PAIR)
         store_rows(v, sums, token, live, r, r_end, col, capacity, RC)
         if PAIR:
             store_rows(v, sums_next, token, live, r + RC, r_end, col, capacity, RC)
@@ -108,8 +108,7 @@ def shrink(
 ):  # fmt: skip
     """v[s, t, col(e) + j] = sum over k in slice s of A_e[j, k] x[t, k], for the terms e of t's recipe."""
     rows, routes, length = header(plan, tokens)
-    leaves = 1 if SPLIT else LEAVES
-    slices = tl.cdiv(width, LEAF * leaves)
+    slices = tl.cdiv(width, LEAF * (1 if SPLIT else LEAVES))
     u, end = share(total_units(plan, table, rows, routes, length, BM, GRAIN, RANKS) * slices)
     while u < end:
         segment, within, _, units = locate(u, slices, plan, table, rows, routes, length, BM, GRAIN, RANKS)
@@ -118,30 +117,33 @@ def shrink(
         tile, s = block // slices, block % slices
         token, live = tile_tokens(plan, segment, tile, rows, routes, length, BM)
         out = v + s.to(tl.int64) * tokens * capacity
-        start = s * (LEAF * leaves)
+        start = s * (LEAF * (1 if SPLIT else LEAVES))
+        leaves = 1 if SPLIT else tl.minimum(LEAVES, tl.cdiv(width - start, LEAF))
         t0, t1 = segment_terms(plan, segment, rows, routes)
         passed, col = 0, 0
         for t in range(t0, t1):
             row = read_row(plan, table, t, rows, routes)
             rank = tl.load(row + RANK).to(tl.int32)
             r0 = tl.maximum(q - passed, 0) * GRAIN
-            r1 = tl.minimum((q_end - passed) * GRAIN, rank)
+            r1 = (q_end - passed) * GRAIN
+            if r1 >= rank:  # the last rank rows come with the padding behind them, which `expand` reads
+                r1 = tl.cdiv(rank, RANK_ALIGN) * RANK_ALIGN
             a = tl.load(row + A)
-            if r0 < r1:
+            if (r0 < r1) & (r0 < rank):
                 if a % ALIGN != 0:
                     shrink_rows(
-                        out, x, arena + a, token, live, r0, r1, col, capacity, width, x_stride, start, leaves,
+                        out, x, arena + a, token, live, r0, r1, rank, col, capacity, width, x_stride, start, leaves,
                         BM, 16, BK, LEAF, False,
                     )  # fmt: skip
                 elif PAIR and r1 - r0 > 16:
                     shrink_rows(
-                        out, x, arena + tl.multiple_of(a, ALIGN), token, live, r0, r1, col, capacity, width, x_stride,
-                        start, leaves, BM, 32, BK, LEAF, True,
+                        out, x, arena + tl.multiple_of(a, ALIGN), token, live, r0, r1, rank, col, capacity, width,
+                        x_stride, start, leaves, BM, 32, BK, LEAF, True,
                     )  # fmt: skip
                 else:
                     shrink_rows(
-                        out, x, arena + tl.multiple_of(a, ALIGN), token, live, r0, r1, col, capacity, width, x_stride,
-                        start, leaves, BM, 16, BK, LEAF, False,
+                        out, x, arena + tl.multiple_of(a, ALIGN), token, live, r0, r1, rank, col, capacity, width,
+                        x_stride, start, leaves, BM, 16, BK, LEAF, False,
                     )  # fmt: skip
             passed += tl.cdiv(rank, GRAIN)
             col += tl.cdiv(rank, RANK_ALIGN) * RANK_ALIGN
@@ -156,7 +158,7 @@ def read_v(
     """(BM, RE) sums over all slices, in the order of the tree."""
     rs = r + tl.arange(0, RE)
     at = v + token[:, None] * capacity + (col + rs)[None, :]
-    mask = live[:, None] & (rs < rank)[None, :]
+    mask = live[:, None] & (rs < tl.cdiv(rank, RANK_ALIGN) * RANK_ALIGN)[None, :]  # so whole vectors can be loaded
     step = tokens.to(tl.int64) * capacity
     total = tl.zeros((BM, RE), tl.float32)
     if SPLIT:
@@ -180,7 +182,8 @@ def compute_v(
     """What `read_v` returns, for rank rows that the workspace has no room for."""
     total = tl.zeros((RE, BM), tl.float32)
     for start in range(0, width, LEAF * LEAVES):
-        part, _ = dots(x, a, token, live, r, rank, width, x_stride, start, LEAVES, BM, RE, BK, LEAF, False)
+        leaves = tl.minimum(LEAVES, tl.cdiv(width - start, LEAF))
+        part, _ = dots(x, a, token, live, r, rank, width, x_stride, start, leaves, BM, RE, 16, LEAF, False)
         total += part
     return tl.trans(total)
 
@@ -208,7 +211,11 @@ def sum_gains(
         row = read_row(plan, table, t, rows, routes)
         at = tl.load(row + PART)
         if at >= 0:
-            total += read_weight(plan, t, rows, routes) * tl.load(arena + at + cols, mask=some, other=0.0).to(tl.float32)
+            if at % ALIGN == 0:
+                part = tl.load(arena + tl.multiple_of(at, ALIGN) + cols, mask=some, other=0.0)
+            else:
+                part = tl.load(arena + at + cols, mask=some, other=0.0)
+            total += read_weight(plan, t, rows, routes) * part.to(tl.float32)
     return total
 
 
@@ -223,13 +230,13 @@ def first_rank(plan, table, t0, t1, rows, routes):
 
 @triton.jit
 def add_delta(
-    acc, v, kept, kept_next, x, arena, plan, table, t0, t1, rows, routes, token, live, cols, some, tokens, capacity,
+    acc, v, kept, x, arena, plan, table, t0, t1, rows, routes, token, live, cols, some, tokens, capacity,
     width, width_out, x_stride, BM: tl.constexpr, RE: tl.constexpr, BK: tl.constexpr, LEAF: tl.constexpr,
     SPLIT: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """acc + sum_e w_e scale_e B_e^T v_e over the terms [t0, t1), for one tile of columns.
 
-    kept, kept_next: if KEEP, v of the first 2 * RE rank rows of the first term.
+    kept: if KEEP, v of the first RE rank rows of the first term: for most adapters all there is.
     """
     col = 0
     for t in range(t0, t1):
@@ -240,10 +247,9 @@ def add_delta(
         for r in range(0, rank, RE):
             if KEEP and (t == t0) & (r == 0):
                 vs = kept
-            elif KEEP and (t == t0) & (r == RE):
-                vs = kept_next
             elif col + r + RE <= capacity:
-                vs = read_v(v, token, live, col, r, rank, tokens, capacity, width, BM, RE, LEAF, SPLIT)
+                at = tl.multiple_of(col, RANK_ALIGN)
+                vs = read_v(v, token, live, at, r, rank, tokens, capacity, width, BM, RE, LEAF, SPLIT)
             else:
                 vs = compute_v(x, arena + a, token, live, r, rank, width, x_stride, BM, RE, BK, LEAF)
             acc = mma_wide(vs * scale, read_b(arena, b, r, rank, cols, some, width_out, RE), acc)
@@ -277,7 +283,6 @@ def expand(
         t0, t1 = segment_terms(plan, segment, rows, routes)
         rank = first_rank(plan, table, t0, t1, rows, routes)
         kept = read_v(v, token, live, 0, 0, rank, tokens, capacity, width, BM, RE, LEAF, SPLIT)
-        kept_next = read_v(v, token, live, 0, RE, rank, tokens, capacity, width, BM, RE, LEAF, SPLIT)
         stop = tl.minimum(g_end * GRAIN, width_out)
         for n in range(g * GRAIN, stop, BN):
             cols = n + tl.arange(0, BN)
@@ -290,7 +295,7 @@ def expand(
                 source = tl.load(base + token[:, None] * base_stride + cols[None, :], mask=mask, other=0.0)
                 acc += gain[None, :] * source.to(tl.float32)
             acc = add_delta(
-                acc, v, kept, kept_next, x, arena, plan, table, t0, t1, rows, routes, token, live, cols, some, tokens,
+                acc, v, kept, x, arena, plan, table, t0, t1, rows, routes, token, live, cols, some, tokens,
                 capacity, width, width_out, x_stride, BM, RE, BK, LEAF, SPLIT, True,
             )  # fmt: skip
             acc += sum_gains(arena, plan, table, t0, t1, rows, routes, cols, some, SHIFT, BN)[None, :]

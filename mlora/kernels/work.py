@@ -1,8 +1,8 @@
 """Which program does what: every kernel reads the plan itself and takes an equal share of the work that is there.
 
 A segment's tokens are cut into tiles of BM. A tile's work is cut into units (rank rows, or columns), and the units
-of all tiles are numbered through. Program i of n takes units [total * i / n, total * (i + 1) / n), so a grid of
-fixed size has something to do in every program whenever there are as many units as programs, however few routes
+of all tiles are numbered through. Each program takes a run of total / n of them, one more if there are left-overs, so a
+grid of fixed size has something to do in every program whenever there are as many units as programs, however few routes
 there are, and no program is started for a slot, a rank or a capacity that the batch does not use.
 """
 
@@ -109,8 +109,9 @@ def locate(
 @triton.jit
 def share(total):
     """The units of this program."""
-    i, n = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
-    return (total * i // n).to(tl.int32), (total * (i + 1) // n).to(tl.int32)
+    i, n = tl.program_id(0), tl.num_programs(0)
+    each, more = total // n, total % n
+    return each * i + tl.minimum(i, more), each * (i + 1) + tl.minimum(i + 1, more)
 
 
 @triton.jit
