@@ -83,9 +83,7 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
         sass = _tool("nvdisasm", "-c", cubin)
     registers, stack = (int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK"))  # type: ignore[union-attr]
     metadata = kernel.metadata
-    return Compiled(
-        launch.name, capability, launch.warps, metadata.shared, registers, stack, kernel.asm["ptx"], sass
-    )
+    return Compiled(launch.name, capability, launch.warps, metadata.shared, registers, stack, kernel.asm["ptx"], sass)
 
 
 def _tool(name: str, *arguments: object) -> str:

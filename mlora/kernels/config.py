@@ -5,7 +5,7 @@ tensor cores allow and the sum over `in` is split as far as its tree goes. *Pref
 is read once for 64 rows, which makes it a small part of the traffic; larger tiles would leave processors without
 work at 2048 tokens.
 
-What may change a row's bits (LEAF, BK) depends on the width and the dtype alone, never on the number of tokens.
+What may change a row's bits (LEAF, BK, RE) depends on the width and the dtype alone, never on the number of tokens.
 `shrink` and `expand` use mma.sync on every architecture and in both forms (their tiles are too small for
 the instructions of a whole warp group, and they wait for memory anyway), so both forms round alike.
 """
@@ -18,6 +18,8 @@ DECODE_TOKENS = 128
 WORKSPACE_BYTES = 64 << 20
 MAX_CAPACITY = 256  # rank rows of a recipe that `shrink` hands over to `expand`
 MIN_CAPACITY = 32
+RANKS = 32  # rank rows at once in `expand` (RE): one number, since it orders sums
+SHRINK_STAGES = 3  # blocks of `in` in flight
 
 _LEAVES = 16  # at most, of the sum over `in`
 _PART = 4  # leaves of a part: lora.LEAVES
@@ -43,7 +45,7 @@ class Form:
         split: whether each leaf of the sum has a slice of the workspace (SPLIT).
         per_processor: programs a processor.
         shrink_tokens, expand_tokens: tokens of a tile (BM). columns: of a tile of `expand` (BN).
-        pair: PAIR. ranks: rank rows at once in `expand` (RE).
+        wide: WIDE.
         shrink_grain, expand_grain: rank rows or columns of a unit of work (GRAIN).
     """
 
@@ -51,22 +53,23 @@ class Form:
     per_processor: int
     shrink_tokens: int
     shrink_grain: int
-    pair: bool
+    wide: int
     expand_tokens: int
     expand_grain: int
     columns: int
-    ranks: int
 
 
 # Decode: a rank row and one sector of y are the smallest pieces that cost nothing to hand to another processor.
-DECODE = Form(True, 1, 16, 1, False, 16, 16, 64, 16)
-PREFILL = Form(False, 2, 64, 16, True, 32, 64, 64, 32)
+DECODE = Form(True, 1, 16, 1, 16, 16, 16, 64)
+PREFILL = Form(False, 2, 64, 16, 32, 32, 64, 64)
 
 # The base product: (BM, BN, BK for 16-bit types, warps, stages). Shared memory per block is 99 KiB on sm_86, sm_89 and
-# sm_120, 163 KiB on sm_80, 227 KiB on sm_90 and sm_100; a stage takes (BM + BN) * BK * 2 bytes.
-_LINEAR = {80: (128, 128, 32, 8, 4), 90: (128, 128, 64, 8, 4), 100: (128, 128, 64, 8, 4)}
-_LINEAR_SMALL = (128, 128, 32, 8, 3)
+# sm_120, 163 KiB on sm_80, 227 KiB on sm_90 and sm_100; a stage takes (BM + BN) * BK * 2 bytes. fp32 has no tensor
+# cores here and wants small tiles.
+_LINEAR = {80: (128, 64, 32, 8, 4), 90: (128, 64, 64, 8, 3), 100: (128, 64, 64, 8, 3)}
+_LINEAR_SMALL = (128, 64, 32, 8, 3)
 _LINEAR_DECODE = (16, 64, 64, 4, 4)
+_LINEAR_FP32 = (32, 64, 16, 4, 3)
 
 
 def form(tokens: int) -> Form:
@@ -81,11 +84,6 @@ def leaf(width: int) -> int:
 def block_k(itemsize: int) -> int:
     """Elements of `in` at once: 128 bytes."""
     return 128 // itemsize
-
-
-def stages(capability: int, itemsize: int) -> int:
-    """Blocks of `in` in flight. A block of `shrink` takes (64 + 64) * 128 bytes."""
-    return 3 if capability >= 80 else 2
 
 
 def slices(width: int, split: bool) -> int:
@@ -116,12 +114,17 @@ def expand_grid(device: Device, tokens: int, width_out: int) -> int:
 
 def linear_tiles(device: Device, tokens: int, itemsize: int) -> tuple[int, int, int, int, int]:
     """BM, BN, BK, warps and stages of `linear`."""
+    if itemsize == 4:
+        return _LINEAR_FP32
     if tokens <= DECODE_TOKENS:
-        bm, bn, bk, warps, depth = _LINEAR_DECODE
-    else:
-        family = 90 if 90 <= device.capability < 100 else 100 if 100 <= device.capability < 120 else device.capability
-        bm, bn, bk, warps, depth = _LINEAR.get(family, _LINEAR_SMALL)
-    return bm, bn, bk * 2 // itemsize, warps, depth
+        return _LINEAR_DECODE
+    major = _family(device.capability)
+    return _LINEAR.get(major, _LINEAR_SMALL)
+
+
+def _family(capability: int) -> int:
+    """The architecture whose rows of a table serve `capability`: 90 and 100 for their minor versions too."""
+    return capability // 10 * 10 if capability >= 90 else capability
 
 
 def linear_grid(device: Device, tokens: int, width_out: int, bm: int, bn: int) -> int:

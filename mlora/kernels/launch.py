@@ -43,8 +43,9 @@ class Launch:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Compiler options. Whether products and sums fuse is said here, since Triton's default is changing."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        """Compiler options. Whether products and sums fuse is said here, since Triton's default is changing; all 255
+        registers are offered, since ptxas otherwise spills to fit more blocks on a processor."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True, "maxnreg": 255}
 
     def run(self) -> None:
         self.kernel[(self.grid,)](*self.args, **self.constants, **self.options)
@@ -107,7 +108,7 @@ def shrink_launch(v: Tensor, x: Tensor, arena: Tensor, table: Tensor, plan: Tens
     f = config.form(tokens)
     constants = {
         "BM": f.shrink_tokens,
-        "PAIR": f.pair,
+        "WIDE": f.wide,
         "BK": config.block_k(x.itemsize),
         "LEAF": config.leaf(width),
         "SPLIT": f.split,
@@ -115,7 +116,7 @@ def shrink_launch(v: Tensor, x: Tensor, arena: Tensor, table: Tensor, plan: Tens
     }
     args = (v, x, arena, table, plan, tokens, width, x.stride(0), v.shape[2])
     grid = config.shrink_grid(device, tokens, width)
-    return Launch(lora.shrink, grid, args, constants, 4, config.stages(device.capability, x.itemsize))
+    return Launch(lora.shrink, grid, args, constants, 4, config.SHRINK_STAGES)
 
 
 def apply_launches(
@@ -129,8 +130,7 @@ def apply_launches(
     constants = {
         "BM": f.expand_tokens,
         "BN": f.columns,
-        "RE": f.ranks,
-        "BK": config.block_k(x.itemsize),
+        "RE": config.RANKS,
         "LEAF": config.leaf(width),
         "SPLIT": f.split,
         "GRAIN": f.expand_grain,
@@ -145,7 +145,14 @@ def apply_launches(
 
 
 def linear_launches(
-    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, arena: Tensor, table: Tensor, plan: Tensor, device: Device
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    arena: Tensor,
+    table: Tensor,
+    plan: Tensor,
+    device: Device,
 ) -> list[Launch]:
     """The launches of `linear` on y (tokens, out), contiguous, and x (tokens, in)."""
     tokens, width = x.shape
@@ -156,7 +163,7 @@ def linear_launches(
         "HAS_BIAS": bias is not None,
         "BM": bm,
         "BN": bn,
-        "RE": f.ranks,
+        "RE": config.RANKS,
         "BK": bk,
         "LEAF": config.leaf(width),
         "SPLIT": f.split,
@@ -186,10 +193,10 @@ def scale_input_launches(
 def merge_launches(weight: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> list[Launch]:
     """The launch of `merge_`: a program for each tile of the weight."""
     width_out, width = weight.shape
-    bm, bn = 64, 64
+    bm, bn = 64, 64 if weight.itemsize == 2 else 32
     args = (weight, arena, table, plan, width_out, width, weight.stride(0))
     grid = -(-width_out // bm) * -(-width // bn)
-    return [Launch(merge.merge, grid, args, {"BM": bm, "BN": bn, "RE": 32}, 4, 2)]
+    return [Launch(merge.merge, grid, args, {"BM": bm, "BN": bn, "RE": config.RANKS}, 8, 2)]
 
 
 def apply_(y: Tensor, base: Tensor | None, x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> None:

@@ -62,7 +62,7 @@ def linear(
             acc += gain[None, :] * acc
             acc = add_delta(
                 acc, v, 0, x, arena, plan, table, t0, t1, rows, routes, token, live, cols, some, tokens, capacity,
-                width, width_out, x_stride, BM, RE, BK, LEAF, SPLIT, False,
+                width, width_out, x_stride, BM, RE, LEAF, SPLIT, False,
             )  # fmt: skip
             acc += sum_gains(arena, plan, table, t0, t1, rows, routes, cols, some, SHIFT, BN)[None, :]
         at = y + token[:, None] * width_out + cols[None, :]

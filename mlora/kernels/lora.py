@@ -44,54 +44,37 @@ ALIGN = tl.constexpr(8)  # elements: 16 bytes of the 16-bit types
 @triton.jit
 def dots(
     x, a, token, live, r, r_end, width, x_stride, start, leaves,
-    BM: tl.constexpr, RC: tl.constexpr, BK: tl.constexpr, LEAF: tl.constexpr, PAIR: tl.constexpr,
+    BM: tl.constexpr, RC: tl.constexpr, BK: tl.constexpr, LEAF: tl.constexpr,
 ):  # fmt: skip
-    """(RC, BM) sums of A[r + j] * x[token] over `leaves` leaves from element `start` on; and those of the next RC
-    rank rows if PAIR, so that x is read once for both."""
+    """(RC, BM) sums of A[r + j] * x[token] over `leaves` leaves from element `start` on."""
     rs, ks = r + tl.arange(0, RC), tl.arange(0, BK)
     x_rows = x + token[:, None] * x_stride
     a_rows = a + rs[:, None].to(tl.int64) * width
     some = rs[:, None] < r_end
-    more = rs[:, None] + RC < r_end
     total = tl.zeros((RC, BM), tl.float32)
-    total_next = tl.zeros((RC, BM), tl.float32)
     for leaf in range(0, leaves):
         acc = tl.zeros((RC, BM), tl.float32)
-        acc_next = tl.zeros((RC, BM), tl.float32)
         k0 = start + leaf * LEAF
         for k in range(k0, tl.minimum(k0 + LEAF, width), BK):
             at = (k + ks)[None, :]
             inside = at < width
             xs = tl.trans(tl.load(x_rows + at, mask=live[:, None] & inside, other=0.0))
             acc = mma(tl.load(a_rows + at, mask=some & inside, other=0.0), xs, acc)
-            if PAIR:
-                rows = tl.load(a_rows + RC * width + at, mask=more & inside, other=0.0)
-                acc_next = mma(rows, xs, acc_next)
         total += acc
-        if PAIR:
-            total_next += acc_next
-    return total, total_next
-
-
-@triton.jit
-def store_rows(v, sums, token, live, r, r_end, col, capacity, RC: tl.constexpr):
-    """Leave sums (RC, BM) of the rank rows from r on in the tile's slice."""
-    rs = r + tl.arange(0, RC)
-    keep = live[:, None] & ((rs < r_end) & (col + rs < capacity))[None, :]
-    tl.store(v + token[:, None] * capacity + (col + rs)[None, :], tl.trans(sums), mask=keep)
+    return total
 
 
 @triton.jit
 def shrink_rows(
     v, x, a, token, live, r0, r_end, rank, col, capacity, width, x_stride, start, leaves,
-    BM: tl.constexpr, RC: tl.constexpr, BK: tl.constexpr, LEAF: tl.constexpr, PAIR: tl.constexpr,
+    BM: tl.constexpr, RC: tl.constexpr, BK: tl.constexpr, LEAF: tl.constexpr,
 ):  # fmt: skip
     """Rank rows [r0, r_end) of one term; those from `rank` on are zeros."""
-    for r in range(r0, r_end, 2 * RC if PAIR else RC):
-        sums, sums_next = dots(x, a, token, live, r, rank, width, x_stride, start, leaves, BM, RC, BK, LEAF, PAIR)
-        store_rows(v, sums, token, live, r, r_end, col, capacity, RC)
-        if PAIR:
-            store_rows(v, sums_next, token, live, r + RC, r_end, col, capacity, RC)
+    for r in range(r0, r_end, RC):
+        sums = dots(x, a, token, live, r, rank, width, x_stride, start, leaves, BM, RC, BK, LEAF)
+        rs = r + tl.arange(0, RC)
+        keep = live[:, None] & ((rs < r_end) & (col + rs < capacity))[None, :]
+        tl.store(v + token[:, None] * capacity + (col + rs)[None, :], tl.trans(sums), mask=keep)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -100,7 +83,7 @@ def shrink(
     x,  # (tokens, in)
     arena, table, plan, tokens, width, x_stride, capacity,
     BM: tl.constexpr,  # tokens of a tile
-    PAIR: tl.constexpr,  # whether to take 64 rank rows at once where a term has more than 16
+    WIDE: tl.constexpr,  # rank rows at once where a term has more than 16
     BK: tl.constexpr,
     LEAF: tl.constexpr,
     SPLIT: tl.constexpr,  # whether each leaf has a slice
@@ -133,17 +116,17 @@ def shrink(
                 if a % ALIGN != 0:
                     shrink_rows(
                         out, x, arena + a, token, live, r0, r1, rank, col, capacity, width, x_stride, start, leaves,
-                        BM, 16, BK, LEAF, False,
+                        BM, 16, BK, LEAF,
                     )  # fmt: skip
-                elif PAIR and r1 - r0 > 16:
+                elif WIDE > 16 and r1 - r0 > 16:
                     shrink_rows(
                         out, x, arena + tl.multiple_of(a, ALIGN), token, live, r0, r1, rank, col, capacity, width,
-                        x_stride, start, leaves, BM, 32, BK, LEAF, True,
+                        x_stride, start, leaves, BM, WIDE, BK, LEAF,
                     )  # fmt: skip
                 else:
                     shrink_rows(
                         out, x, arena + tl.multiple_of(a, ALIGN), token, live, r0, r1, rank, col, capacity, width,
-                        x_stride, start, leaves, BM, 16, BK, LEAF, False,
+                        x_stride, start, leaves, BM, 16, BK, LEAF,
                     )  # fmt: skip
             passed += tl.cdiv(rank, GRAIN)
             col += tl.cdiv(rank, RANK_ALIGN) * RANK_ALIGN
@@ -176,15 +159,14 @@ def read_v(
 
 @triton.jit
 def compute_v(
-    x, a, token, live, r, rank, width, x_stride, BM: tl.constexpr, RE: tl.constexpr, BK: tl.constexpr,
-    LEAF: tl.constexpr,
+    x, a, token, live, r, rank, width, x_stride, BM: tl.constexpr, RE: tl.constexpr, LEAF: tl.constexpr,
 ):  # fmt: skip
-    """What `read_v` returns, for rank rows that the workspace has no room for."""
+    """What `read_v` returns, for rank rows that the workspace has no room for. Steps of 16 elements need few registers
+    and keep the chains of `shrink`: 16 is what a tensor-core instruction takes."""
     total = tl.zeros((RE, BM), tl.float32)
     for start in range(0, width, LEAF * LEAVES):
         leaves = tl.minimum(LEAVES, tl.cdiv(width - start, LEAF))
-        part, _ = dots(x, a, token, live, r, rank, width, x_stride, start, leaves, BM, RE, 16, LEAF, False)
-        total += part
+        total += dots(x, a, token, live, r, rank, width, x_stride, start, leaves, BM, RE, 16, LEAF)
     return tl.trans(total)
 
 
@@ -231,7 +213,7 @@ def first_rank(plan, table, t0, t1, rows, routes):
 @triton.jit
 def add_delta(
     acc, v, kept, x, arena, plan, table, t0, t1, rows, routes, token, live, cols, some, tokens, capacity,
-    width, width_out, x_stride, BM: tl.constexpr, RE: tl.constexpr, BK: tl.constexpr, LEAF: tl.constexpr,
+    width, width_out, x_stride, BM: tl.constexpr, RE: tl.constexpr, LEAF: tl.constexpr,
     SPLIT: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """acc + sum_e w_e scale_e B_e^T v_e over the terms [t0, t1), for one tile of columns.
@@ -251,7 +233,7 @@ def add_delta(
                 at = tl.multiple_of(col, RANK_ALIGN)
                 vs = read_v(v, token, live, at, r, rank, tokens, capacity, width, BM, RE, LEAF, SPLIT)
             else:
-                vs = compute_v(x, arena + a, token, live, r, rank, width, x_stride, BM, RE, BK, LEAF)
+                vs = compute_v(x, arena + a, token, live, r, rank, width, x_stride, BM, RE, LEAF)
             acc = mma_wide(vs * scale, read_b(arena, b, r, rank, cols, some, width_out, RE), acc)
         col += tl.cdiv(rank, RANK_ALIGN) * RANK_ALIGN
     return acc
@@ -266,7 +248,6 @@ def expand(
     BM: tl.constexpr,
     BN: tl.constexpr,
     RE: tl.constexpr,  # rank rows at once
-    BK: tl.constexpr,
     LEAF: tl.constexpr,
     SPLIT: tl.constexpr,
     GRAIN: tl.constexpr,  # columns of a unit of work
@@ -296,7 +277,7 @@ def expand(
                 acc += gain[None, :] * source.to(tl.float32)
             acc = add_delta(
                 acc, v, kept, x, arena, plan, table, t0, t1, rows, routes, token, live, cols, some, tokens,
-                capacity, width, width_out, x_stride, BM, RE, BK, LEAF, SPLIT, True,
+                capacity, width, width_out, x_stride, BM, RE, LEAF, SPLIT, True,
             )  # fmt: skip
             acc += sum_gains(arena, plan, table, t0, t1, rows, routes, cols, some, SHIFT, BN)[None, :]
             tl.store(at, acc.to(y.dtype.element_ty), mask=mask)
