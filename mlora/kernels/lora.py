@@ -6,8 +6,8 @@ part; with few, each leaf has its own program and `expand` adds them up. So the 
 the batch never change a row's bits.
 
 v: fp32 (slices, tokens, capacity). Slice s holds the sum over part s, or over leaf s. The rank rows of a recipe's
-terms lie side by side, each term's from a multiple of 16 on, with zeros up to the next. Those beyond `capacity` are not kept: `expand` computes
-them again in every tile of columns, which is slow and right.
+terms lie side by side, each term's from a multiple of 16 on, with zeros up to the next. Those beyond `capacity` are
+not kept: `expand` computes them again in every tile of columns, which is slow and right.
 """
 
 from __future__ import annotations
