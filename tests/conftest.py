@@ -18,9 +18,7 @@ from hypothesis import settings
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-if (
-    not torch.cuda.is_available()
-):  # without a GPU the Triton kernels run in the interpreter, chosen as triton is imported
+if not torch.cuda.is_available():  # Triton reads it as it is imported, and then runs its kernels in the interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import mlora

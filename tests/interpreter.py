@@ -1,9 +1,9 @@
 """Triton's interpreter, made to treat bfloat16 as the numbers they are.
 
-It keeps bfloat16 as the integers that hold them, and, as of Triton 3.9, truncates where hardware rounds to nearest even,
-gets subnormals wrong, and multiplies the integers in `tl.dot`. The kernels widen the operands of a dot themselves;
-conversions are replaced here, by torch's. `tl.dot` is replaced by one chain over k for each element: numpy's order of
-summation changes with the shape, and a tensor core's does not.
+It keeps bfloat16 as the integers that hold them, and, as of Triton 3.9, truncates where hardware rounds to nearest
+even, gets subnormals wrong, and multiplies the integers in `tl.dot`. The kernels widen the operands of a dot
+themselves; conversions are replaced here, by torch's. `tl.dot` is replaced by one chain over k for each element:
+numpy's order of summation changes with the shape, and a tensor core's does not.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprec
     return TensorHandle(total, d.dtype.scalar)
 
 
-def install() -> None:
+def install(chains: bool = True) -> None:
+    """Without `chains`, a dot keeps numpy's sums, which are several times as fast."""
     InterpreterBuilder.cast_impl = _cast
-    InterpreterBuilder.create_dot = _dot
+    if chains:
+        InterpreterBuilder.create_dot = _dot

@@ -240,9 +240,13 @@ def test_opcheck() -> None:
     case = Case((3, 2, 4), 20, 33, torch.float32, gains=True, in_gains=True)
     x, y, tensors = case.randn(4, 20), case.randn(4, 33), (case.arena, case.table, case.plan([A, [], B, MIX]))
     ops = torch.ops.mlora
-    torch.library.opcheck(ops.triton_apply_.default, (y, y.clone(), x, *tensors))
-    torch.library.opcheck(ops.triton_scale_input.default, (x, *tensors))
-    torch.library.opcheck(ops.triton_linear.default, (x, case.randn(33, 20), case.randn(33), *tensors, 0))
+    checks = ("test_schema", "test_faketensor")  # the others run the operator many times more, and need no kernel
+    for op, args in (
+        (ops.triton_apply_, (y, y.clone(), x, *tensors)),
+        (ops.triton_scale_input, (x, *tensors)),
+        (ops.triton_linear, (x, case.randn(33, 20), case.randn(33), *tensors, 0)),
+    ):
+        torch.library.opcheck(op.default, args, test_utils=checks)
 
 
 @interpreted
@@ -268,16 +272,16 @@ import mlora
 from mlora.ops import dispatch
 if dispatch.backend("cpu", torch.float32) == "triton":
     import interpreter
-    interpreter.install()
+    interpreter.install(chains=False)
 model, batch = build("llama"), inputs_for("llama", 4)
 runtime = mlora.patch(model, memory=1 << 20, max_adapters=8)
 for folder in sys.argv[2:]:
     runtime.load_adapter(folder, folder.rsplit("/", 1)[1])
 names = ["r3", None, "dora1", {{"rs16": 0.5, "bias8": -1.0}}]
 with torch.no_grad():
-    logits = model(**batch, adapter_names=names).logits
-    tokens = model.generate(**batch, adapter_names=names, max_new_tokens=3, do_sample=False)
-torch.save((dispatch.backend("cpu", torch.float32), logits, tokens), sys.argv[1])
+    options = dict(max_new_tokens=2, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    out = model.generate(**batch, adapter_names=names, **options)
+torch.save((dispatch.backend("cpu", torch.float32), torch.stack(out.logits), out.sequences), sys.argv[1])
 """
 
 
@@ -294,12 +298,11 @@ def test_a_model_generates(folders: dict[str, Path], tmp_path: Path) -> None:
     (ran, logits, tokens), (oracle, expected, wanted) = results["triton"], results["reference"]
     assert (ran, oracle) == ("triton", "reference")
     assert torch.equal(tokens, wanted)
-    real = inputs_for("llama", 4)["attention_mask"].bool()
-    torch.testing.assert_close(logits[real], expected[real])
+    torch.testing.assert_close(logits, expected)
     with torch.no_grad():
-        bare = build("llama")(**inputs_for("llama", 4)).logits
-    torch.testing.assert_close(logits[1], bare[1])
-    assert (logits[0] - bare[0]).abs().max() > 0.1
+        bare = build("llama")(**inputs_for("llama", 4)).logits[:, -1]
+    torch.testing.assert_close(logits[0, 1], bare[1])
+    assert (logits[0, 0] - bare[0]).abs().max() > 0.1
 
 
 COMPILE = """
@@ -308,7 +311,8 @@ from mlora.kernels import aot, launch
 from mlora.kernels.config import Device
 capability = int(sys.argv[1])
 device, dtype = Device(132, capability), torch.bfloat16
-arena, table, plan = torch.empty(1024, dtype=dtype), torch.empty(64, 8, dtype=torch.int64), torch.empty(1024, dtype=torch.int32)
+arena, table = torch.empty(1024, dtype=dtype), torch.empty(64, 8, dtype=torch.int64)
+plan = torch.empty(1024, dtype=torch.int32)
 weight = torch.empty(4096, 4096, dtype=dtype)
 found = []
 for tokens in (16, 2048):
