@@ -2,8 +2,7 @@
 
 It keeps bfloat16 as the integers that hold them, and, as of Triton 3.9, truncates where hardware rounds to nearest
 even, gets subnormals wrong, and multiplies the integers in `tl.dot`. The kernels widen the operands of a dot
-themselves; conversions are replaced here, by torch's. `tl.dot` is replaced by one chain over k for each element:
-numpy's order of summation changes with the shape, and a tensor core's does not.
+themselves; conversions are replaced here, by torch's.
 """
 
 from __future__ import annotations
@@ -29,15 +28,14 @@ def _cast(self: Any, src: Any, dst_type: Any) -> Any:
     return _convert(self, src, dst_type)
 
 
-def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+def chain_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+    """`tl.dot` as one chain over k for each element: numpy's order of summation changes with the shape, and a tensor
+    core's does not. Several times as slow."""
     left, right, total = a.data.astype(np.float32), b.data.astype(np.float32), d.data.astype(np.float32)
     for k in range(left.shape[1]):
         total = total + left[:, k, None] * right[k]
     return TensorHandle(total, d.dtype.scalar)
 
 
-def install(chains: bool = True) -> None:
-    """Without `chains`, a dot keeps numpy's sums, which are several times as fast."""
+def install() -> None:
     InterpreterBuilder.cast_impl = _cast
-    if chains:
-        InterpreterBuilder.create_dot = _dot

@@ -1,4 +1,4 @@
-"""What a patched model does on a GPU, traced with fake CUDA tensors: launches, allocations of a capture, and no waits."""
+"""What a patched model does on a GPU, traced with fake CUDA tensors: its launches, and that it never waits."""
 
 from __future__ import annotations
 
