@@ -146,12 +146,12 @@ def test_a_row_does_not_see_its_batch(monkeypatch: pytest.MonkeyPatch, dtype: to
     """Alone, beside others, in the decode and the prefill form, on any number of processors: the same bits, where a
     dot is a chain over k."""
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", interpreter.chain_dot)
-    case = aligned(Case((16, 3, 20, 65), 300, 50, dtype, gains=True, shifts=True))
+    case = aligned(Case((16, 3, 20, 65), 700, 50, dtype, gains=True, shifts=True))  # two parts
     recipes, length = [A, MIX, [], B, BIG, A], 27
     rows = len(recipes) * length
     assert rows > config.DECODE_TOKENS
     everything = torch.arange(rows)
-    x, y = case.randn(rows, 300), case.randn(rows, 50)
+    x, y = case.randn(rows, 700), case.randn(rows, 50)
     batch = delta(case, x, y, everything, recipes)
     for processors in (1, 7):
         monkeypatch.setattr(launch, "INTERPRETED", config.Device(processors, 90))
@@ -373,3 +373,63 @@ def test_the_table_and_plan_columns_are_those_of_the_layout() -> None:
 
     for name in ("A", "B", "RANK", "SCALE", "GAIN", "IN_GAIN", "SHIFT", "TABLE_WIDTH"):
         assert getattr(work, name).value == getattr(layout, name)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("recipes", "length"), [([A, [], MIX, BIG], 1), ([MIX, BIG, [], C], 40)], ids=["decode", "prefill"]
+)
+def test_counts_are_what_the_interpreter_sees(monkeypatch: pytest.MonkeyPatch, recipes: list, length: int) -> None:
+    """Bytes loaded and stored of each tensor, and programs without work."""
+    from mlora.kernels import count, lora
+
+    builder = interpreter.InterpreterBuilder
+    case = aligned(Case((16, 3, 40, 65), 300, 100, torch.float16))
+    rows = len(recipes) * length
+    x, y = case.randn(rows, 300), case.randn(rows, 100)
+    plan = case.plan(recipes)
+    launches = launch.apply_launches(y, None, x, case.arena, case.table, plan, launch.INTERPRETED)
+    v = launches[0].args[0]
+    spans = {name: (t.data_ptr(), t.data_ptr() + t.nbytes) for name, t in (("x", x), ("y", y), ("v", v))}
+    start, size = case.arena.data_ptr(), case.arena.itemsize
+    parts = [
+        (name, start + int(case.table[slot, column]) * size, case.adapters[slot][name].numel() * size)
+        for slot in range(4)
+        for name, column in (("a", layout.A), ("b", layout.B))
+    ]
+    seen: dict[tuple[str, str], int] = {}
+    worked: set[int] = set()
+
+    def record(kind: str, pointers: Any, mask: Any, itemsize: int) -> None:
+        where = np.broadcast_to(pointers.data, np.broadcast(pointers.data, mask.data).shape)[mask.data.astype(bool)]
+        for name, (low, high) in spans.items():
+            hit = int(((where >= low) & (where < high)).sum())
+            seen[kind, name] = seen.get((kind, name), 0) + hit * itemsize
+        for name, low, nbytes in parts:
+            seen[kind, name] = (
+                seen.get((kind, name), 0) + int(((where >= low) & (where < low + nbytes)).sum()) * itemsize
+            )
+
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def spy_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        out = load(self, pointers, mask, *rest)
+        record("load", pointers, mask, out.data.itemsize)
+        return out
+
+    def spy_store(self: Any, pointers: Any, value: Any, mask: Any, policy: Any) -> Any:
+        record("store", pointers, mask, value.data.itemsize)
+        worked.add(self.grid_idx[0])
+        return store(self, pointers, value, mask, policy)
+
+    monkeypatch.setattr(builder, "create_masked_load", spy_load)
+    monkeypatch.setattr(builder, "create_masked_store", spy_store)
+    counts = count.count_apply(plan, case.table, rows, 300, 100, 2, launch.INTERPRETED)
+    assert lora.LEAVES.value == config.PART
+    for item, expected in zip(launches, counts, strict=True):
+        seen.clear()
+        worked.clear()
+        item.run()
+        assert (item.name, item.grid, item.grid - len(worked)) == (expected.name, expected.grid, expected.idle)
+        assert {n: b for (kind, n), b in seen.items() if kind == "load" and b} == expected.loads
+        assert {n: b for (kind, n), b in seen.items() if kind == "store" and b} == expected.stores

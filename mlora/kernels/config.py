@@ -22,7 +22,7 @@ RANKS = 32  # rank rows at once in `expand` (RE): one number, since it orders su
 SHRINK_STAGES = 3  # blocks of `in` in flight
 
 _LEAVES = 16  # at most, of the sum over `in`
-_PART = 4  # leaves of a part: lora.LEAVES
+PART = 4  # leaves of a part; lora.LEAVES
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def block_k(itemsize: int) -> int:
 
 def slices(width: int, split: bool) -> int:
     """Slices of the workspace."""
-    return -(-width // (leaf(width) * (1 if split else _PART)))
+    return -(-width // (leaf(width) * (1 if split else PART)))
 
 
 def capacity(tokens: int, width: int, split: bool) -> int:

@@ -71,7 +71,7 @@ def shrink_rows(
 ):  # fmt: skip
     """Rank rows [r0, r_end) of one term; those from `rank` on are zeros."""
     for r in range(r0, r_end, RC):
-        sums = dots(x, a, token, live, r, rank, width, x_stride, start, leaves, BM, RC, BK, LEAF)
+        sums = dots(x, a, token, live, r, tl.minimum(r_end, rank), width, x_stride, start, leaves, BM, RC, BK, LEAF)
         rs = r + tl.arange(0, RC)
         keep = live[:, None] & ((rs < r_end) & (col + rs < capacity))[None, :]
         tl.store(v + token[:, None] * capacity + (col + rs)[None, :], tl.trans(sums), mask=keep)
