@@ -433,3 +433,21 @@ def test_counts_are_what_the_interpreter_sees(monkeypatch: pytest.MonkeyPatch, r
         assert (item.name, item.grid, item.grid - len(worked)) == (expected.name, expected.grid, expected.idle)
         assert {n: b for (kind, n), b in seen.items() if kind == "load" and b} == expected.loads
         assert {n: b for (kind, n), b in seen.items() if kind == "store" and b} == expected.stores
+
+
+@interpreted
+@pytest.mark.parametrize("tokens", [16, 64, 2048])
+@pytest.mark.parametrize("ranks", [(16,), (64,), (8, 16, 32, 64, 128)], ids=["r16", "r64", "mixed"])
+def test_programs_have_work(ranks: tuple[int, ...], tokens: int) -> None:
+    """At most 5% of the programs are idle, one adapter or many, whatever the number of slots."""
+    from mlora.kernels import count
+    from mlora.routing import plan_words
+
+    table = torch.zeros(64, layout.TABLE_WIDTH, dtype=torch.int64)
+    table[:, layout.RANK] = torch.tensor([ranks[i % len(ranks)] for i in range(64)])
+    table[:, layout.GAIN] = table[:, layout.SHIFT] = -1
+    for adapters in (1, 8, min(tokens, 64)):
+        recipes = [((str(row % adapters), 1.0),) for row in range(adapters if tokens == 2048 else tokens)]
+        plan = torch.from_numpy(plan_words(recipes, int))
+        for item in count.count_apply(plan, table, tokens, 4096, 4096, 2, config.Device(132, 90)):
+            assert item.grid >= 128 and item.idle <= 0.05 * item.grid, (adapters, item)

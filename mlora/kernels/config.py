@@ -17,7 +17,7 @@ from dataclasses import dataclass
 DECODE_TOKENS = 128
 WORKSPACE_BYTES = 64 << 20
 MAX_CAPACITY = 256  # rank rows of a recipe that `shrink` hands over to `expand`
-MIN_CAPACITY = 32
+MIN_CAPACITY = 64  # what `expand` keeps for all columns: 2 * RANKS
 RANKS = 32  # rank rows at once in `expand` (RE): one number, since it orders sums
 SHRINK_STAGES = 3  # blocks of `in` in flight
 
@@ -92,7 +92,7 @@ def slices(width: int, split: bool) -> int:
 
 
 def capacity(tokens: int, width: int, split: bool) -> int:
-    """Rank rows that the workspace holds for each token: 256, or what fits into 64 MiB, but at least 32."""
+    """Rank rows that the workspace holds for each token: 256, or what fits into 64 MiB, but at least 64."""
     fits = WORKSPACE_BYTES // (4 * tokens * slices(width, split))
     return max(MIN_CAPACITY, min(MAX_CAPACITY, fits // 32 * 32))
 

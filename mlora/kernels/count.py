@@ -122,7 +122,7 @@ def _count_expand(
             (rows, ranks), g = tiles[u // grains], u % grains
             g_end = min(grains, g + end - u)
             stop = min(g_end * f.expand_grain, width_out)
-            result.load("v", rows * min(config.RANKS, _pad(ranks[0])) * slices * 4)
+            result.load("v", rows * min(2 * config.RANKS, _pad(ranks[0])) * slices * 4)
             for n in range(g * f.expand_grain, stop, f.columns):
                 columns = min(f.columns, stop - n)
                 result.load("y", rows * columns * itemsize)
@@ -131,11 +131,13 @@ def _count_expand(
                 col = 0
                 for term, rank in enumerate(ranks):
                     for r in range(0, rank, config.RANKS):
-                        if col + r + config.RANKS > capacity and (term or r):  # `expand` computes these again
+                        if term == 0 and r < 2 * config.RANKS:
+                            continue
+                        if col + r + config.RANKS > capacity:  # `expand` computes these again
                             some = min(config.RANKS, rank - r)
                             result.load("x", rows * width * itemsize)
                             result.load("a", some * width * itemsize)
-                        elif term or r:
+                        else:
                             result.load("v", rows * min(config.RANKS, _pad(rank) - r) * slices * 4)
                     col += _pad(rank)
             u += g_end - g

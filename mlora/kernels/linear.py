@@ -61,7 +61,7 @@ def linear(
             gain = sum_gains(arena, plan, table, t0, t1, rows, routes, cols, some, GAIN, BN)
             acc += gain[None, :] * acc
             acc = add_delta(
-                acc, v, 0, x, arena, plan, table, t0, t1, rows, routes, token, live, cols, some, tokens, capacity,
+                acc, v, 0, 0, x, arena, plan, table, t0, t1, rows, routes, token, live, cols, some, tokens, capacity,
                 width, width_out, x_stride, BM, RE, LEAF, SPLIT, False,
             )  # fmt: skip
             acc += sum_gains(arena, plan, table, t0, t1, rows, routes, cols, some, SHIFT, BN)[None, :]

@@ -212,13 +212,13 @@ def first_rank(plan, table, t0, t1, rows, routes):
 
 @triton.jit
 def add_delta(
-    acc, v, kept, x, arena, plan, table, t0, t1, rows, routes, token, live, cols, some, tokens, capacity,
+    acc, v, kept, kept_next, x, arena, plan, table, t0, t1, rows, routes, token, live, cols, some, tokens, capacity,
     width, width_out, x_stride, BM: tl.constexpr, RE: tl.constexpr, LEAF: tl.constexpr,
     SPLIT: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """acc + sum_e w_e scale_e B_e^T v_e over the terms [t0, t1), for one tile of columns.
 
-    kept: if KEEP, v of the first RE rank rows of the first term: for most adapters all there is.
+    kept, kept_next: if KEEP, v of the first 2 * RE rank rows of the first term: for most adapters all there is.
     """
     col = 0
     for t in range(t0, t1):
@@ -229,6 +229,8 @@ def add_delta(
         for r in range(0, rank, RE):
             if KEEP and (t == t0) & (r == 0):
                 vs = kept
+            elif KEEP and (t == t0) & (r == RE):
+                vs = kept_next
             elif col + r + RE <= capacity:
                 at = tl.multiple_of(col, RANK_ALIGN)
                 vs = read_v(v, token, live, at, r, rank, tokens, capacity, width, BM, RE, LEAF, SPLIT)
@@ -264,6 +266,7 @@ def expand(
         t0, t1 = segment_terms(plan, segment, rows, routes)
         rank = first_rank(plan, table, t0, t1, rows, routes)
         kept = read_v(v, token, live, 0, 0, rank, tokens, capacity, width, BM, RE, LEAF, SPLIT)
+        kept_next = read_v(v, token, live, 0, RE, rank, tokens, capacity, width, BM, RE, LEAF, SPLIT)
         stop = tl.minimum(g_end * GRAIN, width_out)
         for n in range(g * GRAIN, stop, BN):
             cols = n + tl.arange(0, BN)
@@ -276,7 +279,7 @@ def expand(
                 source = tl.load(base + token[:, None] * base_stride + cols[None, :], mask=mask, other=0.0)
                 acc += gain[None, :] * source.to(tl.float32)
             acc = add_delta(
-                acc, v, kept, x, arena, plan, table, t0, t1, rows, routes, token, live, cols, some, tokens,
+                acc, v, kept, kept_next, x, arena, plan, table, t0, t1, rows, routes, token, live, cols, some, tokens,
                 capacity, width, width_out, x_stride, BM, RE, LEAF, SPLIT, True,
             )  # fmt: skip
             acc += sum_gains(arena, plan, table, t0, t1, rows, routes, cols, some, SHIFT, BN)[None, :]
