@@ -288,7 +288,7 @@ for folder in sys.argv[2:]:
     runtime.load_adapter(folder, folder.rsplit("/", 1)[1])
 names = ["r3", None, "dora1", {{"rs16": 0.5, "bias8": -1.0}}]
 with torch.no_grad():
-    options = dict(max_new_tokens=2, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    options = dict(max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True)
     out = model.generate(**batch, adapter_names=names, **options)
 torch.save((dispatch.backend("cpu", torch.float32), torch.stack(out.logits), out.sequences), sys.argv[1])
 """
@@ -324,7 +324,7 @@ arena, table = torch.empty(1024, dtype=dtype), torch.empty(64, 8, dtype=torch.in
 plan = torch.empty(1024, dtype=torch.int32)
 weight = torch.empty(4096, 4096, dtype=dtype)
 found = []
-for tokens in (16, 2048):
+for tokens in (16, 2048) if capability == 90 else (2048,):
     x, y = torch.empty(tokens, 4096, dtype=dtype), torch.empty(tokens, 4096, dtype=dtype)
     launches = launch.apply_launches(y, None, x, arena, table, plan, device)
     launches += launch.linear_launches(y, x, weight, None, arena, table, plan, device)[1:]
@@ -354,7 +354,7 @@ def test_compiles_for_architectures_that_are_not_here(capability: int) -> None:
     )
     assert done.returncode == 0, done.stderr
     kernels = json.loads(done.stdout)
-    assert len(kernels) == 8
+    assert len(kernels) == (8 if capability == 90 else 5)  # both forms on one architecture
     for kernel in kernels:
         assert kernel["spills"] == 0 and kernel["atomics"] == 0, kernel
         assert kernel["shared"] <= SHARED_LIMIT[capability], kernel
