@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,9 @@ import torch
 from hypothesis import settings
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+if not torch.cuda.is_available():  # Triton reads it as it is imported, and then runs its kernels in the interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import mlora
 from mlora.ops import layout

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlora.ops import dispatch, layout, reference
+from mlora.ops.library import HAS_TRITON
 
 NATIVE = dispatch.backend("cpu", torch.float32) == "cpu"
 BF16 = NATIVE and torch.ops.mlora.isa() == 3
@@ -547,11 +548,12 @@ with Log():
         capture_output=True,
         text=True,
     )
-    assert "MLORA_BACKEND is 'gpu', must be one of cpu, reference" in done.stderr
+    assert "MLORA_BACKEND is 'gpu', must be one of cpu, triton, reference" in done.stderr
 
 
 def test_backend_by_device_and_dtype():
-    assert dispatch.backend("cuda", torch.float16) == "reference"
+    assert dispatch.backend("cuda", torch.float16) == ("triton" if HAS_TRITON else "reference")
+    assert dispatch.backend("cuda", torch.float64) == "reference"
     assert dispatch.backend("cpu", torch.float64) == "reference"
     assert dispatch.backend("cpu", torch.bfloat16) == ("cpu" if NATIVE else "reference")
 

@@ -1,6 +1,7 @@
 """Which implementation runs, and the functions the layers call.
 
-`MLORA_BACKEND` (read at import) forces one: `cpu` or `reference`.
+`MLORA_BACKEND` (read at import) forces one: `cpu`, `triton` or `reference`. Under `triton` CPU tensors too go through
+the Triton kernels, which takes TRITON_INTERPRET=1 and is for tests.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import layout
-from .library import HAS_CPU
+from .library import HAS_CPU, HAS_TRITON
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "triton", "reference")
 _ISA_AVX512_BF16 = 3
-_CPU_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
+_KERNEL_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 
 # Up to this many tokens `linear` beats the library's matmul followed by `apply_`.
 FUSED_MAX_TOKENS = 64
@@ -30,6 +31,8 @@ def _forced() -> str | None:
         raise ValueError(f"MLORA_BACKEND is {name!r}, must be one of {', '.join(BACKENDS)}")
     if name == "cpu" and not HAS_CPU:
         raise ValueError("MLORA_BACKEND is 'cpu', but mlora was built without its C++ operators")
+    if name == "triton" and not HAS_TRITON:
+        raise ValueError("MLORA_BACKEND is 'triton', which is not installed")
     if name is None and not HAS_CPU:
         warnings.warn(
             "mlora uses its reference backend; build with a C++ compiler for speed", RuntimeWarning, stacklevel=2
@@ -38,28 +41,33 @@ def _forced() -> str | None:
 
 
 _FORCED = _forced()
-_NATIVE = HAS_CPU and _FORCED != "reference"
+_NATIVE = HAS_CPU and _FORCED in (None, "cpu")
+_PREFIX = {"reference": "reference_", "triton": "triton_"}.get(_FORCED or "", "")
 
 _reference_apply_ = torch.ops.mlora.reference_apply_.default
-_reference_linear = torch.ops.mlora.reference_linear.default
 _reference_scale_input = torch.ops.mlora.reference_scale_input.default
-_apply_ = torch.ops.mlora.apply_.default if _NATIVE else _reference_apply_
-_linear = torch.ops.mlora.linear.default if _NATIVE else _reference_linear
-_scale_input = torch.ops.mlora.scale_input.default if _NATIVE else _reference_scale_input
 _reference_merge_ = torch.ops.mlora.reference_merge_.default
-_merge_ = torch.ops.mlora.merge_.default if _NATIVE else _reference_merge_
+_apply_ = getattr(torch.ops.mlora, _PREFIX + "apply_").default
+_linear = getattr(torch.ops.mlora, _PREFIX + "linear").default
+_scale_input = getattr(torch.ops.mlora, _PREFIX + "scale_input").default
+_merge_ = getattr(torch.ops.mlora, _PREFIX + "merge_").default
 
 
 def backend(device: torch.device | str, dtype: torch.dtype) -> str:
     """Name of the implementation that serves tensors of this device and dtype: one of BACKENDS."""
-    if _NATIVE and torch.device(device).type == "cpu" and dtype in _CPU_DTYPES:
+    if _FORCED == "reference" or dtype not in _KERNEL_DTYPES:
+        return "reference"
+    kind = torch.device(device).type
+    if _NATIVE and kind == "cpu":
         return "cpu"
+    if _FORCED == "triton" or (HAS_TRITON and kind == "cuda"):
+        return "triton"
     return "reference"
 
 
 def apply_(y: Tensor, base: Tensor | None, x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> None:
     """See `reference.apply`; in place."""
-    if x.dtype is arena.dtype and y.dtype is arena.dtype and arena.dtype in _CPU_DTYPES:
+    if x.dtype is arena.dtype and y.dtype is arena.dtype and arena.dtype in _KERNEL_DTYPES:
         _apply_(y, base, x, arena, table, plan)
     else:
         _reference_apply_(y, base, x, arena, table, plan)
@@ -74,14 +82,14 @@ def linear(
 
 def scale_input(x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> Tensor:
     """See `reference.scale_input`."""
-    if x.dtype is arena.dtype and arena.dtype in _CPU_DTYPES:
+    if x.dtype is arena.dtype and arena.dtype in _KERNEL_DTYPES:
         return _scale_input(x, arena, table, plan)
     return _reference_scale_input(x, arena, table, plan)
 
 
 def merge_(weight: Tensor, source: Tensor | None, arena: Tensor, table: Tensor, plan: Tensor) -> None:
     """See `reference.merge_`; in place."""
-    if weight.dtype is arena.dtype and arena.dtype in _CPU_DTYPES:
+    if weight.dtype is arena.dtype and arena.dtype in _KERNEL_DTYPES:
         _merge_(weight, source, arena, table, plan)
     else:
         _reference_merge_(weight, source, arena, table, plan)

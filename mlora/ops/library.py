@@ -1,7 +1,8 @@
 """The operators of namespace `mlora`: schemas, shapes for tracing, and the reference for every device.
 
-The C++ library registers its kernels for the CPU dispatch key and takes over there. Each operator also exists
-as `reference_<name>`, which is the reference whatever is built.
+The C++ library registers its kernels for the CPU dispatch key and takes over there; the Triton kernels do so for the
+CUDA key where Triton is installed. Each operator also exists as `reference_<name>`, which is the reference whatever is
+built, and as `triton_<name>`, which is the Triton kernels, on CPU tensors in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -54,6 +55,20 @@ _REFERENCES: dict[str, Any] = {
 }
 
 
+def _triton(name: str) -> Any:
+    """The Triton implementation of an operator. Triton is imported when it is first called: that takes a second."""
+
+    def run(*args: Any) -> Any:
+        from .. import kernels
+
+        return getattr(kernels, name)(*args)
+
+    return run
+
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
 def _load() -> bool:
     spec = importlib.util.find_spec("mlora._C")
     if spec is None or spec.origin is None:
@@ -64,10 +79,13 @@ def _load() -> bool:
 
 LIBRARY = torch.library.Library("mlora", "DEF")
 for _name, _schema in _SCHEMAS.items():
-    for _prefix in ("", "reference_"):
+    for _prefix in ("", "reference_", "triton_") if HAS_TRITON else ("", "reference_"):
         LIBRARY.define(_prefix + _name + _schema, tags=(torch.Tag.needs_exact_strides,))
-        LIBRARY.impl(_prefix + _name, _REFERENCES[_name], "CompositeExplicitAutograd")
+        _default = _triton(_name) if _prefix == "triton_" else _REFERENCES[_name]
+        LIBRARY.impl(_prefix + _name, _default, "CompositeExplicitAutograd")
         torch.library.register_fake(f"mlora::{_prefix}{_name}", _FAKES[_name], lib=LIBRARY)
+    if HAS_TRITON:
+        LIBRARY.impl(_name, _triton(_name), "CUDA")
 LIBRARY.define("isa() -> int")
 
 HAS_CPU = _load()

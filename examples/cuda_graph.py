@@ -1,0 +1,52 @@
+"""Decode with a CUDA graph, and change what the rows of the batch use between replays.
+
+Needs a GPU; no test or CI job of this project runs it. The addresses that the captured kernels read are those of the
+arena, the tables and the plan buffer, none of which ever moves: loading, deleting and routing adapters changes their
+contents, by copies on the current stream, and the next replay sees them.
+
+    python examples/cuda_graph.py MODEL ADAPTER_FOLDER...
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import mlora
+from mlora import kernels
+
+
+def main(name: str, folders: list[str]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16).cuda().eval()
+    runtime = mlora.patch(model)
+    names = [runtime.load_adapter(folder).name for folder in folders]
+    kernels.warmup(model)  # nothing may be compiled while a graph is captured
+
+    rows = 8
+    tokens = torch.ones(rows, 1, dtype=torch.long, device="cuda")
+    # Capture needs kernels that read the shared plan buffer, as compiled code does; eager layers read a plan of the
+    # call's own.
+    step = torch.compile(model, fullgraph=True, backend="aot_eager")
+
+    stream = torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.stream(stream):
+        for _ in range(3):
+            step(input_ids=tokens, use_cache=False)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            logits = step(input_ids=tokens, use_cache=False).logits
+
+    for entries in ([names[0]] * rows, [None, *names][:1] * rows, [dict.fromkeys(names, 1.0 / len(names))] * rows):
+        with runtime.use_adapters(entries):  # writes the plan buffer
+            graph.replay()
+            torch.cuda.synchronize()
+            with torch.no_grad():
+                eager = model(input_ids=tokens, use_cache=False).logits
+        print(entries[0], "largest difference to eager:", (logits - eager).abs().max().item())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

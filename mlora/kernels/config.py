@@ -1,0 +1,132 @@
+"""Launch configurations: a small table by form and architecture, and the grids.
+
+Two forms. *Decode*, up to DECODE_TOKENS tokens: the batch may be all different adapters, so tiles are as small as the
+tensor cores allow and the sum over `in` is split as far as its tree goes. *Prefill*: tiles of 64 tokens, so that A
+is read once for 64 rows, which makes it a small part of the traffic; larger tiles would leave processors without
+work at 2048 tokens.
+
+What may change a row's bits (LEAF, BK, RE) depends on the width and the dtype alone, never on the number of tokens.
+`shrink` and `expand` use mma.sync on every architecture and in both forms (their tiles are too small for
+the instructions of a whole warp group, and they wait for memory anyway), so both forms round alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DECODE_TOKENS = 128
+WORKSPACE_BYTES = 64 << 20
+MAX_CAPACITY = 256  # rank rows of a recipe that `shrink` hands over to `expand`
+MIN_CAPACITY = 64  # what `expand` keeps for all columns: 2 * RANKS
+RANKS = 32  # rank rows at once in `expand` (RE): one number, since it orders sums
+SHRINK_STAGES = 3  # blocks of `in` in flight
+
+_LEAVES = 16  # at most, of the sum over `in`
+PART = 4  # leaves of a part; lora.LEAVES
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a configuration depends on.
+
+    Args:
+        processors: streaming multiprocessors. `capability`: 10 * major + minor, e.g. 90.
+    """
+
+    processors: int
+    capability: int
+
+
+@dataclass(frozen=True)
+class Form:
+    """Tiles of one form; names in the kernels are in brackets.
+
+    Args:
+        split: whether each leaf of the sum has a slice of the workspace (SPLIT).
+        per_processor: programs a processor.
+        shrink_tokens, expand_tokens: tokens of a tile (BM). columns: of a tile of `expand` (BN).
+        wide: WIDE.
+        shrink_grain, expand_grain: rank rows or columns of a unit of work (GRAIN).
+    """
+
+    split: bool
+    per_processor: int
+    shrink_tokens: int
+    shrink_grain: int
+    wide: int
+    expand_tokens: int
+    expand_grain: int
+    columns: int
+
+
+# Decode: a rank row and one sector of y are the smallest pieces that cost nothing to hand to another processor.
+DECODE = Form(True, 1, 16, 1, 16, 16, 16, 64)
+PREFILL = Form(False, 2, 64, 16, 32, 32, 64, 64)
+
+# The base product: (BM, BN, BK for 16-bit types, warps, stages). Shared memory per block is 99 KiB on sm_86, sm_89 and
+# sm_120, 163 KiB on sm_80, 227 KiB on sm_90 and sm_100; a stage takes (BM + BN) * BK * 2 bytes. fp32 has no tensor
+# cores here and wants small tiles.
+_LINEAR = {80: (128, 64, 32, 8, 4), 90: (128, 64, 64, 8, 3), 100: (128, 64, 64, 8, 3)}
+_LINEAR_SMALL = (128, 64, 32, 8, 3)
+_LINEAR_DECODE = (16, 64, 64, 4, 4)
+_LINEAR_FP32 = (32, 64, 16, 4, 3)
+
+
+def form(tokens: int) -> Form:
+    return DECODE if tokens <= DECODE_TOKENS else PREFILL
+
+
+def leaf(width: int) -> int:
+    """Elements of a leaf of the sum over `width`: at most 16 leaves, of a multiple of 128."""
+    return max(128, -(-width // (_LEAVES * 128)) * 128)
+
+
+def block_k(itemsize: int) -> int:
+    """Elements of `in` at once: 128 bytes."""
+    return 128 // itemsize
+
+
+def slices(width: int, split: bool) -> int:
+    """Slices of the workspace."""
+    return -(-width // (leaf(width) * (1 if split else PART)))
+
+
+def capacity(tokens: int, width: int, split: bool) -> int:
+    """Rank rows that the workspace holds for each token: 256, or what fits into 64 MiB, but at least 64."""
+    fits = WORKSPACE_BYTES // (4 * tokens * slices(width, split))
+    return max(MIN_CAPACITY, min(MAX_CAPACITY, fits // 32 * 32))
+
+
+def shrink_grid(device: Device, tokens: int, width: int) -> int:
+    """Programs of `shrink`: as many as have work if every row takes one adapter, of rank 8 or more in decode."""
+    f = form(tokens)
+    n = slices(width, f.split)
+    least = -(-tokens // f.shrink_tokens) * n if not f.split else tokens * n * 8
+    return max(1, min(device.processors * f.per_processor, least))
+
+
+def expand_grid(device: Device, tokens: int, width_out: int) -> int:
+    """Programs of `expand`: as many as have work if every row takes the same adapter."""
+    f = form(tokens)
+    least = -(-tokens // f.expand_tokens) * -(-width_out // f.expand_grain)
+    return max(1, min(device.processors * f.per_processor, least))
+
+
+def linear_tiles(device: Device, tokens: int, itemsize: int) -> tuple[int, int, int, int, int]:
+    """BM, BN, BK, warps and stages of `linear`."""
+    if itemsize == 4:
+        return _LINEAR_FP32
+    if tokens <= DECODE_TOKENS:
+        return _LINEAR_DECODE
+    major = _family(device.capability)
+    return _LINEAR.get(major, _LINEAR_SMALL)
+
+
+def _family(capability: int) -> int:
+    """The architecture whose rows of a table serve `capability`: 90 and 100 for their minor versions too."""
+    return capability // 10 * 10 if capability >= 90 else capability
+
+
+def linear_grid(device: Device, tokens: int, width_out: int, bm: int, bn: int) -> int:
+    """Programs of `linear`: one a processor, or one a tile if there are fewer."""
+    return max(1, min(device.processors, -(-tokens // bm) * -(-width_out // bn)))

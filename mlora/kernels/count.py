@@ -1,0 +1,153 @@
+"""What `apply_` does on a given batch, counted without running it: programs, those without work, and bytes asked for.
+
+The walk mirrors the kernels' own, unit by unit; tests compare it with what the interpreter sees.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..ops import layout, reference
+from . import config
+from .config import Device
+
+_RANK_ALIGN = 16
+
+
+@dataclass
+class Count:
+    """One launch.
+
+    Args:
+        grid: programs started. idle: those that find no unit of work.
+        loads, stores: tensor -> bytes that unmasked lanes ask for, re-reads included: "x", "a", "b", "v", "y". The
+            plan, the table, gains and shifts are left out.
+    """
+
+    name: str
+    grid: int
+    idle: int = 0
+    loads: dict[str, int] = field(default_factory=dict)
+    stores: dict[str, int] = field(default_factory=dict)
+
+    def load(self, name: str, nbytes: int) -> None:
+        self.loads[name] = self.loads.get(name, 0) + nbytes
+
+    def store(self, name: str, nbytes: int) -> None:
+        self.stores[name] = self.stores.get(name, 0) + nbytes
+
+
+def _shares(total: int, grid: int) -> list[tuple[int, int]]:
+    each, more = divmod(total, grid)
+    starts = [each * i + min(i, more) for i in range(grid + 1)]
+    return list(itertools.pairwise(starts))
+
+
+def _pad(rank: int) -> int:
+    return -(-rank // _RANK_ALIGN) * _RANK_ALIGN
+
+
+def count_apply(
+    plan: Tensor, table: Tensor, tokens: int, width: int, width_out: int, itemsize: int, device: Device
+) -> list[Count]:
+    """The launches of `apply_` without `base`: plan and table as in `layout`, in host memory; `itemsize` in bytes.
+
+    Offsets in the table count as aligned.
+    """
+    routes = reference.routes(plan, table, tokens)
+    return [
+        _count_shrink(routes, tokens, width, itemsize, device),
+        _count_expand(routes, tokens, width, width_out, itemsize, device),
+    ]
+
+
+def _count_shrink(routes: list[reference.Route], tokens: int, width: int, itemsize: int, device: Device) -> Count:
+    f = config.form(tokens)
+    result = Count("shrink", config.shrink_grid(device, tokens, width))
+    slices = config.slices(width, f.split)
+    length = config.leaf(width) * (1 if f.split else config.PART)
+    capacity = config.capacity(tokens, width, f.split)
+    blocks: list[tuple[int, int, list[int], int]] = []  # tokens, elements of `in`, ranks of the terms, units
+    for route in routes:
+        ranks = [t.rank for t in route.terms]
+        units = sum(-(-rank // f.shrink_grain) for rank in ranks)
+        for start in range(0, len(route.tokens), f.shrink_tokens):
+            rows = min(f.shrink_tokens, len(route.tokens) - start)
+            blocks += [(rows, min(length, width - s * length), ranks, units) for s in range(slices)]
+    total = sum(units for *_, units in blocks)
+    index, before = 0, 0
+    for u, end in _shares(total, result.grid):
+        result.idle += u == end
+        while u < end:
+            while u >= before + blocks[index][3]:
+                before += blocks[index][3]
+                index += 1
+            rows, elements, ranks, units = blocks[index]
+            q, q_end = u - before, min(units, end - before)
+            passed = col = 0
+            for rank in ranks:
+                r0 = max(q - passed, 0) * f.shrink_grain
+                r1 = (q_end - passed) * f.shrink_grain
+                if r1 >= rank:
+                    r1 = _pad(rank)
+                if r0 < min(r1, rank):
+                    chunk = f.wide if r1 - r0 > 16 else 16
+                    result.load("x", -(-(r1 - r0) // chunk) * rows * elements * itemsize)
+                    result.load("a", (min(r1, rank) - r0) * elements * itemsize)
+                    result.store("v", max(0, min(col + r1, capacity) - col - r0) * rows * 4)
+                passed += -(-rank // f.shrink_grain)
+                col += _pad(rank)
+            u += q_end - q
+    return result
+
+
+def _count_expand(
+    routes: list[reference.Route], tokens: int, width: int, width_out: int, itemsize: int, device: Device
+) -> Count:
+    f = config.form(tokens)
+    result = Count("expand", config.expand_grid(device, tokens, width_out))
+    slices, capacity = config.slices(width, f.split), config.capacity(tokens, width, f.split)
+    grains = -(-width_out // f.expand_grain)
+    tiles: list[tuple[int, list[int]]] = []
+    for route in routes:
+        if any(t.rank or t.gain >= 0 or t.shift >= 0 for t in route.terms):
+            for start in range(0, len(route.tokens), f.expand_tokens):
+                tiles.append((min(f.expand_tokens, len(route.tokens) - start), [t.rank for t in route.terms]))
+    for u, end in _shares(len(tiles) * grains, result.grid):
+        result.idle += u == end
+        while u < end:
+            (rows, ranks), g = tiles[u // grains], u % grains
+            g_end = min(grains, g + end - u)
+            stop = min(g_end * f.expand_grain, width_out)
+            result.load("v", rows * min(2 * config.RANKS, _pad(ranks[0])) * slices * 4)
+            for n in range(g * f.expand_grain, stop, f.columns):
+                columns = min(f.columns, stop - n)
+                result.load("y", rows * columns * itemsize)
+                result.store("y", rows * columns * itemsize)
+                result.load("b", sum(ranks) * columns * itemsize)
+                col = 0
+                for term, rank in enumerate(ranks):
+                    for r in range(0, rank, config.RANKS):
+                        if term == 0 and r < 2 * config.RANKS:
+                            continue
+                        if col + r + config.RANKS > capacity:  # `expand` computes these again
+                            some = min(config.RANKS, rank - r)
+                            result.load("x", rows * width * itemsize)
+                            result.load("a", some * width * itemsize)
+                        else:
+                            result.load("v", rows * min(config.RANKS, _pad(rank) - r) * slices * 4)
+                    col += _pad(rank)
+            u += g_end - g
+    return result
+
+
+def lower_bound(plan: Tensor, table: Tensor, tokens: int, width: int, width_out: int, itemsize: int) -> int:
+    """Bytes that any unfused LoRA operator has to move: x and y of the routed tokens, each adapter once."""
+    routes = reference.routes(plan, table, tokens)
+    slots = {t.slot for route in routes for t in route.terms}
+    ranks = sum(int(table[slot, layout.RANK]) for slot in slots)
+    routed = sum(len(route.tokens) for route in routes)
+    return (routed * (width + 2 * width_out) + ranks * (width + width_out)) * itemsize

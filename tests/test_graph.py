@@ -1,0 +1,127 @@
+"""What a patched model does on a GPU, traced with fake CUDA tensors: its launches, and that it never waits."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+from conftest import build, inputs_for
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mlora
+from mlora.layers import LoraLayer
+from mlora.store import GAIN, IN_GAIN, LORA
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+# Operators that read a device's memory from the host, or whose shapes depend on it.
+WAITS = {
+    "aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::_unique2",
+    "aten::masked_select", "aten::unique_dim", "aten::repeat_interleave.Tensor",
+}  # fmt: skip
+
+
+class Trace(TorchDispatchMode):
+    """Names of the operators that ran, and of those that the host waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.name()
+        self.calls.append(name)
+        moved = isinstance(out, torch.Tensor) and out.device.type == "cpu"
+        if name in WAITS or (moved and any(isinstance(a, torch.Tensor) and a.device.type == "cuda" for a in args)):
+            self.waits.append(name)
+        return out
+
+    def count(self, name: str) -> int:
+        return sum(call.split(".")[0] == f"mlora::{name}" for call in self.calls)
+
+
+def traced_layer(touches: int, tokens: int) -> Trace:
+    """One forward of one linear on fake CUDA tensors whose plan has `touches` for it."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        model = torch.nn.Sequential(torch.nn.Linear(64, 96, device="cuda", dtype=torch.bfloat16))
+        runtime = mlora.patch(model, memory=1 << 16)
+        layer = model[0]
+        assert isinstance(layer, LoraLayer) and layer.weight.device.type == "cuda"
+        x = torch.empty(tokens, 64, device="cuda", dtype=torch.bfloat16)
+        words = torch.zeros(64, dtype=torch.int32, device="cuda")
+        runtime._shared.local.plan = mlora.routing.Plan(words, bytes([touches]), (), 1, (1,))
+        assert mode is not None
+        with torch.no_grad(), Trace() as trace:
+            out = layer(x)
+        runtime._shared.local.plan = None
+        assert out.device.type == "cuda" and out.shape == (tokens, 96)
+    return trace
+
+
+@pytest.mark.parametrize("tokens", [1, 2048])
+@pytest.mark.parametrize(
+    ("touches", "calls"),
+    [
+        (0, {"apply_": 0, "scale_input": 0}),
+        (LORA, {"apply_": 1, "scale_input": 0}),
+        (LORA | GAIN, {"apply_": 1, "scale_input": 0}),
+        (LORA | IN_GAIN, {"apply_": 1, "scale_input": 1}),
+    ],
+    ids=["base", "lora", "gain", "in_gain"],
+)
+def test_a_layer_makes_one_call_and_never_waits(touches: int, calls: dict[str, int], tokens: int) -> None:
+    trace = traced_layer(touches, tokens)
+    assert trace.waits == []
+    assert {name: trace.count(name) for name in calls} == calls
+    free = ("mlora::", "prim::", "aten::view", "aten::t", "aten::detach")  # views and queries launch nothing
+    others = [call for call in trace.calls if not call.startswith(free)]
+    assert others == ["aten::addmm"], "beside the operators above only the base product"
+
+
+def test_the_trace_sees_waits() -> None:
+    with FakeTensorMode():
+        x = torch.ones(3, device="cuda")
+        with Trace() as trace:
+            x.cpu()
+    assert trace.waits
+
+
+def test_launches_of_an_operator_depend_on_shapes_only() -> None:
+    """Two launches for `apply_` and `linear`, one for `scale_input`; grids that never ask the plan."""
+    from mlora.kernels import launch
+    from mlora.kernels.config import Device
+
+    device = Device(132, 90)
+    with FakeTensorMode():
+        arena = torch.empty(1024, dtype=torch.bfloat16, device="cuda")
+        table = torch.empty(64, 8, dtype=torch.int64, device="cuda")
+        plan = torch.empty(512, dtype=torch.int32, device="cuda")
+        weight = torch.empty(14336, 4096, dtype=torch.bfloat16, device="cuda")
+        for tokens in (1, 16, 64, 2048, 8192):
+            x = torch.empty(tokens, 4096, dtype=torch.bfloat16, device="cuda")
+            y = torch.empty(tokens, 14336, dtype=torch.bfloat16, device="cuda")
+            with Trace() as trace:
+                apply_ = launch.apply_launches(y, None, x, arena, table, plan, device)
+                linear = launch.linear_launches(y, x, weight, None, arena, table, plan, device)
+                scale = launch.scale_input_launches(x, x, arena, table, plan, device)
+            assert [len(launches) for launches in (apply_, linear, scale)] == [2, 2, 1]
+            assert set(trace.calls) <= {"aten::empty.memory_format", "aten::new_empty"} and not trace.waits
+            assert all(item.grid <= 4 * device.processors for item in [*apply_, *linear, *scale])
+
+
+def test_warmup_runs_every_shape_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlora.kernels import launch
+
+    model = build("llama")
+    runtime = mlora.patch(model, memory=1 << 16)
+    ran: list[str] = []
+    monkeypatch.setattr(launch, "_run", lambda launches, where: ran.extend(item.name for item in launches))
+    calls = launch.warmup(model)
+    shapes = {(m.in_features, m.out_features) for m in model.modules() if isinstance(m, LoraLayer)}
+    assert calls == 4 * len(shapes) and ran.count("shrink") == ran.count("expand") == 2 * len(shapes)
+    assert runtime is model.mlora and inputs_for("llama", 1)
