@@ -1,6 +1,6 @@
 """Which implementation runs, and the functions the layers call.
 
-`MLORA_BACKEND` (read at import) forces one: `cpu` or `reference`.
+`MLORA_BACKEND` (read at import) forces one of BACKENDS.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import layout
-from .library import HAS_CPU
+from .library import EMULATED, HAS_CPU, HAS_CUDA
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "cuda", "emulation", "reference")
 _ISA_AVX512_BF16 = 3
-_CPU_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
+_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 
 # Up to this many tokens `linear` beats the library's matmul followed by `apply_`.
 FUSED_MAX_TOKENS = 64
@@ -30,6 +30,8 @@ def _forced() -> str | None:
         raise ValueError(f"MLORA_BACKEND is {name!r}, must be one of {', '.join(BACKENDS)}")
     if name == "cpu" and not HAS_CPU:
         raise ValueError("MLORA_BACKEND is 'cpu', but mlora was built without its C++ operators")
+    if name == "cuda" and not HAS_CUDA:
+        raise ValueError("MLORA_BACKEND is 'cuda', but mlora was built without its CUDA operators")
     if name is None and not HAS_CPU:
         warnings.warn(
             "mlora uses its reference backend; build with a C++ compiler for speed", RuntimeWarning, stacklevel=2
@@ -38,7 +40,7 @@ def _forced() -> str | None:
 
 
 _FORCED = _forced()
-_NATIVE = HAS_CPU and _FORCED != "reference"
+_NATIVE = _FORCED != "reference"  # the operators that choose by the tensors' device
 
 _reference_apply_ = torch.ops.mlora.reference_apply_.default
 _reference_linear = torch.ops.mlora.reference_linear.default
@@ -46,18 +48,24 @@ _reference_scale_input = torch.ops.mlora.reference_scale_input.default
 _apply_ = torch.ops.mlora.apply_.default if _NATIVE else _reference_apply_
 _linear = torch.ops.mlora.linear.default if _NATIVE else _reference_linear
 _scale_input = torch.ops.mlora.scale_input.default if _NATIVE else _reference_scale_input
+_apply_group_ = torch.ops.mlora.apply_group_.default
+_merge_ = torch.ops.mlora.merge_.default if _NATIVE else torch.ops.mlora.reference_merge_.default
 
 
 def backend(device: torch.device | str, dtype: torch.dtype) -> str:
     """Name of the implementation that serves tensors of this device and dtype: one of BACKENDS."""
-    if _NATIVE and torch.device(device).type == "cpu" and dtype in _CPU_DTYPES:
-        return "cpu"
+    if _NATIVE and dtype in _DTYPES:
+        kind = torch.device(device).type
+        if kind == "cpu" and (EMULATED or HAS_CPU):
+            return "emulation" if EMULATED else "cpu"
+        if kind == "cuda" and HAS_CUDA:
+            return "cuda"
     return "reference"
 
 
 def apply_(y: Tensor, base: Tensor | None, x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> None:
     """See `reference.apply`; in place."""
-    if x.dtype is arena.dtype and y.dtype is arena.dtype and arena.dtype in _CPU_DTYPES:
+    if x.dtype is arena.dtype and y.dtype is arena.dtype and arena.dtype in _DTYPES:
         _apply_(y, base, x, arena, table, plan)
     else:
         _reference_apply_(y, base, x, arena, table, plan)
@@ -72,9 +80,26 @@ def linear(
 
 def scale_input(x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> Tensor:
     """See `reference.scale_input`."""
-    if x.dtype is arena.dtype and arena.dtype in _CPU_DTYPES:
+    if x.dtype is arena.dtype and arena.dtype in _DTYPES:
         return _scale_input(x, arena, table, plan)
     return _reference_scale_input(x, arena, table, plan)
+
+
+def apply_group_(y: list[Tensor], x: Tensor, arena: Tensor, tables: list[Tensor], plan: Tensor) -> None:
+    """See `reference.apply_group_`; one launch where the backend has one for a group, else one a module."""
+    if backend(x.device, x.dtype) in ("cuda", "emulation") and all(t.dtype is x.dtype for t in (arena, *y)):
+        _apply_group_(y, x, arena, tables, plan)
+    else:
+        for out, table in zip(y, tables, strict=True):
+            apply_(out, None, x, arena, table, plan)
+
+
+def merge_(weight: Tensor, arena: Tensor, table: Tensor, slots: Tensor, weights: Tensor) -> None:
+    """See `reference.merge_`."""
+    if weight.dtype is arena.dtype and arena.dtype in _DTYPES and weight.is_contiguous():
+        _merge_(weight, arena, table, slots, weights)
+    else:
+        torch.ops.mlora.reference_merge_.default(weight, arena, table, slots, weights)
 
 
 def probe_kblock(in_features: int, out_features: int, bias: bool, rows: int) -> int:
@@ -84,7 +109,7 @@ def probe_kblock(in_features: int, out_features: int, bias: bool, rows: int) -> 
     first, so that only the rounding noise of the order of summation is left. The answer for 2 tokens holds for up to
     FUSED_MAX_TOKENS.
     """
-    if not _NATIVE or not 1 <= rows <= FUSED_MAX_TOKENS or in_features % 2:
+    if not (_NATIVE and HAS_CPU) or not 1 <= rows <= FUSED_MAX_TOKENS or in_features % 2:
         return 0
     if torch.ops.mlora.isa() < _ISA_AVX512_BF16:
         return 0

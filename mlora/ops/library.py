@@ -1,12 +1,16 @@
 """The operators of namespace `mlora`: schemas, shapes for tracing, and the reference for every device.
 
-The C++ library registers its kernels for the CPU dispatch key and takes over there. Each operator also exists
-as `reference_<name>`, which is the reference whatever is built.
+The C++ library registers its kernels for the CPU dispatch key and takes over there, the CUDA library for CUDA's.
+Each operator also exists as `reference_<name>`, which is the reference whatever is built.
+
+For tests, `MLORA_BACKEND=emulation` registers the CUDA kernels for the CPU instead, from the library built out of
+csrc/emulation that `MLORA_EMULATION_LIBRARY` names.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from typing import Any
 
 import torch
@@ -18,6 +22,8 @@ _SCHEMAS = {
     "apply_": "(Tensor(a!) y, Tensor? base, Tensor x, Tensor arena, Tensor table, Tensor plan) -> ()",
     "linear": "(Tensor x, Tensor weight, Tensor? bias, Tensor arena, Tensor table, Tensor plan, int kblock) -> Tensor",
     "scale_input": "(Tensor x, Tensor arena, Tensor table, Tensor plan) -> Tensor",
+    "apply_group_": "(Tensor(a!)[] y, Tensor x, Tensor arena, Tensor[] tables, Tensor plan) -> ()",
+    "merge_": "(Tensor(a!) weight, Tensor arena, Tensor table, Tensor slots, Tensor weights) -> ()",
 }
 
 
@@ -35,16 +41,32 @@ def _fake_scale_input(x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> 
     return x.new_empty(x.shape)
 
 
-_FAKES: dict[str, Any] = {"apply_": _fake_apply_, "linear": _fake_linear, "scale_input": _fake_scale_input}
+def _fake_apply_group_(y: list[Tensor], x: Tensor, arena: Tensor, tables: list[Tensor], plan: Tensor) -> None:
+    return None
+
+
+def _fake_merge_(weight: Tensor, arena: Tensor, table: Tensor, slots: Tensor, weights: Tensor) -> None:
+    return None
+
+
+_FAKES: dict[str, Any] = {
+    "apply_": _fake_apply_,
+    "linear": _fake_linear,
+    "scale_input": _fake_scale_input,
+    "apply_group_": _fake_apply_group_,
+    "merge_": _fake_merge_,
+}
 _REFERENCES: dict[str, Any] = {
     "apply_": reference.apply_,
     "linear": reference.linear,
     "scale_input": reference.scale_input,
+    "apply_group_": reference.apply_group_,
+    "merge_": reference.merge_,
 }
 
 
-def _load() -> bool:
-    spec = importlib.util.find_spec("mlora._C")
+def _load(module: str) -> bool:
+    spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         return False
     torch.ops.load_library(spec.origin)
@@ -59,4 +81,8 @@ for _name, _schema in _SCHEMAS.items():
         torch.library.register_fake(f"mlora::{_prefix}{_name}", _FAKES[_name], lib=LIBRARY)
 LIBRARY.define("isa() -> int")
 
-HAS_CPU = _load()
+EMULATED = os.environ.get("MLORA_BACKEND") == "emulation"
+if EMULATED:
+    torch.ops.load_library(os.environ["MLORA_EMULATION_LIBRARY"])
+HAS_CPU = not EMULATED and _load("mlora._C")
+HAS_CUDA = torch.backends.cuda.is_built() and _load("mlora._C_cuda")

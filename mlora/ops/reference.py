@@ -203,3 +203,36 @@ def scale_input(x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> Tensor
             out = out.index_copy(0, route.tokens, out[route.tokens] * factor)
     out = out.to(x.dtype).view(x.shape)
     return out.clone() if out.data_ptr() == x.data_ptr() else out
+
+
+def apply_group_(y: list[Tensor], x: Tensor, arena: Tensor, tables: list[Tensor], plan: Tensor) -> None:
+    """`apply_` for modules that read the same x: y[i] <- apply(y[i], None, x, arena, tables[i], plan)."""
+    for out, table in zip(y, tables, strict=True):
+        apply_(out, None, x, arena, table, plan)
+
+
+def merge_(weight: Tensor, arena: Tensor, table: Tensor, slots: Tensor, weights: Tensor) -> None:
+    """Fold the recipe (slots, weights) into the weight of a linear, in place, with one rounding.
+
+    Semantics: W <- W * (1 + sum_i w_i (gain_i[:, None] + in_gain_i[None, :])) + sum_i w_i scale_i B_i^T A_i, so that
+    x W^T becomes what `apply` makes of it; slots below 0 are skipped.
+    Shapes: weight (out, in), slots int32 (terms,), weights float32 (terms,), table as in `layout`.
+    """
+    dtype = _wide(weight.dtype)
+    height, width = weight.shape
+    factor = torch.ones(height, width, dtype=dtype, device=weight.device)
+    delta = torch.zeros_like(factor)
+    for slot, w in zip(slots.tolist(), weights.tolist(), strict=True):
+        if slot < 0:
+            continue
+        row = table[slot].tolist()
+        rank = row[layout.RANK]
+        if rank:
+            a = _part(arena, row[layout.A], rank * width, slot, dtype).view(rank, width)
+            b = _part(arena, row[layout.B], rank * height, slot, dtype).view(rank, height)
+            delta += (w * _float(row[layout.SCALE])) * (b.T @ a)
+        if row[layout.GAIN] >= 0:
+            factor += w * _part(arena, row[layout.GAIN], height, slot, dtype)[:, None]
+        if row[layout.IN_GAIN] >= 0:
+            factor += w * _part(arena, row[layout.IN_GAIN], width, slot, dtype)
+    weight.copy_(weight.to(dtype) * factor + delta)
