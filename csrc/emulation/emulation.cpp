@@ -238,7 +238,7 @@ void* shared_block(size_t bytes) {
   SharedBlock& shared = state.blocks[state.rank];
   if (!shared.memory) {
     shared.bytes = bytes;
-    shared.memory.reset(static_cast<unsigned char*>(std::aligned_alloc(16, (bytes + 15) / 16 * 16)));
+    shared.memory.reset(static_cast<unsigned char*>(std::aligned_alloc(16, bytes % 16 ? bytes + 16 - bytes % 16 + kGuard : bytes + kGuard)));
     std::memset(shared.memory.get(), 0xff, bytes);
     shared.access.assign(bytes, {});
   }

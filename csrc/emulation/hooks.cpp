@@ -128,11 +128,13 @@ void check(size_t rank, size_t offset, size_t bytes, bool write) {
 }
 
 inline void touch(const void* p, size_t bytes, bool write, uintptr_t site) {
-  if (state.fiber < 0) return;
+  if (state.fiber < 0 || !state.launched) return;  // not in a kernel, or built without the hooks
   const uintptr_t at = reinterpret_cast<uintptr_t>(p);
   for (size_t rank = 0; rank < state.blocks.size(); ++rank) {
     const uintptr_t base = reinterpret_cast<uintptr_t>(state.blocks[rank].memory.get());
-    if (base && at >= base && at < base + state.blocks[rank].bytes) return check(rank, at - base, bytes, write);
+    if (base && at >= base && at < base + state.blocks[rank].bytes + kGuard) {
+      return check(rank, at - base, bytes, write);
+    }
   }
   if (!watched.empty()) count(at, bytes, write, site);
 }

@@ -25,6 +25,12 @@ struct Free {
   void operator()(unsigned char* p) const { std::free(p); }
 };
 
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t kGuard = 0;  // AddressSanitizer has its own
+#else
+constexpr size_t kGuard = 4096;  // bytes behind a block's shared memory, where an access is one beyond its end
+#endif
+
 struct SharedBlock {
   std::unique_ptr<unsigned char, Free> memory;
   size_t bytes = 0;
