@@ -18,7 +18,7 @@
 namespace mlora {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 768;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kTile = 8;           // tokens of a route that share one read of A and B
 constexpr int kTokens = 16;        // tokens of a batch
@@ -26,13 +26,20 @@ constexpr int kRows = 256;         // rank rows of a batch; a tile with more goe
 constexpr int kStep = 8 * kWarp;   // features of x that a block stages at a time
 constexpr int kUnit = 64;          // output columns of a warp: 8 lanes of 8, for 4 pairs of tokens
 constexpr int kSlice = 64;         // a block's slice of the features is a multiple of it
-constexpr int kUnroll = 4;         // rank rows in flight a warp
+template <class T>
+constexpr int kUnroll = 8 / sizeof(T);  // rank rows in flight a warp
 
 struct Tile {
   int32_t route, offset;            // tokens [offset, offset + count) of the route
   int32_t first, count;             // where they lie in the batch
   int32_t rows[kSiblings + 1];      // sibling s has rank rows [rows[s], rows[s + 1]) of the batch
   int32_t extras;                   // bit s: some term has a gain or a shift for sibling s
+};
+
+struct Place {  // what a warp adds to the output
+  int32_t tile, sibling, column;  // kUnit columns
+  int32_t row_begin, row_end;     // by these rank rows
+  int32_t tokens;
 };
 
 struct Shared {
@@ -43,10 +50,12 @@ struct Shared {
   int64_t row_a[kRows], row_b[kRows];
   float row_scale[kRows];
   int32_t row_tile[kRows];
-  int64_t token[kTokens];
+  int32_t token[kTokens];
   Tile tile[kTokens];
+  Place place[kWarps];
   int32_t route, offset;          // where the next batch starts
   int32_t tiles, tokens, rows;    // of this batch
+  bool ragged;                    // some rank row cannot be read 16 bytes at a time
   // What all threads know is here so as not to take registers. This cluster's share:
   int32_t left;                   // tiles
   int32_t first_unit, units;      // columns, in units of all siblings laid side by side
@@ -94,8 +103,11 @@ __device__ __forceinline__ int32_t units_of(const Sibling& sibling) {
   return static_cast<int32_t>((sibling.out + kUnit - 1) / kUnit);
 }
 
-// By one warp: this cluster's tiles, or columns of one tile if there are fewer tiles than clusters.
-MLORA_NOINLINE __device__ void take_share(const ApplyArgs& args, const Plan& plan, int lane, Shared& s) {
+// By one warp: the plan, and of it this cluster's tiles, or columns of one tile if there are fewer tiles than clusters.
+MLORA_NOINLINE __device__ void take_share(const ApplyArgs& args, int lane, Shared& s) {
+  if (lane == 0) s.plan = Plan(args.plan, args.plan_size, args.tokens);
+  __syncwarp();
+  const Plan& plan = s.plan;
   const int64_t clusters = gridDim.x / cluster_size(), cluster = blockIdx.x / cluster_size();
   const int64_t total = count_tiles(plan, lane), first = cluster * total / clusters;
   int64_t left = (cluster + 1) * total / clusters - first, part = 0, parts = 1;
@@ -130,7 +142,8 @@ MLORA_NOINLINE __device__ void take_share(const ApplyArgs& args, const Plan& pla
 
 // By one warp: the next batch; lane i looks at the i-th route from where it starts. A batch
 // has tiles of different routes, since a second tile of one route would only read the same rank rows again.
-MLORA_NOINLINE __device__ void form_batch(const ApplyArgs& args, const Plan& plan, int lane, Shared& s) {
+MLORA_NOINLINE __device__ void form_batch(const ApplyArgs& args, int lane, Shared& s) {
+  const Plan& plan = s.plan;
   const int32_t route = s.route + lane, offset = lane == 0 ? s.offset : 0;
   int32_t tokens = 0, count = 0, rows = 0, extras = 0;
   int32_t ranks[kSiblings] = {};
@@ -185,10 +198,19 @@ MLORA_NOINLINE __device__ void form_batch(const ApplyArgs& args, const Plan& pla
   }
 }
 
+// The token behind position `index` of the batch.
+MLORA_NOINLINE __device__ void find_token(int index, Shared& s) {
+  int t = 0;
+  while (index >= s.tile[t].first + s.tile[t].count) ++t;
+  const Tile& tile = s.tile[t];
+  s.token[index] = s.plan.token(s.plan.row_start[tile.route] * s.plan.length + tile.offset + (index - tile.first));
+}
+
 // Where rank rows [begin, begin + kRows) of the batch lie, one a thread. Returns whether this thread's cannot be read
 // 16 bytes at a time.
 template <class T>
-MLORA_NOINLINE __device__ bool list_rows(const ApplyArgs& args, const Plan& plan, int32_t begin, int thread, Shared& s) {
+MLORA_NOINLINE __device__ bool list_rows(const ApplyArgs& args, int32_t begin, int thread, Shared& s) {
+  const Plan& plan = s.plan;
   int32_t index = begin + thread;
   if (thread >= kRows || index >= s.rows) return false;
   int t = 0, i = 0;
@@ -253,11 +275,10 @@ __device__ __forceinline__ void add_dots(const Eight<T>& a, int row, bool first,
 // s.v of rank rows [0, rows) of the list: A x over all features, scaled. Ends with a barrier of the cluster.
 template <class T>
 MLORA_NOINLINE __device__ void shrink(const ApplyArgs& args, int rows, bool ragged, int thread, Shared& s) {
-  const int lane = thread % kWarp, warp = thread / kWarp, blocks = cluster_size();
+  const int lane = thread % kWarp, warp = thread / kWarp;
   const T* arena = static_cast<const T*>(args.arena);
-  const int64_t slice = ((args.in + blocks - 1) / blocks + kSlice - 1) / kSlice * kSlice;
-  const int64_t begin = slice * cluster_rank();
-  const int64_t end = begin + slice < args.in ? begin + slice : args.in;
+  const int64_t begin = args.slice * cluster_rank();
+  const int64_t end = begin + args.slice < args.in ? begin + args.slice : args.in;
   int64_t k = begin;
   do {  // once at least: a block without features adds zeros
     if (k > begin) __syncthreads();
@@ -274,15 +295,16 @@ MLORA_NOINLINE __device__ void shrink(const ApplyArgs& args, int rows, bool ragg
     // Warps meet in the sums, so that lanes with fewer than eight features choose along with the others.
     const bool whole = !ragged && (end - k) % 8 == 0;
     int r = warp;
-    for (; whole && r + kWarps * (kUnroll - 1) < rows; r += kWarps * kUnroll) {
-      Eight<T> a[kUnroll];
+    for (; whole && r + kWarps * (kUnroll<T> - 1) < rows; r += kWarps * kUnroll<T>) {
+      Eight<T> a[kUnroll<T>];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
+      for (int u = 0; u < kUnroll<T>; ++u) {
         a[u] = count > 0 ? load_whole(columns + s.row_a[r + u * kWarps]) : Eight<T>{};
       }
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) add_dots(a[u], r + u * kWarps, k == begin, lane, s);
+      for (int u = 0; u < kUnroll<T>; ++u) add_dots(a[u], r + u * kWarps, k == begin, lane, s);
     }
+#pragma unroll 1
     for (; r < rows; r += kWarps) add_dots(load_eight(columns + s.row_a[r], count), r, k == begin, lane, s);
     k += kStep;
   } while (k < end);
@@ -315,152 +337,125 @@ __device__ __forceinline__ void accumulate(const Eight<T>& b, const float* v, fl
   }
 }
 
-struct Place {  // of a warp in the output
-  int tile, sibling;
-  int64_t column;  // the lane's first
-};
+// Item `item` of the batch: one tile's tokens, one unit of columns. Beyond the last, and where nothing is to be added,
+// a place without tokens.
+__device__ __forceinline__ Place place_of(const ApplyArgs& args, int32_t item, const Shared& s) {
+  Place place = {};
+  if (item >= s.tiles * s.units) return place;
+  place.tile = item / s.units;
+  place.sibling = s.from;
+  int32_t unit = s.first_unit + item % s.units - s.from_unit;
+  for (int32_t n; unit >= (n = units_of(args.sibling[place.sibling])); ++place.sibling) unit -= n;
+  place.column = unit * kUnit;
+  const Tile& tile = s.tile[place.tile];
+  place.row_begin = tile.rows[place.sibling];
+  place.row_end = tile.rows[place.sibling + 1];
+  if (place.row_begin < place.row_end || (tile.extras >> place.sibling & 1)) place.tokens = tile.count;
+  return place;
+}
 
-// y of two tokens, eight columns: adds acc, gains and shifts.
+// y of one token, eight columns, += acc, gains and shifts.
 template <class T>
-__device__ __forceinline__ void finish(const ApplyArgs& args, const Plan& plan, const Shared& s, const Place& place,
-                                       int token, float (*acc)[8]) {
+__device__ __forceinline__ void finish(const ApplyArgs& args, const Shared& s, const Place& place, int lane,
+                                       int token, float* acc) {
   const Sibling& sibling = args.sibling[place.sibling];
   const Tile& tile = s.tile[place.tile];
-  const T* arena = static_cast<const T*>(args.arena);
-  const int64_t left = sibling.out - place.column;
-  const bool extras = tile.extras >> place.sibling & 1;
-  float gain[8] = {};
-  bool gains = false;
-  if (extras) {
-    for (int32_t e = plan.term_start[tile.route]; e < plan.term_start[tile.route + 1]; ++e) {
-      const int64_t* row = table_row(sibling.table, plan.term_slot[e]);
-      const float weight = plan.weight(e);
+  if (token >= tile.count) return;
+  const int64_t column = place.column + lane % 8 * 8;
+  const int64_t at = s.token[tile.first + token], left = sibling.out - column;
+  T* to = static_cast<T*>(sibling.y) + at * sibling.y_stride + column;
+  if (tile.extras >> place.sibling & 1) {
+    const T* columns = static_cast<const T*>(args.arena) + column;
+    const T* from = sibling.base ? static_cast<const T*>(sibling.base) + at * sibling.base_stride + column : to;
+#pragma unroll 1
+    for (int32_t e = s.plan.term_start[tile.route]; e < s.plan.term_start[tile.route + 1]; ++e) {
+      const int64_t* row = table_row(sibling.table, s.plan.term_slot[e]);
+      const float weight = s.plan.weight(e);
       float part[8];
       if (row[kShift] >= 0) {
-        load_eight(arena + row[kShift] + place.column, left, part);
+        load_eight(columns + row[kShift], left, part);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          acc[0][i] = fmaf(weight, part[i], acc[0][i]);
-          acc[1][i] = fmaf(weight, part[i], acc[1][i]);
-        }
+        for (int i = 0; i < 8; ++i) acc[i] = fmaf(weight, part[i], acc[i]);
       }
       if (row[kGain] >= 0) {
-        gains = true;
-        load_eight(arena + row[kGain] + place.column, left, part);
+        float base[8];  // read for each term that has a gain, which is one as a rule, to be gone from registers at once
+        load_eight(columns + row[kGain], left, part);
+        load_eight(from, left, base);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) gain[i] = fmaf(weight, part[i], gain[i]);
+        for (int i = 0; i < 8; ++i) acc[i] = fmaf(weight * part[i], base[i], acc[i]);
       }
     }
   }
+  float y[8];
+  load_eight(to, left, y);
 #pragma unroll
-  for (int t = 0; t < 2; ++t) {
-    if (token + t >= tile.count) break;
-    const int64_t at = s.token[tile.first + token + t];
-    T* to = static_cast<T*>(sibling.y) + at * sibling.y_stride + place.column;
-    float y[8];
-    load_eight(to, left, y);
-    if (gains) {
-      float base[8];
-      if (sibling.base) {
-        load_eight(static_cast<const T*>(sibling.base) + at * sibling.base_stride + place.column, left, base);
-      } else {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) base[i] = y[i];
-      }
-#pragma unroll
-      for (int i = 0; i < 8; ++i) acc[t][i] = fmaf(gain[i], base[i], acc[t][i]);
-    }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) y[i] += acc[t][i];
-    store_eight(to, left, y);
-  }
+  for (int i = 0; i < 8; ++i) y[i] += acc[i];
+  store_eight(to, left, y);
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) apply_kernel(const __grid_constant__ ApplyArgs args) {
   Shared& s = shared_memory<Shared>();
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
-  const Plan& plan = s.plan;
-  if (thread == 0) s.plan = Plan(args.plan, args.plan_size, args.tokens);
-  if (warp == 0) {
-    __syncwarp();
-    take_share(args, plan, lane, s);
-  }
+  if (warp == 0) take_share(args, lane, s);
   __syncthreads();
   if (s.left == 0) return;
   bool more;
   do {
     __syncthreads();  // nobody reads any more what the next batch changes
-    if (warp == 0) form_batch(args, plan, lane, s);
+    if (warp == 0) form_batch(args, lane, s);
     __syncthreads();
-    if (thread < s.tokens) {
-      int t = 0;
-      while (thread >= s.tile[t].first + s.tile[t].count) ++t;
-      const Tile& tile = s.tile[t];
-      s.token[thread] =
-          plan.token(int64_t{plan.row_start[tile.route]} * plan.length + tile.offset + (thread - tile.first));
-    }
-    const int32_t work = s.tiles * s.units, chunks = s.rows > kRows ? (s.rows + kRows - 1) / kRows : 1;
-    bool ragged = false;
-    for (int32_t round = 0; round < work; round += cluster_size() * kWarps) {
-      const int32_t item = round + warp * cluster_size() + cluster_rank();
-      Place place = {};
-      int32_t row_begin = 0, row_end = 0;
-      bool mine = item < work;
+    if (thread < s.tokens) find_token(thread, s);
+    for (int32_t round = 0; round < s.tiles * s.units; round += cluster_size() * kWarps) {
+      __syncwarp();
+      if (lane == 0) s.place[warp] = place_of(args, round + warp * cluster_size() + cluster_rank(), s);
+      __syncwarp();
+      const Place& place = s.place[warp];
       const int token = lane / 8 * 2;
-      if (mine) {
-        place.tile = item / s.units;
-        place.sibling = s.from;
-        int32_t unit = s.first_unit + item % s.units - s.from_unit;
-        for (int32_t n; unit >= (n = units_of(args.sibling[place.sibling])); ++place.sibling) unit -= n;
-        place.column = int64_t{unit} * kUnit + lane % 8 * 8;
-        const Tile& tile = s.tile[place.tile];
-        row_begin = tile.rows[place.sibling];
-        row_end = tile.rows[place.sibling + 1];
-        mine = token < tile.count && (row_begin < row_end || (tile.extras >> place.sibling & 1));
-      }
+      const bool mine = token < place.tokens;
       float acc[2][8] = {};
-      for (int chunk = 0; chunk < chunks; ++chunk) {
-        const int32_t begin = chunk * kRows;
+      // One chunk, whose shrink serves all rounds, or several, of which each round needs all.
+      for (int32_t begin = 0; begin == 0 || begin < s.rows; begin += kRows) {
         const int32_t rows = s.rows - begin < kRows ? s.rows - begin : kRows;
-        if (round == 0 || chunks > 1) {
-          if (round + chunk > 0) __syncthreads();  // no warp works with the rows before these any more
-          ragged = __syncthreads_or(list_rows<T>(args, plan, begin, thread, s));
-          shrink<T>(args, rows, ragged, thread, s);
+        if (round == 0 || s.rows > kRows) {
+          if (round + begin > 0) __syncthreads();  // no warp works with the rows before these any more
+          const bool ragged = __syncthreads_or(list_rows<T>(args, begin, thread, s));
+          if (thread == 0) s.ragged = ragged;
+          if (s.rows > 0) shrink<T>(args, rows, ragged, thread, s);
         }
-        if (!mine) continue;
-        const int64_t out = args.sibling[place.sibling].out;
-        const T* columns = static_cast<const T*>(args.arena) + place.column;
-        const int32_t stop = row_end - begin < rows ? row_end - begin : rows;
-        const int32_t start = row_begin > begin ? row_begin - begin : 0;
-        const int64_t count = out - place.column;
-        if (ragged || count < 8) {
-          for (int32_t r = start; r < stop; ++r) accumulate(load_eight(columns + s.row_b[r], count), &s.v[r][token], acc);
-        } else {
-          int32_t r = start;
-          for (; r + kUnroll <= stop; r += kUnroll) {
-            Eight<T> b[kUnroll];
+        if (!mine || rows <= 0) continue;
+        const int32_t stop = place.row_end - begin < rows ? place.row_end - begin : rows;
+        const int64_t column = place.column + lane % 8 * 8, count = args.sibling[place.sibling].out - column;
+        const T* columns = static_cast<const T*>(args.arena) + column;
+        const bool whole = !s.ragged && count >= 8;
+        int32_t r = place.row_begin > begin ? place.row_begin - begin : 0;
+        for (; whole && r + kUnroll<T> <= stop; r += kUnroll<T>) {
+          Eight<T> b[kUnroll<T>];
 #pragma unroll
-            for (int u = 0; u < kUnroll; ++u) b[u] = load_whole(columns + s.row_b[r + u]);
+          for (int u = 0; u < kUnroll<T>; ++u) b[u] = load_whole(columns + s.row_b[r + u]);
 #pragma unroll
-            for (int u = 0; u < kUnroll; ++u) accumulate(b[u], &s.v[r + u][token], acc);
-          }
-          for (; r < stop; ++r) accumulate(load_whole(columns + s.row_b[r]), &s.v[r][token], acc);
+          for (int u = 0; u < kUnroll<T>; ++u) accumulate(b[u], &s.v[r + u][token], acc);
         }
+#pragma unroll 1
+        for (; r < stop; ++r) accumulate(load_eight(columns + s.row_b[r], count), &s.v[r][token], acc);
       }
-      if (mine) finish<T>(args, plan, s, place, token, acc);
+      if (mine) {
+        finish<T>(args, s, place, lane, token, acc[0]);
+        finish<T>(args, s, place, lane, token + 1, acc[1]);
+      }
     }
     more = s.left > 0;
   } while (more);
 }
 
 template <class T>
-cudaError_t launch_typed(const ApplyArgs& args, const DeviceShape& shape, cudaStream_t stream) {
+cudaError_t launch_typed(ApplyArgs args, const DeviceShape& shape, cudaStream_t stream) {
   // A slice of fewer than kSlice features is not worth a block. Nothing here may follow the number of tokens: it
   // would change the order of the sums.
   int cluster = 1;
   while (cluster * 2 <= shape.max_cluster && cluster * kSlice < args.in) cluster *= 2;
   const int64_t clusters = shape.multiprocessors / cluster;
+  args.slice = (args.in + cluster * kSlice - 1) / (cluster * kSlice) * kSlice;
   const int64_t grid = (clusters > 0 ? clusters : 1) * cluster;
 #ifndef MLORA_EMULATION
   if (cluster > 8) {

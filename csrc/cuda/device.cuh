@@ -163,11 +163,14 @@ struct Eight {
   static constexpr int kEach = 8 / kVectors;  // elements a vector
   Vector vector[kVectors];
 
+  // Where element i lies in its vector: the word, and the bits to shift it by.
+  static constexpr __device__ int word_of(int i) { return i % kEach * static_cast<int>(sizeof(T)) / 4; }
+  static constexpr __device__ int shift_of(int i) { return i * static_cast<int>(sizeof(T)) % 4 * 8; }
+
   __device__ __forceinline__ void unpack(float* to) const {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const uint32_t word = vector[i / kEach].word[i % kEach * sizeof(T) / 4];
-      to[i] = to_float(T{static_cast<uint16_t>(word >> (i % 2 * 16))});
+      to[i] = to_float(T{static_cast<uint16_t>(vector[0].word[word_of(i)] >> shift_of(i))});
     }
   }
 };
@@ -183,6 +186,14 @@ __device__ __forceinline__ bool aligned(const void* p) { return (reinterpret_cas
 __device__ __forceinline__ uint32_t raw_bits(float value) { return bits_from_float(value); }
 __device__ __forceinline__ uint32_t raw_bits(f16 value) { return value.bits; }
 __device__ __forceinline__ uint32_t raw_bits(bf16 value) { return value.bits; }
+template <class T>
+__device__ __forceinline__ T from_raw(uint32_t bits) {
+  return {static_cast<uint16_t>(bits)};
+}
+template <>
+__device__ __forceinline__ float from_raw<float>(uint32_t bits) {
+  return float_from_bits(bits);
+}
 
 // p[0:8], aligned.
 template <class T>
@@ -193,21 +204,30 @@ __device__ __forceinline__ Eight<T> load_whole(const T* p) {
   return e;
 }
 
+// Element by element, for what cannot be had whole. Functions of their own: the rare case must not cost the other
+// registers.
+template <class T>
+MLORA_NOINLINE __device__ Eight<T> load_narrow(const T* p, int64_t count) {
+  Eight<T> e = {};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (i < count) e.vector[i / Eight<T>::kEach].word[Eight<T>::word_of(i)] |= raw_bits(p[i]) << Eight<T>::shift_of(i);
+  }
+  return e;
+}
+template <class T>
+MLORA_NOINLINE __device__ void store_narrow(T* p, int64_t count, Eight<T> e) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const uint32_t word = e.vector[i / Eight<T>::kEach].word[Eight<T>::word_of(i)];
+    if (i < count) p[i] = from_raw<T>(word >> Eight<T>::shift_of(i));
+  }
+}
+
 // p[0:count] and zeros; whole vectors where the address allows. Nothing is read if count <= 0.
 template <class T>
 __device__ __forceinline__ Eight<T> load_eight(const T* p, int64_t count) {
-  if (count >= 8 && aligned(p)) return load_whole(p);
-  Eight<T> e = {};
-  // A loop that stays one: the rare case must not cost the other its registers.
-#pragma unroll 1
-  for (int i = 0; i < 8 && i < count; ++i) {
-    const uint32_t bits = raw_bits(p[i]) << (i * sizeof(T) % 4 * 8);
-#pragma unroll
-    for (int w = 0; w < Eight<T>::kVectors * 4; ++w) {
-      if (w == i * static_cast<int>(sizeof(T)) / 4) e.vector[w / 4].word[w % 4] |= bits;
-    }
-  }
-  return e;
+  return count >= 8 && aligned(p) ? load_whole(p) : load_narrow(p, count);
 }
 
 template <class T>
@@ -217,21 +237,16 @@ __device__ __forceinline__ void load_eight(const T* p, int64_t count, float* to)
 
 template <class T>
 __device__ __forceinline__ void store_eight(T* p, int64_t count, const float* from) {
+  Eight<T> e = {};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    e.vector[i / Eight<T>::kEach].word[Eight<T>::word_of(i)] |= raw_bits(from_float<T>(from[i])) << Eight<T>::shift_of(i);
+  }
   if (count >= 8 && aligned(p)) {
 #pragma unroll
-    for (int v = 0; v < Eight<T>::kVectors; ++v) {
-      Vector vector = {{0, 0, 0, 0}};
-#pragma unroll
-      for (int i = 0; i < Eight<T>::kEach; ++i) {
-        vector.word[i * sizeof(T) / 4] |= raw_bits(from_float<T>(from[v * Eight<T>::kEach + i])) << (i * sizeof(T) % 4 * 8);
-      }
-      store_vector(p + v * Eight<T>::kEach, vector);
-    }
+    for (int i = 0; i < Eight<T>::kVectors; ++i) store_vector(p + i * Eight<T>::kEach, e.vector[i]);
   } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (i < count) p[i] = from_float<T>(from[i]);
-    }
+    store_narrow(p, count, e);
   }
 }
 
@@ -251,8 +266,8 @@ struct Plan {
     if (kPlanHeader + 2 * (int64_t{routes} + 1) + rows + 2 * int64_t{terms} > size || terms < 0) {
       fail("mlora: the plan is longer than its buffer");
     }
-    if (tokens % rows) fail("mlora: the tokens do not divide into the plan's rows");
-    length = static_cast<int32_t>(tokens / rows);
+    length = static_cast<int32_t>(tokens) / rows;
+    if (int64_t{length} * rows != tokens) fail("mlora: the tokens do not divide into the plan's rows");
     row_start = plan + kPlanHeader;
     row_order = row_start + routes + 1;
     term_start = row_order + rows;
@@ -261,8 +276,8 @@ struct Plan {
   }
 
   // The token at a position in the order of routes.
-  __device__ __forceinline__ int64_t token(int64_t position) const {
-    return int64_t{row_order[position / length]} * length + position % length;
+  __device__ __forceinline__ int32_t token(int32_t position) const {
+    return row_order[position / length] * length + position % length;
   }
   __device__ __forceinline__ float weight(int term) const {
     return float_from_bits(static_cast<uint32_t>(term_weight[term]));

@@ -28,6 +28,7 @@ struct ApplyArgs {
   const void* arena;
   const int32_t* plan;
   int64_t plan_size, tokens, in, x_stride;
+  int64_t slice;  // features that a block of a cluster takes; set by launch_apply
   int32_t siblings;
   Sibling sibling[kSiblings];
 };

@@ -12,12 +12,12 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) scale_input_kernel(const __grid_constant__ ScaleInputArgs args) {
   const Plan plan(args.plan, args.plan_size, args.tokens);
   const T* arena = static_cast<const T*>(args.arena);
-  for (int64_t position = blockIdx.x; position < args.tokens; position += gridDim.x) {
+  for (int32_t position = static_cast<int32_t>(blockIdx.x); position < args.tokens; position += gridDim.x) {
     int64_t token = position;
     int32_t first = 0, last = 0;  // terms
     if (plan.routes > 0) {
       token = plan.token(position);
-      const int32_t row = static_cast<int32_t>(position / plan.length);
+      const int32_t row = position / plan.length;
       if (row < plan.row_start[plan.routes]) {
         int32_t low = 0, high = plan.routes;  // row_start[low] <= row < row_start[high]
         while (high - low > 1) {
