@@ -12,7 +12,6 @@ from pathlib import Path
 
 from setuptools import setup
 
-
 ARCHITECTURES = (80, 90, 100, 120)
 
 
@@ -24,13 +23,15 @@ def toolkit():
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         return None
-    said = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull], capture_output=True, text=True)
+    said = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull], capture_output=True, text=True
+    )
     tops = [line.split("=", 1)[1].strip() for line in said.stderr.splitlines() if line.startswith("#$ TOP=")]
     return str(Path(tops[0]).resolve()) if tops else None
 
 
 def cuda_extension():
-    """The CUDA operators, in a library of their own that loads only where torch has CUDA; None and the reason if not."""
+    """(the CUDA operators, in a library of their own that loads where torch has CUDA; None), or (None, why not)."""
     if os.environ.get("MLORA_NO_CUDA") == "1":
         return None, "MLORA_NO_CUDA=1"
     import torch
@@ -40,6 +41,10 @@ def cuda_extension():
     home = toolkit()
     if home is None:
         return None, "no nvcc"
+    version = subprocess.check_output([str(Path(home, "bin", "nvcc")), "--version"], text=True)
+    release = version.split("release ")[1].split(",")[0]
+    if release.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return None, f"nvcc is of CUDA {release}, torch of CUDA {torch.version.cuda}"
     os.environ["CUDA_HOME"] = home
     from torch.utils import cpp_extension
 

@@ -80,11 +80,11 @@ def test_apply(dtype, shape, routing, align):
 
 @pytest.mark.parametrize("multiprocessors, cluster", [(1, 1), (5, 1), (2, 2), (9, 4), (40, 4), (16, 16)])
 def test_any_device(device, multiprocessors, cluster):
-    """More clusters than tiles, more tiles than clusters, clusters larger than the work."""
+    """More clusters than tiles, more tiles than clusters, clusters larger than the work, slices of several steps."""
     device(multiprocessors, cluster)
-    case = Case((16, 3, 20, 65), 200, 300, torch.bfloat16, gains=True, shifts=True, align=32)
+    case = Case((16, 3, 20, 65), 600, 300, torch.bfloat16, gains=True, shifts=True, align=32)
     for recipes, length in (([A], 1), ([A, [], B, MIX, A, [(3, 1.0)]], 1), ([A, B, MIX], 30)):
-        x, y = case.randn(len(recipes) * length, 200), case.randn(len(recipes) * length, 300)
+        x, y = case.randn(len(recipes) * length, 600), case.randn(len(recipes) * length, 300)
         plan = case.plan(recipes)
         ref, oracle = reference.apply(y, None, x, case.arena, case.table, plan), case.oracle(y, None, x, recipes)
         torch.ops.mlora.apply_(y, None, x, case.arena, case.table, plan)
@@ -187,7 +187,7 @@ def counts() -> dict[str, int]:
 
 def test_work_and_bytes(device):
     """One launch; every program has work; A, B, x and y are asked for once; all of it 16 bytes at a time."""
-    if "fsanitize" in os.environ.get("LD_PRELOAD", "") or "asan" in os.environ.get("LD_PRELOAD", ""):
+    if "asan" in os.environ.get("LD_PRELOAD", ""):
         pytest.skip("counts come with the checks that AddressSanitizer's build leaves out")
     device(16, 4)
     case = Case((16,) * 8, 512, 512, torch.bfloat16, align=32)

@@ -1,6 +1,6 @@
 """Builds csrc/cuda for the CPU, out of csrc/emulation; see the headers there for what that checks.
 
-    python tests/emulation.py    build, and print the library's path
+python tests/emulation.py    build, and print the library's path
 """
 
 from __future__ import annotations
