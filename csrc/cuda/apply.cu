@@ -64,8 +64,7 @@ struct Shared {
 
 __device__ __forceinline__ int32_t tiles_of(const Plan& plan, int route) {
   if (route >= plan.routes) return 0;
-  const int64_t tokens = int64_t{plan.row_start[route + 1] - plan.row_start[route]} * plan.length;
-  return static_cast<int32_t>((tokens + kTile - 1) / kTile);
+  return ((plan.row_start[route + 1] - plan.row_start[route]) * plan.length + kTile - 1) / kTile;
 }
 
 __device__ __forceinline__ int32_t running_sum(int32_t value, int lane) {
@@ -147,7 +146,8 @@ MLORA_NOINLINE __device__ void form_batch(const ApplyArgs& args, int lane, Share
   const int32_t route = s.route + lane, offset = lane == 0 ? s.offset : 0;
   int32_t tokens = 0, count = 0, rows = 0, extras = 0;
   int32_t ranks[kSiblings] = {};
-  if (lane < kTokens && route < plan.routes) {
+  const bool wanted = lane < kTokens && lane < s.left && route < plan.routes;
+  if (wanted) {
     tokens = (plan.row_start[route + 1] - plan.row_start[route]) * plan.length;
     count = tokens - offset < kTile ? tokens - offset : kTile;
   }
@@ -166,8 +166,7 @@ MLORA_NOINLINE __device__ void form_batch(const ApplyArgs& args, int lane, Share
   }
   const int32_t used = running_sum(count > 0, lane), last_token = running_sum(count, lane);
   const int32_t last_row = running_sum(rows, lane);
-  const bool fits = lane == 0 || (lane < kTokens && route < plan.routes && used <= s.left && last_token <= kTokens &&
-                                  last_row <= kRows);
+  const bool fits = lane == 0 || (wanted && used <= s.left && last_token <= kTokens && last_row <= kRows);
   const bool open = offset + count < tokens;
   const unsigned misfits = ~__ballot_sync(kAllLanes, fits), opens = __ballot_sync(kAllLanes, open);
   int32_t tiles = __ffs(static_cast<int>(misfits)) - 1;

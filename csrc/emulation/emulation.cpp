@@ -15,6 +15,7 @@
 
 #include "state.h"
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -231,6 +232,9 @@ void run(int64_t grid, int block, int cluster, const std::function<void()>& kern
   }
   state.blocks.clear();
   state.fiber = -1;
+#if defined(__SANITIZE_ADDRESS__)
+  if (!error.empty()) __asan_unpoison_memory_region(stacks, stack_count * kStack);  // of threads that were abandoned
+#endif
   if (!error.empty()) throw std::runtime_error("emulation: " + error);
 }
 

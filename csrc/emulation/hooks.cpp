@@ -1,5 +1,5 @@
 // What the compiler's -fsanitize=thread calls before each memory access of the kernels, in place of that sanitizer's
-// own library: checks of shared memory, and counts of the accesses to watched buffers.
+// own library: checks of shared memory or, while buffers are watched, counts of the accesses to those instead.
 //
 // A byte of shared memory may be read after it was written, by the writer or past a barrier since; and written if
 // nobody else touched it since the last barrier. The barrier is the block's, or the cluster's if it lies in a peer.
@@ -130,13 +130,13 @@ void check(size_t rank, size_t offset, size_t bytes, bool write) {
 inline void touch(const void* p, size_t bytes, bool write, uintptr_t site) {
   if (state.fiber < 0 || !state.launched) return;  // not in a kernel, or built without the hooks
   const uintptr_t at = reinterpret_cast<uintptr_t>(p);
+  if (!watched.empty()) return count(at, bytes, write, site);
   for (size_t rank = 0; rank < state.blocks.size(); ++rank) {
     const uintptr_t base = reinterpret_cast<uintptr_t>(state.blocks[rank].memory.get());
     if (base && at >= base && at < base + state.blocks[rank].bytes + kGuard) {
       return check(rank, at - base, bytes, write);
     }
   }
-  if (!watched.empty()) count(at, bytes, write, site);
 }
 
 }  // namespace
