@@ -135,10 +135,13 @@ def test_group_has_the_bits_of_its_modules(device, dtype, widths, multiprocessor
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("width_in, width_out", [(1, 1), (7, 130), (200, 64)])
-def test_merge(dtype, width_in, width_out):
-    case = Case((20, 3, 1, 0), width_in, width_out, dtype, gains=True, in_gains=True)
+@pytest.mark.parametrize("recipe", ["mix", "gains"])
+def test_merge(dtype, width_in, width_out, recipe):
+    case = Case((20, 3, 0, 1), width_in, width_out, dtype, gains=True, in_gains=True)
     weight = case.randn(width_out, width_in)
     slots, weights = torch.tensor([0, -1, 2, 1, 3], dtype=torch.int32), torch.tensor([0.7, 9.0, -0.3, 1.5, 1.0])
+    if recipe == "gains":
+        slots, weights = slots[2:3], weights[2:3]
     oracle = weight.double()
     factor = torch.ones_like(oracle)
     for slot, w in zip(slots.tolist(), weights.tolist(), strict=True):
