@@ -80,7 +80,8 @@ def test_apply(dtype, shape, routing, align):
 
 @pytest.mark.parametrize("multiprocessors, cluster", [(1, 1), (5, 1), (2, 2), (9, 4), (40, 4), (16, 16)])
 def test_any_device(device, multiprocessors, cluster):
-    """More clusters than tiles, more tiles than clusters, clusters larger than the work, slices of several steps, several rounds of a batch."""
+    """More clusters than tiles, fewer, clusters larger than the work, slices of several steps, batches of several
+    rounds."""
     device(multiprocessors, cluster)
     case = Case((16, 3, 20, 65), 600, 900, torch.bfloat16, gains=True, shifts=True, align=32)
     for recipes, length in (([A], 1), ([A, [], B, MIX, A, [(3, 1.0)]], 1), ([A, B, MIX], 30)):

@@ -7,7 +7,7 @@
 //
 // The grid is one block a multiprocessor. With fewer tiles than clusters, clusters share a tile's columns and each
 // repeats its shrink: for one tile on K clusters A and x are asked for K times, K - 1 of them from the second-level
-// cache, and every block has work. Without clusters (sm_80) C is 1, the same holds block by block, and A and x are
+// cache, and every block has work. (To have both, A x would have to pass through global memory.) Without clusters (sm_80) C is 1, the same holds block by block, and A and x are
 // asked for once by each block that shares the tile.
 //
 // The order of every sum depends on the shapes, the device and the row's own recipe only.
@@ -139,8 +139,8 @@ MLORA_NOINLINE __device__ void take_share(const ApplyArgs& args, int lane, Share
   if (left > 0) locate(plan, static_cast<int32_t>(first), lane, s);
 }
 
-// By one warp: the next batch; lane i looks at the i-th route from where it starts. A batch
-// has tiles of different routes, since a second tile of one route would only read the same rank rows again.
+// By one warp: the next batch; lane i looks at the i-th route from where it starts. A batch has tiles of different
+// routes, since a second tile of one route would only read the same rank rows again.
 MLORA_NOINLINE __device__ void form_batch(const ApplyArgs& args, int lane, Shared& s) {
   const Plan& plan = s.plan;
   const int32_t route = s.route + lane, offset = lane == 0 ? s.offset : 0;
