@@ -55,7 +55,7 @@ __global__ void kernel(float* to, const float* from, int bug) {
   }
   if (bug == kBeyondShared) value += s.b[kThreads + thread];
   if (bug != kDivergentBarrier || thread) __syncthreads();
-  if (bug == kUnaligned) value += mlora::to_float(mlora::bf16{static_cast<uint16_t>(mlora::load_vector(from + 1).word[0])});
+  if (bug == kUnaligned) value += mlora::float_from_bits(mlora::load_vector(from + 1).word[0]);
   to[blockIdx.x * kThreads + thread] = value;
   mlora::cluster_sync();
 }

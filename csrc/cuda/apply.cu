@@ -7,8 +7,8 @@
 //
 // The grid is one block a multiprocessor. With fewer tiles than clusters, clusters share a tile's columns and each
 // repeats its shrink: for one tile on K clusters A and x are asked for K times, K - 1 of them from the second-level
-// cache, and every block has work. (To have both, A x would have to pass through global memory.) Without clusters (sm_80) C is 1, the same holds block by block, and A and x are
-// asked for once by each block that shares the tile.
+// cache, and every block has work. (To have both, A x would have to pass through global memory.) Without clusters
+// (sm_80) C is 1, the same holds block by block, and A and x are asked for once by each block that shares the tile.
 //
 // The order of every sum depends on the shapes, the device and the row's own recipe only.
 

@@ -240,7 +240,8 @@ __device__ __forceinline__ void store_eight(T* p, int64_t count, const float* fr
   Eight<T> e = {};
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    e.vector[i / Eight<T>::kEach].word[Eight<T>::word_of(i)] |= raw_bits(from_float<T>(from[i])) << Eight<T>::shift_of(i);
+    const uint32_t bits = raw_bits(from_float<T>(from[i]));
+    e.vector[i / Eight<T>::kEach].word[Eight<T>::word_of(i)] |= bits << Eight<T>::shift_of(i);
   }
   if (count >= 8 && aligned(p)) {
 #pragma unroll

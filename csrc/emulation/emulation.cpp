@@ -242,7 +242,9 @@ void* shared_block(size_t bytes) {
   SharedBlock& shared = state.blocks[state.rank];
   if (!shared.memory) {
     shared.bytes = bytes;
-    shared.memory.reset(static_cast<unsigned char*>(std::aligned_alloc(16, bytes % 16 ? bytes + 16 - bytes % 16 + kGuard : bytes + kGuard)));
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 16, bytes + kGuard)) fail("no memory");
+    shared.memory.reset(static_cast<unsigned char*>(memory));
     std::memset(shared.memory.get(), 0xff, bytes);
     shared.access.assign(bytes, {});
   }

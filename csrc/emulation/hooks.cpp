@@ -34,7 +34,9 @@ struct Instruction {
   bool operator==(const Instruction& o) const { return warp_site == o.warp_site && occurrence == o.occurrence; }
 };
 struct Hash {
-  size_t operator()(const Instruction& i) const { return (i.warp_site * 0x9e3779b97f4a7c15u) ^ (i.occurrence * 0x85ebca6bu); }
+  size_t operator()(const Instruction& i) const {
+    return (i.warp_site * 0x9e3779b97f4a7c15u) ^ (i.occurrence * 0x85ebca6bu);
+  }
 };
 std::unordered_map<uint64_t, uint32_t> occurrences;  // by (fiber, site)
 std::unordered_map<Instruction, std::vector<uintptr_t>, Hash> sectors;
