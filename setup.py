@@ -1,14 +1,74 @@
-"""Builds mlora._C, the CPU operators. Without a working C++ compiler the package installs without it."""
+"""Builds mlora._C, the CPU operators, and where nvcc is mlora._C_cuda. Without a working C++ compiler the package
+installs without them.
+
+MLORA_WERROR=1: warnings and a failed build are errors. MLORA_NO_EXT=1, MLORA_NO_CUDA=1: leave out both, the second.
+"""
 
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import setup
 
+ARCHITECTURES = (80, 90, 100, 120)
+
+
+def toolkit():
+    """The CUDA toolkit's folder: CUDA_HOME where that is set, else what nvcc says, which may be a wrapper elsewhere."""
+    home = os.environ.get("CUDA_HOME")
+    if home is not None:
+        return home if home and Path(home, "bin", "nvcc").exists() else None
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    said = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull], capture_output=True, text=True
+    )
+    tops = [line.split("=", 1)[1].strip() for line in said.stderr.splitlines() if line.startswith("#$ TOP=")]
+    return str(Path(tops[0]).resolve()) if tops else None
+
+
+def cuda_extension():
+    """(the CUDA operators, in a library of their own that loads where torch has CUDA; None), or (None, why not)."""
+    if os.environ.get("MLORA_NO_CUDA") == "1":
+        return None, "MLORA_NO_CUDA=1"
+    import torch
+
+    if not torch.backends.cuda.is_built():
+        return None, "this torch is built without CUDA"
+    home = toolkit()
+    if home is None:
+        return None, "no nvcc"
+    version = subprocess.check_output([str(Path(home, "bin", "nvcc")), "--version"], text=True)
+    release = version.split("release ")[1].split(",")[0]
+    if release.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return None, f"nvcc is of CUDA {release}, torch of CUDA {torch.version.cuda}"
+    os.environ["CUDA_HOME"] = home
+    from torch.utils import cpp_extension
+
+    cpp_extension.CUDA_HOME = home
+    werror = os.environ.get("MLORA_WERROR") == "1"
+    common = ["-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    newest = ARCHITECTURES[-1]
+    nvcc = [*common, *codes, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+    cxx = [*common, "-fvisibility=hidden"]
+    if werror:
+        cxx += ["-Wall", "-Werror"]
+        nvcc += ["-Werror", "all-warnings", "-Xcompiler", "-Wall,-Werror"]
+    return cpp_extension.CUDAExtension(
+        "mlora._C_cuda",
+        sorted(str(path) for pattern in ("*.cu", "*.cpp") for path in Path("csrc/cuda").glob(pattern)),
+        depends=sorted(str(path) for pattern in ("*.h", "*.cuh") for path in Path("csrc").rglob(pattern)),
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+        py_limited_api=True,
+    ), None
+
 
 def extension():
-    """(ext_modules, cmdclass) for the CPU operators; raises ImportError without torch."""
+    """(ext_modules, cmdclass) for the operators; raises ImportError without torch."""
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     flags = ["-O3", "-fvisibility=hidden", "-ffp-contract=off", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
@@ -33,7 +93,13 @@ def extension():
                     raise
                 without(error)
 
-    return [library], {"build_ext": Build}
+    libraries = [library]
+    cuda, reason = cuda_extension()
+    if cuda is None:
+        print(f"mlora builds without its CUDA operators: {reason}", file=sys.stderr)
+    else:
+        libraries.append(cuda)
+    return libraries, {"build_ext": Build}
 
 
 def without(reason):

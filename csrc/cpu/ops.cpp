@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "../strides.h"
 #include "work.h"
 #if MLORA_X86
 #include <xmmintrin.h>
@@ -238,36 +239,6 @@ Type type_of(const Tensor& x, const Tensor& arena) {
     default:
       STD_TORCH_CHECK(false, "mlora: dtype must be float32, float16 or bfloat16");
   }
-}
-
-// Whether the leading dimensions are evenly spaced rows of contiguous elements; then *stride is their distance.
-bool as_rows(const Tensor& t, int64_t* stride) {
-  const int64_t dims = t.dim();
-  const auto sizes = t.sizes(), strides = t.strides();
-  if (sizes[dims - 1] > 1 && strides[dims - 1] != 1) return false;
-  int64_t rows = 1, distance = sizes[dims - 1];
-  for (int64_t d = dims - 2; d >= 0; --d) {
-    if (sizes[d] == 1) continue;
-    if (rows == 1) {
-      distance = strides[d];
-    } else if (strides[d] != rows * distance) {
-      return false;
-    }
-    rows *= sizes[d];
-  }
-  *stride = distance;
-  return true;
-}
-
-Tensor rows_of(const Tensor& t, int64_t* stride) {
-  if (as_rows(t, stride)) return t;
-  *stride = t.size(t.dim() - 1);
-  return torch::stable::contiguous(t);
-}
-
-int64_t width_of(const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() >= 1 && t.size(t.dim() - 1) > 0, "mlora: ", name, " must have a last dimension");
-  return t.size(t.dim() - 1);
 }
 
 // What the calling thread keeps between calls: a plan resolved, and the jobs of each task.

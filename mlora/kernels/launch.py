@@ -215,6 +215,12 @@ def apply_(y: Tensor, base: Tensor | None, x: Tensor, arena: Tensor, table: Tens
         y.copy_(rows.view(y.shape))
 
 
+def apply_group_(y: list[Tensor], x: Tensor, arena: Tensor, tables: list[Tensor], plan: Tensor) -> None:
+    """`reference.apply_group_`, two launches a module."""
+    for out, table in zip(y, tables, strict=True):
+        apply_(out, None, x, arena, table, plan)
+
+
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, arena: Tensor, table: Tensor, plan: Tensor, kblock: int
 ) -> Tensor:

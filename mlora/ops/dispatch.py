@@ -1,7 +1,7 @@
 """Which implementation runs, and the functions the layers call.
 
-`MLORA_BACKEND` (read at import) forces one: `cpu`, `triton` or `reference`. Under `triton` CPU tensors too go through
-the Triton kernels, which takes TRITON_INTERPRET=1 and is for tests.
+`MLORA_BACKEND` (read at import) forces one of BACKENDS. Two of them are for tests: under `triton` CPU tensors too go
+through the Triton kernels, which takes TRITON_INTERPRET=1, and under `emulation` through the CUDA kernels.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import layout
-from .library import HAS_CPU, HAS_TRITON
+from .library import EMULATED, HAS_CPU, HAS_CUDA, HAS_TRITON
 
-BACKENDS = ("cpu", "triton", "reference")
+BACKENDS = ("cpu", "cuda", "emulation", "reference", "triton")
 _ISA_AVX512_BF16 = 3
 _KERNEL_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
+
+# Beyond this many tokens the tensor cores of the Triton kernels beat the CUDA library's one launch.
+CUDA_MAX_TOKENS = 128
 
 # Up to this many tokens `linear` beats the library's matmul followed by `apply_`.
 FUSED_MAX_TOKENS = 64
@@ -33,6 +36,8 @@ def _forced() -> str | None:
         raise ValueError("MLORA_BACKEND is 'cpu', but mlora was built without its C++ operators")
     if name == "triton" and not HAS_TRITON:
         raise ValueError("MLORA_BACKEND is 'triton', which is not installed")
+    if name == "cuda" and not HAS_CUDA:
+        raise ValueError("MLORA_BACKEND is 'cuda', but mlora was built without its CUDA operators")
     if name is None and not HAS_CPU:
         warnings.warn(
             "mlora uses its reference backend; build with a C++ compiler for speed", RuntimeWarning, stacklevel=2
@@ -41,8 +46,9 @@ def _forced() -> str | None:
 
 
 _FORCED = _forced()
-_NATIVE = HAS_CPU and _FORCED in (None, "cpu")
+_NATIVE = HAS_CPU and _FORCED in (None, "cpu", "cuda")
 _PREFIX = {"reference": "reference_", "triton": "triton_"}.get(_FORCED or "", "")
+_BY_SIZE = HAS_CUDA and HAS_TRITON and _FORCED is None
 
 _reference_apply_ = torch.ops.mlora.reference_apply_.default
 _reference_scale_input = torch.ops.mlora.reference_scale_input.default
@@ -50,7 +56,9 @@ _reference_merge_ = torch.ops.mlora.reference_merge_.default
 _apply_ = getattr(torch.ops.mlora, _PREFIX + "apply_").default
 _linear = getattr(torch.ops.mlora, _PREFIX + "linear").default
 _scale_input = getattr(torch.ops.mlora, _PREFIX + "scale_input").default
+_apply_group_ = torch.ops.mlora.apply_group_.default
 _merge_ = getattr(torch.ops.mlora, _PREFIX + "merge_").default
+_large_apply_ = torch.ops.mlora.triton_apply_.default if _BY_SIZE else _apply_
 
 
 def backend(device: torch.device | str, dtype: torch.dtype) -> str:
@@ -58,8 +66,10 @@ def backend(device: torch.device | str, dtype: torch.dtype) -> str:
     if _FORCED == "reference" or dtype not in _KERNEL_DTYPES:
         return "reference"
     kind = torch.device(device).type
-    if _NATIVE and kind == "cpu":
-        return "cpu"
+    if kind == "cpu" and (EMULATED or _NATIVE):
+        return "emulation" if EMULATED else "cpu"
+    if kind == "cuda" and HAS_CUDA and _FORCED != "triton":
+        return "cuda"
     if _FORCED == "triton" or (HAS_TRITON and kind == "cuda"):
         return "triton"
     return "reference"
@@ -68,6 +78,9 @@ def backend(device: torch.device | str, dtype: torch.dtype) -> str:
 def apply_(y: Tensor, base: Tensor | None, x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> None:
     """See `reference.apply`; in place."""
     if x.dtype is arena.dtype and y.dtype is arena.dtype and arena.dtype in _KERNEL_DTYPES:
+        if _BY_SIZE and x.is_cuda and x.numel() > CUDA_MAX_TOKENS * x.shape[-1]:
+            _large_apply_(y, base, x, arena, table, plan)
+            return
         _apply_(y, base, x, arena, table, plan)
     else:
         _reference_apply_(y, base, x, arena, table, plan)
@@ -87,6 +100,16 @@ def scale_input(x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> Tensor
     return _reference_scale_input(x, arena, table, plan)
 
 
+def apply_group_(y: list[Tensor], x: Tensor, arena: Tensor, tables: list[Tensor], plan: Tensor) -> None:
+    """See `reference.apply_group_`; one launch where the backend has one for a group, else one a module."""
+    small = x.numel() <= CUDA_MAX_TOKENS * x.shape[-1]
+    if small and backend(x.device, x.dtype) in ("cuda", "emulation") and all(t.dtype is x.dtype for t in (arena, *y)):
+        _apply_group_(y, x, arena, tables, plan)
+    else:
+        for out, table in zip(y, tables, strict=True):
+            apply_(out, None, x, arena, table, plan)
+
+
 def merge_(weight: Tensor, source: Tensor | None, arena: Tensor, table: Tensor, plan: Tensor) -> None:
     """See `reference.merge_`; in place."""
     if weight.dtype is arena.dtype and arena.dtype in _KERNEL_DTYPES:
@@ -102,7 +125,7 @@ def probe_kblock(in_features: int, out_features: int, bias: bool, rows: int) -> 
     first, so that only the rounding noise of the order of summation is left. The answer for 2 tokens holds for up to
     FUSED_MAX_TOKENS.
     """
-    if not _NATIVE or not 1 <= rows <= FUSED_MAX_TOKENS or in_features % 2:
+    if not (_NATIVE and HAS_CPU) or not 1 <= rows <= FUSED_MAX_TOKENS or in_features % 2:
         return 0
     if torch.ops.mlora.isa() < _ISA_AVX512_BF16:
         return 0

@@ -1,13 +1,18 @@
 """The operators of namespace `mlora`: schemas, shapes for tracing, and the reference for every device.
 
-The C++ library registers its kernels for the CPU dispatch key and takes over there; the Triton kernels do so for the
-CUDA key where Triton is installed. Each operator also exists as `reference_<name>`, which is the reference whatever is
-built, and as `triton_<name>`, which is the Triton kernels, on CPU tensors in Triton's interpreter.
+The C++ library registers its kernels for the CPU dispatch key and takes over there. CUDA tensors go to the CUDA
+library where it is built, and otherwise, and for what it lacks, to the Triton kernels. Each operator also exists as
+`reference_<name>`, which is the reference whatever is built, and as `triton_<name>`, which is the Triton kernels, on
+CPU tensors in Triton's interpreter.
+
+For tests, `MLORA_BACKEND=emulation` registers the CUDA kernels for the CPU instead, from the library built out of
+csrc/emulation that `MLORA_EMULATION_LIBRARY` names.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from typing import Any
 
 import torch
@@ -19,6 +24,7 @@ _SCHEMAS = {
     "apply_": "(Tensor(a!) y, Tensor? base, Tensor x, Tensor arena, Tensor table, Tensor plan) -> ()",
     "linear": "(Tensor x, Tensor weight, Tensor? bias, Tensor arena, Tensor table, Tensor plan, int kblock) -> Tensor",
     "scale_input": "(Tensor x, Tensor arena, Tensor table, Tensor plan) -> Tensor",
+    "apply_group_": "(Tensor(a!)[] y, Tensor x, Tensor arena, Tensor[] tables, Tensor plan) -> ()",
     "merge_": "(Tensor(a!) weight, Tensor? source, Tensor arena, Tensor table, Tensor plan) -> ()",
 }
 
@@ -37,6 +43,10 @@ def _fake_scale_input(x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> 
     return x.new_empty(x.shape)
 
 
+def _fake_apply_group_(y: list[Tensor], x: Tensor, arena: Tensor, tables: list[Tensor], plan: Tensor) -> None:
+    return None
+
+
 def _fake_merge_(weight: Tensor, source: Tensor | None, arena: Tensor, table: Tensor, plan: Tensor) -> None:
     return None
 
@@ -45,12 +55,14 @@ _FAKES: dict[str, Any] = {
     "apply_": _fake_apply_,
     "linear": _fake_linear,
     "scale_input": _fake_scale_input,
+    "apply_group_": _fake_apply_group_,
     "merge_": _fake_merge_,
 }
 _REFERENCES: dict[str, Any] = {
     "apply_": reference.apply_,
     "linear": reference.linear,
     "scale_input": reference.scale_input,
+    "apply_group_": reference.apply_group_,
     "merge_": reference.merge_,
 }
 
@@ -69,8 +81,8 @@ def _triton(name: str) -> Any:
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def _load() -> bool:
-    spec = importlib.util.find_spec("mlora._C")
+def _load(module: str) -> bool:
+    spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         return False
     torch.ops.load_library(spec.origin)
@@ -84,8 +96,14 @@ for _name, _schema in _SCHEMAS.items():
         _default = _triton(_name) if _prefix == "triton_" else _REFERENCES[_name]
         LIBRARY.impl(_prefix + _name, _default, "CompositeExplicitAutograd")
         torch.library.register_fake(f"mlora::{_prefix}{_name}", _FAKES[_name], lib=LIBRARY)
-    if HAS_TRITON:
-        LIBRARY.impl(_name, _triton(_name), "CUDA")
 LIBRARY.define("isa() -> int")
 
-HAS_CPU = _load()
+EMULATED = os.environ.get("MLORA_BACKEND") == "emulation"
+if EMULATED:
+    torch.ops.load_library(os.environ["MLORA_EMULATION_LIBRARY"])
+HAS_CPU = not EMULATED and _load("mlora._C")
+HAS_CUDA = torch.backends.cuda.is_built() and _load("mlora._C_cuda")
+if HAS_TRITON:
+    for _name in _SCHEMAS:
+        if not HAS_CUDA or _name == "linear":  # the CUDA library has all but this one
+            LIBRARY.impl(_name, _triton(_name), "CUDA")

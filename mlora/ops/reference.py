@@ -205,6 +205,12 @@ def scale_input(x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> Tensor
     return out.clone() if out.data_ptr() == x.data_ptr() else out
 
 
+def apply_group_(y: list[Tensor], x: Tensor, arena: Tensor, tables: list[Tensor], plan: Tensor) -> None:
+    """`apply_` for modules that read the same x: y[i] <- apply(y[i], None, x, arena, tables[i], plan)."""
+    for out, table in zip(y, tables, strict=True):
+        apply_(out, None, x, arena, table, plan)
+
+
 def merge_(weight: Tensor, source: Tensor | None, arena: Tensor, table: Tensor, plan: Tensor) -> None:
     """Fold the recipe of the plan's one row into the weight of a linear, in place, with one rounding.
 

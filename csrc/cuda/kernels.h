@@ -1,0 +1,66 @@
+// What ops.cpp and the kernels exchange: plain structs and launchers, no torch, so that nvcc's part builds fast.
+#pragma once
+
+#include <cstdint>
+
+#ifdef MLORA_EMULATION
+#include "emulation.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+namespace mlora {
+
+enum Type : int { kFloat, kHalf, kBFloat16 };
+
+constexpr int kSiblings = 4;  // modules of a group
+
+struct Sibling {
+  void* y;              // [tokens, out]
+  const void* base;     // [tokens, out]; null: y as it was
+  const int64_t* table; // [slots, kTableWidth]
+  int64_t out, y_stride, base_stride;
+};
+
+// Strides are in elements, between tokens.
+struct ApplyArgs {
+  const void* x;  // [tokens, in]
+  const void* arena;
+  const int32_t* plan;
+  int64_t plan_size, tokens, in, x_stride;
+  int64_t slice;  // features that a block of a cluster takes; set by launch_apply
+  int32_t siblings;
+  Sibling sibling[kSiblings];
+};
+
+struct ScaleInputArgs {
+  const void* x;  // [tokens, in]
+  void* y;        // [tokens, in], contiguous
+  const void* arena;
+  const int64_t* table;
+  const int32_t* plan;
+  int64_t plan_size, tokens, in, x_stride;
+};
+
+struct MergeArgs {
+  const void* source;  // [out, in], contiguous; may be the weight
+  void* weight;        // [out, in], contiguous
+  const void* arena;
+  const int64_t* table;
+  const int32_t* slots;   // [terms]
+  const float* weights;   // [terms]
+  int64_t in, out;
+  int32_t terms;
+};
+
+// What the shape of a launch follows from. `max_cluster` is 1 where there are no clusters.
+struct DeviceShape {
+  int multiprocessors, max_cluster;
+};
+
+cudaError_t device_shape(int device, DeviceShape* shape);
+cudaError_t launch_apply(Type type, const ApplyArgs& args, const DeviceShape& shape, cudaStream_t stream);
+cudaError_t launch_scale_input(Type type, const ScaleInputArgs& args, const DeviceShape& shape, cudaStream_t stream);
+cudaError_t launch_merge(Type type, const MergeArgs& args, cudaStream_t stream);
+
+}  // namespace mlora

@@ -1,0 +1,228 @@
+// The CUDA operators: validation of what the host knows, strides, and the launches. Under csrc/emulation the same
+// operators serve CPU tensors.
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdlib>
+#include <mutex>
+#include <optional>
+#include <vector>
+
+#include "../common.h"
+#include "../strides.h"
+#include "kernels.h"
+
+namespace mlora {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+#ifdef MLORA_EMULATION
+
+// Small, so that tests see clusters share tiles and tiles share clusters; bench/gpu_static.py sets a real device's.
+DeviceShape shape_of(int) {
+  const auto number = [](const char* name, int otherwise) {
+    const char* text = std::getenv(name);
+    return text && *text ? std::atoi(text) : otherwise;
+  };
+  return {number("MLORA_EMULATION_MULTIPROCESSORS", 9), number("MLORA_EMULATION_CLUSTER", 4)};
+}
+
+struct Launch {
+  DeviceShape shape;
+  cudaStream_t stream = nullptr;
+  explicit Launch(const Tensor&) : shape(shape_of(0)) {}
+};
+
+void check(cudaError_t) {}
+
+#else
+
+void check(cudaError_t error) { STD_CUDA_CHECK(error); }
+
+DeviceShape shape_of(int device) {
+  static std::mutex mutex;
+  static std::vector<std::optional<DeviceShape>> shapes;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (static_cast<size_t>(device) >= shapes.size()) shapes.resize(static_cast<size_t>(device) + 1);
+  std::optional<DeviceShape>& shape = shapes[static_cast<size_t>(device)];
+  if (!shape) {
+    DeviceShape found;
+    check(device_shape(device, &found));
+    shape = found;
+  }
+  return *shape;
+}
+
+struct Launch {
+  torch::stable::accelerator::DeviceGuard guard;
+  DeviceShape shape;
+  cudaStream_t stream = nullptr;
+
+  explicit Launch(const Tensor& t) : guard(t.get_device_index()), shape(shape_of(t.get_device_index())) {
+    void* current = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &current));
+    stream = static_cast<cudaStream_t>(current);
+  }
+};
+
+#endif
+
+Type type_of(const char* name, const Tensor& t, const Tensor& arena) {
+  const ScalarType dtype = arena.scalar_type();
+  STD_TORCH_CHECK(t.scalar_type() == dtype, "mlora: ", name, " and arena must have one dtype");
+  switch (dtype) {
+    case ScalarType::Float:
+      return kFloat;
+    case ScalarType::Half:
+      return kHalf;
+    case ScalarType::BFloat16:
+      return kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, "mlora: arena must be float32, float16 or bfloat16");
+  }
+}
+
+const int64_t* table_of(const Tensor& arena, const Tensor& table) {
+  STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == kTableWidth && table.scalar_type() == ScalarType::Long &&
+                      table.is_contiguous(),
+                  "mlora: table must be a contiguous int64 tensor of shape (slots, ", int64_t{kTableWidth}, ")");
+  STD_TORCH_CHECK(table.get_device_index() == arena.get_device_index(), "mlora: table and arena must be on one device");
+  return static_cast<const int64_t*>(table.const_data_ptr());
+}
+
+// What apply_ and apply_group_ share: x, arena and plan into args.
+Tensor take_input(const Tensor& x, const Tensor& arena, const Tensor& plan, int64_t* width, int64_t* tokens,
+                  int64_t* stride) {
+  *width = width_of("x", x);
+  *tokens = x.numel() / *width;
+  STD_TORCH_CHECK(plan.dim() == 1 && plan.scalar_type() == ScalarType::Int && plan.is_contiguous(),
+                  "mlora: plan must be a contiguous 1-D int32 tensor");
+  STD_TORCH_CHECK(plan.numel() >= kPlanHeader, "mlora: plan has ", plan.numel(), " entries, its header alone takes ",
+                  kPlanHeader);
+  STD_TORCH_CHECK(arena.dim() == 1 && arena.is_contiguous(), "mlora: arena must be contiguous and 1-D");
+  STD_TORCH_CHECK(x.get_device_index() == arena.get_device_index() &&
+                      plan.get_device_index() == arena.get_device_index(),
+                  "mlora: x, arena and plan must be on one device");
+  STD_TORCH_CHECK(*tokens <= INT32_MAX, "mlora: ", *tokens, " tokens in one call are too many");
+  return rows_of(x, stride);
+}
+
+void apply(std::vector<Tensor> ys, const std::optional<Tensor>& base, const Tensor& input, const Tensor& arena,
+           const std::vector<Tensor>& tables, const Tensor& plan) {
+  ApplyArgs args = {};
+  const Type type = type_of("x", input, arena);
+  const Tensor x = take_input(input, arena, plan, &args.in, &args.tokens, &args.x_stride);
+  args.x = x.const_data_ptr();
+  args.arena = arena.const_data_ptr();
+  args.plan = static_cast<const int32_t*>(plan.const_data_ptr());
+  args.plan_size = plan.numel();
+  args.siblings = static_cast<int32_t>(ys.size());
+  std::vector<Tensor> rows;
+  std::optional<Tensor> base_rows;
+  for (size_t i = 0; i < ys.size(); ++i) {
+    const Tensor& y = ys[i];
+    Sibling& sibling = args.sibling[i];
+    sibling.out = width_of("y", y);
+    STD_TORCH_CHECK(y.scalar_type() == arena.scalar_type(), "mlora: y and arena must have one dtype");
+    STD_TORCH_CHECK(y.numel() == args.tokens * sibling.out, "mlora: x has ", args.tokens, " tokens, y has ",
+                    y.numel() / sibling.out);
+    STD_TORCH_CHECK(y.get_device_index() == arena.get_device_index(), "mlora: y and arena must be on one device");
+    sibling.table = table_of(arena, tables[i]);
+    rows.push_back(rows_of(y, &sibling.y_stride));
+    sibling.y = rows.back().mutable_data_ptr();
+    if (base) {
+      STD_TORCH_CHECK(base->scalar_type() == arena.scalar_type(), "mlora: base and arena must have one dtype");
+      STD_TORCH_CHECK(base->dim() >= 1 && base->size(base->dim() - 1) == sibling.out && base->numel() == y.numel(),
+                      "mlora: base must have y's shape");
+      base_rows = rows_of(*base, &sibling.base_stride);
+      sibling.base = base_rows->const_data_ptr();
+    }
+  }
+  if (args.tokens == 0) return;
+  const Launch launch(arena);
+  check(launch_apply(type, args, launch.shape, launch.stream));
+  for (size_t i = 0; i < ys.size(); ++i) {
+    if (rows[i].get() != ys[i].get()) torch::stable::copy_(ys[i], rows[i]);
+  }
+}
+
+void apply_(Tensor y, std::optional<Tensor> base, Tensor x, Tensor arena, Tensor table, Tensor plan) {
+  apply({y}, base, x, arena, {table}, plan);
+}
+
+void apply_group_(std::vector<Tensor> y, Tensor x, Tensor arena, std::vector<Tensor> tables, Tensor plan) {
+  STD_TORCH_CHECK(!y.empty() && y.size() <= kSiblings && y.size() == tables.size(), "mlora: a group has 1 to ",
+                  kSiblings, " outputs and as many tables, got ", y.size(), " and ", tables.size());
+  apply(std::move(y), std::nullopt, x, arena, tables, plan);
+}
+
+Tensor scale_input(Tensor x, Tensor arena, Tensor table, Tensor plan) {
+  ScaleInputArgs args = {};
+  const Type type = type_of("x", x, arena);
+  x = take_input(x, arena, plan, &args.in, &args.tokens, &args.x_stride);
+  Tensor y = torch::stable::new_empty(x, x.sizes());
+  args.x = x.const_data_ptr();
+  args.y = y.mutable_data_ptr();
+  args.arena = arena.const_data_ptr();
+  args.table = table_of(arena, table);
+  args.plan = static_cast<const int32_t*>(plan.const_data_ptr());
+  args.plan_size = plan.numel();
+  if (args.tokens == 0) return y;
+  const Launch launch(arena);
+  check(launch_scale_input(type, args, launch.shape, launch.stream));
+  return y;
+}
+
+void merge_(Tensor weight, std::optional<Tensor> source, Tensor arena, Tensor table, Tensor plan) {
+  MergeArgs args = {};
+  const Type type = type_of("weight", weight, arena);
+  const Tensor from = source ? *source : weight;
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "mlora: weight must be contiguous, (out, in)");
+  STD_TORCH_CHECK(from.scalar_type() == weight.scalar_type() && from.dim() == 2 && from.size(0) == weight.size(0) &&
+                      from.size(1) == weight.size(1) && from.is_contiguous(),
+                  "mlora: source must be as weight is");
+  STD_TORCH_CHECK(arena.dim() == 1 && arena.is_contiguous(), "mlora: arena must be contiguous and 1-D");
+  STD_TORCH_CHECK(plan.dim() == 1 && plan.scalar_type() == ScalarType::Int && plan.is_contiguous(),
+                  "mlora: plan must be a contiguous 1-D int32 tensor");
+  const int32_t device = arena.get_device_index();
+  STD_TORCH_CHECK(weight.get_device_index() == device && from.get_device_index() == device &&
+                      plan.get_device_index() == device,
+                  "mlora: weight, source, plan and arena must be on one device");
+  // A plan of one row and one route, without spare capacity, says by its size how many terms it has.
+  constexpr int64_t kTerms = kPlanHeader + 2 + 1 + 2;
+  args.out = weight.size(0);
+  args.in = weight.size(1);
+  args.source = from.const_data_ptr();
+  args.weight = weight.mutable_data_ptr();
+  args.arena = arena.const_data_ptr();
+  args.table = table_of(arena, table);
+  args.terms = plan.numel() > kTerms ? static_cast<int32_t>((plan.numel() - kTerms) / 2) : 0;
+  args.slots = static_cast<const int32_t*>(plan.const_data_ptr()) + (args.terms ? kTerms : 0);
+  args.weights = reinterpret_cast<const float*>(args.slots + args.terms);
+  if (weight.numel() == 0 || (args.terms == 0 && !source)) return;
+  const Launch launch(arena);
+  check(launch_merge(type, args, launch.stream));
+}
+
+}  // namespace
+}  // namespace mlora
+
+#ifdef MLORA_EMULATION
+#define MLORA_KEY CPU
+#else
+#define MLORA_KEY CUDA
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(mlora, MLORA_KEY, m) {
+  m.impl("apply_", TORCH_BOX(&mlora::apply_));
+  m.impl("apply_group_", TORCH_BOX(&mlora::apply_group_));
+  m.impl("scale_input", TORCH_BOX(&mlora::scale_input));
+  m.impl("merge_", TORCH_BOX(&mlora::merge_));
+}
