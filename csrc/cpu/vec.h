@@ -126,6 +126,19 @@ MLORA_INLINE void store(fp16* p, Pair v, int64_t n) {
   _mm256_mask_storeu_epi16(p + W, static_cast<__mmask16>(m >> 16), _mm512_cvtps_ph(v.b, kNearest));
 }
 
+#if MLORA_HAVE_BF16
+
+template <bool Tail>
+MLORA_INLINE void store(bf16* p, Pair v, int64_t n) {
+  // v.a in the low half, v.b in the high one: brought together pair by pair
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(v.b, v.a);
+  const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  _mm512_mask_storeu_epi16(p, Tail ? first(n) : ~0u, _mm512_permutexvar_epi16(pairs, halves));
+}
+
+#else
+
 // The rounded bf16 is in the high half of each lane.
 MLORA_INLINE __m512i round_bf16(vf v) {
   const __m512i i = _mm512_castps_si512(v);
@@ -139,6 +152,8 @@ MLORA_INLINE void store(bf16* p, Pair v, int64_t n) {
   const __m512i r = _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(round_bf16(v.a), 16), round_bf16(v.b));
   _mm512_mask_storeu_epi16(p, Tail ? first(n) : ~0u, r);
 }
+
+#endif
 
 #else
 
