@@ -26,9 +26,9 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     records = [json.loads(line) for file in args.files for line in file.read_text().splitlines()]
     drawn = []
-    if generate := [r for r in records if r["bench"] == "generate"]:
+    if generate := [r for r in records if r.get("bench") == "generate"]:
         drawn.append(draw_generate(generate, args.out / "generate.png"))
-    if bandwidth := [r for r in records if r["bench"] == "kernels" and r["group"] == "bandwidth"]:
+    if bandwidth := [r for r in records if r.get("bench") == "kernels" and r["group"] == "bandwidth"]:
         drawn.append(draw_bandwidth(bandwidth, args.out / "bandwidth.png"))
     if not drawn:
         raise SystemExit(f"nothing to draw in {', '.join(map(str, args.files))}")

@@ -173,6 +173,11 @@ def logits(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Ten
     return out
 
 
+def identity(model: nn.Module) -> list[Any]:
+    """What says that two models are the very same modules, without traces in them."""
+    return [(name, id(m), type(m), set(m.__dict__)) for name, m in model.named_modules(remove_duplicate=False)]
+
+
 def make_adapter(
     folder: Path,
     model: Any,
@@ -364,6 +369,18 @@ LLAMA_ADAPTERS: dict[str, dict[str, Any]] = {
         "rank_pattern": {"k_proj": 2, r".*\.1\.mlp\.down_proj": 5}, "alpha_pattern": {"o_proj": 12},
     },
 }  # fmt: skip
+
+
+@pytest.fixture
+def model(llama: Any) -> Any:
+    """A bare model of the test's own."""
+    return copy.deepcopy(llama)
+
+
+@pytest.fixture
+def batch() -> dict[str, Tensor]:
+    """Inputs of four rows for `model`."""
+    return inputs_for("llama", 4)
 
 
 @pytest.fixture(scope="session")

@@ -16,11 +16,6 @@ import mlora
 from mlora import errors
 
 
-@pytest.fixture
-def model(llama: Any) -> Any:
-    return copy.deepcopy(llama)
-
-
 def test_a_file(llama: Any, folders: dict[str, Path], tmp_path: Path) -> None:
     llama.save_pretrained(tmp_path / "base")
     (tmp_path / "r3").symlink_to(folders["r3"], target_is_directory=True)

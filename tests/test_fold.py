@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import assert_close, build, inputs_for, logits, make_adapter, peft_alone, row_of, state_hash
-from torch import Tensor
 
 import mlora
 from mlora import errors
@@ -29,11 +28,6 @@ def served(base: Any, folders: dict[str, Path]) -> Any:
 @pytest.fixture
 def model(llama: Any, folders: dict[str, Path]) -> Any:
     return served(llama, folders)
-
-
-@pytest.fixture
-def batch() -> dict[str, Tensor]:
-    return inputs_for("llama", 4)
 
 
 @pytest.mark.parametrize("entry", ["r3", "rs16", "dora1", {"r3": 0.7, "rs16": -0.5, "dora1": 0.4}])

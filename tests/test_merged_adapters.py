@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_close, formula, inputs_for, logits, row_of, state_hash
-from torch import Tensor
+from conftest import assert_close, formula, logits, row_of, state_hash
 
 import mlora
 from mlora import Merge, errors
@@ -26,11 +25,6 @@ def model(llama: Any, folders: dict[str, Path]) -> Any:
     for name, folder in folders.items():
         runtime.load_adapter(folder, name)
     return model
-
-
-@pytest.fixture
-def batch() -> dict[str, Tensor]:
-    return inputs_for("llama", 4)
 
 
 # As new adapters

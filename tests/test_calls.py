@@ -1,0 +1,299 @@
+"""Calls of a patched model: entries, what stays after an error, threads, gradients."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import (
+    HIDDEN,
+    assert_close,
+    build,
+    inputs_for,
+    logits,
+    peft_alone,
+    refused,
+)
+from torch import Tensor
+
+import mlora
+from mlora import errors
+
+MIXED = ["r3", None, "dora1", {"rs16": 0.5, "bias8": -1.0}]
+
+
+# Entries, names, and what stays after an error
+
+
+@pytest.mark.parametrize(
+    ("entries", "error", "wanted"),
+    (
+        ("nobody", errors.UnknownAdapterError, ("'nobody'", "'r3'", "'rs16'")),
+        (["r3", "nobody", None, None], errors.UnknownAdapterError, ("'nobody'", "'r3'")),
+        ({"r3": 1, "nobody": 1}, errors.UnknownAdapterError, ("'nobody'", "'r3'")),
+        (["r3"] * 3, errors.EntryError, ("3 entries", "4 rows")),
+        (["r3"] * 5, errors.EntryError, ("5 entries", "4 rows")),
+        (["r3"], errors.EntryError, ("1 entries", "4 rows")),
+        ([], errors.EntryError, ("0 entries", "4 rows")),
+        ({"r3": float("nan")}, errors.EntryError, ("'r3'", "nan", "finite")),
+        (["r3", {"rs16": float("inf")}, None, None], errors.EntryError, ("'rs16'", "inf", "finite")),
+        (5, errors.EntryError, ("5", "int")),
+        ([5, None, None, None], errors.EntryError, ("5", "int")),
+    ),
+    ids=(
+        "name", "name-in-row", "name-in-mix", "few", "many", "one-in-a-list", "empty", "nan", "inf", "int",
+        "int-in-row",
+    ),
+)  # fmt: skip
+@pytest.mark.parametrize("how", ("call", "generate", "context"))
+def test_bad_entries(
+    patched: Any,
+    batch: dict[str, Tensor],
+    entries: Any,
+    error: type[Exception],
+    wanted: tuple[str, ...],
+    how: str,
+) -> None:
+    with refused(patched, error, *wanted):
+        if how == "call":
+            patched(**batch, adapter_names=entries)
+        elif how == "generate":
+            patched.generate(**batch, adapter_names=entries, max_new_tokens=2)
+        else:
+            with patched.mlora.use_adapters(entries):
+                patched(**batch)
+
+
+@pytest.mark.parametrize("entry", (["r3"], 3, "nobody", {"r3": float("nan")}), ids=("list", "int", "name", "nan"))
+def test_bad_defaults(patched: Any, entry: Any) -> None:
+    patched.mlora.set_adapter("rs16")
+    with refused(patched, errors.MloraError):
+        patched.mlora.set_adapter(entry)
+
+
+@pytest.mark.parametrize("name", ("r3", "", "__base__", None, 5), ids=("taken", "empty", "base", "none", "int"))
+def test_names_that_cannot_be_given(patched: Any, folders: dict[str, Path], name: Any) -> None:
+    adapter = mlora.Adapter.from_pretrained(folders["rs16"])
+    error = errors.DuplicateAdapterError if name == "r3" else errors.EntryError
+    with refused(patched, error, repr(name), *([str(folders["r3"])] if name == "r3" else [])):
+        patched.mlora.add_adapter(name, adapter)
+    if name is not None:
+        with refused(patched, error, repr(name)):
+            patched.mlora.load_adapter(folders["rs16"], name)
+
+
+def test_deleting(patched: Any, folders: dict[str, Path], batch: dict[str, Tensor]) -> None:
+    runtime = patched.mlora
+    want = logits(patched, batch, adapter_names="rs16")
+    with refused(patched, errors.UnknownAdapterError, "'nobody'", "'r3'"):
+        runtime.delete_adapter("nobody")
+    runtime.delete_adapter("r3")
+    assert "r3" not in runtime.adapters
+    with refused(patched, errors.UnknownAdapterError, "'r3'", "'rs16'"):
+        patched(**batch, adapter_names="r3")
+    runtime.load_adapter(folders["rs16"], "r3")  # the name is free again, for other weights
+    assert torch.equal(logits(patched, batch, adapter_names="r3"), want)
+
+
+def test_deleting_what_is_in_use(patched: Any, batch: dict[str, Tensor]) -> None:
+    runtime = patched.mlora
+    with runtime.use_adapters(["r3", None, {"rs16": 1.0}, None]):
+        for name in ("r3", "rs16"):
+            with refused(patched, errors.AdapterInUseError, f"'{name}'", "use_adapters"):
+                runtime.delete_adapter(name)
+        want = logits(patched, batch)
+        runtime.delete_adapter("dora1")  # nobody uses it
+        assert torch.equal(logits(patched, batch), want)
+    runtime.set_adapter("r3")
+    with refused(patched, errors.AdapterInUseError, "'r3'", "set_adapter(None)"):
+        runtime.delete_adapter("r3")
+    runtime.set_adapter(None)
+    runtime.delete_adapter("r3")
+    runtime.delete_adapter("rs16")
+
+
+def test_unpatching_while_routed(patched: Any) -> None:
+    with patched.mlora.use_adapters("r3"), refused(patched, errors.PatchError, "use_adapters"):
+        mlora.unpatch(patched)
+    patched.mlora.set_adapter("r3")
+    mlora.unpatch(patched)
+
+
+@pytest.mark.parametrize("how", ("call", "generate", "context", "submodule"))
+def test_an_exception_in_mid_forward_leaves_no_routing(
+    patched: Any, llama: Any, batch: dict[str, Tensor], how: str
+) -> None:
+    want = logits(patched, batch, adapter_names=MIXED)
+
+    class Boom(Exception):
+        pass
+
+    def fail(*_: Any) -> None:
+        raise Boom
+
+    hook = patched.model.layers[1].register_forward_pre_hook(fail)
+    before_pins = [patched.mlora._store[n].pins for n in patched.mlora.adapters]
+    with refused(patched, Boom):
+        if how == "call":
+            patched(**batch, adapter_names=MIXED)
+        elif how == "generate":
+            patched.generate(**batch, adapter_names=MIXED, max_new_tokens=3)
+        else:
+            with patched.mlora.use_adapters(MIXED):
+                (patched if how == "context" else patched.model)(**batch)
+    hook.remove()
+    assert [patched.mlora._store[n].pins for n in patched.mlora.adapters] == before_pins
+    assert torch.equal(logits(patched, batch), logits(llama, batch))
+    assert torch.equal(logits(patched, batch, adapter_names=MIXED), want)
+    for name in ("r3", "rs16", "dora1", "bias8"):
+        patched.mlora.delete_adapter(name)
+    mlora.unpatch(patched)
+
+
+def test_wrong_number_of_rows_inside_use_adapters(patched: Any, batch: dict[str, Tensor]) -> None:
+    with patched.mlora.use_adapters(["r3", "rs16"]):
+        with refused(patched, errors.EntryError, "2 entries", "4 rows"):
+            patched(**batch)
+        logits(patched, {key: value[:2] for key, value in batch.items()})
+        with refused(patched, errors.MloraError, "4"), torch.no_grad():
+            patched.model(**batch)
+
+
+def test_a_batch_that_needs_more_than_the_arena(model: Any, folders: dict[str, Path], batch: Any) -> None:
+    sizes = {}
+    probe = mlora.patch(model, memory=1 << 20)
+    for name, folder in folders.items():
+        sizes[name] = probe.load_adapter(folder, name).bytes
+    mlora.unpatch(model)
+    room = sizes["rs16"] + 128
+    runtime = mlora.patch(model, memory=room)
+    for name, folder in folders.items():
+        runtime.load_adapter(folder, name)
+    needed = sizes["rs16"] + sizes["r3"]
+    with refused(model, errors.CapacityError, f"{needed:,} bytes", f"{runtime._store.capacity:,}", "memory="):
+        model(**batch, adapter_names=["rs16", "r3", None, None])
+    # One after another they all fit, whatever was there before.
+    fresh = copy.deepcopy(build("llama"))
+    whole = mlora.patch(fresh, memory=1 << 20)
+    for name, folder in folders.items():
+        whole.load_adapter(folder, name)
+    for name in [*folders, *reversed(folders)]:
+        got = logits(model, batch, adapter_names=name)
+        assert torch.equal(got, logits(fresh, batch, adapter_names=name))
+        assert runtime.adapters[name].location == "device"
+    runtime.set_adapter("r3")
+    with refused(model, errors.CapacityError, f"{needed:,} bytes", "active already"):
+        runtime.set_adapter("rs16")  # the old default stays until the new one is there
+    runtime.set_adapter(None)
+    runtime.set_adapter("rs16")
+
+
+def test_an_adapter_larger_than_the_arena(model: Any, folders: dict[str, Path]) -> None:
+    runtime = mlora.patch(model, memory=4096)
+    with refused(model, errors.CapacityError, "'rs16'", "4,096", "memory="):
+        runtime.load_adapter(folders["rs16"], "rs16")
+
+
+# Threads
+
+
+def test_two_threads_get_their_own_rows(patched: Any, llama: Any) -> None:
+    batch = inputs_for("llama", 2)
+    jobs = {"one": ["r3", None], "two": ["rs16", "bias8"], "three": None}
+
+    def run(entries: Any) -> list[Tensor]:
+        options = {"max_new_tokens": 5, "adapter_names": entries}
+        return [patched.generate(**batch, **options), logits(patched, batch, adapter_names=entries)]
+
+    want = {name: run(entries) for name, entries in jobs.items()}
+    assert not torch.equal(want["one"][1], want["two"][1])
+    failures: list[str] = []
+    barrier = threading.Barrier(len(jobs))
+
+    def work(name: str) -> None:
+        barrier.wait()
+        for _ in range(6):
+            got = run(jobs[name])
+            if not all(torch.equal(g, w) for g, w in zip(got, want[name], strict=True)):
+                failures.append(name)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert patched.mlora._active == 0
+
+
+def test_threads_load_and_delete_while_others_run(patched: Any, folders: dict[str, Path]) -> None:
+    batch = inputs_for("llama", 2)
+    want = logits(patched, batch, adapter_names=["r3", "rs16"])
+    stop = threading.Event()
+    problems: list[str] = []
+
+    def churn() -> None:
+        try:
+            adapters = [mlora.Adapter.from_pretrained(folders[name]) for name in ("bias8", "dora1")]
+            while not stop.is_set():
+                for index, adapter in enumerate(adapters):
+                    patched.mlora.add_adapter(f"x{index}", adapter)
+                for index in range(2):
+                    patched.mlora.delete_adapter(f"x{index}")
+        except Exception as error:
+            problems.append(repr(error))
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    for _ in range(15):
+        if not torch.equal(logits(patched, batch, adapter_names=["r3", "rs16"]), want):
+            problems.append("other rows")
+    stop.set()
+    thread.join()
+    assert not problems
+
+
+def test_a_default_set_by_one_thread_serves_another(patched: Any) -> None:
+    batch = inputs_for("llama", 2)
+    want = logits(patched, batch, adapter_names="r3")
+    patched.mlora.set_adapter("r3")
+    out: list[Tensor] = []
+    with patched.mlora.use_adapters("rs16"):  # this thread's own routing is not the other thread's
+        thread = threading.Thread(target=lambda: out.append(logits(patched, batch)))
+        thread.start()
+        thread.join()
+    assert torch.equal(out[0], want)
+
+
+# Gradients
+
+
+def test_gradients_of_the_inputs_equal_pefts(patched: Any, llama: Any, folders: dict[str, Path]) -> None:
+    mask = torch.ones(2, 5, dtype=torch.long)
+    embeds = torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(1))
+    direction = torch.randn(2, 5, 67, generator=torch.Generator().manual_seed(2))
+
+    def gradient(model: Any, rows: slice, **options: Any) -> Tensor:
+        x = embeds[rows].clone().requires_grad_()
+        (model(inputs_embeds=x, attention_mask=mask[rows], **options).logits * direction[rows]).sum().backward()
+        return x.grad
+
+    for first, second in (("r3", "dora1"), ("rs16", "bias8")):
+        want = [gradient(peft_alone(llama, folders[n]), slice(i, i + 1)) for i, n in enumerate((first, second))]
+        got = gradient(patched, slice(None), adapter_names=[first, second])
+        assert_close(got, torch.cat(want), 2e-5)
+    assert torch.equal(gradient(patched, slice(None)), gradient(llama, slice(None)))
+
+
+def test_results_with_and_without_gradients_agree(patched: Any, batch: dict[str, Tensor]) -> None:
+    patched.zero_grad()
+    with_graph = patched(**batch, adapter_names=MIXED).logits * batch["attention_mask"][..., None]
+    assert with_graph.requires_grad
+    assert_close(with_graph.detach(), logits(patched, batch, adapter_names=MIXED), 2e-6)
+    with torch.inference_mode():
+        inside = patched(**batch, adapter_names=MIXED).logits * batch["attention_mask"][..., None]
+    assert torch.equal(inside, logits(patched, batch, adapter_names=MIXED))
