@@ -178,6 +178,15 @@ def identity(model: nn.Module) -> list[Any]:
     return [(name, id(m), type(m), set(m.__dict__)) for name, m in model.named_modules(remove_duplicate=False)]
 
 
+def served(base: Any, folders: dict[str, Path]) -> Any:
+    """A patched copy of `base` with the adapters of `folders` loaded."""
+    model = copy.deepcopy(base)
+    runtime = mlora.patch(model)
+    for name, folder in folders.items():
+        runtime.load_adapter(folder, name)
+    return model
+
+
 def make_adapter(
     folder: Path,
     model: Any,

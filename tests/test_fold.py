@@ -8,21 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_close, build, inputs_for, logits, make_adapter, peft_alone, row_of, state_hash
+from conftest import assert_close, build, inputs_for, logits, make_adapter, peft_alone, row_of, served, state_hash
 
 import mlora
 from mlora import errors
 from mlora.ops import dispatch
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def served(base: Any, folders: dict[str, Path]) -> Any:
-    model = copy.deepcopy(base)
-    runtime = mlora.patch(model)
-    for name, folder in folders.items():
-        runtime.load_adapter(folder, name)
-    return model
 
 
 @pytest.fixture

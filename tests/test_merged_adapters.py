@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import threading
 from pathlib import Path
@@ -10,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_close, formula, logits, row_of, state_hash
+from conftest import assert_close, formula, logits, row_of, served, state_hash
 
-import mlora
 from mlora import Merge, errors
 from mlora.lowering import lower, to_adapter
 from mlora.lowering.delta import Delta
@@ -20,11 +18,7 @@ from mlora.lowering.delta import Delta
 
 @pytest.fixture
 def model(llama: Any, folders: dict[str, Path]) -> Any:
-    model = copy.deepcopy(llama)
-    runtime = mlora.patch(model)
-    for name, folder in folders.items():
-        runtime.load_adapter(folder, name)
-    return model
+    return served(llama, folders)
 
 
 # As new adapters
