@@ -18,7 +18,7 @@ from . import errors
 from .lowering import BaseLinear
 from .ops import dispatch, reference
 from .ops.rows import check_rows
-from .routing import Local, Plan
+from .routing import Local, Plan, Siblings
 from .store import GAIN, IN_GAIN
 
 MODULE_CLASSES: tuple[type[nn.Module], ...] = (nn.Linear, Conv1D)
@@ -36,6 +36,8 @@ class Shared:
         default: the plan of `Runtime.set_adapter`, for threads without one of their own.
         blank: a plan that routes nothing.
         fused: whether the base product may be computed by mlora's own kernel.
+        groups: first layer's number -> the layers that read the same input after it (q, k, v; gate, up), learned as
+            calls come; None where one launch for several modules gains nothing.
     """
 
     def __init__(self, arena: Tensor, plan: Tensor, fused: bool) -> None:
@@ -46,6 +48,8 @@ class Shared:
         self.blank = torch.zeros(8, dtype=torch.int32, device=plan.device)
         self.fused = fused
         self.in_gains = False
+        grouped = dispatch.backend(arena.device, arena.dtype) in ("cuda", "emulation")
+        self.groups: dict[int, tuple[LoraLayer, ...]] | None = {} if grouped else None
 
 
 class LayerState:
@@ -120,7 +124,46 @@ class LoraLayer(nn.Module):
             return dispatch.linear(x, self.weight, self.bias, shared.arena, state.table, words, kblock)
         if not touches:
             return self._base(x)
+        if plan is not None and shared.groups is not None and not torch.is_grad_enabled() and not x.is_inference():
+            return self._grouped(x, plan, touches)
         return self._routed(x, words, touches)
+
+    def _grouped(self, x: Tensor, plan: Plan, touches: int) -> Tensor:
+        """`_routed`, but the first of several layers that read one input serves them all in one launch; the others
+        find their results. An inference tensor, which does not tell whether it was written to in between, is not
+        grouped."""
+        state = self._mlora
+        shared, seen = state.shared, state.shared.local.siblings
+        groups = shared.groups
+        assert groups is not None
+        if seen is not None and seen.input is x and seen.version == x._version and seen.plan is plan:
+            ready = seen.results.pop(state.index, None)
+            if ready is None:
+                known = groups.get(seen.first, ())
+                if len(known) < dispatch.GROUP - 1 and self not in known and state.index != seen.first:
+                    groups[seen.first] = (*known, self)
+                return self._routed(x, plan.tensor, touches)
+            return ready
+        if seen is not None and seen.results:  # not called after all: not siblings
+            left = groups.get(seen.first, ())
+            groups[seen.first] = tuple(layer for layer in left if layer._mlora.index not in seen.results)
+        seen = shared.local.siblings = Siblings(x, x._version, plan, state.index, {})
+        others = [
+            layer
+            for layer in groups.get(state.index, ())
+            if plan.touches[layer._mlora.index]
+            and not (plan.touches[layer._mlora.index] | touches) & IN_GAIN
+            and layer._mlora.outer is None
+            and "forward" not in layer.__dict__
+        ]
+        if not others:
+            return self._routed(x, plan.tensor, touches)
+        layers = [self, *others]
+        outputs = [layer._base(x) for layer in layers]
+        dispatch.apply_group_(outputs, x, shared.arena, [layer._mlora.table for layer in layers], plan.tensor)
+        for layer, output in zip(others, outputs[1:], strict=True):
+            seen.results[layer._mlora.index] = output
+        return outputs[0]
 
     def _base(self, x: Tensor) -> Tensor:
         outer = self._mlora.outer

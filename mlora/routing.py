@@ -50,13 +50,29 @@ class Plan:
         return self.rows == 1
 
 
+@dataclass
+class Siblings:
+    """What the layer with number `first` left for those that read the same input after it.
+
+    Args:
+        input, version, plan: of its call. `results`: number of a layer -> its output.
+    """
+
+    input: Tensor
+    version: int
+    plan: Plan
+    first: int
+    results: dict[int, Tensor]
+
+
 class Local(threading.local):
-    """Per thread: the active plan, the entries it came from, and the sequence length of the forward
-    that is running (0 if none)."""
+    """Per thread: the active plan, the entries it came from, the sequence length of the forward that is
+    running (0 if none), and what its layers left for their siblings."""
 
     plan: Plan | None = None
     entries: Any = None
     length: int = 0
+    siblings: Siblings | None = None
 
 
 def resolve_entry(entry: Any, exists: Callable[[str], bool]) -> Recipe:

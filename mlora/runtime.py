@@ -515,7 +515,7 @@ class Runtime:
                 with self._default():
                     yield
         finally:
-            local.length = previous
+            local.length, local.siblings = previous, None
 
     @contextmanager
     def _default(self) -> Iterator[None]:

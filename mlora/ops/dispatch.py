@@ -24,6 +24,9 @@ _KERNEL_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 # Beyond this many tokens the tensor cores of the Triton kernels beat the CUDA library's one launch.
 CUDA_MAX_TOKENS = 128
 
+# Modules that `apply_group_` takes at most.
+GROUP = 4
+
 # Up to this many tokens `linear` beats the library's matmul followed by `apply_`.
 FUSED_MAX_TOKENS = 64
 
