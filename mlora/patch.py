@@ -18,6 +18,7 @@ from .layers import (
     compute_dtype,
     find_layers,
     guard_moves,
+    model_dtype,
     refuse_copy,
     refuse_move,
     restore_class,
@@ -113,7 +114,9 @@ def patch(
     for name, module in paths.items():
         modules.setdefault(id(module), (name, module))
     device = _device(model)
-    arena_dtype = dtype or Counter(compute_dtype(m) for _, m in modules.values()).most_common(1)[0][0]
+    usual = model_dtype(model)
+    dtypes = {key: compute_dtype(module, usual) for key, (_, module) in modules.items()}
+    arena_dtype = dtype or Counter(dtypes.values()).most_common(1)[0][0]
     if memory is None:
         memory = _default_memory(model, device)
     if memory < 1 or max_adapters < 1:
@@ -121,7 +124,7 @@ def patch(
     store = Store(device, arena_dtype, memory, len(modules), max_adapters)
     shared = Shared(store.arena, torch.zeros(PLAN_WORDS, dtype=torch.int32, device=device), fused)
     states = {
-        key: LayerState(name, index, shared, store.tables[index], module)
+        key: LayerState(name, index, shared, store.tables[index], module, dtypes[key])
         for index, (key, (name, module)) in enumerate(modules.items())
     }
     runtime = Runtime(model, store, shared, {name: states[id(module)].index for name, module in paths.items()}, paths)
