@@ -26,7 +26,7 @@ class Target:
 
     Args:
         name: its dotted path. `index`: its number in the store.
-        weight: (out, in), or (in, out) if `transposed`. `bias`: (out,) or None.
+        weight: (out, in), or (in, out) if `transposed`, as an embedding's is. `bias`: (out,) or None.
         table: its rows of the store's tables, int64 (slots, TABLE_WIDTH).
     """
 
@@ -66,7 +66,9 @@ def target_of(name: str, module: nn.Module, index: int, table: Tensor, shared: s
             )
     if not weight.is_contiguous():
         raise errors.MergeError(f"module {name}: its weight is not contiguous; nothing can be folded in")
-    transposed = isinstance(module, Conv1D)
+    if getattr(module, "embed_scale", 1.0) != 1.0:
+        raise errors.MergeError(f"module {name}: it scales what it looks up; serve the adapter unmerged")
+    transposed = isinstance(module, (Conv1D, nn.Embedding))
     if transposed:  # W^T <- W^T + A^T B: the same with the parts' roles exchanged
         table = table.clone()
         pairs = ((layout.A, layout.B), (layout.GAIN, layout.IN_GAIN))

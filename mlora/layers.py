@@ -180,6 +180,10 @@ class LoraLayer(nn.Module):
                 f"{state.name} got an input in {x.dtype} on {x.device}; the model was patched in {state.dtype} on "
                 f"{state.device}. Unpatch, move the model and patch again"
             )
+        self._check_rows(x, plan)
+
+    def _check_rows(self, x: Tensor, plan: Plan) -> None:
+        state = self._mlora
         if plan.uniform:
             return
         rows = x.shape[0] if x.dim() > 1 else 1
@@ -209,6 +213,35 @@ class LoraLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         refuse_copy()
+
+
+class EmbeddingLayer(LoraLayer):
+    """Mixed in before an embedding's class: the delta is looked up by token, in rank rows of (rank, vocab)."""
+
+    num_embeddings: int
+
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
+        state = self._mlora
+        shared = state.shared
+        if torch.compiler.is_compiling():
+            check_rows(shared.plan, input.shape[0])
+            words = shared.plan
+        else:
+            plan = shared.local.plan or shared.default
+            if plan is None or not plan.touches[state.index]:
+                return self._base(input)
+            self._check_rows(input, plan)
+            words = plan.tensor
+        y = self._base(input)
+        if y.requires_grad:
+            return reference.embed(y, input, shared.arena, state.table, words, self.num_embeddings)
+        dispatch.embed_(y, input, shared.arena, state.table, words, self.num_embeddings)
+        return y
+
+
+def mixin_of(module: nn.Module) -> type[LoraLayer]:
+    """The layer class that serves a module of `find_layers`."""
+    return EmbeddingLayer if isinstance(module, nn.Embedding) else LoraLayer
 
 
 def bound_forwards(module: nn.Module, forward: Callable[..., Any]) -> list[str]:
@@ -269,14 +302,15 @@ def swap_class(module: nn.Module, mixin: type) -> None:
 
 def restore_class(module: nn.Module) -> None:
     """Undo `swap_class`."""
-    module.__class__ = type(module).__mro__[2]
+    module.__class__ = type(module).__bases__[1]
 
 
 def find_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Dotted path -> every module that can be patched; a shared module comes once for each path.
 
-    Linears whose owner reads their weight without calling them are left out, since a layer there would
-    silently do nothing: `nn.MultiheadAttention`'s projections and `nn.TransformerEncoderLayer`'s.
+    These are linears, and embeddings of tokens. Linears whose owner reads their weight without calling them are left
+    out, since a layer there would silently do nothing: `nn.MultiheadAttention`'s projections and
+    `nn.TransformerEncoderLayer`'s.
     """
     bypassed = {
         id(child)
@@ -284,11 +318,30 @@ def find_layers(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
         for child in module.children()
     }
+    tokens = {id(module) for module in token_embeddings(model)}
     return {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
-        if name and id(module) not in bypassed and (isinstance(module, MODULE_CLASSES) or is_packed_linear(module))
+        if name
+        and id(module) not in bypassed
+        and (isinstance(module, MODULE_CLASSES) or id(module) in tokens or is_packed_linear(module))
     }
+
+
+def token_embeddings(model: nn.Module) -> Iterator[nn.Embedding]:
+    """What parts of `model` name as their `get_input_embeddings`. Other embeddings are left out, since what they look
+    up (positions, distances of two tokens) need not lie in rows of the batch; and so are those that do more than look
+    up and scale by an `embed_scale`."""
+    for part in model.modules():
+        try:
+            found: Any = part.get_input_embeddings()  # type: ignore[operator]
+        except (AttributeError, NotImplementedError):
+            continue
+        found = getattr(found, "base_layer", found)  # of a layer of PEFT's that is about to be taken out
+        if not isinstance(found, nn.Embedding) or found.max_norm is not None or not is_dense(found.weight):
+            continue
+        if type(found).forward is nn.Embedding.forward or hasattr(found, "embed_scale"):
+            yield found
 
 
 def is_packed_linear(module: nn.Module) -> bool:
@@ -301,8 +354,8 @@ def is_packed_linear(module: nn.Module) -> bool:
     if is_dense(getattr(module, "weight", None)) or not any(tensor.dim() >= 2 for tensor in _tensors(module)):
         return False
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    required = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return len(required) == 1 and not any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in parameters)
+    required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return len(required) == 1 and required[0].kind is not inspect.Parameter.KEYWORD_ONLY
 
 
 def is_dense(weight: Any) -> bool:
@@ -334,7 +387,9 @@ def compute_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
 def base_linear(name: str, module: nn.Module, originals: Callable[[], Mapping[str, Tensor]] = dict) -> BaseLinear:
     """What a lowering may ask of `module`. `originals` gives the weight and bias where the module's own are not the
     base's, because something is folded in."""
-    transposed = isinstance(module, Conv1D)
+    transposed, embed_scale = isinstance(module, (Conv1D, nn.Embedding)), None
+    if isinstance(module, nn.Embedding):  # in the dtype in which it multiplies
+        embed_scale = float(torch.as_tensor(getattr(module, "embed_scale", 1.0)).to(module.weight.dtype))
     if transposed:
         in_features, out_features = cast(Tensor, module.weight).shape
     else:
@@ -351,6 +406,7 @@ def base_linear(name: str, module: nn.Module, originals: Callable[[], Mapping[st
             tensor = dequantize(name, module)
         dense = cast(Tensor, tensor).detach().to("cpu", torch.float32)
         dense = dense.t() if transposed else dense
+        dense = dense if embed_scale in (None, 1.0) else dense * embed_scale
         if dense.shape != (out_features, in_features):
             raise errors.UnsupportedAdapterError(
                 f"module {name}: its weight dequantizes to shape {tuple(dense.shape)}; it must be "
@@ -362,7 +418,7 @@ def base_linear(name: str, module: nn.Module, originals: Callable[[], Mapping[st
         tensor = originals().get("bias", getattr(module, "bias", None))
         return tensor.detach().to("cpu", torch.float32) if isinstance(tensor, Tensor) else None
 
-    return BaseLinear(name, in_features, out_features, weight, bias)
+    return BaseLinear(name, in_features, out_features, weight, bias, embed_scale)
 
 
 def dequantize(name: str, module: nn.Module) -> Tensor:
@@ -378,11 +434,12 @@ def dequantize(name: str, module: nn.Module) -> Tensor:
     try:
         with torch.no_grad():
             if isinstance(weight, Tensor) and type(weight).dequantize is not Tensor.dequantize:
-                return cast(Tensor, weight.dequantize())
+                dense: Tensor = weight.dequantize()
+                return dense
             if (state := getattr(weight, "quant_state", None)) is not None:  # bitsandbytes, 4 bits
-                from bitsandbytes import functional  # type: ignore[import-not-found]
+                from bitsandbytes import functional
 
-                dense: Tensor = functional.dequantize_4bit(weight.data, state)
+                dense = functional.dequantize_4bit(weight.data, state)
                 return dense
             scales = getattr(weight, "SCB", None)  # bitsandbytes, 8 bits: they move into `state` at the first call
             scales = getattr(getattr(module, "state", None), "SCB", None) if scales is None else scales
@@ -398,7 +455,7 @@ def dequantize(name: str, module: nn.Module) -> Tensor:
 
 def _through_identity(module: nn.Module) -> Tensor:
     """W, (out, in), of a linear by its own forward, called on a twin without bias: a sum with it would be rounded."""
-    cls = type(module).__mro__[2] if isinstance(module, LoraLayer) else type(module)
+    cls: Any = type(module).__bases__[1] if isinstance(module, LoraLayer) else type(module)
     twin: Any = object.__new__(cls)
     twin.__dict__.update({key: value for key, value in module.__dict__.items() if key != "forward"})
     for kind in ("_parameters", "_buffers"):

@@ -18,6 +18,7 @@ from .layers import (
     compute_dtype,
     find_layers,
     guard_moves,
+    mixin_of,
     model_dtype,
     refuse_copy,
     refuse_move,
@@ -132,9 +133,10 @@ def patch(
     for key, (_, module) in modules.items():
         if states[key].outer is not None:
             del module.__dict__["forward"]
-        swap_forward(module, type(module).forward, LoraLayer.forward)
+        mixin = mixin_of(module)
+        swap_forward(module, type(module).forward, mixin.forward)
         module.__dict__["_mlora"] = states[key]
-        swap_class(module, LoraLayer)
+        swap_class(module, mixin)
     for module in _ancestors(model, paths):
         guard_moves(module)
     swap_class(model, PatchedModel)
@@ -160,7 +162,7 @@ def unpatch(model: nn.Module) -> nn.Module:
             outer = module._mlora.outer
             del module.__dict__["_mlora"]
             restore_class(module)
-            swap_forward(module, LoraLayer.forward, type(module).forward)
+            swap_forward(module, mixin_of(module).forward, type(module).forward)
             if outer is not None:
                 module.__dict__["forward"] = outer
     for module in _ancestors(model, model.mlora.bases):

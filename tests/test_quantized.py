@@ -189,10 +189,12 @@ def test_rows_are_those_of_the_dense_model(base: Any, adapters: dict[str, Path],
     batch = inputs_for("qwen2", 4)
     bare = logits(model, batch)
     runtime = mlora.patch(model)
-    assert len(set(runtime.bases)) == 15 and torch.equal(logits(model, batch), bare)
+    assert len(set(runtime.bases)) == 16 and torch.equal(logits(model, batch), bare)
     for name, folder in adapters.items():
         runtime.load_adapter(folder, name)
+    runtime.set_adapter("lora")  # which must not get into W
     runtime.load_adapter(adapters["dora"], "later")
+    runtime.set_adapter(None)
     got = logits(model, batch, adapter_names=["dora", None, "lora", "later"])
     for row, name in enumerate(("dora", None, "lora", "dora")):
         oracle = plain if name is None else peft_alone(plain, adapters[name])
@@ -207,7 +209,7 @@ def test_nothing_is_folded_into_quantized_weights(base: Any, adapters: dict[str,
     runtime = mlora.patch(model)
     runtime.load_adapter(adapters["lora"], "lora")
     bare = logits(model, inputs_for("qwen2", 2))
-    with pytest.raises(errors.MergeError, match="layers.0.self_attn.q_proj.*quantized"):
+    with pytest.raises(errors.MergeError, match=r"layers.0.self_attn.q_proj.*quantized"):
         runtime.merge_adapter("lora")
     assert not runtime.merged and torch.equal(logits(model, inputs_for("qwen2", 2)), bare)
 
@@ -224,6 +226,13 @@ def test_bf16_activations_and_weight(base: Any, adapters: dict[str, Path], kind:
         assert (error <= want.abs() * 2**-7).all()  # two roundings to bf16
     runtime.load_adapter(adapters["lora"], "lora")
     assert logits(model, inputs_for("qwen2", 2), adapter_names="lora").isfinite().all()
+
+
+def test_a_dense_linear_keeps_its_own_dtype_beside_quantized_ones(base: Any) -> None:
+    model = replaced(copy.deepcopy(base).bfloat16(), Packed)
+    model.lm_head.float()
+    mlora.patch(model)
+    assert model.lm_head._mlora.dtype == torch.float32
 
 
 @pytest.mark.parametrize("bits", (8, 4))
@@ -306,8 +315,8 @@ def test_only_what_is_linear_is_found() -> None:
 
 
 def test_what_cannot_be_dequantized_is_refused_by_name() -> None:
-    with pytest.raises(errors.UnsupportedAdapterError, match="module deep.down.*dequantized.*Stub"):
+    with pytest.raises(errors.UnsupportedAdapterError, match=r"module deep.down.*dequantized.*Stub"):
         base_linear("deep.down", Stub()).weight()
     offloaded = nn.Linear(4, 6, device="meta")
-    with pytest.raises(errors.UnsupportedAdapterError, match="module deep.down.*offloaded"):
+    with pytest.raises(errors.UnsupportedAdapterError, match=r"module deep.down.*offloaded"):
         base_linear("deep.down", offloaded).weight()
