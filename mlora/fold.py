@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from . import errors
+from .layers import is_dense
 from .ops import dispatch, layout, reference
 
 KEEPS = ("copy", "checkpoint", "corrections")
@@ -25,7 +26,7 @@ class Target:
 
     Args:
         name: its dotted path. `index`: its number in the store.
-        weight: (out, in), or (in, out) if `transposed`. `bias`: (out,) or None.
+        weight: (out, in), or (in, out) if `transposed`, as an embedding's is. `bias`: (out,) or None.
         table: its rows of the store's tables, int64 (slots, TABLE_WIDTH).
     """
 
@@ -51,8 +52,8 @@ def target_of(name: str, module: nn.Module, index: int, table: Tensor, shared: s
     Args:
         shared: `storage_of` every tensor that several modules hold.
     """
-    weight, bias = cast(Tensor, module.weight), module.bias
-    if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point() or weight.is_meta:
+    weight, bias = cast(Tensor, getattr(module, "weight", None)), getattr(module, "bias", None)
+    if not is_dense(weight) or weight.is_meta:
         kind = f"{type(module).__name__}, {getattr(weight, 'dtype', type(weight))}"
         raise errors.MergeError(
             f"module {name}: its weight is quantized or offloaded ({kind}); nothing can be folded in"
@@ -65,7 +66,9 @@ def target_of(name: str, module: nn.Module, index: int, table: Tensor, shared: s
             )
     if not weight.is_contiguous():
         raise errors.MergeError(f"module {name}: its weight is not contiguous; nothing can be folded in")
-    transposed = isinstance(module, Conv1D)
+    if getattr(module, "embed_scale", 1.0) != 1.0:
+        raise errors.MergeError(f"module {name}: it scales what it looks up; serve the adapter unmerged")
+    transposed = isinstance(module, (Conv1D, nn.Embedding))
     if transposed:  # W^T <- W^T + A^T B: the same with the parts' roles exchanged
         table = table.clone()
         pairs = ((layout.A, layout.B), (layout.GAIN, layout.IN_GAIN))
@@ -82,7 +85,7 @@ def shared_storages(model: nn.Module) -> set[int]:
     """`storage_of` every parameter that several modules hold."""
     holders: dict[int, int] = {}
     for module in model.modules():
-        for storage in {storage_of(p) for p in module.parameters(recurse=False) if not p.is_meta}:
+        for storage in {storage_of(p) for p in module.parameters(recurse=False) if is_dense(p) and not p.is_meta}:
             holders[storage] = holders.get(storage, 0) + 1
     return {storage for storage, count in holders.items() if count > 1}
 

@@ -6,7 +6,9 @@ and `state_dict` keys exactly as they are, and swapping it back leaves no trace.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from types import MethodType
 from typing import Any, NoReturn, cast
 
@@ -22,6 +24,9 @@ from .routing import Local, Plan, Siblings
 from .store import GAIN, IN_GAIN
 
 MODULE_CLASSES: tuple[type[nn.Module], ...] = (nn.Linear, Conv1D)
+
+_DENSE = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
+_IDENTITY_ROWS = 1024  # of the identity that is sent through a quantized linear at a time
 
 # A list of this name holds experts, whose inputs are tokens gathered from any rows in any order.
 GATHERED = "experts"
@@ -58,6 +63,7 @@ class LayerState:
     Args:
         name: its dotted path. `index`: its number in the store.
         table: this module's rows of the store's tables, int64 (slots, TABLE_WIDTH).
+        dtype: of its activations.
         fused: whether the base product may be computed by `dispatch.linear`.
         kblocks: tokens and threads -> the accumulation block with which that op gives the library's
             bits, 0 if none does; filled as they occur.
@@ -68,12 +74,14 @@ class LayerState:
 
     __slots__ = ("device", "dtype", "fused", "gathered", "index", "kblocks", "name", "outer", "shared", "table")
 
-    def __init__(self, name: str, index: int, shared: Shared, table: Tensor, module: nn.Module) -> None:
+    def __init__(
+        self, name: str, index: int, shared: Shared, table: Tensor, module: nn.Module, dtype: torch.dtype
+    ) -> None:
         self.name = name
         self.index = index
         self.shared = shared
         self.table = table
-        self.dtype, self.device = compute_dtype(module), shared.arena.device
+        self.dtype, self.device = dtype, shared.arena.device
         wraps = bound_forwards(module, type(module).forward)
         self.outer: Callable[..., Tensor] | None = None if wraps else module.__dict__.get("forward")
         self.gathered = GATHERED in name.split(".")[:-1]
@@ -84,7 +92,7 @@ class LayerState:
             and type(module).forward is nn.Linear.forward
             and self.dtype == shared.arena.dtype == torch.bfloat16
             and self.device.type == "cpu"
-            and type(module.weight) in (Tensor, nn.Parameter)  # not a quantized tensor that acts as one of bf16
+            and is_dense(module.weight)  # not a quantized tensor that acts as one of bf16
             and cast(Tensor, module.weight).is_contiguous()
         )
 
@@ -215,6 +223,10 @@ class LoraLayer(nn.Module):
                 f"{state.name} got an input in {x.dtype} on {x.device}; the model was patched in {state.dtype} on "
                 f"{state.device}. Unpatch, move the model and patch again"
             )
+        self._check_rows(x, plan)
+
+    def _check_rows(self, x: Tensor, plan: Plan) -> None:
+        state = self._mlora
         if plan.uniform:
             return
         rows = x.shape[0] if x.dim() > 1 else 1
@@ -244,6 +256,35 @@ class LoraLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         refuse_copy()
+
+
+class EmbeddingLayer(LoraLayer):
+    """Mixed in before an embedding's class: the delta is looked up by token, in rank rows of (rank, vocab)."""
+
+    num_embeddings: int
+
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
+        state = self._mlora
+        shared = state.shared
+        if torch.compiler.is_compiling():
+            check_rows(shared.plan, input.shape[0])
+            words = shared.plan
+        else:
+            plan = shared.local.plan or shared.default
+            if plan is None or not plan.touches[state.index]:
+                return self._base(input)
+            self._check_rows(input, plan)
+            words = plan.tensor
+        y = self._base(input)
+        if y.requires_grad:
+            return reference.embed(y, input, shared.arena, state.table, words, self.num_embeddings)
+        dispatch.embed_(y, input, shared.arena, state.table, words, self.num_embeddings)
+        return y
+
+
+def mixin_of(module: nn.Module) -> type[LoraLayer]:
+    """The layer class that serves a module of `find_layers`."""
+    return EmbeddingLayer if isinstance(module, nn.Embedding) else LoraLayer
 
 
 def bound_forwards(module: nn.Module, forward: Callable[..., Any]) -> list[str]:
@@ -281,7 +322,7 @@ def refuse_copy() -> NoReturn:
 def refuse_move(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
     """Raise if `fn`, which `nn.Module.to` and its like pass to `_apply`, would move a parameter."""
     for tensor in (*module.parameters(), *module.buffers()):
-        probe = tensor.new_empty(0)
+        probe = torch.empty(0, dtype=tensor.dtype, device=tensor.device)  # quantized tensors lack new_empty
         moved = fn(probe)
         if moved.dtype != probe.dtype or moved.device != probe.device:
             raise errors.ModelMovedError(
@@ -304,14 +345,15 @@ def swap_class(module: nn.Module, mixin: type) -> None:
 
 def restore_class(module: nn.Module) -> None:
     """Undo `swap_class`."""
-    module.__class__ = type(module).__mro__[2]
+    module.__class__ = type(module).__bases__[1]
 
 
 def find_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Dotted path -> every module that can be patched; a shared module comes once for each path.
 
-    Linears whose owner reads their weight without calling them are left out, since a layer there would
-    silently do nothing: `nn.MultiheadAttention`'s projections and `nn.TransformerEncoderLayer`'s.
+    These are linears, and embeddings of tokens. Linears whose owner reads their weight without calling them are left
+    out, since a layer there would silently do nothing: `nn.MultiheadAttention`'s projections and
+    `nn.TransformerEncoderLayer`'s.
     """
     bypassed = {
         id(child)
@@ -319,45 +361,157 @@ def find_layers(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
         for child in module.children()
     }
+    tokens = {id(module) for module in token_embeddings(model)}
     return {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, MODULE_CLASSES) and name and id(module) not in bypassed
+        if name
+        and id(module) not in bypassed
+        and (isinstance(module, MODULE_CLASSES) or id(module) in tokens or is_packed_linear(module))
     }
 
 
-def compute_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype of the activations that `module` works on."""
-    weight = module.weight
-    if isinstance(weight, Tensor) and weight.is_floating_point():
-        return weight.dtype
-    for tensor in module.parameters():
-        if tensor.is_floating_point():
+def token_embeddings(model: nn.Module) -> Iterator[nn.Embedding]:
+    """What parts of `model` name as their `get_input_embeddings`. Other embeddings are left out, since what they look
+    up (positions, distances of two tokens) need not lie in rows of the batch; and so are those that do more than look
+    up and scale by an `embed_scale`."""
+    for part in model.modules():
+        try:
+            found: Any = part.get_input_embeddings()  # type: ignore[operator]
+        except (AttributeError, NotImplementedError):
+            continue
+        found = getattr(found, "base_layer", found)  # of a layer of PEFT's that is about to be taken out
+        if not isinstance(found, nn.Embedding) or found.max_norm is not None or not is_dense(found.weight):
+            continue
+        if type(found).forward is nn.Embedding.forward or hasattr(found, "embed_scale"):
+            yield found
+
+
+def is_packed_linear(module: nn.Module) -> bool:
+    """Whether `module`, no `nn.Linear`, is a linear whose weight is packed in a form of its own, as GPTQ's, AWQ's and
+    HQQ's are: `in_features` and `out_features`, no children, a matrix among its tensors, none that is a dense `weight`,
+    and a forward that takes one tensor."""
+    widths = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    if any(type(width) is not int for width in widths) or any(True for _ in module.children()):
+        return False
+    if is_dense(getattr(module, "weight", None)) or not any(tensor.dim() >= 2 for tensor in _tensors(module)):
+        return False
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return len(required) == 1 and required[0].kind is not inspect.Parameter.KEYWORD_ONLY
+
+
+def is_dense(weight: Any) -> bool:
+    """Whether `weight` is a plain floating-point tensor: no subclass, which may be quantized, and no 8-bit float,
+    whose scale is kept elsewhere."""
+    return type(weight) in (Tensor, nn.Parameter) and weight.dtype in _DENSE
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters(recurse=False)
+    yield from module.buffers(recurse=False)
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """The floating-point dtype that most of the model's parameters are in; torch's default if there is none."""
+    found = Counter(p.dtype for p in model.parameters() if p.dtype in _DENSE)
+    return found.most_common(1)[0][0] if found else torch.get_default_dtype()
+
+
+def compute_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    """The dtype of the activations that `module` works on: its weight's or its bias's, and `default`, the model's,
+    where the weight is packed and there is no bias."""
+    for tensor in (getattr(module, "weight", None), getattr(module, "bias", None)):
+        if isinstance(tensor, Tensor) and tensor.dtype in _DENSE:
             return tensor.dtype
-    return torch.get_default_dtype()
+    return default
 
 
 def base_linear(name: str, module: nn.Module, originals: Callable[[], Mapping[str, Tensor]] = dict) -> BaseLinear:
     """What a lowering may ask of `module`. `originals` gives the weight and bias where the module's own are not the
     base's, because something is folded in."""
-    transposed = isinstance(module, Conv1D)
+    transposed, embed_scale = isinstance(module, (Conv1D, nn.Embedding)), None
+    if isinstance(module, nn.Embedding):  # in the dtype in which it multiplies
+        embed_scale = float(torch.as_tensor(getattr(module, "embed_scale", 1.0)).to(module.weight.dtype))
     if transposed:
         in_features, out_features = cast(Tensor, module.weight).shape
     else:
         in_features, out_features = cast(nn.Linear, module).in_features, cast(nn.Linear, module).out_features
 
     def weight() -> Tensor:
-        tensor = originals().get("weight", module.weight)
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.is_meta:
+        tensor = originals().get("weight", getattr(module, "weight", None))
+        if any(t.is_meta for t in _tensors(module)):
             raise errors.UnsupportedAdapterError(
-                f"module {name}: this adapter's delta depends on the base weight, which is quantized or offloaded "
-                f"({type(module).__name__}, {getattr(tensor, 'dtype', type(tensor))})"
+                f"module {name}: this adapter's delta depends on the base weight, which is offloaded "
+                f"({type(module).__name__})"
             )
-        dense = tensor.detach().to("cpu", torch.float32)
-        return dense.t() if transposed else dense
+        if not is_dense(tensor):
+            tensor = dequantize(name, module)
+        dense = cast(Tensor, tensor).detach().to("cpu", torch.float32)
+        dense = dense.t() if transposed else dense
+        dense = dense if embed_scale in (None, 1.0) else dense * embed_scale
+        if dense.shape != (out_features, in_features):
+            raise errors.UnsupportedAdapterError(
+                f"module {name}: its weight dequantizes to shape {tuple(dense.shape)}; it must be "
+                f"({out_features}, {in_features})"
+            )
+        return dense
 
     def bias() -> Tensor | None:
-        tensor = originals().get("bias", module.bias)
+        tensor = originals().get("bias", getattr(module, "bias", None))
         return tensor.detach().to("cpu", torch.float32) if isinstance(tensor, Tensor) else None
 
-    return BaseLinear(name, in_features, out_features, weight, bias)
+    return BaseLinear(name, in_features, out_features, weight, bias, embed_scale)
+
+
+def dequantize(name: str, module: nn.Module) -> Tensor:
+    """The dense weight of a quantized linear, laid out as its `weight` would be.
+
+    Tensor subclasses that define `dequantize` (torchao, quanto) are asked; so is bitsandbytes for its own. For any
+    other module, packed in whatever way, it is what the module makes of the identity, in its activations' dtype.
+
+    Raises:
+        UnsupportedAdapterError: the module or its library fails at it.
+    """
+    weight: Any = getattr(module, "weight", None)
+    try:
+        with torch.no_grad():
+            if isinstance(weight, Tensor) and type(weight).dequantize is not Tensor.dequantize:
+                dense: Tensor = weight.dequantize()
+                return dense
+            if (state := getattr(weight, "quant_state", None)) is not None:  # bitsandbytes, 4 bits
+                from bitsandbytes import functional
+
+                dense = functional.dequantize_4bit(weight.data, state)
+                return dense
+            scales = getattr(weight, "SCB", None)  # bitsandbytes, 8 bits: they move into `state` at the first call
+            scales = getattr(getattr(module, "state", None), "SCB", None) if scales is None else scales
+            if scales is not None:
+                return weight.data.float() * (scales.float() / 127)[:, None]
+            return _through_identity(module)
+    except Exception as error:
+        raise errors.UnsupportedAdapterError(
+            f"module {name}: this adapter's delta depends on the base weight, which could not be dequantized "
+            f"({type(module).__name__}: {type(error).__name__}: {error})"
+        ) from error
+
+
+def _through_identity(module: nn.Module) -> Tensor:
+    """W, (out, in), of a linear by its own forward, called on a twin without bias: a sum with it would be rounded."""
+    cls: Any = type(module).__bases__[1] if isinstance(module, LoraLayer) else type(module)
+    twin: Any = object.__new__(cls)
+    twin.__dict__.update({key: value for key, value in module.__dict__.items() if key != "forward"})
+    for kind in ("_parameters", "_buffers"):
+        held = dict(module.__dict__[kind])
+        if isinstance(held.get("bias"), Tensor):
+            held["bias"] = torch.zeros_like(held["bias"])
+        twin.__dict__[kind] = held
+    device = next(_tensors(module)).device
+    width, dtype = twin.in_features, compute_dtype(module, next(t.dtype for t in _tensors(module) if t.dtype in _DENSE))
+    columns = []
+    for start in range(0, width, _IDENTITY_ROWS):
+        rows = torch.arange(start, min(start + _IDENTITY_ROWS, width), device=device)
+        x = torch.zeros(len(rows), width, dtype=dtype, device=device)
+        x[torch.arange(len(rows)), rows] = 1
+        columns.append(cls.forward(twin, x).float() - cls.forward(twin, torch.zeros_like(x[:1])).float())
+    return torch.cat(columns).t()

@@ -18,6 +18,8 @@ from .layers import (
     compute_dtype,
     find_layers,
     guard_moves,
+    mixin_of,
+    model_dtype,
     refuse_copy,
     refuse_move,
     restore_class,
@@ -113,7 +115,9 @@ def patch(
     for name, module in paths.items():
         modules.setdefault(id(module), (name, module))
     device = _device(model)
-    arena_dtype = dtype or Counter(compute_dtype(m) for _, m in modules.values()).most_common(1)[0][0]
+    usual = model_dtype(model)
+    dtypes = {key: compute_dtype(module, usual) for key, (_, module) in modules.items()}
+    arena_dtype = dtype or Counter(dtypes.values()).most_common(1)[0][0]
     if memory is None:
         memory = _default_memory(model, device)
     if memory < 1 or max_adapters < 1:
@@ -121,7 +125,7 @@ def patch(
     store = Store(device, arena_dtype, memory, len(modules), max_adapters)
     shared = Shared(store.arena, torch.zeros(PLAN_WORDS, dtype=torch.int32, device=device), fused)
     states = {
-        key: LayerState(name, index, shared, store.tables[index], module)
+        key: LayerState(name, index, shared, store.tables[index], module, dtypes[key])
         for index, (key, (name, module)) in enumerate(modules.items())
     }
     runtime = Runtime(model, store, shared, {name: states[id(module)].index for name, module in paths.items()}, paths)
@@ -129,9 +133,10 @@ def patch(
     for key, (_, module) in modules.items():
         if states[key].outer is not None:
             del module.__dict__["forward"]
-        swap_forward(module, type(module).forward, LoraLayer.forward)
+        mixin = mixin_of(module)
+        swap_forward(module, type(module).forward, mixin.forward)
         module.__dict__["_mlora"] = states[key]
-        swap_class(module, LoraLayer)
+        swap_class(module, mixin)
     for module in _ancestors(model, paths):
         guard_moves(module)
     swap_class(model, PatchedModel)
@@ -157,7 +162,7 @@ def unpatch(model: nn.Module) -> nn.Module:
             outer = module._mlora.outer
             del module.__dict__["_mlora"]
             restore_class(module)
-            swap_forward(module, LoraLayer.forward, type(module).forward)
+            swap_forward(module, mixin_of(module).forward, type(module).forward)
             if outer is not None:
                 module.__dict__["forward"] = outer
     for module in _ancestors(model, model.mlora.bases):

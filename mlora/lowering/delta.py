@@ -62,7 +62,8 @@ class Dense:
 
 @dataclass(frozen=True)
 class BaseLinear:
-    """A linear of the base model, as lowerings see it.
+    """A linear of the base model, as lowerings see it. An embedding is one too: of one-hot inputs, W being its
+    (vocab, out) weight transposed and then multiplied by `embed_scale`.
 
     Args:
         name: its dotted path in the model.
@@ -70,6 +71,7 @@ class BaseLinear:
         weight: returns the dense (out, in) weight in fp32 on the CPU; raises
             `UnsupportedAdapterError` where there is none (a quantized or offloaded base).
         bias: returns the (out,) bias in fp32 on the CPU, or None.
+        embed_scale: the factor of an embedding that scales what it looks up, 1 of others; None of a linear.
     """
 
     name: str
@@ -77,6 +79,7 @@ class BaseLinear:
     out_features: int
     weight: Callable[[], Tensor]
     bias: Callable[[], Tensor | None]
+    embed_scale: float | None = None
 
 
 def compact(a: Tensor, b: Tensor, scale: float = 1.0) -> Delta:

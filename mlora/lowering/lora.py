@@ -6,6 +6,7 @@
     KaSA    W' = W_r + s B diag(d) A           (Wang et al., arXiv:2412.06071), W_r = W without its r
                                                smallest singular triplets
     BdLoRA  A or B is block-diagonal
+    embeddings  y = embed_scale (W[ids] + s (B A[:, ids])^T), `lora_embedding_A` (r, vocab), `lora_embedding_B` (out, r)
 
 In PEFT's layout `lora_A.weight` is (r, in) and `lora_B.weight` is (out, r), for `nn.Linear` and for
 GPT-2's `Conv1D` alike, so `fan_in_fan_out` only says how the base weight lies.
@@ -41,6 +42,8 @@ FORMAT = Format(
         "lora_magnitude_vector": "magnitude",
         "lora_magnitude_vector.weight": "magnitude",
         "lora_diag": "diagonal",
+        "lora_embedding_A": "lora_embedding_A",
+        "lora_embedding_B": "lora_embedding_B",
     },
     honoured={
         "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias",
@@ -65,12 +68,16 @@ def delta(module: Module) -> Delta:
     """The delta of one module; see the formulas above."""
     config, base = module.config, module.base
     _check_config(module)
+    if base.embed_scale is not None:
+        return _embedding(module, base.embed_scale)
     for option, part in (("lora_bias", "bias"), ("use_dora", "magnitude"), ("kasa_config", "diagonal")):
         if bool(config.get(option)) != (part in module.parts):
             state = "has no" if config.get(option) else "has a"
             raise errors.AdapterError(
                 f"{module.where}: {option} is {config.get(option)!r} but it {state} {part} tensor"
             )
+    if {"lora_embedding_A", "lora_embedding_B"} & module.parts.keys():
+        raise errors.AdapterError(f"{module.where}: it has embedding LoRA weights and is no embedding in this model")
     a, b = _factors(module)
     rank = a.shape[0]
     module.expect("lora_A has rank", rank, module.integer("r", 8, "rank_pattern"))
@@ -81,6 +88,18 @@ def delta(module: Module) -> Delta:
         return _kasa(module, a.float(), b.float(), scale)
     shift = module.part("bias", base.out_features) * scale if "bias" in module.parts else None
     return Delta(a, b.t(), scale, shift=shift)
+
+
+def _embedding(module: Module, embed_scale: float) -> Delta:
+    """LoRA of an embedding, which is a linear of one-hot inputs. PEFT gives it no `lora_bias`."""
+    config, base = module.config, module.base
+    if option := next((option for option in ("use_dora", "kasa_config", "use_bdlora") if config.get(option)), None):
+        raise errors.UnsupportedAdapterError(f"{module.where}: option {option} is not served for embeddings")
+    a = module.part("lora_embedding_A", None, base.in_features)
+    b = module.part("lora_embedding_B", base.out_features, a.shape[0])
+    module.expect("lora_embedding_A has rank", a.shape[0], module.integer("r", 8, "rank_pattern"))
+    scale = scaling(module, a.shape[0], "lora_alpha", rslora=bool(config.get("use_rslora")))
+    return Delta(a, b.t(), scale * embed_scale)
 
 
 def _dora(module: Module, a: Tensor, b: Tensor, scale: float) -> Delta:

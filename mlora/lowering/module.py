@@ -39,6 +39,9 @@ _BASE_PARTS = {
     "weight": "saved weight",
 }
 
+# What may change an embedding: LoRA, and what mlora makes of several when it merges them.
+_EMBEDDING_PARTS = {"lora_embedding_A", "lora_embedding_B", "delta_A", "delta_B", "copy"}
+
 _TEXTS = (str, "a pattern or a list of names")
 _SHAPES: dict[str, tuple[type, str]] = {
     "target_modules": _TEXTS,
@@ -203,7 +206,11 @@ def module_names(adapter: Adapter, lowering: Lowering) -> list[str]:
 def lower_module(module: Module, lowering: Lowering) -> Delta | Dense:
     """The module's delta, with the shift from the base's bias to a saved one."""
     parts, base = module.parts, module.base
-    if "copy" in parts and not torch.equal(parts["copy"].float(), base.weight()):
+    if base.embed_scale is not None and (unserved := sorted(parts.keys() - _EMBEDDING_PARTS)):
+        raise errors.UnsupportedAdapterError(
+            f"{module.where}: an embedding is served with LoRA only; the file has its {', '.join(unserved)}"
+        )
+    if "copy" in parts and not _is_copy(parts["copy"], base):
         raise errors.AdapterError(
             f"{module.where}: the file has its own copy of the base weight, of shape {tuple(parts['copy'].shape)}, "
             f"which is not this model's ({base.out_features}, {base.in_features}); was it made for another base?"
@@ -232,6 +239,13 @@ def lower_module(module: Module, lowering: Lowering) -> Delta | Dense:
             f"{module.where}: {option} is {module.config[option]!r} but the file has no bias for it"
         )
     return delta
+
+
+def _is_copy(tensor: Tensor, base: BaseLinear) -> bool:
+    """Whether `tensor`, laid out as in the model, is the base's weight."""
+    if base.embed_scale is None:
+        return torch.equal(tensor.float(), base.weight())
+    return torch.equal(tensor.t().float() * base.embed_scale, base.weight())
 
 
 def check_options(adapter: Adapter, format: Format) -> None:
@@ -300,7 +314,7 @@ def _is_saved(adapter: Adapter, name: str) -> bool:
 
 def _guess(key: str) -> str:
     if "_embedding_" in key:
-        return "embedding LoRA"
+        return "embedding LoRA, which its type does not have"
     if key.startswith("v_head."):
         return "the value head of a TRL trainer, which no answer of the model depends on; save the adapter without it"
     return "a trained copy of a base weight, or unknown"

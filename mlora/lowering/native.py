@@ -39,9 +39,10 @@ def delta(module: Module) -> Delta:
 NATIVE = Lowering(FORMAT, delta)
 
 
-def to_adapter(deltas: Mapping[str, Delta], source: str) -> Adapter:
+def to_adapter(deltas: Mapping[str, Delta], source: str, embeddings: Mapping[str, float] | None = None) -> Adapter:
     """The adapter that lowers to `deltas` (dotted path -> delta): a LoRA, which PEFT reads too, or a DELTA where one
-    of them has gains or no rank rows."""
+    of them has gains or no rank rows. `embeddings`: those of the modules that are some -> `embed_scale`."""
+    embeddings = embeddings or {}
     deltas = {name: d for name, d in deltas.items() if any(getattr(d, part) is not None for part in PARTS)}
     plain = all(d.a is not None and d.gain is None and d.in_gain is None for d in deltas.values())
     if not plain:
@@ -56,6 +57,10 @@ def to_adapter(deltas: Mapping[str, Delta], source: str) -> Adapter:
     with_bias = any(d.shift is not None for d in deltas.values())
     for name, d in deltas.items():
         assert d.a is not None and d.b is not None
+        if name in embeddings:
+            tensors[f"{name}.lora_embedding_A"] = d.a
+            tensors[f"{name}.lora_embedding_B"] = (d.b * (d.scale / embeddings[name])).t().contiguous()
+            continue
         tensors[f"{name}.lora_A.weight"] = d.a
         tensors[f"{name}.lora_B.weight"] = (d.b * d.scale).t().contiguous()
         if with_bias:

@@ -61,6 +61,7 @@ _linear = getattr(torch.ops.mlora, _PREFIX + "linear").default
 _scale_input = getattr(torch.ops.mlora, _PREFIX + "scale_input").default
 _apply_group_ = torch.ops.mlora.apply_group_.default
 _merge_ = getattr(torch.ops.mlora, _PREFIX + "merge_").default
+_embed_ = torch.ops.mlora.embed_.default
 _large_apply_ = torch.ops.mlora.triton_apply_.default if _BY_SIZE else _apply_
 
 
@@ -111,6 +112,11 @@ def apply_group_(y: list[Tensor], x: Tensor, arena: Tensor, tables: list[Tensor]
     else:
         for out, table in zip(y, tables, strict=True):
             apply_(out, None, x, arena, table, plan)
+
+
+def embed_(y: Tensor, ids: Tensor, arena: Tensor, table: Tensor, plan: Tensor, vocab: int) -> None:
+    """See `reference.embed`; in place."""
+    _embed_(y, ids, arena, table, plan, vocab)
 
 
 def merge_(weight: Tensor, source: Tensor | None, arena: Tensor, table: Tensor, plan: Tensor) -> None:

@@ -98,6 +98,16 @@ for _name, _schema in _SCHEMAS.items():
         torch.library.register_fake(f"mlora::{_prefix}{_name}", _FAKES[_name], lib=LIBRARY)
 LIBRARY.define("isa() -> int")
 
+
+def _fake_embed_(y: Tensor, ids: Tensor, arena: Tensor, table: Tensor, plan: Tensor, vocab: int) -> None:
+    return None
+
+
+# One lookup a forward: the reference serves it everywhere.
+LIBRARY.define("embed_(Tensor(a!) y, Tensor ids, Tensor arena, Tensor table, Tensor plan, int vocab) -> ()")
+LIBRARY.impl("embed_", reference.embed_, "CompositeExplicitAutograd")
+torch.library.register_fake("mlora::embed_", _fake_embed_, lib=LIBRARY)
+
 EMULATED = os.environ.get("MLORA_BACKEND") == "emulation"
 if EMULATED:
     torch.ops.load_library(os.environ["MLORA_EMULATION_LIBRARY"])

@@ -168,6 +168,38 @@ def apply(y: Tensor, base: Tensor | None, x: Tensor, arena: Tensor, table: Tenso
     return _sum(x_rows, wide, b, arena, table, plan).to(y.dtype).view(y.shape)
 
 
+def embed(y: Tensor, ids: Tensor, arena: Tensor, table: Tensor, plan: Tensor, vocab: int) -> Tensor:
+    """What `embed_` leaves in y, as a new tensor; differentiable with respect to y.
+
+    Semantics: y + sum_i w_i scale_i B_i^T A_i[:, ids] over the terms i of each row's recipe, which is `apply` on
+    one-hot inputs. Summed rank row by rank row, so that no token's bits depend on how many others there are.
+    Shapes: y (..., out), ids (...) in [0, vocab), arena (elements,), table and plan as in `layout`, A (rank, vocab).
+    """
+    rows, flat = _tokens("y", y), ids.reshape(-1)
+    if rows.shape[0] != flat.numel():
+        raise RuntimeError(f"mlora: ids has {flat.numel()} tokens, y has {rows.shape[0]}")
+    out, width = rows.to(_wide(y.dtype)), rows.shape[1]
+    for route in routes(plan, table, flat.numel()):
+        delta = None
+        for t in route.terms:
+            if not t.rank:
+                continue
+            a = _part(arena, t.a, t.rank * vocab, t.slot, arena.dtype).view(t.rank, vocab)
+            b = _part(arena, t.b, t.rank * width, t.slot, out.dtype).view(t.rank, width)
+            v = a[:, flat[route.tokens]].to(out.dtype) * (t.weight * t.scale)
+            for j in range(t.rank):
+                added = v[j][:, None] * b[j]
+                delta = added if delta is None else delta + added
+        if delta is not None:
+            out = out.index_copy(0, route.tokens, out[route.tokens] + delta)
+    return out.to(y.dtype).view(y.shape)
+
+
+def embed_(y: Tensor, ids: Tensor, arena: Tensor, table: Tensor, plan: Tensor, vocab: int) -> None:
+    """y <- embed(y, ...), in place. Rows without a route keep their bits."""
+    y.copy_(embed(y, ids, arena, table, plan, vocab))
+
+
 def apply_(y: Tensor, base: Tensor | None, x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> None:
     """y <- apply(y, ...), in place. Rows without a route keep their bits."""
     y.copy_(apply(y, base, x, arena, table, plan))
