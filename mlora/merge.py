@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -322,7 +323,7 @@ def _float(tensor: Tensor | None) -> Tensor:
 def _dense(delta: Delta, base: BaseLinear) -> Tensor:
     """The true change of the weight, (out, in) in fp32."""
     if delta.a is not None and delta.b is not None:
-        dense = (delta.b.float().t() @ delta.a.float()) * delta.scale
+        dense = (delta.b.float().t() @ delta.a.float()).mul_(delta.scale)
     else:
         dense = torch.zeros(base.out_features, base.in_features)
     if delta.gain is not None:
@@ -355,37 +356,43 @@ def combine(
     votes = None
     for make in pruned:
         vote = make() if how.majority_sign_method == "total" else make().sign()
-        votes = vote if votes is None else votes + vote
+        votes = vote.clone() if votes is None else votes.add_(vote)
     assert votes is not None
     # A value agrees where it is positive once the elected signs are taken out.
-    signs = torch.where(votes >= 0, 1.0, -1.0)
+    signs = (votes >= 0).float().mul_(2).sub_(1)
     result, agreeing = torch.zeros_like(votes), torch.zeros_like(votes)
     for make, weight in zip(pruned, weights, strict=True):
-        tensor = make() * signs
-        agreeing += tensor > 0
-        result += tensor.clamp_(min=0).mul_(weight)
+        tensor = (make() * signs).clamp_(min=0)
+        agreeing += tensor.sign()
+        result += tensor.mul_(weight)
     return result.mul_(signs).div_(agreeing.clamp_(min=1))
 
 
 def _pruner(make: Callable[[], Tensor], density: float) -> Callable[[], Tensor]:
-    """The int(density * count) values of largest magnitude; which ones is worked out once."""
-    threshold: list[float] = []
+    """The int(density * count) values of largest magnitude, and among equals the first; which is worked out once."""
+    found: list[tuple[float, Tensor | None]] = []
 
     def pruned() -> Tensor:
         tensor = make()
-        size = tensor.abs().flatten()
-        keep = int(density * size.numel())
-        if keep == 0:
-            return torch.zeros_like(tensor)
-        if not threshold:
-            threshold.append(_kth_largest(size, keep))
-        mask = size > threshold[0]
-        missing = keep - int(mask.count_nonzero())
-        if missing:  # among equals, the first
-            mask[(size == threshold[0]).nonzero()[:missing, 0]] = True
-        return tensor * mask.view(tensor.shape)
+        if not found:
+            found.append(_bound(tensor.abs().flatten(), int(density * tensor.numel())))
+        bound, mask = found[0]
+        return torch.hardshrink(tensor, bound) if mask is None else tensor * mask.view(tensor.shape)
 
     return pruned
+
+
+def _bound(values: Tensor, keep: int) -> tuple[float, Tensor | None]:
+    """What the `keep` largest of `values` are above, and a mask of them where others are above it too."""
+    if keep == 0:
+        return math.inf, None
+    least = _kth_largest(values, keep)
+    bound = float(np.nextafter(np.float32(least), np.float32(-1)))
+    if surplus := int((values >= least).count_nonzero()) - keep:
+        mask = values >= least
+        mask[(values == least).nonzero()[-surplus:, 0]] = False
+        return bound, mask
+    return bound, None
 
 
 def _kth_largest(values: Tensor, k: int) -> float:
@@ -397,7 +404,7 @@ def _kth_largest(values: Tensor, k: int) -> float:
         at, margin = k * size // count, 4 * math.isqrt(size)
         high, low = sample[max(at - margin, 0)], sample[min(at + margin, size - 1)]
         above = int((values > high).count_nonzero())
-        band = values[(values <= high) & (values >= low)]
+        band = values.masked_select((values <= high).logical_and_(values >= low))
         if above < k <= above + band.numel():
             values, k = band, k - above
     return float(values.kthvalue(values.numel() - k + 1).values)
