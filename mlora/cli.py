@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,37 +69,56 @@ def demo(
 
 @app.command()
 def generate(
-    input: Annotated[Path, typer.Option(help='JSON lines: {"prompt": TEXT, "adapter": NAME | null | {NAME: WEIGHT}}.')],
+    input: Annotated[
+        Path, typer.Option(help='JSON lines: {"prompt": TEXT, "adapter": NAME | null | {NAME: WEIGHT} | MERGE}.')
+    ],
     output: Annotated[Path, typer.Option(help='Where to write the same lines with a "completion" each.')],
     adapter: Annotated[
         list[str] | None, typer.Option(metavar="NAME=PATH", help="A PEFT folder or hub id; repeatable.")
     ] = None,
     model: ModelOption = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="A YAML file of a model, its adapters and merges, in place of --model and --adapter. Lines without "
+            '"adapter" get its active one.',
+            show_default=False,
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per generate() call, whatever their adapters.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     raw: Annotated[bool, typer.Option("--raw", help="Feed prompts as they are, without the chat template.")] = False,
 ) -> None:
-    """Complete the prompts of a file, each under its own adapter, greedily and in mixed batches."""
+    """Complete the prompts of a file, each under its own adapter, greedily and in mixed batches.
+
+    A MERGE is {"ids": [NAME, ...], "weights": [...], "merge_strategy": "ties", "density": 0.5}.
+    """
     with one_line_errors():
         from rich.console import Console
         from rich.progress import Progress
 
         folders = _parse_adapters(adapter or [])
-        lines = _read_lines(input, set(folders))
+        known, active = set(folders), None
+        if config is not None:
+            known, active, model = _parse_config(config, model, folders)
+        lines = _read_lines(input, known)
         console = Console(stderr=True)
         with console.status("Loading the model"):
             import mlora
             from mlora.demo import complete, load_model
 
             loaded, tokenizer = load_model(model)
-            runtime = mlora.patch(loaded)
-            for name, path in folders.items():
-                runtime.load_adapter(path, name)
+            if config is not None:
+                mlora.from_config(config, model=loaded)
+            else:
+                runtime = mlora.patch(loaded)
+                for name, path in folders.items():
+                    runtime.load_adapter(path, name)
         with Progress(console=console) as progress, output.open("w", encoding="utf-8") as sink:
             task = progress.add_task("Generating", total=len(lines))
             for start in range(0, len(lines), batch_size):
                 batch = lines[start : start + batch_size]
-                entries = [line.get("adapter") for line in batch]
+                entries = [line.get("adapter", active) for line in batch]
                 prompts = [line["prompt"] for line in batch]
                 answers = complete(loaded, tokenizer, prompts, entries, max_new_tokens, raw)
                 for line, answer in zip(batch, answers, strict=True):
@@ -117,6 +138,20 @@ def _parse_adapters(options: list[str]) -> dict[str, str]:
             raise InputError(f"--adapter {option!r}: the name {name!r} is taken by {folders[name]!r}")
         folders[name] = path
     return folders
+
+
+def _parse_config(file: Path, model: str | None, folders: Mapping[str, str]) -> tuple[set[str], str | None, str]:
+    """A config's names, the active one of them, and its model; nothing is loaded."""
+    from mlora.config import parse
+    from mlora.errors import MloraError
+
+    if model is not None or folders:
+        raise InputError(f"--config excludes {'--model' if model is not None else '--adapter'}: the file says it")
+    try:
+        parsed = parse(file)
+        return set(parsed.names), parsed.active, parsed.model_source()
+    except MloraError as error:
+        raise InputError(f"--config: {error}") from None
 
 
 def _read_lines(file: Path, known: set[str]) -> list[dict[str, Any]]:
@@ -140,8 +175,12 @@ def _read_lines(file: Path, known: set[str]) -> list[dict[str, Any]]:
 def _check_line(line: Any, known: set[str]) -> dict[str, Any]:
     if not isinstance(line, dict) or not isinstance(line.get("prompt"), str):
         raise InputError('wanted an object with a string "prompt"')
+    from mlora.merge import as_merge
+
     entry = line.get("adapter")
-    if isinstance(entry, dict):
+    if (merge := as_merge(entry)) is not None:
+        names: set[str | None] = set(merge.adapters)
+    elif isinstance(entry, dict):
         for name, weight in entry.items():
             if isinstance(weight, bool) or not isinstance(weight, int | float):
                 raise InputError(f"the weight of {name!r} is {weight!r}, wanted a number")
@@ -149,10 +188,10 @@ def _check_line(line: Any, known: set[str]) -> dict[str, Any]:
     elif entry is None or isinstance(entry, str):
         names = {entry} - {None, "__base__"}
     else:
-        raise InputError(f'"adapter" is {entry!r}, wanted a name, null or an object of weights')
-    if names - known:
+        raise InputError(f'"adapter" is {entry!r}, wanted a name, null, an object of weights or a merge')
+    if unknown := names - known:
         wanted = ", ".join(sorted(known)) or "none given"
-        raise InputError(f"unknown adapter {min(names - known)!r} (--adapter has: {wanted})")
+        raise InputError(f"unknown adapter {min(map(str, unknown))!r} (there are: {wanted})")
     return line
 
 
@@ -212,6 +251,137 @@ def inspect(
             raise RuntimeError(f"refused: {error}") from None
 
 
+@app.command()
+def merge(
+    out: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
+    adapter: Annotated[
+        list[str],
+        typer.Option(metavar="FOLDER[=WEIGHT]", help="A PEFT folder or hub id, of weight 1 by default; repeatable."),
+    ],
+    type: Annotated[
+        str,
+        typer.Option(help="linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune; docs/merging.md compares."),
+    ] = "linear",
+    density: Annotated[
+        float | None, typer.Option(help="The share of values that ties, dare and magnitude_prune keep.")
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(help="Of the result; default: exact for linear and cat, else the adapters' largest."),
+    ] = None,
+    space: Annotated[
+        str, typer.Option(help='"delta" merges what adapters do to weights; "factor" merges A and B, as PEFT does.')
+    ] = "delta",
+    sign: Annotated[str, typer.Option(help="How ties elects signs: total or frequency.")] = "total",
+    seed: Annotated[int, typer.Option(help="Of dare's masks.")] = 0,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Divide the weights by their sum.")] = False,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Base model (hub id or folder), for what the adapters alone do not tell."),
+    ] = None,
+) -> None:
+    """Merge adapters into a new one, without the base model where the method allows."""
+    with one_line_errors():
+        from rich.console import Console
+        from rich.progress import track
+        from rich.table import Table
+
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError(f"{out} exists and is not an empty folder")
+        folders, weights = _parse_weighted(adapter)
+
+        from mlora import Adapter, Merge
+        from mlora.errors import MloraError
+        from mlora.offline import distance, merge_files, widths_of
+
+        try:
+            how = Merge(
+                tuple(folders), tuple(weights), type, density, sign, rank, None, seed, normalize, space
+            )  # fmt: skip
+        except MloraError as error:
+            raise InputError(str(error)) from None
+        console = Console(stderr=True)
+        show = Console(soft_wrap=True, highlight=False, markup=False)
+        adapters = {name: Adapter.from_pretrained(folder) for name, folder in folders.items()}
+        bases = None
+        if model is not None:
+            with console.status("Loading the model"):
+                import mlora
+                from mlora.demo import load_model
+
+                bases = mlora.patch(load_model(model)[0]).bases
+        try:
+            merged, deltas = merge_files(
+                adapters, how, bases, lambda modules, total: track(modules, "Merging", total, console=console)
+            )
+        except MloraError as error:
+            hint = "; pass --model BASE" if str(error).endswith("the base model is needed") else ""
+            raise RuntimeError(f"{error}{hint}") from None
+        _write(merged, out)
+
+        table = Table("adapter", "weight", "type", "ranks", "modules", "bytes", box=None, pad_edge=False)
+        total = sum(weights) if normalize else 1.0
+        for (name, one), weight in zip(adapters.items(), weights, strict=True):
+            ranks = sorted({rank for rank, _, _ in _linears(one.tensors).values()})
+            size = sum(tensor.nbytes for tensor in one.tensors.values())
+            row = (name, f"{weight / total:g}", one.peft_type, _listed(ranks), str(len(widths_of(one))), f"{size:,}")
+            table.add_row(*row)
+        show.print(table)
+        names = sorted({str(one.config.get("base_model_name_or_path")) for one in adapters.values()})
+        if len(names) > 1:
+            show.print(f"note     their configs name different bases: {', '.join(names)}")
+        size = sum(tensor.nbytes for tensor in merged.tensors.values())
+        ranks = sorted({delta.rank for delta in deltas.values()})
+        show.print(f"merged   {merged.source}")
+        show.print(f"out      {out}: {merged.peft_type}, ranks {_listed(ranks)}, {len(deltas)} modules, {size:,} bytes")
+        if merged.peft_type == "DELTA":
+            show.print(
+                "note     with gains, or a module without rank rows, it is a DELTA: mlora reads it, PEFT does not"
+            )
+        if how.in_factors:
+            show.print("error    none is defined: factor space merges A and B, not what they do")
+        else:
+            worst, where, mean = distance(deltas)
+            show.print(f"error    worst {worst:.1e} ({where}), mean {mean:.1e}" if worst else "error    0: exact")
+
+
+def _parse_weighted(options: list[str]) -> tuple[dict[str, str], list[float]]:
+    """FOLDER[=WEIGHT] options -> name -> folder, and the weights. Names are the folders' last parts where those
+    differ."""
+    found: list[tuple[str, float]] = []
+    for option in options:
+        folder, equals, text = option.rpartition("=")
+        if not equals or Path(option).exists():
+            folder, text = option, "1"
+        try:
+            weight = float(text)
+        except ValueError:
+            raise InputError(f"--adapter {option!r}: the weight is {text!r}, wanted a number") from None
+        if not math.isfinite(weight):
+            raise InputError(f"--adapter {option!r}: the weight is {text!r}, wanted a finite number")
+        if not folder:
+            raise InputError(f"--adapter {option!r}: wanted FOLDER[=WEIGHT]")
+        if folder in [known for known, _ in found]:
+            raise InputError(f"--adapter {option!r}: {folder!r} is given twice")
+        found.append((folder, weight))
+    short = [Path(folder).name or folder for folder, _ in found]
+    names = [name if short.count(name) == 1 else folder for name, (folder, _) in zip(short, found, strict=True)]
+    return {name: folder for name, (folder, _) in zip(names, found, strict=True)}, [weight for _, weight in found]
+
+
+def _write(adapter: Any, out: Path) -> None:
+    """Write a PEFT folder, whole or not at all."""
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".mlora-", dir=out.parent) as temp:
+        adapter.save_pretrained(Path(temp) / out.name)
+        (Path(temp) / out.name).replace(out)
+
+
+def _listed(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks)) or "-"
+
+
 def _linears(tensors: Mapping[str, Any]) -> dict[str, tuple[int, int, int]]:
     """Module -> (rank, in, out), from the shapes of its lora_A and lora_B."""
     found = {}
@@ -241,16 +411,17 @@ def _short(value: Any) -> str:
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="kernels, generate, plot or all.")] = "all",
+    what: Annotated[str, typer.Argument(help="kernels, generate, merge, plot or all.")] = "all",
     smoke: Annotated[bool, typer.Option("--smoke", help="A few seconds, to see that it runs.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the JSONL files and plots.")] = Path("bench/results"),
 ) -> None:
     """Run the benchmarks of a source checkout."""
     with one_line_errors():
         folder = Path(__file__).resolve().parent.parent / "bench"
-        steps = ["kernels", "generate", "plot"] if what == "all" else [what]
-        if not set(steps) <= {"kernels", "generate", "plot"}:
-            raise InputError(f"bench {what!r}: wanted kernels, generate, plot or all")
+        every = ["kernels", "generate", "merge", "plot"]
+        steps = every if what == "all" else [what]
+        if not set(steps) <= set(every):
+            raise InputError(f"bench {what!r}: wanted {', '.join(every)} or all")
         if not (folder / "kernels.py").is_file():
             raise InputError(f"{folder} is not there: benchmarks need a source checkout (git clone, pip install -e .)")
         out.mkdir(parents=True, exist_ok=True)

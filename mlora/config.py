@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,34 @@ _FRESH = {
 _WEIGHTS = ("path", "hub_id", "pretrained_adapter_weights")
 _LOADING = ("revision", "token", "allow_pickle", "approximate")
 _MERGE = ("name", *(name for name in Merge.__dataclass_fields__), *ALIASES)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A checked config.
+
+    Args:
+        base_model: as it was given, unchecked. `adapters`: name -> its entry. `merges`: (name, merge), in order.
+        active: the name of an adapter or merge, or None. `folder`: that relative paths start from.
+    """
+
+    base_model: Any
+    adapters: Mapping[str, Mapping[str, Any]]
+    merges: Sequence[tuple[str, Merge]]
+    active: Any
+    folder: Path
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.adapters, *(name for name, _ in self.merges)]
+
+    def model_source(self) -> str:
+        """`base_model`; raises ConfigError if it is no folder or hub id."""
+        if not isinstance(self.base_model, str) or not self.base_model:
+            raise errors.ConfigError(
+                f"base_model is {self.base_model!r}; it must be a folder or a hub id, or a model be given"
+            )
+        return self.base_model
 
 
 def from_config(config: str | Path | Mapping[str, Any], *, model: nn.Module | None = None, **options: Any) -> Runtime:
@@ -53,6 +82,27 @@ def from_config(config: str | Path | Mapping[str, Any], *, model: nn.Module | No
         ConfigError: a key is unknown (the nearest valid one is named), missing, or excluded by another.
         Whatever `patch`, `load_adapter` and `add_weighted_adapter` raise; the model is left unpatched then.
     """
+    parsed = parse(config)
+    if model is None:
+        model = _load(parsed.model_source())
+    runtime = patch(model, **options)
+    try:
+        for name, entry in parsed.adapters.items():
+            _add(runtime, name, entry, parsed.folder)
+        for name, how in parsed.merges:
+            runtime.add_merge(name, how)
+        if parsed.active is not None:
+            runtime.set_adapter(parsed.active)
+    except BaseException:
+        from .patch import unpatch
+
+        unpatch(runtime.model)
+        raise
+    return runtime
+
+
+def parse(config: str | Path | Mapping[str, Any]) -> Config:
+    """Read and check what `from_config` takes, without loading anything. Raises ConfigError and MergeError."""
     folder = Path()
     if not isinstance(config, Mapping):
         folder = Path(config).parent
@@ -77,23 +127,7 @@ def from_config(config: str | Path | Mapping[str, Any], *, model: nn.Module | No
     for name in ([active] if active is not None else []) + [n for _, how in wanted for n in how.adapters]:
         if name not in known:
             raise errors.ConfigError(f"the config names an adapter {name!r}{_nearest(name, known)}; it has: {known}")
-
-    if model is None:
-        model = _load(config.get("base_model"))
-    runtime = patch(model, **options)
-    try:
-        for name, entry in entries.items():
-            _add(runtime, name, entry, folder)
-        for name, how in wanted:
-            runtime.add_merge(name, how)
-        if active is not None:
-            runtime.set_adapter(active)
-    except BaseException:
-        from .patch import unpatch
-
-        unpatch(runtime.model)
-        raise
-    return runtime
+    return Config(config.get("base_model"), entries, wanted, active, folder)
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -148,9 +182,7 @@ def _merge(section: Mapping[str, Any], number: str) -> tuple[str, Merge]:
     return str(section.get("name", f"merged{number}")), Merge.from_dict(values)
 
 
-def _load(base: Any) -> nn.Module:
-    if not isinstance(base, str) or not base:
-        raise errors.ConfigError(f"base_model is {base!r}; it must be a folder or a hub id, or a model be given")
+def _load(base: str) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     loaded: nn.Module = AutoModelForCausalLM.from_pretrained(base, dtype="auto").eval()

@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -322,7 +323,7 @@ def _float(tensor: Tensor | None) -> Tensor:
 def _dense(delta: Delta, base: BaseLinear) -> Tensor:
     """The true change of the weight, (out, in) in fp32."""
     if delta.a is not None and delta.b is not None:
-        dense = (delta.b.float().t() @ delta.a.float()) * delta.scale
+        dense = (delta.b.float().t() @ delta.a.float()).mul_(delta.scale)
     else:
         dense = torch.zeros(base.out_features, base.in_features)
     if delta.gain is not None:
@@ -355,37 +356,58 @@ def combine(
     votes = None
     for make in pruned:
         vote = make() if how.majority_sign_method == "total" else make().sign()
-        votes = vote if votes is None else votes + vote
+        votes = vote.clone() if votes is None else votes.add_(vote)
     assert votes is not None
-    positive = votes >= 0
+    # A value agrees where it is positive once the elected signs are taken out.
+    signs = (votes >= 0).float().mul_(2).sub_(1)
     result, agreeing = torch.zeros_like(votes), torch.zeros_like(votes)
     for make, weight in zip(pruned, weights, strict=True):
-        tensor = make()
-        agrees = torch.where(positive, tensor > 0, tensor < 0)
-        result += tensor * weight * agrees
-        agreeing += agrees
-    return result / agreeing.clamp(min=1)
+        tensor = (make() * signs).clamp_(min=0)
+        agreeing += tensor.sign()
+        result += tensor.mul_(weight)
+    return result.mul_(signs).div_(agreeing.clamp_(min=1))
 
 
 def _pruner(make: Callable[[], Tensor], density: float) -> Callable[[], Tensor]:
-    """The int(density * count) values of largest magnitude; which ones is worked out once."""
-    threshold: list[float] = []
+    """The int(density * count) values of largest magnitude, and among equals the first; which is worked out once."""
+    found: list[tuple[float, Tensor | None]] = []
 
     def pruned() -> Tensor:
         tensor = make()
-        size = tensor.abs().flatten()
-        keep = int(density * size.numel())
-        if keep == 0:
-            return torch.zeros_like(tensor)
-        if not threshold:
-            threshold.append(float(size.kthvalue(size.numel() - keep + 1).values))
-        mask = size > threshold[0]
-        missing = keep - int(mask.sum())
-        if missing:  # among equals, the first
-            mask[(size == threshold[0]).nonzero()[:missing, 0]] = True
-        return tensor * mask.view(tensor.shape)
+        if not found:
+            found.append(_bound(tensor.abs().flatten(), int(density * tensor.numel())))
+        bound, mask = found[0]
+        return torch.hardshrink(tensor, bound) if mask is None else tensor * mask.view(tensor.shape)
 
     return pruned
+
+
+def _bound(values: Tensor, keep: int) -> tuple[float, Tensor | None]:
+    """What the `keep` largest of `values` are above, and a mask of them where others are above it too."""
+    if keep == 0:
+        return math.inf, None
+    least = _kth_largest(values, keep)
+    bound = float(np.nextafter(np.float32(least), np.float32(-1)))
+    if surplus := int((values >= least).count_nonzero()) - keep:
+        mask = values >= least
+        mask[(values == least).nonzero()[-surplus:, 0]] = False
+        return bound, mask
+    return bound, None
+
+
+def _kth_largest(values: Tensor, k: int) -> float:
+    """The k-th largest of `values`, looked for between bounds that a sample gives."""
+    count, size = values.numel(), 8192
+    if count > 8 * size:
+        picks = torch.randint(count, (size,), generator=torch.Generator().manual_seed(0))
+        sample = values[picks].sort(descending=True).values
+        at, margin = k * size // count, 4 * math.isqrt(size)
+        high, low = sample[max(at - margin, 0)], sample[min(at + margin, size - 1)]
+        above = int((values > high).count_nonzero())
+        band = values.masked_select((values <= high).logical_and_(values >= low))
+        if above < k <= above + band.numel():
+            values, k = band, k - above
+    return float(values.kthvalue(values.numel() - k + 1).values)
 
 
 def _dropper(make: Callable[[], Tensor], density: float, seed: int) -> Callable[[], Tensor]:
@@ -414,21 +436,23 @@ def _truncate_sum(delta: Delta, rank: int, clamp: float | None) -> Delta:
 
 def _truncate(dense: Tensor, rank: int, clamp: float | None) -> Delta:
     """The best `rank` rank rows of a dense (out, in) matrix, and their relative error."""
-    norm = float(torch.linalg.vector_norm(dense.double()))
+    norm = float(torch.linalg.vector_norm(dense, dtype=torch.float64))
     if norm == 0:
         return Delta()
-    u, s, vh = _leading(dense, rank)
-    result = _from_svd(u, s, vh, rank, clamp)
+    result = _from_svd(*_leading(dense, rank), rank, clamp)
     assert result.a is not None and result.b is not None
-    left = float(torch.linalg.vector_norm((dense - result.b.t() @ result.a).double()))
-    return replace(result, error=left / norm)
+    left = torch.addmm(dense, result.b.t(), result.a, alpha=-1)
+    return replace(result, error=float(torch.linalg.vector_norm(left, dtype=torch.float64)) / norm)
 
 
 def _leading(dense: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """At least the `rank` leading singular triplets, by block Krylov iteration (Musco & Musco, arXiv 1504.05477),
     or by a whole SVD where that would not be smaller."""
-    blocks, width = 10, rank + 6
-    if 3 * blocks * width > min(dense.shape):
+    if dense.shape[0] > dense.shape[1]:
+        u, s, vh = _leading(dense.t(), rank)
+        return vh.t(), s, u.t()
+    blocks, width = 6, rank + 6
+    if 2 * blocks * width > dense.shape[0]:
         u, s, vh = torch.linalg.svd(dense, full_matrices=False)
         return u, s, vh
     draw = torch.Generator().manual_seed(0)
@@ -438,8 +462,10 @@ def _leading(dense: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         block = torch.linalg.qr(dense @ (dense.t() @ block)).Q
         space.append(block)
     q = torch.linalg.qr(torch.cat(space, dim=1)).Q
-    u, s, vh = torch.linalg.svd(q.t() @ dense, full_matrices=False)
-    return q @ u, s, vh
+    # A wide matrix: its LQ factors first, and the SVD of the small one.
+    side, small = torch.linalg.qr(dense.t() @ q)
+    u, s, vh = torch.linalg.svd(small.t())
+    return q @ u[:, :rank], s[:rank], vh[:rank] @ side.t()
 
 
 def _from_svd(u: Tensor, s: Tensor, vh: Tensor, rank: int, clamp: float | None) -> Delta:
