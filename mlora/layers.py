@@ -461,7 +461,9 @@ def base_linear(name: str, module: nn.Module, originals: Callable[[], Mapping[st
         tensor = originals().get("bias", getattr(module, "bias", None))
         return tensor.detach().to("cpu", torch.float32) if isinstance(tensor, Tensor) else None
 
-    return BaseLinear(name, in_features, out_features, weight, bias, embed_scale)
+    held: Any = getattr(module, "weight", None)
+    dtype = held.dtype if is_dense(held) else torch.float32
+    return BaseLinear(name, in_features, out_features, weight, bias, embed_scale, dtype)
 
 
 def dequantize(name: str, module: nn.Module) -> Tensor:

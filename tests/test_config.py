@@ -45,6 +45,10 @@ def test_a_fresh_adapter_changes_nothing_yet(model: Any) -> None:
     info = runtime.adapters["default"]
     assert info.rank == 4 and len(info.modules) == 2 and all(name.endswith("q_proj") for name in info.modules)
     assert torch.equal(logits(model, batch), before)
+    mlora.unpatch(model)
+    tokens = mlora.from_config({"adapter": {**fresh, "target_modules": ["embed_tokens"]}}, model=model)
+    assert tokens.adapters["default"].modules == ("model.embed_tokens",)
+    assert torch.equal(logits(model, batch), before)
     dora = mlora.from_config({"adapter": {**fresh, "use_dora": True}}, model=copy.deepcopy(mlora.unpatch(model)))
     torch.testing.assert_close(logits(dora.model, batch), before, rtol=1e-4, atol=1e-4)
 

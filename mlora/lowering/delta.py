@@ -72,6 +72,7 @@ class BaseLinear:
             `UnsupportedAdapterError` where there is none (a quantized or offloaded base).
         bias: returns the (out,) bias in fp32 on the CPU, or None.
         embed_scale: the factor of an embedding that scales what it looks up, 1 of others; None of a linear.
+        dtype: of the weight in the model, to which a file's copy of it is rounded before they are compared.
     """
 
     name: str
@@ -80,6 +81,7 @@ class BaseLinear:
     weight: Callable[[], Tensor]
     bias: Callable[[], Tensor | None]
     embed_scale: float | None = None
+    dtype: torch.dtype = torch.float32
 
 
 def compact(a: Tensor, b: Tensor, scale: float = 1.0) -> Delta:

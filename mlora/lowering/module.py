@@ -242,10 +242,9 @@ def lower_module(module: Module, lowering: Lowering) -> Delta | Dense:
 
 
 def _is_copy(tensor: Tensor, base: BaseLinear) -> bool:
-    """Whether `tensor`, laid out as in the model, is the base's weight."""
-    if base.embed_scale is None:
-        return torch.equal(tensor.float(), base.weight())
-    return torch.equal(tensor.t().float() * base.embed_scale, base.weight())
+    """Whether `tensor`, laid out as in the model and rounded to its dtype, is the base's weight."""
+    rounded = tensor.to(base.dtype).float()
+    return torch.equal(rounded if base.embed_scale is None else rounded.t() * base.embed_scale, base.weight())
 
 
 def check_options(adapter: Adapter, format: Format) -> None:
