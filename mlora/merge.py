@@ -404,7 +404,7 @@ def _kth_largest(values: Tensor, k: int) -> float:
         at, margin = k * size // count, 4 * math.isqrt(size)
         high, low = sample[max(at - margin, 0)], sample[min(at + margin, size - 1)]
         above = int((values > high).count_nonzero())
-        band = values.masked_select((values <= high).logical_and_(values >= low))
+        band = values[(values <= high).logical_and_(values >= low)]
         if above < k <= above + band.numel():
             values, k = band, k - above
     return float(values.kthvalue(values.numel() - k + 1).values)

@@ -1,0 +1,134 @@
+"""`mlora generate`: a file of prompts under the adapters of a config, and entries of every form."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+import mlora
+import mlora.demo
+from mlora.cli import app
+
+MERGE = {"ids": ["one", "two"], "weights": [2, 1], "merge_strategy": "ties", "density": 0.5}
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch, llama: Any) -> list[Any]:
+    """The models that were loaded. A prompt is a list of tokens, and so is a completion."""
+    seen: list[Any] = []
+
+    def load(name: str | None) -> Any:
+        seen.append(name)
+        return copy.deepcopy(llama), None
+
+    def complete(
+        model: Any, tokenizer: Any, prompts: list[str], entries: list[Any], new: int, raw: bool = False
+    ) -> list[str]:
+        ids = torch.tensor([[int(word) for word in prompt.split()] for prompt in prompts])
+        out = model.generate(ids, adapter_names=entries, max_new_tokens=new, do_sample=False, pad_token_id=0)
+        return [" ".join(map(str, row.tolist())) for row in out[:, ids.shape[1] :]]
+
+    monkeypatch.setattr(mlora.demo, "load_model", load)
+    monkeypatch.setattr(mlora.demo, "complete", complete)
+    return seen
+
+
+@pytest.fixture
+def config(folders: dict[str, Path], tmp_path: Path) -> Path:
+    (tmp_path / "r3").symlink_to(folders["r3"], target_is_directory=True)
+    content = {
+        "base_model": "BASE",
+        "adapters": {
+            "adapters": {"one": {"path": "r3"}, "two": {"path": str(folders["rs16"])}},
+            "merge": {"name": "both", "sources": ["one", "two"], "combination_type": "ties", "density": 0.5},
+            "active": "two",
+        },
+    }
+    (tmp_path / "adapters.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path / "adapters.yaml"
+
+
+def generate(tmp_path: Path, lines: list[dict[str, Any]], *options: str) -> tuple[int, str, list[dict[str, Any]]]:
+    source, sink = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = CliRunner().invoke(
+        app, ["generate", "--input", str(source), "--output", str(sink), "--max-new-tokens", "8", *options]
+    )
+    done = [json.loads(line) for line in sink.read_text().splitlines()] if sink.exists() else []
+    return result.exit_code, " ".join(result.output.split()), done
+
+
+def test_a_config_and_entries_of_every_form(
+    llama: Any, loads: list[Any], config: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    prompt = "5 9 33 2 17"
+    entries: list[Any] = ["one", "two", "both", None, {"one": 0.7, "two": -0.3}, MERGE]
+    lines = [{"prompt": prompt, "adapter": entry} for entry in entries] + [{"prompt": prompt}]
+    code, output, done = generate(tmp_path, lines, "--config", str(config))
+    assert code == 0, output
+    assert loads == ["BASE"]
+    assert [{k: v for k, v in line.items() if k != "completion"} for line in done] == lines
+    runtime = mlora.patch(copy.deepcopy(llama))
+    runtime.load_adapter(folders["r3"], "one")
+    runtime.load_adapter(folders["rs16"], "two")
+    by_hand: list[Any] = [
+        "one", "two", mlora.Merge(["one", "two"], [0.5, 0.5], "ties", density=0.5), None, {"one": 0.7, "two": -0.3},
+        mlora.Merge(["one", "two"], [2, 1], "ties", density=0.5), "two",
+    ]  # fmt: skip
+    want = [mlora.demo.complete(runtime.model, None, [prompt], [entry], 8)[0] for entry in by_hand]
+    assert [line["completion"] for line in done] == want
+    assert len(set(want)) > 3
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (["--model", "x"], "excludes --model"),
+        (["--adapter", "a=b"], "excludes --adapter"),
+    ],
+)
+def test_a_config_excludes(loads: list[Any], config: Path, tmp_path: Path, options: list[str], wanted: str) -> None:
+    code, output, _ = generate(tmp_path, [{"prompt": "1"}], "--config", str(config), *options)
+    assert code == 2 and wanted in output and not loads
+
+
+@pytest.mark.parametrize(
+    ("entry", "wanted"),
+    [
+        ("three", "unknown adapter 'three' (there are: both, one, two)"),
+        ({"ids": ["one", "three"]}, "unknown adapter 'three'"),
+        ({**MERGE, "density": 2}, "density is 2"),
+        ({**MERGE, "densty": 1}, "'densty'"),
+        ({**MERGE, "weights": [1]}, "1 weights for 2"),
+        ({"one": "x"}, "the weight of 'one' is 'x'"),
+        (3, "'adapter' is 3".replace("'", '"')),
+    ],
+)
+def test_bad_entries_are_found_before_a_model_is_loaded(
+    loads: list[Any], config: Path, tmp_path: Path, entry: Any, wanted: str
+) -> None:
+    lines = [{"prompt": "1"}, {"prompt": "1", "adapter": entry}]
+    code, output, done = generate(tmp_path, lines, "--config", str(config))
+    assert code == 2 and "line 2" in output and wanted in output, output
+    assert not loads and not done
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        ({"adapters": {}}, "base_model is None"),
+        ({"base_model": "x", "adapterz": {}}, "did you mean 'adapter'"),
+        ({"base_model": "x", "adapters": {"active": "sql"}}, "'sql'"),
+    ],
+)
+def test_bad_configs(loads: list[Any], tmp_path: Path, content: Any, wanted: str) -> None:
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(content))
+    code, output, _ = generate(tmp_path, [{"prompt": "1"}], "--config", str(tmp_path / "bad.yaml"))
+    assert code == 2 and wanted in output and not loads, output
