@@ -113,6 +113,12 @@ def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
     assert torch.equal(got[2], layer(ids)[2])
 
 
+def test_ids_of_other_rows_are_refused() -> None:
+    model, ids = embedding(3)
+    with model.mlora.use_adapters(["a", "b"]), pytest.raises(errors.AttributionError, match="embed_tokens"):
+        model.model.embed_tokens(ids)
+
+
 def test_against_fp64() -> None:
     model, ids = embedding(2)
     delta = {n: model.mlora._loaded[n].adapter.tensors for n in "ab"}

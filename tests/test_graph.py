@@ -125,6 +125,10 @@ def test_warmup_runs_every_shape_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
     monkeypatch.setattr(launch, "_run", lambda launches, where: ran.extend(item.name for item in launches))
     calls = launch.warmup(model)
-    shapes = {(m.in_features, m.out_features) for m in model.modules() if isinstance(m, LoraLayer)}
+    shapes = {
+        (m.in_features, m.out_features)
+        for m in model.modules()
+        if hasattr(m, "_mlora") and isinstance(m, torch.nn.Linear)
+    }
     assert calls == 4 * len(shapes) and ran.count("shrink") == ran.count("expand") == 2 * len(shapes)
     assert runtime is model.mlora and inputs_for("llama", 1)

@@ -276,7 +276,7 @@ def warmup(model: torch.nn.Module, tokens: Sequence[int] = (1, config.DECODE_TOK
     seen = set()
     for module in model.modules():
         state = getattr(module, "_mlora", None)
-        if state is None:
+        if state is None or isinstance(module, torch.nn.Embedding):  # those look up: no kernel
             continue
         arena = state.shared.arena
         shape = (state.table.shape[0], *_widths(module))
