@@ -276,9 +276,9 @@ def measure_request(console: Console, log: Log, args: argparse.Namespace) -> Non
     extra, spread = {form: found[form][0] - named for form in ("merge", "json")}, high - low
     log.write(group="request", seconds=found, extra_seconds=extra, spread_seconds=spread)
     console.print(
-        f"A cached merge in a forward of a two-layer model, 4 rows of 4 tokens: by name {named * 1e6:.0f} us; as a Merge "
-        f"{extra['merge'] * 1e6:+.0f} us, as JSON {extra['json'] * 1e6:+.0f} us; the forward's own 20-80 % spread is "
-        f"{spread * 1e6:.0f} us"
+        f"A cached merge in a forward of a two-layer model, 4 rows of 4 tokens: by name {named * 1e6:.0f} us; as a "
+        f"Merge {extra['merge'] * 1e6:+.0f} us, as JSON {extra['json'] * 1e6:+.0f} us; the forward's own 20-80 % "
+        f"spread is {spread * 1e6:.0f} us"
     )
 
 
