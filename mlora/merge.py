@@ -15,7 +15,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -151,37 +151,48 @@ class Merge:
 
     def canonical(self) -> Merge:
         """The same merge in one spelling: sorted adapters, plain weights, and no option that has no effect."""
-        total = sum(self.weights) if self.normalize else 1.0
-        pairs = sorted(zip(self.adapters, (w / total for w in self.weights), strict=True))
-        plain = self.strategy
-        if not self.in_factors and self.truncates:
-            plain = "svd" if plain in ("linear", "cat") else plain
-        elif self.is_sum:
-            plain = "linear"
-        return Merge(
-            tuple(name for name, _ in pairs),
-            tuple(weight for _, weight in pairs),
-            plain,
-            density=self.density,
-            majority_sign_method=self.majority_sign_method if "ties" in plain else "total",
-            svd_rank=self.svd_rank,
-            svd_clamp=self.svd_clamp,
-            seed=self.seed if "dare" in plain else 0,
-            space="factor" if self.in_factors else "delta",
-        )
+        return _canonical(self)
 
     @property
     def label(self) -> str:
         """A name that says all that matters: equal for merges that are equal."""
-        how = self.canonical()
-        parts = [f"{weight:.9g}*{name}" for name, weight in zip(how.adapters, how.weights, strict=True)]
-        defaults = {f.name: f.default for f in fields(Merge)}
-        parts += [
-            f"{name}={getattr(how, name)}"
-            for name in ("density", "majority_sign_method", "svd_rank", "svd_clamp", "seed", "space")
-            if getattr(how, name) != defaults[name]
-        ]
-        return f"{how.combination_type}({', '.join(parts)})"
+        return _label(self)
+
+
+# A request asks for both in every row.
+@lru_cache(maxsize=1024)
+def _canonical(how: Merge) -> Merge:
+    total = sum(how.weights) if how.normalize else 1.0
+    pairs = sorted(zip(how.adapters, (w / total for w in how.weights), strict=True))
+    plain = how.strategy
+    if not how.in_factors and how.truncates:
+        plain = "svd" if plain in ("linear", "cat") else plain
+    elif how.is_sum:
+        plain = "linear"
+    return Merge(
+        tuple(name for name, _ in pairs),
+        tuple(weight for _, weight in pairs),
+        plain,
+        density=how.density,
+        majority_sign_method=how.majority_sign_method if "ties" in plain else "total",
+        svd_rank=how.svd_rank,
+        svd_clamp=how.svd_clamp,
+        seed=how.seed if "dare" in plain else 0,
+        space="factor" if how.in_factors else "delta",
+    )
+
+
+@lru_cache(maxsize=1024)
+def _label(how: Merge) -> str:
+    how = how.canonical()
+    parts = [f"{weight:.9g}*{name}" for name, weight in zip(how.adapters, how.weights, strict=True)]
+    defaults = {f.name: f.default for f in fields(Merge)}
+    parts += [
+        f"{name}={getattr(how, name)}"
+        for name in ("density", "majority_sign_method", "svd_rank", "svd_clamp", "seed", "space")
+        if getattr(how, name) != defaults[name]
+    ]
+    return f"{how.combination_type}({', '.join(parts)})"
 
 
 def as_merge(entry: Any) -> Merge | None:
