@@ -260,7 +260,7 @@ def merge(
     ],
     type: Annotated[
         str,
-        typer.Option(help="linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune; docs/merging.md compares."),
+        typer.Option(help="linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune."),
     ] = "linear",
     density: Annotated[
         float | None, typer.Option(help="The share of values that ties, dare and magnitude_prune keep.")
