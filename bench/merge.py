@@ -39,6 +39,7 @@ DENSITY = 0.5
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hub id or folder; default SmolLM2-135M-Instruct")
+    parser.add_argument("--only", choices=GROUPS)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=15, help="turns of a weight; 20x forwards, a fifth of TIES")
     add_arguments(parser)
@@ -49,9 +50,9 @@ def main() -> None:
     console = set_up(args)
     log = Log(args.out, bench="merge", **machine(), rank=args.rank)
     with torch.inference_mode():
-        measure_in_place(console, log, args)
-        measure_ties(console, log, args)
-        measure_request(console, log, args)
+        for group, measure in GROUPS.items():
+            if args.only in (None, group):
+                measure(console, log, args)
 
 
 def in_turns(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, tuple[float, float, float]]:
@@ -308,6 +309,8 @@ def check_request(
         if not torch.equal(call(), named):
             raise SystemExit(f"refused to report: the logits of a merge as {form} are not those of its name")
 
+
+GROUPS = {"in-place": measure_in_place, "ties": measure_ties, "request": measure_request}
 
 if __name__ == "__main__":
     main()

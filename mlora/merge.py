@@ -34,6 +34,10 @@ SIGNS = ("total", "frequency")
 ALIASES = {"ids": "adapters", "sources": "adapters", "merge_strategy": "combination_type"}
 
 
+# Of a small module's deltas, kept between TIES' two passes in place of making them twice.
+HELD_BYTES = 1 << 26
+
+
 @dataclass(frozen=True)
 class Merge:
     """How to merge named adapters; also an entry of `adapter_names`, computed once and cached.
@@ -334,7 +338,7 @@ def _float(tensor: Tensor | None) -> Tensor:
 def _dense(delta: Delta, base: BaseLinear) -> Tensor:
     """The true change of the weight, (out, in) in fp32."""
     if delta.a is not None and delta.b is not None:
-        dense = (delta.b.float().t() @ delta.a.float()).mul_(delta.scale)
+        dense = delta.b.float().t() @ (delta.a.float() * delta.scale)
     else:
         dense = torch.zeros(base.out_features, base.in_features)
     if delta.gain is not None:
@@ -347,7 +351,7 @@ def _dense(delta: Delta, base: BaseLinear) -> Tensor:
 def combine(
     tensors: Sequence[Callable[[], Tensor]], weights: Sequence[float], how: Merge, seeds: Sequence[int]
 ) -> Tensor:
-    """The strategy on tensors of one shape, each made when it is needed: never more than a few are held.
+    """The strategy on tensors of one shape, each made when it is needed: never more than a few are held, or HELD_BYTES.
 
     `seeds`: of each tensor's mask, for dare. TIES elects signs from the unweighted tensors, where a tie counts as
     positive, and divides by the number of tensors that agree, as PEFT does.
@@ -364,16 +368,20 @@ def combine(
         for make, weight in zip(pruned[1:], weights[1:], strict=True):
             result += make() * weight
         return result
-    votes = None
+    votes: Tensor | None = None
+    held: list[Tensor] = []
     for make in pruned:
-        vote = make() if how.majority_sign_method == "total" else make().sign()
+        tensor = make()
+        if (len(held) + 1) * tensor.nbytes <= HELD_BYTES:
+            held.append(tensor)
+        vote = tensor if how.majority_sign_method == "total" else tensor.sign()
         votes = vote.clone() if votes is None else votes.add_(vote)
     assert votes is not None
     # A value agrees where it is positive once the elected signs are taken out.
     signs = (votes >= 0).float().mul_(2).sub_(1)
     result, agreeing = torch.zeros_like(votes), torch.zeros_like(votes)
-    for make, weight in zip(pruned, weights, strict=True):
-        tensor = (make() * signs).clamp_(min=0)
+    for i, weight in enumerate(weights):
+        tensor = ((held[i] if i < len(held) else pruned[i]()) * signs).clamp_(min=0)
         agreeing += tensor.sign()
         result += tensor.mul_(weight)
     return result.mul_(signs).div_(agreeing.clamp_(min=1))
@@ -397,28 +405,30 @@ def _bound(values: Tensor, keep: int) -> tuple[float, Tensor | None]:
     """What the `keep` largest of `values` are above, and a mask of them where others are above it too."""
     if keep == 0:
         return math.inf, None
-    least = _kth_largest(values, keep)
+    least, surplus = _kth_largest(values, keep)
     bound = float(np.nextafter(np.float32(least), np.float32(-1)))
-    if surplus := int((values >= least).count_nonzero()) - keep:
+    if surplus:
         mask = values >= least
         mask[(values == least).nonzero()[-surplus:, 0]] = False
         return bound, mask
     return bound, None
 
 
-def _kth_largest(values: Tensor, k: int) -> float:
-    """The k-th largest of `values`, looked for between bounds that a sample gives."""
-    count, size = values.numel(), 8192
+def _kth_largest(values: Tensor, k: int) -> tuple[float, int]:
+    """The k-th largest of `values`, looked for between bounds that a sample gives, and by how many more than k values
+    reach it."""
+    count, size, above = values.numel(), 8192, 0
     if count > 8 * size:
         picks = torch.randint(count, (size,), generator=torch.Generator().manual_seed(0))
         sample = values[picks].sort(descending=True).values
         at, margin = k * size // count, 4 * math.isqrt(size)
         high, low = sample[max(at - margin, 0)], sample[min(at + margin, size - 1)]
-        above = int((values > high).count_nonzero())
+        over = int((values > high).count_nonzero())
         band = values[(values <= high).logical_and_(values >= low)]
-        if above < k <= above + band.numel():
-            values, k = band, k - above
-    return float(values.kthvalue(values.numel() - k + 1).values)
+        if over < k <= over + band.numel():
+            values, above = band, over
+    least = values.kthvalue(values.numel() - (k - above) + 1).values
+    return float(least), above + int((values >= least).count_nonzero()) - k
 
 
 def _dropper(make: Callable[[], Tensor], density: float, seed: int) -> Callable[[], Tensor]:
@@ -463,7 +473,7 @@ def _leading(dense: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         u, s, vh = _leading(dense.t(), rank)
         return vh.t(), s, u.t()
     blocks, width = 6, rank + 6
-    if 2 * blocks * width > dense.shape[0]:
+    if blocks * width > dense.shape[0]:
         u, s, vh = torch.linalg.svd(dense, full_matrices=False)
         return u, s, vh
     draw = torch.Generator().manual_seed(0)
