@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import mlora
 from mlora import errors
 from mlora.lowering.delta import BaseLinear, Delta
-from mlora.merge import COMBINATION_TYPES, Merge, merge_module
+from mlora.merge import COMBINATION_TYPES, Merge, combine, merge_module
 
 IN, OUT = 24, 40
 
@@ -182,6 +182,17 @@ def test_laws(kind: str, seeds: list[int], factor: float, sign: str) -> None:
     one = dense(deltas[names[0]])
     if density is None:
         torch.testing.assert_close(merged(names[:1], [1.0]), one, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (300, 400)], ids=["small", "by a sample"])
+@pytest.mark.parametrize("density", [0.001, 0.3, 0.9, 1.0])
+def test_pruning_keeps_a_number_of_values_and_the_first_among_equals(shape: tuple[int, int], density: float) -> None:
+    tensor = torch.randint(-5, 6, shape, generator=torch.Generator().manual_seed(0)).float()
+    how = Merge(["a"], [1], "magnitude_prune", density=density)
+    order = tensor.abs().flatten().argsort(descending=True, stable=True)[: int(density * tensor.numel())]
+    want = torch.zeros(tensor.numel())
+    want[order] = tensor.flatten()[order]
+    assert torch.equal(combine([lambda: tensor], [1.0], how, [0]).flatten(), want)
 
 
 def test_ties_of_identical_adapters_is_the_adapter() -> None:
