@@ -243,7 +243,8 @@ class Runtime:
                 if loaded.merge and adapter_name in loaded.merge.adapters
             ]
             for label in made_of_it:
-                self.delete_adapter(label)
+                if label in self._loaded:  # not gone already, with another of them
+                    self.delete_adapter(label)
             self._store.unregister(adapter_name)
             self._bridges.discard(adapter_name)
             del self._loaded[adapter_name]

@@ -141,6 +141,14 @@ def test_a_merge_goes_with_its_sources(model: Any, folders: dict[str, Path], bat
     assert not torch.equal(logits(model, batch, adapter_names=merge), old)
 
 
+def test_merges_of_merges_go_together(model: Any, batch: Any) -> None:
+    one = Merge(["r3", "rs16"], [1, 1], "ties", density=0.5)
+    logits(model, batch, adapter_names=one)
+    logits(model, batch, adapter_names=Merge(["r3", one.label], [1, 1], "ties", density=0.5))
+    model.mlora.delete_adapter("r3")
+    assert set(model.mlora.adapters) == {"rs16", "dora1", "bias8"}
+
+
 def test_merges_in_generate_and_as_default(model: Any) -> None:
     ids = torch.randint(2, 60, (2, 5), generator=torch.Generator().manual_seed(0))
     merge = Merge(["r3", "rs16"], [2, 2], "magnitude_prune", density=0.4)
