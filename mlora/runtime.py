@@ -353,6 +353,7 @@ class Runtime:
         from .patch import unpatch
 
         with self._lock:
+            self._check_idle("merge_and_unload")  # or the originals would be forgotten and the model stay patched
             if entry is None and self._fold is None and self._default_entry is not None:
                 entry = self._default_entry
             if entry is not None:

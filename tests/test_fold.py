@@ -239,6 +239,16 @@ def test_while_a_call_is_routed(model: Any) -> None:
         unchanged(model, errors.AdapterInUseError, "while a call", "r3")
 
 
+def test_unloading_while_a_call_is_routed_forgets_nothing(model: Any) -> None:
+    before = state_hash(model)
+    model.mlora.merge_adapter("r3")
+    with model.mlora.use_adapters("rs16"), pytest.raises(errors.AdapterInUseError, match="while a call"):
+        model.mlora.merge_and_unload()
+    assert model.mlora.merged == {"r3": 1.0}
+    model.mlora.unmerge_adapter()
+    assert state_hash(model) == before
+
+
 def test_what_is_folded_in_cannot_go(model: Any, batch: Any) -> None:
     model.mlora.merge_adapter("r3")
     with pytest.raises(errors.AdapterInUseError, match="unmerge_adapter first"):
