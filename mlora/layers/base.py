@@ -1,0 +1,112 @@
+"""What a lowering may ask of a module: its dense weight, its bias, its widths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .. import errors
+from ..lowering import BaseLinear
+from .dense import DENSE, compute_dtype, is_dense, tensors_of
+from .linear import LoraLayer
+
+_IDENTITY_ROWS = 1024  # of the identity that is sent through a quantized linear at a time
+
+
+def base_linear(name: str, module: nn.Module, originals: Callable[[], Mapping[str, Tensor]] = dict) -> BaseLinear:
+    """What a lowering may ask of `module`. `originals` gives the weight and bias where the module's own are not the
+    base's, because something is folded in."""
+    transposed, embed_scale = isinstance(module, (Conv1D, nn.Embedding)), None
+    if isinstance(module, nn.Embedding):  # in the dtype in which it multiplies
+        embed_scale = float(torch.as_tensor(getattr(module, "embed_scale", 1.0)).to(module.weight.dtype))
+    if transposed:
+        in_features, out_features = cast(Tensor, module.weight).shape
+    else:
+        in_features, out_features = cast(nn.Linear, module).in_features, cast(nn.Linear, module).out_features
+
+    def weight() -> Tensor:
+        tensor = originals().get("weight", getattr(module, "weight", None))
+        if any(t.is_meta for t in tensors_of(module)):
+            raise errors.UnsupportedAdapterError(
+                f"module {name}: this adapter's delta depends on the base weight, which is offloaded "
+                f"({type(module).__name__})"
+            )
+        if not is_dense(tensor):
+            tensor = dequantize(name, module)
+        dense = cast(Tensor, tensor).detach().to("cpu", torch.float32)
+        dense = dense.t() if transposed else dense
+        dense = dense if embed_scale in (None, 1.0) else dense * embed_scale
+        if dense.shape != (out_features, in_features):
+            raise errors.UnsupportedAdapterError(
+                f"module {name}: its weight dequantizes to shape {tuple(dense.shape)}; it must be "
+                f"({out_features}, {in_features})"
+            )
+        return dense
+
+    def bias() -> Tensor | None:
+        tensor = originals().get("bias", getattr(module, "bias", None))
+        return tensor.detach().to("cpu", torch.float32) if isinstance(tensor, Tensor) else None
+
+    held: Any = getattr(module, "weight", None)
+    dtype = held.dtype if is_dense(held) else torch.float32
+    return BaseLinear(name, in_features, out_features, weight, bias, embed_scale, dtype)
+
+
+def dequantize(name: str, module: nn.Module) -> Tensor:
+    """The dense weight of a quantized linear, laid out as its `weight` would be.
+
+    Tensor subclasses that define `dequantize` (torchao, quanto) are asked; so is bitsandbytes for its own. For any
+    other module, packed in whatever way, it is what the module makes of the identity, in its activations' dtype.
+
+    Raises:
+        UnsupportedAdapterError: the module or its library fails at it.
+    """
+    weight: Any = getattr(module, "weight", None)
+    try:
+        with torch.no_grad():
+            if isinstance(weight, Tensor) and type(weight).dequantize is not Tensor.dequantize:
+                dense: Tensor = weight.dequantize()
+                return dense
+            if (state := getattr(weight, "quant_state", None)) is not None:  # bitsandbytes, 4 bits
+                from bitsandbytes import functional
+
+                dense = functional.dequantize_4bit(weight.data, state)
+                return dense
+            scales = getattr(weight, "SCB", None)  # bitsandbytes, 8 bits: they move into `state` at the first call
+            scales = getattr(getattr(module, "state", None), "SCB", None) if scales is None else scales
+            if scales is not None:
+                return weight.data.float() * (scales.float() / 127)[:, None]
+            return _through_identity(module)
+    except Exception as error:
+        raise errors.UnsupportedAdapterError(
+            f"module {name}: this adapter's delta depends on the base weight, which could not be dequantized "
+            f"({type(module).__name__}: {type(error).__name__}: {error})"
+        ) from error
+
+
+def _through_identity(module: nn.Module) -> Tensor:
+    """W, (out, in), of a linear by its own forward, called on a twin without bias: a sum with it would be rounded."""
+    cls: Any = type(module).__bases__[1] if isinstance(module, LoraLayer) else type(module)
+    twin: Any = object.__new__(cls)
+    twin.__dict__.update({key: value for key, value in module.__dict__.items() if key != "forward"})
+    for kind in ("_parameters", "_buffers"):
+        held = dict(module.__dict__[kind])
+        if isinstance(held.get("bias"), Tensor):
+            held["bias"] = torch.zeros_like(held["bias"])
+        twin.__dict__[kind] = held
+    device = next(tensors_of(module)).device
+    width, dtype = (
+        twin.in_features,
+        compute_dtype(module, next(t.dtype for t in tensors_of(module) if t.dtype in DENSE)),
+    )
+    columns = []
+    for start in range(0, width, _IDENTITY_ROWS):
+        rows = torch.arange(start, min(start + _IDENTITY_ROWS, width), device=device)
+        x = torch.zeros(len(rows), width, dtype=dtype, device=device)
+        x[torch.arange(len(rows)), rows] = 1
+        columns.append(cls.forward(twin, x).float() - cls.forward(twin, torch.zeros_like(x[:1])).float())
+    return torch.cat(columns).t()

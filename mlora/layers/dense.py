@@ -1,0 +1,39 @@
+"""Which tensors are plain weights, and in which dtype a module works."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+DENSE = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
+
+
+def is_dense(weight: Any) -> bool:
+    """Whether `weight` is a plain floating-point tensor: no subclass, which may be quantized, and no 8-bit float,
+    whose scale is kept elsewhere."""
+    return type(weight) in (Tensor, nn.Parameter) and weight.dtype in DENSE
+
+
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """The module's own parameters and buffers."""
+    yield from module.parameters(recurse=False)
+    yield from module.buffers(recurse=False)
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """The floating-point dtype that most of the model's parameters are in; torch's default if there is none."""
+    found = Counter(p.dtype for p in model.parameters() if p.dtype in DENSE)
+    return found.most_common(1)[0][0] if found else torch.get_default_dtype()
+
+
+def compute_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    """The dtype of the activations that `module` works on: its weight's or its bias's, and `default`, the model's,
+    where the weight is packed and there is no bias."""
+    for tensor in (getattr(module, "weight", None), getattr(module, "bias", None)):
+        if isinstance(tensor, Tensor) and tensor.dtype in DENSE:
+            return tensor.dtype
+    return default

@@ -1,0 +1,74 @@
+"""Which modules of a model are patched, and with which layer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .dense import is_dense, tensors_of
+from .embedding import EmbeddingLayer
+from .linear import LoraLayer
+
+MODULE_CLASSES: tuple[type[nn.Module], ...] = (nn.Linear, Conv1D)
+
+
+def mixin_of(module: nn.Module) -> type[LoraLayer]:
+    """The layer class that serves a module of `find_layers`."""
+    return EmbeddingLayer if isinstance(module, nn.Embedding) else LoraLayer
+
+
+def find_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Dotted path -> every module that can be patched; a shared module comes once for each path.
+
+    These are linears, and embeddings of tokens. Linears whose owner reads their weight without calling them are left
+    out, since a layer there would silently do nothing: `nn.MultiheadAttention`'s projections and
+    `nn.TransformerEncoderLayer`'s.
+    """
+    bypassed = {
+        id(child)
+        for module in model.modules()
+        if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
+        for child in module.children()
+    }
+    tokens = {id(module) for module in token_embeddings(model)}
+    return {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name
+        and id(module) not in bypassed
+        and (isinstance(module, MODULE_CLASSES) or id(module) in tokens or is_packed_linear(module))
+    }
+
+
+def token_embeddings(model: nn.Module) -> Iterator[nn.Embedding]:
+    """What parts of `model` name as their `get_input_embeddings`. Other embeddings are left out, since what they look
+    up (positions, distances of two tokens) need not lie in rows of the batch; and so are those that do more than look
+    up and scale by an `embed_scale`."""
+    for part in model.modules():
+        try:
+            found: Any = part.get_input_embeddings()  # type: ignore[operator]
+        except (AttributeError, NotImplementedError):
+            continue
+        found = getattr(found, "base_layer", found)  # of a layer of PEFT's that is about to be taken out
+        if not isinstance(found, nn.Embedding) or found.max_norm is not None or not is_dense(found.weight):
+            continue
+        if type(found).forward is nn.Embedding.forward or hasattr(found, "embed_scale"):
+            yield found
+
+
+def is_packed_linear(module: nn.Module) -> bool:
+    """Whether `module`, no `nn.Linear`, is a linear whose weight is packed in a form of its own, as GPTQ's, AWQ's and
+    HQQ's are: `in_features` and `out_features`, no children, a matrix among its tensors, none that is a dense `weight`,
+    and a forward that takes one tensor."""
+    widths = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    if any(type(width) is not int for width in widths) or any(True for _ in module.children()):
+        return False
+    if is_dense(getattr(module, "weight", None)) or not any(tensor.dim() >= 2 for tensor in tensors_of(module)):
+        return False
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return len(required) == 1 and required[0].kind is not inspect.Parameter.KEYWORD_ONLY

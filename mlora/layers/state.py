@@ -1,0 +1,93 @@
+"""What layers know: each about itself, and all of one model together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import dispatch
+from ..routing import Local, Plan
+from .dense import is_dense
+from .swap import bound_forwards
+
+if TYPE_CHECKING:
+    from .linear import LoraLayer
+
+# A list of this name holds experts, whose inputs are tokens gathered from any rows in any order.
+GATHERED = "experts"
+
+
+class Shared:
+    """What all layers of one patched model share. Tensors here keep their addresses for good.
+
+    Args:
+        arena, plan: the arena and the plan buffer that compiled code reads.
+        local: per thread, the plan that eager code reads.
+        default: the plan of `Runtime.set_adapter`, for threads without one of their own.
+        blank: a plan that routes nothing.
+        fused: whether the base product may be computed by mlora's own kernel.
+        groups: first layer's number -> the layers that read the same input after it (q, k, v; gate, up), learned as
+            calls come; None where one launch for several modules gains nothing.
+    """
+
+    def __init__(self, arena: Tensor, plan: Tensor, fused: bool) -> None:
+        self.arena = arena
+        self.plan = plan
+        self.local = Local()
+        self.default: Plan | None = None
+        self.blank = torch.zeros(8, dtype=torch.int32, device=plan.device)
+        self.fused = fused
+        self.in_gains = False
+        grouped = dispatch.backend(arena.device, arena.dtype) in ("cuda", "emulation")
+        self.groups: dict[int, tuple[LoraLayer, ...]] | None = {} if grouped else None
+
+
+class LayerState:
+    """What one layer knows beside its module's own parameters.
+
+    Args:
+        name: its dotted path. `index`: its number in the store.
+        table: this module's rows of the store's tables, int64 (slots, TABLE_WIDTH).
+        dtype: of its activations.
+        fused: whether the base product may be computed by `dispatch.linear`.
+        kblocks: tokens and threads -> the accumulation block with which that op gives the library's
+            bits, 0 if none does; filled as they occur.
+        outer: the `forward` that somebody put on the instance, called for the base, or None. Not one that
+            keeps the module's own in another attribute, as accelerate's hooks do: there `swap_forward`
+            exchanges what it wraps.
+    """
+
+    __slots__ = ("device", "dtype", "fused", "gathered", "index", "kblocks", "name", "outer", "shared", "table")
+
+    def __init__(
+        self, name: str, index: int, shared: Shared, table: Tensor, module: nn.Module, dtype: torch.dtype
+    ) -> None:
+        self.name = name
+        self.index = index
+        self.shared = shared
+        self.table = table
+        self.dtype, self.device = dtype, shared.arena.device
+        wraps = bound_forwards(module, type(module).forward)
+        self.outer: Callable[..., Tensor] | None = None if wraps else module.__dict__.get("forward")
+        self.gathered = GATHERED in name.split(".")[:-1]
+        self.kblocks: dict[tuple[int, int], int] = {}
+        self.fused = (
+            shared.fused
+            and self.outer is None
+            and type(module).forward is nn.Linear.forward
+            and self.dtype == shared.arena.dtype == torch.bfloat16
+            and self.device.type == "cpu"
+            and is_dense(module.weight)  # not a quantized tensor that acts as one of bf16
+            and cast(Tensor, module.weight).is_contiguous()
+        )
+
+    def kblock(self, module: nn.Module, tokens: int) -> int:
+        """The block for an input of `tokens` tokens; see `dispatch.probe_kblock`."""
+        key = tokens, torch.get_num_threads()
+        if key not in self.kblocks:
+            out_features, in_features = cast(Tensor, module.weight).shape
+            self.kblocks[key] = dispatch.probe_kblock(in_features, out_features, module.bias is not None, tokens)
+        return self.kblocks[key]

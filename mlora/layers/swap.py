@@ -1,0 +1,72 @@
+"""Swapping a module's class and its forward, and what a patched module refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from .. import errors
+
+_swapped: dict[tuple[type, type], type] = {}
+
+
+def swap_class(module: nn.Module, mixin: type) -> None:
+    """Give `module` a subclass of (mixin, its own class) that keeps the class's name."""
+    cls = type(module)
+    if (mixin, cls) not in _swapped:
+        body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+        _swapped[mixin, cls] = type(cls.__name__, (mixin, cls), body)
+    module.__class__ = _swapped[mixin, cls]
+
+
+def restore_class(module: nn.Module) -> None:
+    """Undo `swap_class`."""
+    module.__class__ = type(module).__bases__[1]
+
+
+def bound_forwards(module: nn.Module, forward: Callable[..., Any]) -> list[str]:
+    """The attributes in which `module` itself holds `forward`, bound to it."""
+    return [
+        name
+        for name, value in module.__dict__.items()
+        if isinstance(value, MethodType) and value.__self__ is module and value.__func__ is forward
+    ]
+
+
+def swap_forward(module: nn.Module, old: Callable[..., Any], new: Callable[..., Any]) -> None:
+    """Put `new` wherever `module` itself holds `old`, bound to it."""
+    for name in bound_forwards(module, old):
+        module.__dict__[name] = MethodType(new, module)
+
+
+def guard_moves(module: nn.Module) -> None:
+    """Make a module that has layers below it refuse a move before it moves any of its other children."""
+
+    def apply(fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        refuse_move(module, fn)
+        return type(module)._apply(module, fn, recurse)
+
+    module.__dict__["_apply"] = apply
+
+
+def refuse_copy() -> NoReturn:
+    raise errors.PatchError(
+        "a patched model can be neither copied nor pickled; unpatch it first, or save it with save_pretrained or its "
+        "state_dict"
+    )
+
+
+def refuse_move(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+    """Raise if `fn`, which `nn.Module.to` and its like pass to `_apply`, would move a parameter."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        probe = torch.empty(0, dtype=tensor.dtype, device=tensor.device)  # quantized tensors lack new_empty
+        moved = fn(probe)
+        if moved.dtype != probe.dtype or moved.device != probe.device:
+            raise errors.ModelMovedError(
+                f"the model is patched in {probe.dtype} on {probe.device} and cannot be moved to {moved.dtype} on "
+                f"{moved.device}; unpatch it, move it, patch it again"
+            )
