@@ -50,7 +50,6 @@ class Plan:
         return self.rows == 1
 
 
-@dataclass
 class Siblings:
     """What the layer with number `first` left for those that read the same input after it.
 
@@ -58,11 +57,14 @@ class Siblings:
         input, version, plan: of its call. `results`: number of a layer -> its output.
     """
 
-    input: Tensor
-    version: int
-    plan: Plan
-    first: int
-    results: dict[int, Tensor]
+    __slots__ = ("first", "input", "plan", "results", "version")
+
+    def __init__(self, first: int, input: Tensor, plan: Plan, results: dict[int, Tensor]) -> None:
+        self.first = first
+        self.input = input
+        self.version = input._version
+        self.plan = plan
+        self.results = results
 
 
 class Local(threading.local):

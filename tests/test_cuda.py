@@ -16,14 +16,15 @@ pytestmark = pytest.mark.skipif(emulation.missing() is not None, reason=str(emul
 
 
 def test_operators_under_emulation():
-    """emulated_ops.py, and what test_ops.py asks of every backend."""
-    select = "emulated_ops or scale_input or any_strides or opcheck or one_graph or wrong_tensors or subnormals"
+    """emulated_ops.py, and what the other files ask of every backend."""
+    select = (
+        "emulated_ops or siblings or scale_input or any_strides or opcheck or one_graph or wrong_tensors or subnormals"
+    )
     select += " or fp64 and (20x855 or 2049x20) and (empty or all-base or decode)"
     run = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "--durations=5", "-k", select]
     env = {**os.environ, "MLORA_BACKEND": "emulation", "MLORA_EMULATION_LIBRARY": str(emulation.library())}
-    done = subprocess.run(
-        [*run, str(HERE / "emulated_ops.py"), str(HERE / "test_ops.py")], env=env, capture_output=True, text=True
-    )
+    files = [str(HERE / name) for name in ("emulated_ops.py", "test_siblings.py", "test_ops.py")]
+    done = subprocess.run([*run, *files], env=env, capture_output=True, text=True)
     print(done.stdout[-2000:])
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 

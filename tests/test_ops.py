@@ -105,6 +105,16 @@ class Case:
         return out
 
 
+def side_by_side(cases: list[Case]) -> Tensor:
+    """One arena for the modules of a group; their tables are moved along."""
+    at = 0
+    for case in cases:
+        parts = list(PARTS.values())
+        case.table[:, parts] = torch.where(case.table[:, parts] >= 0, case.table[:, parts] + at, -1)
+        at += case.arena.numel()
+    return torch.cat([case.arena for case in cases])
+
+
 def sentinel(rows: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A strided (rows, width) view with NaN sentinels on every side of every row, and the buffer it lies in."""
     buffer = torch.full((rows + 2, width + 7), torch.nan, dtype=dtype)
@@ -270,6 +280,29 @@ def test_a_row_does_not_see_its_batch(dtype, width_in, width_out, in_threads):
         assert torch.equal(batch[prefill], run(prefill, [recipe])), "prefill"
     decode = everything[5::length]
     assert torch.equal(batch[decode], run(decode, recipes)), "decode"
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("widths", [(300,), (64, 1030), (192, 1, 65, 128)], ids=str)
+def test_a_group_has_the_bits_of_its_modules(dtype, widths, in_threads):
+    cases = [Case((16, 3, 90), 200, out, dtype, gains=i == 1, shifts=True, seed=i) for i, out in enumerate(widths)]
+    arena, tables = side_by_side(cases), [case.table for case in cases]
+    for recipes, length in (([A], 1), ([[], []], 1), ([A, [], B, MIX, A] * 4, 1), ([A, [], B, MIX, A], 70)):
+        x, plan = cases[0].randn(len(recipes) * length, 200), cases[0].plan(recipes)
+        ys = [sentinel(len(x), case.width_out, dtype) for case in cases]
+        for (y, _), case in zip(ys, cases, strict=True):
+            y.copy_(case.randn(*y.shape))
+        expected = [buffer.clone() for _, buffer in ys]
+        in_threads(1)
+        for buffer, case in zip(expected, cases, strict=True):
+            torch.ops.mlora.apply_(buffer[1:-1, 3 : 3 + case.width_out], None, x, arena, case.table, plan)
+        in_threads(2)
+        torch.ops.mlora.apply_group_([y for y, _ in ys], x, arena, tables, plan)
+        for (_, buffer), want in zip(ys, expected, strict=True):
+            assert torch.equal(buffer.nan_to_num(7.0), want.nan_to_num(7.0))
+    with pytest.raises(RuntimeError, match="as many"):
+        torch.ops.mlora.apply_group_([ys[0][0]], x, arena, [*tables, tables[0]], plan)
 
 
 @needs_bf16

@@ -38,6 +38,7 @@ struct Segment {
 };
 
 constexpr int32_t kSegmentTokens = 64;
+constexpr int32_t kFewTokens = 2;       // up to which expand reads all of a rank row at a time
 constexpr int64_t kLinearColumns = 32;  // output columns that linear computes at a time
 constexpr int64_t kLinearTokens = 16;   // tokens that linear computes at a time
 
@@ -54,18 +55,22 @@ struct Problem {
   int64_t y_stride;
   int64_t base_stride;
   int64_t tokens;
+  int64_t itemsize;  // bytes of an element
   int64_t kblock;
 };
 
 // A piece of one thread's work on a segment. With a term, the shrink of its rank rows [from, to):
 //     v[t, r] = scale * (A[r] . x[t]), where v points at the term's first rank row.
 // Without one, the expand of columns [from, to): y += gain * base + B^T v + shift.
+// With fetch_b, a shrink also brings the same rank rows of B nearer, for an expand that will not read them in order.
 struct Job {
+  const Problem* problem;
   const Segment* segment;
   const Term* term;
   float* v;
   int64_t from;
   int64_t to;
+  bool fetch_b;
 };
 
 // weight = source * (1 + gains of rows + in-gains of columns) + B^T A; source may be weight.
@@ -81,8 +86,8 @@ constexpr int64_t kMergeCoefficients = 6;  // scratch floats that merge needs fo
 struct Kernels {
   // Runs jobs in order, and asks for each one's bytes during the one before: an adapter's parts are a few KiB each and
   // lie anywhere, and the hardware's prefetchers, which learn a stream and stop at its end, leave most of such a part
-  // to be waited for. With `fetch_b`, shrinks also bring the same rank rows of B nearer, for a linear that follows.
-  using Run = void (*)(const Problem&, const Job*, int64_t jobs, bool fetch_b);
+  // to be waited for.
+  using Run = void (*)(const Job*, int64_t jobs);
   // y = x * (1 + in_gain) for all columns; y has x's shape.
   using ScaleInput = void (*)(const Problem&, const Segment&);
   // xt[tile, pair, t]: pairs of x along `in` of each tile of kLinearTokens tokens, so that a pair's tokens adjoin.

@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <deque>
 #include <optional>
 #include <string>
 #include <thread>
@@ -176,51 +177,68 @@ int64_t expand_cost(const Problem& p, const Segment& s) {
   return s.has_output ? ceil_div(p.out, kColumnUnit) * column_unit_cost(s) : 0;
 }
 
-// One task's part of the work on the segments.
+// A segment of one module's work.
+struct Piece {
+  const Problem* problem;
+  const Segment* segment;
+  int64_t shrink, expand;  // costs
+};
+
+Piece piece_of(const Problem& p, const Segment& s) { return {&p, &s, shrink_cost(p, s), expand_cost(p, s)}; }
+
+// One task's part of the work on the pieces.
 struct Jobs {
   std::vector<Job> first, second;
 
-  // Columns of every segment, which need all of its rank rows: `second` waits for every task's `first`.
-  void cut(const Problem& p, const Work& work, int64_t shrink, int64_t expand, int64_t task, int64_t tasks) {
+  // Columns of every segment, which need all of its rank rows: `second` waits for every task's `first`. Without
+  // `expand`, only what is before.
+  void cut(const std::vector<Piece>& pieces, int64_t shrink, int64_t expand, int64_t task, int64_t tasks,
+           bool fetch_b) {
     first.clear();
     second.clear();
     Share rank_rows(shrink, task, tasks), columns(expand, task, tasks);
-    for (const Segment& s : work.segments) {
+    for (const Piece& piece : pieces) {
+      const Problem& p = *piece.problem;
+      const Segment& s = *piece.segment;
       float* v = s.v;
       int64_t begin, end;
       for (int32_t e = 0; e < s.term_count; ++e) {
         const Term& term = s.terms[e];
         if (rank_rows.take(ceil_div(term.rank, kRankUnit), rank_unit_cost(p, s), &begin, &end)) {
           const int64_t last = end * kRankUnit < term.rank ? end * kRankUnit : term.rank;
-          first.push_back({&s, &term, v, begin * kRankUnit, last});
+          first.push_back({&p, &s, &term, v, begin * kRankUnit, last, fetch_b});
         }
         v += term.rank;
       }
-      if (expand && s.has_output && columns.take(ceil_div(p.out, kColumnUnit), column_unit_cost(s), &begin, &end)) {
-        second.push_back({&s, nullptr, nullptr, begin * kColumnUnit,
-                          end * kColumnUnit < p.out ? end * kColumnUnit : p.out});
+      if (expand && piece.expand &&
+          columns.take(ceil_div(p.out, kColumnUnit), column_unit_cost(s), &begin, &end)) {
+        const int64_t last = end * kColumnUnit < p.out ? end * kColumnUnit : p.out;
+        second.push_back({&p, &s, nullptr, nullptr, begin * kColumnUnit, last, false});
       }
     }
   }
 
-  // Whole segments, so that nobody waits and an adapter's A and B, which adjoin, are read in one go. Returns false,
+  // Whole pieces, so that nobody waits and an adapter's A and B, which adjoin, are read in one go. Returns false,
   // if they do not divide evenly into the tasks.
-  bool take_whole(const Problem& p, const Work& work, int64_t total, int64_t task, int64_t tasks) {
+  bool take_whole(const std::vector<Piece>& pieces, int64_t total, int64_t task, int64_t tasks) {
     first.clear();
     second.clear();
     int64_t position = 0, mine = 0;
-    for (const Segment& s : work.segments) {
-      const int64_t cost = shrink_cost(p, s) + expand_cost(p, s), middle = position + cost / 2;
+    for (const Piece& piece : pieces) {
+      const int64_t cost = piece.shrink + piece.expand, middle = position + cost / 2;
       position += cost;
       if (cost == 0 || middle * tasks / total != task) continue;
       mine += cost;
+      const Problem& p = *piece.problem;
+      const Segment& s = *piece.segment;
+      const bool fetch_b = s.count > kFewTokens && s.ranks * p.out * p.itemsize <= kStaysNear;
       float* v = s.v;
       for (int32_t e = 0; e < s.term_count; ++e) {
         const Term& term = s.terms[e];
-        if (term.rank) first.push_back({&s, &term, v, 0, term.rank});
+        if (term.rank) first.push_back({&p, &s, &term, v, 0, term.rank, fetch_b});
         v += term.rank;
       }
-      first.push_back({&s, nullptr, nullptr, 0, p.out});
+      first.push_back({&p, &s, nullptr, nullptr, 0, p.out, false});
     }
     return mine * tasks <= total + total / 8;
   }
@@ -241,8 +259,9 @@ Type type_of(const Tensor& x, const Tensor& arena) {
   }
 }
 
-// What the calling thread keeps between calls: a plan resolved, and the jobs of each task.
-thread_local Work thread_work;
+// What the calling thread keeps between calls: a plan resolved for each module, and the jobs of each task.
+thread_local std::deque<Work> thread_works(1);
+thread_local std::vector<Piece> thread_pieces;
 thread_local std::vector<Jobs> thread_jobs;
 
 std::vector<Jobs>& jobs_of(int64_t tasks) {
@@ -250,54 +269,98 @@ std::vector<Jobs>& jobs_of(int64_t tasks) {
   return thread_jobs;
 }
 
-void apply_(Tensor y, std::optional<Tensor> base, Tensor x, Tensor arena, Tensor table, Tensor plan) {
+// The problem of one module of x's readers, and its work.
+Problem module_of(const Tensor& y, const Tensor& x, const Tensor& arena, const Tensor& table, const Tensor& plan,
+                  Work& work) {
   Problem p = {};
   p.in = width_of("x", x);
   p.out = width_of("y", y);
   p.tokens = x.numel() / p.in;
-  const Type type = type_of(x, arena);
+  p.itemsize = static_cast<int64_t>(arena.element_size());
   STD_TORCH_CHECK(y.scalar_type() == arena.scalar_type(), "mlora: y and arena must have one dtype");
   STD_TORCH_CHECK(y.numel() == p.tokens * p.out, "mlora: x has ", p.tokens, " tokens, y has ", y.numel() / p.out);
-  Work& work = thread_work;
   work.build(arena, table, plan, p.tokens, p.in, p.out, false);
-  if (p.tokens == 0 || work.segments.empty()) return;
+  return p;
+}
 
-  x = rows_of(x, &p.x_stride);
-  p.x = x.const_data_ptr();
-  if (base) {
-    STD_TORCH_CHECK(base->scalar_type() == arena.scalar_type(), "mlora: base and arena must have one dtype");
-    STD_TORCH_CHECK(base->dim() >= 1 && base->size(base->dim() - 1) == p.out && base->numel() == y.numel(),
-                    "mlora: base must have y's shape");
-    base = rows_of(*base, &p.base_stride);
-    p.base = base->const_data_ptr();
-  }
-  Tensor rows = rows_of(y, &p.y_stride);
-  p.y = rows.mutable_data_ptr();
-  const Kernels& k = kernels();
-  int64_t shrink = 0, expand = 0, b_bytes = 0, most_b_bytes = 0;
-  for (const Segment& s : work.segments) {
-    shrink += shrink_cost(p, s);
-    expand += expand_cost(p, s);
-    const int64_t bytes = s.ranks * p.out * arena.element_size();
-    b_bytes += bytes;
-    most_b_bytes = bytes > most_b_bytes ? bytes : most_b_bytes;
+// Every module's shrink and expand. `problems` adjoin their Work in thread_works.
+void apply_all(const std::vector<Problem>& problems, Type type) {
+  std::vector<Piece>& pieces = thread_pieces;
+  pieces.clear();
+  int64_t shrink = 0, expand = 0, b_bytes = 0;
+  // All modules have the plan's segments. One segment's modules adjoin, as their parts do in the arena.
+  for (size_t i = 0; i < thread_works[0].segments.size(); ++i) {
+    for (size_t m = 0; m < problems.size(); ++m) {
+      const Segment& s = thread_works[m].segments[i];
+      pieces.push_back(piece_of(problems[m], s));
+      shrink += pieces.back().shrink;
+      expand += pieces.back().expand;
+      b_bytes += s.ranks * problems[m].out * problems[m].itemsize;
+    }
   }
   const int64_t total = shrink + expand, tasks = threads_for(total);
+  if (total == 0) return;
   std::vector<Jobs>& jobs = jobs_of(tasks);
-  const auto run = [&](const std::vector<Job>& list, bool fetch_b) {
-    k.run[type](p, list.data(), static_cast<int64_t>(list.size()), fetch_b);
-  };
+  const Kernels& k = kernels();
+  const auto run = [&](const std::vector<Job>& list) { k.run[type](list.data(), static_cast<int64_t>(list.size())); };
   bool whole = true;
-  for (int64_t task = 0; task < tasks && whole; ++task) whole = jobs[task].take_whole(p, work, total, task, tasks);
+  for (int64_t task = 0; task < tasks && whole; ++task) whole = jobs[task].take_whole(pieces, total, task, tasks);
   if (whole) {
-    split(total, [&](int64_t task, int64_t) { run(jobs[task].first, most_b_bytes <= kStaysNear); });
-  } else {
-    for (int64_t task = 0; task < tasks; ++task) jobs[task].cut(p, work, shrink, expand, task, tasks);
-    split_in_two(
-        total, [&](int64_t task, int64_t) { run(jobs[task].first, b_bytes <= tasks * kStaysNear); },
-        [&](int64_t task, int64_t) { run(jobs[task].second, false); });
+    split(total, [&](int64_t task, int64_t) { run(jobs[task].first); });
+    return;
   }
-  if (rows.get() != y.get()) torch::stable::copy_(y, rows);
+  const bool fetch_b = b_bytes <= tasks * kStaysNear;
+  for (int64_t task = 0; task < tasks; ++task) jobs[task].cut(pieces, shrink, expand, task, tasks, fetch_b);
+  split_in_two(
+      total, [&](int64_t task, int64_t) { run(jobs[task].first); },
+      [&](int64_t task, int64_t) { run(jobs[task].second); });
+}
+
+void apply_modules(const std::vector<Tensor>& ys, const std::optional<Tensor>& base, Tensor x, const Tensor& arena,
+                   const std::vector<Tensor>& tables, const Tensor& plan) {
+  const Type type = type_of(x, arena);
+  if (thread_works.size() < ys.size()) thread_works.resize(ys.size());
+  std::vector<Problem> problems;
+  for (size_t m = 0; m < ys.size(); ++m) {
+    problems.push_back(module_of(ys[m], x, arena, tables[m], plan, thread_works[m]));
+  }
+  if (problems[0].tokens == 0 || thread_works[0].segments.empty()) return;
+  int64_t x_stride = 0, base_stride = 0;
+  x = rows_of(x, &x_stride);
+  std::optional<Tensor> base_rows;
+  if (base) {
+    STD_TORCH_CHECK(base->scalar_type() == arena.scalar_type(), "mlora: base and arena must have one dtype");
+    STD_TORCH_CHECK(base->dim() >= 1 && base->size(base->dim() - 1) == problems[0].out &&
+                        base->numel() == ys[0].numel(),
+                    "mlora: base must have y's shape");
+    base_rows = rows_of(*base, &base_stride);
+  }
+  std::vector<Tensor> rows;
+  for (size_t m = 0; m < ys.size(); ++m) {
+    Problem& p = problems[m];
+    rows.push_back(rows_of(ys[m], &p.y_stride));
+    p.y = rows[m].mutable_data_ptr();
+    p.x = x.const_data_ptr();
+    p.x_stride = x_stride;
+    p.base = base_rows ? base_rows->const_data_ptr() : nullptr;
+    p.base_stride = base_stride;
+  }
+  apply_all(problems, type);
+  for (size_t m = 0; m < ys.size(); ++m) {
+    if (rows[m].get() == ys[m].get()) continue;
+    Tensor y = ys[m];
+    torch::stable::copy_(y, rows[m]);
+  }
+}
+
+void apply_(Tensor y, std::optional<Tensor> base, Tensor x, Tensor arena, Tensor table, Tensor plan) {
+  apply_modules({y}, base, x, arena, {table}, plan);
+}
+
+void apply_group_(std::vector<Tensor> ys, Tensor x, Tensor arena, std::vector<Tensor> tables, Tensor plan) {
+  STD_TORCH_CHECK(!ys.empty() && ys.size() == tables.size(), "mlora: ", ys.size(), " outputs and ", tables.size(),
+                  " tables; there must be as many, and one at least");
+  apply_modules(ys, std::nullopt, x, arena, tables, plan);
 }
 
 Tensor scale_input(Tensor x, Tensor arena, Tensor table, Tensor plan) {
@@ -305,7 +368,7 @@ Tensor scale_input(Tensor x, Tensor arena, Tensor table, Tensor plan) {
   p.in = p.out = p.y_stride = width_of("x", x);
   p.tokens = x.numel() / p.in;
   const Type type = type_of(x, arena);
-  Work& work = thread_work;
+  Work& work = thread_works[0];
   work.build(arena, table, plan, p.tokens, p.in, 0, true);
   x = rows_of(x, &p.x_stride);
   Tensor y = torch::stable::new_empty(x, x.sizes());
@@ -354,7 +417,7 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor arena,
                     "mlora: bias must be contiguous bfloat16 of ", p.out, " elements");
     p.bias = bias->const_data_ptr();
   }
-  Work& work = thread_work;
+  Work& work = thread_works[0];
   work.build(arena, table, plan, p.tokens, p.in, p.out, true);
   x = rows_of(x, &p.x_stride);
   p.x = x.const_data_ptr();
@@ -369,8 +432,11 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor arena,
 
   const int64_t units = ceil_div(p.out, kLinearColumns), cost = units * kLinearColumns * p.in;
   int64_t shrink = 0, b_bytes = 0;
+  std::vector<Piece>& pieces = thread_pieces;
+  pieces.clear();
   for (const Segment& s : work.segments) {
-    shrink += shrink_cost(p, s);
+    pieces.push_back(piece_of(p, s));
+    shrink += pieces.back().shrink;
     b_bytes += 2 * s.ranks * p.out;
   }
   const auto columns = [&](int64_t task, int64_t tasks) {
@@ -390,12 +456,12 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor arena,
   const int64_t tasks = threads_for(shrink + cost);
   const bool fetch_b = b_bytes <= tasks * kStaysNear;
   std::vector<Jobs>& jobs = jobs_of(tasks);
-  for (int64_t task = 0; task < tasks; ++task) jobs[task].cut(p, work, shrink, 0, task, tasks);
+  for (int64_t task = 0; task < tasks; ++task) jobs[task].cut(pieces, shrink, 0, task, tasks, fetch_b);
   split_in_two(
       shrink + cost,
       [&](int64_t task, int64_t) {
         const std::vector<Job>& list = jobs[task].first;
-        k.run[type](p, list.data(), static_cast<int64_t>(list.size()), fetch_b);
+        k.run[type](list.data(), static_cast<int64_t>(list.size()));
       },
       columns);
   return y;
@@ -411,7 +477,7 @@ void merge_(Tensor weight, std::optional<Tensor> source, Tensor arena, Tensor ta
                       from.size(1) == weight.size(1) && from.is_contiguous(),
                   "mlora: source must be as weight is");
   MergeProblem p = {from.const_data_ptr(), weight.mutable_data_ptr(), weight.size(1), weight.size(0)};
-  Work& work = thread_work;
+  Work& work = thread_works[0];
   work.build(arena, table, plan, 1, p.in, p.out, true);
   STD_TORCH_CHECK(work.segments.size() == 1, "mlora: merge_ takes a plan of one row");
   const Segment& s = work.segments[0];
@@ -432,6 +498,7 @@ int64_t isa_number() { return isa(); }
 
 STABLE_TORCH_LIBRARY_IMPL(mlora, CPU, m) {
   m.impl("apply_", TORCH_BOX(&mlora::apply_));
+  m.impl("apply_group_", TORCH_BOX(&mlora::apply_group_));
   m.impl("linear", TORCH_BOX(&mlora::linear));
   m.impl("scale_input", TORCH_BOX(&mlora::scale_input));
   m.impl("merge_", TORCH_BOX(&mlora::merge_));

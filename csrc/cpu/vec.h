@@ -24,6 +24,8 @@ MLORA_INLINE vf zero() { return _mm512_setzero_ps(); }
 MLORA_INLINE vf set1(float s) { return _mm512_set1_ps(s); }
 MLORA_INLINE vf add(vf a, vf b) { return _mm512_add_ps(a, b); }
 MLORA_INLINE vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+MLORA_INLINE vf load_sums(const float* p) { return _mm512_load_ps(p); }
+MLORA_INLINE void store_sums(float* p, vf v) { _mm512_store_ps(p, v); }
 MLORA_INLINE float reduce(vf v) {
   __m256 h = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
   __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
@@ -40,6 +42,8 @@ MLORA_INLINE vf zero() { return _mm256_setzero_ps(); }
 MLORA_INLINE vf set1(float s) { return _mm256_set1_ps(s); }
 MLORA_INLINE vf add(vf a, vf b) { return _mm256_add_ps(a, b); }
 MLORA_INLINE vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+MLORA_INLINE vf load_sums(const float* p) { return _mm256_load_ps(p); }
+MLORA_INLINE void store_sums(float* p, vf v) { _mm256_store_ps(p, v); }
 MLORA_INLINE float reduce(vf v) {
   __m128 q = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   q = _mm_add_ps(q, _mm_movehdup_ps(q));
@@ -57,6 +61,8 @@ MLORA_INLINE vf zero() { return vf{0, 0, 0, 0}; }
 MLORA_INLINE vf set1(float s) { return vf{s, s, s, s}; }
 MLORA_INLINE vf add(vf a, vf b) { return a + b; }
 MLORA_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
+MLORA_INLINE vf load_sums(const float* p) { return *reinterpret_cast<const vf*>(p); }
+MLORA_INLINE void store_sums(float* p, vf v) { *reinterpret_cast<vf*>(p) = v; }
 MLORA_INLINE float reduce(vf v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 
 #endif

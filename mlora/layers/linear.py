@@ -32,58 +32,57 @@ class LoraLayer(nn.Module):
         shared = state.shared
         if torch.compiler.is_compiling():
             return self._compiled(x)
-        plan = shared.local.plan or shared.default
-        touches = plan.touches[state.index] if plan is not None else 0
-        if touches:
-            assert plan is not None
-            self._check(x, plan)
-            words = plan.tensor
-        else:
-            words = shared.blank
-        if state.fused and not touches & IN_GAIN and (kblock := self._fusable(x)):
-            return dispatch.linear(x, self.weight, self.bias, shared.arena, state.table, words, kblock)
-        if not touches:
+        local = shared.local
+        plan = local.plan or shared.default
+        if plan is None or not (touches := plan.touches[state.index]):
+            if state.fused and (kblock := self._fusable(x)):
+                return dispatch.linear(x, self.weight, self.bias, shared.arena, state.table, shared.blank, kblock)
             return self._base(x)
-        if plan is not None and shared.groups is not None and not torch.is_grad_enabled() and not x.is_inference():
-            return self._grouped(x, plan, touches)
-        return self._routed(x, words, touches)
+        if (seen := local.siblings) is not None and seen.input is x and seen.plan is plan:
+            ready = seen.results.pop(state.index, None)
+            if ready is not None and seen.version == x._version:
+                return ready
+        self._check(x, plan)
+        if not touches & IN_GAIN:
+            if state.fused and (kblock := self._fusable(x)):
+                return dispatch.linear(x, self.weight, self.bias, shared.arena, state.table, plan.tensor, kblock)
+            if shared.groups is not None and not torch.is_grad_enabled() and not x.is_inference():
+                return self._with_siblings(x, plan)
+        return self._routed(x, plan.tensor, touches)
 
-    def _grouped(self, x: Tensor, plan: Plan, touches: int) -> Tensor:
-        """`_routed`, but the first of several layers that read one input serves them all in one launch; the others
-        find their results. An inference tensor, which does not tell whether it was written to in between, is not
-        grouped."""
+    def _with_siblings(self, x: Tensor, plan: Plan) -> Tensor:
+        """`_routed`, and in the same call what the layers that read `x` after this one will return. Not for inference
+        tensors, which do not tell whether they were written to in between."""
         state = self._mlora
-        shared, seen = state.shared, state.shared.local.siblings
+        shared, index, seen = state.shared, state.index, state.shared.local.siblings
         groups = shared.groups
         assert groups is not None
-        if seen is not None and seen.input is x and seen.version == x._version and seen.plan is plan:
-            ready = seen.results.pop(state.index, None)
-            if ready is None:
-                known = groups.get(seen.first, ())
-                if len(known) < dispatch.GROUP - 1 and self not in known and state.index != seen.first:
+        if seen is not None:
+            known = groups.get(seen.first, ())
+            if seen.first != index and seen.input is x and seen.version == x._version:  # read by that one too
+                if self not in known and len(known) < dispatch.GROUP - 1:
                     groups[seen.first] = (*known, self)
-                return self._routed(x, plan.tensor, touches)
-            return ready
-        if seen is not None and seen.results:  # not called after all: not siblings
-            left = groups.get(seen.first, ())
-            groups[seen.first] = tuple(layer for layer in left if layer._mlora.index not in seen.results)
-        seen = shared.local.siblings = Siblings(x, x._version, plan, state.index, {})
-        others = [
-            layer
-            for layer in groups.get(state.index, ())
-            if plan.touches[layer._mlora.index]
-            and not (plan.touches[layer._mlora.index] | touches) & IN_GAIN
-            and layer._mlora.outer is None
-            and "forward" not in layer.__dict__
-        ]
-        if not others:
-            return self._routed(x, plan.tensor, touches)
-        layers = [self, *others]
-        outputs = [layer._base(x) for layer in layers]
-        dispatch.apply_group_(outputs, x, shared.arena, [layer._mlora.table for layer in layers], plan.tensor)
-        for layer, output in zip(others, outputs[1:], strict=True):
-            seen.results[layer._mlora.index] = output
-        return outputs[0]
+                return self._routed(x, plan.tensor, plan.touches[index])
+            if seen.results:  # not asked for: their layers do not read what that one reads
+                groups[seen.first] = tuple(layer for layer in known if layer._mlora.index not in seen.results)
+        y = self._base(x)
+        outputs, tables = [y], [state.table]
+        results: dict[int, Tensor] = {}
+        for layer in groups.get(index, ()):
+            its = layer._mlora
+            touches = plan.touches[its.index]
+            if touches and not touches & IN_GAIN and not its.gathered and its.outer is None:
+                if "forward" in layer.__dict__:  # somebody's, set since
+                    continue
+                results[its.index] = output = layer._base(x)
+                outputs.append(output)
+                tables.append(its.table)
+        shared.local.siblings = Siblings(index, x, plan, results)
+        if results:
+            dispatch.apply_group_(outputs, x, shared.arena, tables, plan.tensor)
+        else:
+            dispatch.apply_(y, None, x, shared.arena, state.table, plan.tensor)
+        return y
 
     def _base(self, x: Tensor) -> Tensor:
         outer = self._mlora.outer
@@ -129,13 +128,15 @@ class LoraLayer(nn.Module):
 
     def _check(self, x: Tensor, plan: Plan) -> None:
         state = self._mlora
-        self._check_autocast(x)
-        if x.dtype != state.dtype or x.device != state.device:
+        if torch.is_autocast_enabled(state.device.type):
+            self._check_autocast(x)
+        if x.dtype is not state.dtype or x.device != state.device:
             raise errors.ModelMovedError(
                 f"{state.name} got an input in {x.dtype} on {x.device}; the model was patched in {state.dtype} on "
                 f"{state.device}. Unpatch, move the model and patch again"
             )
-        self._check_rows(x, plan)
+        if plan.rows != 1 and (state.gathered or x.dim() < 2 or x.shape[0] not in plan.row_counts):
+            self._check_rows(x, plan)
 
     def _check_rows(self, x: Tensor, plan: Plan) -> None:
         state = self._mlora

@@ -30,7 +30,7 @@ class Shared:
         blank: a plan that routes nothing.
         fused: whether the base product may be computed by mlora's own kernel.
         groups: first layer's number -> the layers that read the same input after it (q, k, v; gate, up), learned as
-            calls come; None where one launch for several modules gains nothing.
+            calls come; None where serving several modules in one call gains nothing.
     """
 
     def __init__(self, arena: Tensor, plan: Tensor, fused: bool) -> None:
@@ -41,7 +41,7 @@ class Shared:
         self.blank = torch.zeros(8, dtype=torch.int32, device=plan.device)
         self.fused = fused
         self.in_gains = False
-        grouped = dispatch.backend(arena.device, arena.dtype) in ("cuda", "emulation")
+        grouped = dispatch.backend(arena.device, arena.dtype) in dispatch.GROUPING
         self.groups: dict[int, tuple[LoraLayer, ...]] | None = {} if grouped else None
 
 

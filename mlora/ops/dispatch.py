@@ -24,8 +24,9 @@ _KERNEL_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 # Beyond this many tokens the tensor cores of the Triton kernels beat the CUDA library's one launch.
 CUDA_MAX_TOKENS = 128
 
-# Modules that `apply_group_` takes at most.
+# Modules that `apply_group_` takes at most, and the backends that gain by it.
 GROUP = 4
+GROUPING = ("cpu", "cuda", "emulation")
 
 # Up to this many tokens `linear` beats the library's matmul followed by `apply_`.
 FUSED_MAX_TOKENS = 64
@@ -105,9 +106,10 @@ def scale_input(x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> Tensor
 
 
 def apply_group_(y: list[Tensor], x: Tensor, arena: Tensor, tables: list[Tensor], plan: Tensor) -> None:
-    """See `reference.apply_group_`; one launch where the backend has one for a group, else one a module."""
-    small = x.numel() <= CUDA_MAX_TOKENS * x.shape[-1]
-    if small and backend(x.device, x.dtype) in ("cuda", "emulation") and all(t.dtype is x.dtype for t in (arena, *y)):
+    """See `reference.apply_group_`; one call where the backend serves a group at once, else one a module."""
+    kind = backend(x.device, x.dtype)
+    at_once = kind == "cpu" or (kind in ("cuda", "emulation") and x.numel() <= CUDA_MAX_TOKENS * x.shape[-1])
+    if at_once and all(t.dtype is x.dtype for t in (arena, *y)):
         _apply_group_(y, x, arena, tables, plan)
     else:
         for out, table in zip(y, tables, strict=True):
