@@ -99,7 +99,7 @@ class Buffers:
             self.weight = torch.randn(copies, load.outputs, load.inputs, generator=draw).to(load.dtype)
             self.weight /= math.sqrt(load.inputs)
             if load.op == "linear":
-                self.kblock = dispatch.probe_kblock(load.inputs, load.outputs, False, load.tokens)
+                self.kblock = dispatch.probe_kblock(load.inputs, load.outputs, False, load.tokens, load.dtype)
         self.copies = copies
         # Views made once: making them costs as much as a small call.
         self.xs, self.ys, self.rows = list(self.x), list(self.y), list(self.tables)

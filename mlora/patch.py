@@ -88,7 +88,8 @@ def patch(
             is half the size of the model's weights, at least 64 MiB, and at most half of what is free.
         max_adapters: how many adapters can be resident at once.
         dtype: in which adapters are stored on the device; the default is the linears' own.
-        fused: compute base product and LoRA in one op where that is bit-equal to the library.
+        fused: compute base product and LoRA in one op where that is bit-equal to the library (fp32 and bf16 linears, on
+            CPUs with AVX-512), and where it is faster.
 
     Returns:
         The runtime, also reachable as `model.mlora`.

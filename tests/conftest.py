@@ -178,10 +178,10 @@ def identity(model: nn.Module) -> list[Any]:
     return [(name, id(m), type(m), set(m.__dict__)) for name, m in model.named_modules(remove_duplicate=False)]
 
 
-def served(base: Any, folders: dict[str, Path]) -> Any:
-    """A patched copy of `base` with the adapters of `folders` loaded."""
+def served(base: Any, folders: dict[str, Path], **options: Any) -> Any:
+    """A patched copy of `base` with the adapters of `folders` loaded. `options` are `mlora.patch`'s."""
     model = copy.deepcopy(base)
-    runtime = mlora.patch(model)
+    runtime = mlora.patch(model, **options)
     for name, folder in folders.items():
         runtime.load_adapter(folder, name)
     return model

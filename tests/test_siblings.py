@@ -36,7 +36,8 @@ def test_siblings_share_a_launch(llama: Any, tmp_path: Path) -> None:
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     make_adapter(tmp_path / "a", llama, 1, r=3, target_modules=targets)
     make_adapter(tmp_path / "b", llama, 2, r=2, target_modules=["k_proj", "up_proj"])
-    model, batch, names = served(llama, {n: tmp_path / n for n in "ab"}), inputs_for("llama", 4), ["a", None, "b", "a"]
+    model = served(llama, {n: tmp_path / n for n in "ab"}, fused=False)
+    batch, names = inputs_for("llama", 4), ["a", None, "b", "a"]
     groups, model.mlora._shared.groups = model.mlora._shared.groups, None
     alone = logits(model, batch, adapter_names=names)
     model.mlora._shared.groups = groups
@@ -60,7 +61,7 @@ def test_an_input_that_was_written_to_is_another_input() -> None:
     tensors = {
         f"{n}.lora_{part}.weight": torch.randn(shape) for n in "ab" for part, shape in (("A", (2, 24)), ("B", (24, 2)))
     }
-    runtime = mlora.patch(model, memory=1 << 16)
+    runtime = mlora.patch(model, memory=1 << 16, fused=False)
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["a", "b"]}
     runtime.add_adapter("x", mlora.Adapter(config, tensors))
     with torch.no_grad(), runtime.use_adapters("x"):

@@ -90,11 +90,14 @@ struct Kernels {
   using Run = void (*)(const Job*, int64_t jobs);
   // y = x * (1 + in_gain) for all columns; y has x's shape.
   using ScaleInput = void (*)(const Problem&, const Segment&);
-  // xt[tile, pair, t]: pairs of x along `in` of each tile of kLinearTokens tokens, so that a pair's tokens adjoin.
-  using Pack = void (*)(const Problem&, uint32_t* xt);
+  // xt[tile, unit, t]: what lies in 32 bits of x along `in` of each tile of kLinearTokens tokens, a pair of bf16 or one
+  // float, so that a unit's tokens adjoin. Tiles [from, to).
+  using Pack = void (*)(const Problem&, uint32_t* xt, int64_t from, int64_t to);
   // y = x weight^T + bias, then expand on the unrounded sum, for columns [from, to) and segments covering all tokens.
-  using Linear = void (*)(const Problem&, const uint32_t* xt, const Segment*, int64_t segments, float* tile,
-                          int64_t from, int64_t to);
+  // The thread's own: sums [tokens rounded up to kLinearTokens, kLinearColumns], and panel, kLinearColumns units for each
+  // input of a block, rounded up to 16.
+  using Linear = void (*)(const Problem&, const uint32_t* xt, const Segment*, int64_t segments, uint32_t* panel,
+                          float* sums, int64_t from, int64_t to);
 
   // Rows [from, to) of the weight, by the segment's terms; v is the thread's own.
   using Merge = void (*)(const MergeProblem&, const Segment&, int64_t from, int64_t to, float* v);
@@ -102,8 +105,8 @@ struct Kernels {
   Run run[3];  // indexed by Type
   ScaleInput scale_input[3];
   Merge merge[3];
-  Pack pack;  // null where linear is not offered
-  Linear linear;
+  Pack pack[3];  // null where linear is not offered
+  Linear linear[3];
 };
 
 enum Type : int { kFloat, kHalf, kBFloat16 };

@@ -1,21 +1,24 @@
 // linear: the base matmul on the weights as they lie, with the delta added before the one rounding.
 //
-// Lanes are output columns. Each output is one chain of dot-product instructions over pairs of k in order, starting
-// from zero at every multiple of kblock; the blocks' sums are added in order. That is what oneDNN does for bf16 on
-// avx512_core_bf16, so base rows come out with the library's bits when kblock is the library's. For a single token it
+// Lanes are output columns. What lies in 32 bits of an input row, a pair of bf16 or one float, is a unit. Each output is
+// one chain over units in order, of dot products of pairs or of FMAs, starting from zero at every multiple of kblock;
+// the blocks' sums are added in order. That is what oneDNN does for bf16 on avx512_core_bf16 and MKL for fp32 from some
+// tokens on, so base rows come out with the library's bits when kblock is the library's. For a single bf16 token oneDNN
 // keeps 16 such chains an output, one a lane, and adds the lanes in a tree: so does base_row.
 #pragma once
 
+#include <type_traits>
+
 #include "apply.h"
 
-#if MLORA_HAVE_BF16
+#if MLORA_HAVE_AVX512
 
 namespace mlora {
 namespace MLORA_ISA {
 namespace {
 
-// 16 x 16 transpose of pairs: to[k][n] = rows[n][k] for k < count.
-template <bool Tail>
+// 16 x 16 transpose of units: to[Stride * k][n] = rows[n][k] for k < count.
+template <bool Tail, int Stride = 1>
 MLORA_INLINE void transpose(const uint32_t* const* rows, int64_t k, int64_t count, __m512i* to) {
   const __mmask16 mask = static_cast<__mmask16>(first(count));
   __m512i a[16], b[16];
@@ -37,25 +40,44 @@ MLORA_INLINE void transpose(const uint32_t* const* rows, int64_t k, int64_t coun
     const __m512i lo01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88), hi01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
     const __m512i lo23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
     const __m512i hi23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
-    to[c] = _mm512_shuffle_i32x4(lo01, lo23, 0x88);
-    to[8 + c] = _mm512_shuffle_i32x4(lo01, lo23, 0xdd);
-    to[4 + c] = _mm512_shuffle_i32x4(hi01, hi23, 0x88);
-    to[12 + c] = _mm512_shuffle_i32x4(hi01, hi23, 0xdd);
+    to[Stride * c] = _mm512_shuffle_i32x4(lo01, lo23, 0x88);
+    to[Stride * (8 + c)] = _mm512_shuffle_i32x4(lo01, lo23, 0xdd);
+    to[Stride * (4 + c)] = _mm512_shuffle_i32x4(hi01, hi23, 0x88);
+    to[Stride * (12 + c)] = _mm512_shuffle_i32x4(hi01, hi23, 0xdd);
   }
 }
 
+template <class T>
+constexpr int64_t kUnit = 4 / sizeof(T);  // inputs of a unit
+
+// One step of 16 chains: units of 16 columns with one of x.
+template <class T>
+vf chain(vf acc, __m512i columns, const uint32_t* x);
+
+template <>
+MLORA_INLINE vf chain<float>(vf acc, __m512i columns, const uint32_t* x) {
+  return fma(_mm512_castsi512_ps(columns), _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(*x))), acc);
+}
+
+#if MLORA_HAVE_BF16
+template <>
+MLORA_INLINE vf chain<bf16>(vf acc, __m512i columns, const uint32_t* x) {
+  return _mm512_dpbf16_ps(acc, (__m512bh)columns, (__m512bh)_mm512_set1_epi32(static_cast<int>(*x)));
+}
+#endif
+
 // sums[t * kLinearColumns + c] for Tokens tokens and 16 * Groups columns; rows are those columns' rows of the weight.
-template <int Tokens, int Groups>
-void base_tile(const uint32_t* xt, const uint32_t* const* rows, int64_t pairs, int64_t block, int64_t ahead,
+template <class T, int Tokens, int Groups>
+void base_tile(const uint32_t* xt, const uint32_t* const* rows, int64_t units, int64_t block, int64_t ahead,
                float* sums) {
   vf acc[Groups][Tokens];
   MLORA_UNROLL for (int g = 0; g < Groups; ++g) {
     MLORA_UNROLL for (int t = 0; t < Tokens; ++t) acc[g][t] = zero();
   }
   __m512i columns[Groups][16];
-  int64_t stop = block < pairs ? block : pairs;
+  int64_t stop = block < units ? block : units;
   bool first_block = true;
-  for (int64_t k = 0; k < pairs;) {
+  for (int64_t k = 0; k < units;) {
     const int64_t count = stop - k < 16 ? stop - k : 16;
     MLORA_UNROLL for (int g = 0; g < Groups; ++g) {
       for (int i = 0; i < 16; ++i) __builtin_prefetch(rows[16 * g + i] + k + ahead);
@@ -68,10 +90,7 @@ void base_tile(const uint32_t* xt, const uint32_t* const* rows, int64_t pairs, i
     for (int64_t i = 0; i < count; ++i) {
       const uint32_t* x = xt + (k + i) * kLinearTokens;
       MLORA_UNROLL for (int g = 0; g < Groups; ++g) {
-        const __m512bh w = (__m512bh)columns[g][i];
-        MLORA_UNROLL for (int t = 0; t < Tokens; ++t) {
-          acc[g][t] = _mm512_dpbf16_ps(acc[g][t], w, (__m512bh)_mm512_set1_epi32(static_cast<int>(x[t])));
-        }
+        MLORA_UNROLL for (int t = 0; t < Tokens; ++t) acc[g][t] = chain<T>(acc[g][t], columns[g][i], x + t);
       }
     }
     k += count;
@@ -84,21 +103,56 @@ void base_tile(const uint32_t* xt, const uint32_t* const* rows, int64_t pairs, i
         }
       }
       first_block = false;
-      stop = stop + block < pairs ? stop + block : pairs;
+      stop = stop + block < units ? stop + block : units;
     }
   }
 }
 
-template <int Tokens>
-MLORA_INLINE void base_columns(const uint32_t* xt, const uint32_t* const* rows, int64_t pairs, int64_t block,
+template <class T, int Tokens>
+MLORA_INLINE void base_columns(const uint32_t* xt, const uint32_t* const* rows, int64_t units, int64_t block,
                                int64_t ahead, float* sums) {
   if (Tokens <= 8) {
-    base_tile<Tokens, 2>(xt, rows, pairs, block, ahead, sums);
+    base_tile<T, Tokens, 2>(xt, rows, units, block, ahead, sums);
   } else {
-    base_tile<Tokens, 1>(xt, rows, pairs, block, ahead, sums);
-    base_tile<Tokens, 1>(xt, rows + 16, pairs, block, ahead, sums + 16);
+    base_tile<T, Tokens, 1>(xt, rows, units, block, ahead, sums);
+    base_tile<T, Tokens, 1>(xt, rows + 16, units, block, ahead, sums + 16);
   }
 }
+
+// As base_tile, from a panel, kLinearColumns columns of the units [count] of one block, for several tiles of tokens.
+template <class T, int Tokens>
+void panel_tile(const uint32_t* xt, const __m512i* panel, int64_t count, bool first_block, float* sums) {
+  vf acc[2][Tokens];
+  MLORA_UNROLL for (int t = 0; t < Tokens; ++t) acc[0][t] = acc[1][t] = zero();
+  for (int64_t i = 0; i < count; ++i, xt += kLinearTokens) {
+    MLORA_UNROLL for (int t = 0; t < Tokens; ++t) {
+      MLORA_UNROLL for (int g = 0; g < 2; ++g) acc[g][t] = chain<T>(acc[g][t], panel[2 * i + g], xt + t);
+    }
+  }
+  MLORA_UNROLL for (int g = 0; g < 2; ++g) {
+    MLORA_UNROLL for (int t = 0; t < Tokens; ++t) {
+      float* to = sums + t * kLinearColumns + 16 * g;
+      _mm512_storeu_ps(to, first_block ? acc[g][t] : _mm512_add_ps(_mm512_loadu_ps(to), acc[g][t]));
+    }
+  }
+}
+
+// Calls f with the number of tokens, at most Most, as a constant.
+template <int64_t Most, class F>
+MLORA_INLINE void with_tokens(int64_t count, const F& f) {
+  switch (count < Most ? count : Most) {
+#define MLORA_CASE(n) \
+  case n: \
+    if constexpr (n <= Most) f(std::integral_constant<int, n>{}); \
+    break;
+    MLORA_CASE(1) MLORA_CASE(2) MLORA_CASE(3) MLORA_CASE(4) MLORA_CASE(5) MLORA_CASE(6) MLORA_CASE(7) MLORA_CASE(8)
+    MLORA_CASE(9) MLORA_CASE(10) MLORA_CASE(11) MLORA_CASE(12) MLORA_CASE(13) MLORA_CASE(14) MLORA_CASE(15)
+    MLORA_CASE(16)
+#undef MLORA_CASE
+  }
+}
+
+#if MLORA_HAVE_BF16
 
 // sums[c] for one token and the columns whose weight rows are given.
 template <bool Tail>
@@ -127,64 +181,91 @@ inline void base_row(const bf16* x, const bf16* const* rows, int64_t in, int64_t
   }
 }
 
-void pack(const Problem& p, uint32_t* xt) {
-  if (p.tokens == 1) return;
-  const int64_t pairs = p.in / 2;
-  for (int64_t t0 = 0; t0 < p.tokens; t0 += kLinearTokens, xt += pairs * kLinearTokens) {
+#endif
+
+template <class T>
+constexpr bool kRowChains = sizeof(T) == 2;  // a single token is base_row's
+
+template <class T>
+void pack(const Problem& p, uint32_t* xt, int64_t from, int64_t to) {
+  if (p.tokens == 1 && kRowChains<T>) return;
+  const int64_t units = p.in / kUnit<T>;
+  xt += from * units * kLinearTokens;
+  for (int64_t tile = from; tile < to; ++tile, xt += units * kLinearTokens) {
+    const int64_t t0 = tile * kLinearTokens;
     const uint32_t* rows[16];
     const int64_t last = p.tokens - 1;
     for (int64_t i = 0; i < 16; ++i) {
       const int64_t t = t0 + i < last ? t0 + i : last;
-      rows[i] = reinterpret_cast<const uint32_t*>(static_cast<const bf16*>(p.x) + t * p.x_stride);
+      rows[i] = reinterpret_cast<const uint32_t*>(static_cast<const T*>(p.x) + t * p.x_stride);
     }
     int64_t k = 0;
-    for (; k + 16 <= pairs; k += 16) transpose<false>(rows, k, 16, reinterpret_cast<__m512i*>(xt + k * 16));
-    if (k < pairs) {
+    for (; k + 16 <= units; k += 16) transpose<false>(rows, k, 16, reinterpret_cast<__m512i*>(xt + k * 16));
+    if (k < units) {
       __m512i columns[16];
-      transpose<true>(rows, k, pairs - k, columns);
-      for (int64_t i = 0; k + i < pairs; ++i) _mm512_storeu_si512(xt + (k + i) * 16, columns[i]);
+      transpose<true>(rows, k, units - k, columns);
+      for (int64_t i = 0; k + i < units; ++i) _mm512_storeu_si512(xt + (k + i) * 16, columns[i]);
     }
   }
 }
 
-void linear(const Problem& p, const uint32_t* xt, const Segment* segments, int64_t segment_count, float* sums,
-            int64_t from, int64_t to) {
-  const int64_t pairs = p.in / 2, block = p.kblock / 2;
-  const bf16* bias = static_cast<const bf16*>(p.bias);
-  for (int64_t n = from; n < to; n += kLinearColumns) {
-    const int64_t end = n + kLinearColumns < to ? n + kLinearColumns : to;
-    const bf16* rows[kLinearColumns];
-    const uint32_t* pair_rows[kLinearColumns];
-    for (int64_t c = 0; c < kLinearColumns; ++c) {
-      rows[c] = static_cast<const bf16*>(p.weight) + (n + c < p.out ? n + c : p.out - 1) * p.in;
-      pair_rows[c] = reinterpret_cast<const uint32_t*>(rows[c]);
-    }
-    const int64_t ahead = kLinearColumns * pairs;
+// The base product of columns [n, n + kLinearColumns), all tokens.
+template <class T>
+MLORA_INLINE void base(const Problem& p, const uint32_t* xt, int64_t n, __m512i* panel, float* sums) {
+  const T* rows[kLinearColumns];
+  for (int64_t c = 0; c < kLinearColumns; ++c) {
+    rows[c] = static_cast<const T*>(p.weight) + (n + c < p.out ? n + c : p.out - 1) * p.in;
+  }
+#if MLORA_HAVE_BF16
+  if constexpr (kRowChains<T>) {
     if (p.tokens == 1) {
       for (int64_t c = 0; c < kLinearColumns; c += 8) {
-        base_row(static_cast<const bf16*>(p.x), rows + c, p.in, p.kblock, sums + c);
+        base_row(static_cast<const T*>(p.x), rows + c, p.in, p.kblock, sums + c);
+      }
+      return;
+    }
+  }
+#endif
+  const uint32_t* unit_rows[kLinearColumns];
+  for (int64_t c = 0; c < kLinearColumns; ++c) unit_rows[c] = reinterpret_cast<const uint32_t*>(rows[c]);
+  const int64_t units = p.in / kUnit<T>, block = p.kblock / kUnit<T>, ahead = kLinearColumns * units;
+  if (p.tokens <= kLinearTokens) {
+    with_tokens<kLinearTokens>(p.tokens, [&](auto tokens) { base_columns<T, tokens>(xt, unit_rows, units, block, ahead, sums); });
+    return;
+  }
+  for (int64_t k = 0; k < units; k += block) {
+    const int64_t count = units - k < block ? units - k : block;
+    for (int64_t i = 0; i < count; i += 16) {
+      MLORA_UNROLL for (int g = 0; g < 2; ++g) {
+        const uint32_t* const* of = unit_rows + 16 * g;
+        for (int r = 0; r < 16; ++r) __builtin_prefetch(of[r] + k + i + ahead);
+        if (count - i >= 16) {
+          transpose<false, 2>(of, k + i, 16, panel + 2 * i + g);
+        } else {
+          transpose<true, 2>(of, k + i, count - i, panel + 2 * i + g);
+        }
       }
     }
-    for (int64_t t = 0; t < p.tokens && p.tokens > 1; t += kLinearTokens) {
-      const uint32_t* x = xt + t * pairs;
-      float* y = sums + t * kLinearColumns;
-      switch (p.tokens - t < kLinearTokens ? p.tokens - t : kLinearTokens) {
-#define MLORA_CASE(count) \
-  case count: \
-    base_columns<count>(x, pair_rows, pairs, block, ahead, y); \
-    break;
-        MLORA_CASE(1) MLORA_CASE(2) MLORA_CASE(3) MLORA_CASE(4) MLORA_CASE(5) MLORA_CASE(6) MLORA_CASE(7)
-        MLORA_CASE(8) MLORA_CASE(9) MLORA_CASE(10) MLORA_CASE(11) MLORA_CASE(12) MLORA_CASE(13) MLORA_CASE(14)
-        MLORA_CASE(15) MLORA_CASE(16)
-#undef MLORA_CASE
-      }
+    constexpr int64_t half = kLinearTokens / 2;  // two groups of columns by so many tokens fit the registers
+    for (int64_t t = 0; t < p.tokens; t += half) {
+      const uint32_t* x = xt + t / kLinearTokens * kLinearTokens * units + k * kLinearTokens + t % kLinearTokens;
+      with_tokens<half>(p.tokens - t, [&](auto tokens) {
+        panel_tile<T, tokens>(x, panel, count, k == 0, sums + t * kLinearColumns);
+      });
     }
+  }
+}
+
+template <class T>
+void linear(const Problem& p, const uint32_t* xt, const Segment* segments, int64_t segment_count, uint32_t* panel,
+            float* sums, int64_t from, int64_t to) {
+  const T* bias = static_cast<const T*>(p.bias);
+  for (int64_t n = from; n < to; n += kLinearColumns) {
+    const int64_t end = n + kLinearColumns < to ? n + kLinearColumns : to;
+    base<T>(p, xt, n, reinterpret_cast<__m512i*>(panel), sums);
     if (bias) {
       float wide[kLinearColumns] = {};
-      for (int64_t c = n; c < end; ++c) {
-        const uint32_t bits = static_cast<uint32_t>(bias[c].bits) << 16;
-        __builtin_memcpy(wide + (c - n), &bits, 4);
-      }
+      for (int64_t c = n; c < end; ++c) wide[c - n] = widen(bias[c]);
       for (int64_t t = 0; t < p.tokens; ++t) {
         float* y = sums + t * kLinearColumns;
         for (int64_t c = 0; c < kLinearColumns; c += W) {
@@ -192,7 +273,7 @@ void linear(const Problem& p, const uint32_t* xt, const Segment* segments, int64
         }
       }
     }
-    const Rows<bf16, float> io{sums - n, kLinearColumns, nullptr, 0, static_cast<bf16*>(p.y), p.y_stride};
+    const Rows<T, float> io{sums - n, kLinearColumns, nullptr, 0, static_cast<T*>(p.y), p.y_stride};
     for (int64_t s = 0; s < segment_count; ++s) expand_rows(io, segments[s], p.out, n, end, 2 * kLinearColumns, nullptr);
   }
 }

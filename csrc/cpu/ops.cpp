@@ -391,30 +391,32 @@ Tensor scale_input(Tensor x, Tensor arena, Tensor table, Tensor plan) {
 }
 
 struct Block {  // what linear needs of one thread
-  Scratch xt, sums;
+  Scratch xt, panel, sums;
 };
 thread_local Block thread_block;
 
 Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor arena, Tensor table, Tensor plan,
               int64_t kblock) {
   const Kernels& k = kernels();
-  STD_TORCH_CHECK(k.linear, "mlora: linear needs a CPU with AVX512_BF16");
   Problem p = {};
   p.in = width_of("x", x);
   p.tokens = x.numel() / p.in;
   const Type type = type_of(x, arena);
-  STD_TORCH_CHECK(type == kBFloat16 && weight.scalar_type() == ScalarType::BFloat16,
-                  "mlora: linear takes bfloat16 only");
+  STD_TORCH_CHECK(type != kHalf && weight.scalar_type() == arena.scalar_type(),
+                  "mlora: linear takes float32 or bfloat16, x, weight and arena alike");
+  STD_TORCH_CHECK(k.linear[type], "mlora: linear needs a CPU with AVX-512, and AVX512_BF16 for bfloat16");
   STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == p.in && weight.is_contiguous(),
                   "mlora: weight must be contiguous, (out, ", p.in, ")");
-  STD_TORCH_CHECK(p.in % 2 == 0, "mlora: linear takes an even number of input features, x has ", p.in);
-  STD_TORCH_CHECK(kblock > 0 && kblock % 2 == 0, "mlora: kblock must be even and positive, is ", kblock);
+  const int64_t unit = type == kBFloat16 ? 2 : 1;
+  STD_TORCH_CHECK(p.in % unit == 0, "mlora: linear takes an even number of bfloat16 input features, x has ", p.in);
+  STD_TORCH_CHECK(kblock > 0 && kblock % unit == 0, "mlora: kblock must be positive, and even for bfloat16, is ",
+                  kblock);
   p.out = weight.size(0);
   p.kblock = kblock;
   p.weight = weight.const_data_ptr();
   if (bias) {
-    STD_TORCH_CHECK(bias->scalar_type() == ScalarType::BFloat16 && bias->numel() == p.out && bias->is_contiguous(),
-                    "mlora: bias must be contiguous bfloat16 of ", p.out, " elements");
+    STD_TORCH_CHECK(bias->scalar_type() == arena.scalar_type() && bias->numel() == p.out && bias->is_contiguous(),
+                    "mlora: bias must be contiguous, of x's dtype, with ", p.out, " elements");
     p.bias = bias->const_data_ptr();
   }
   Work& work = thread_works[0];
@@ -430,40 +432,47 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor arena,
   p.y_stride = p.out;
   if (p.tokens == 0 || p.out == 0) return y;
 
-  const int64_t units = ceil_div(p.out, kLinearColumns), cost = units * kLinearColumns * p.in;
+  const int64_t units = ceil_div(p.out, kLinearColumns), tiles = ceil_div(p.tokens, kLinearTokens);
+  const int64_t cost = units * kLinearColumns * p.in * tiles;
   int64_t shrink = 0, b_bytes = 0;
   std::vector<Piece>& pieces = thread_pieces;
   pieces.clear();
   for (const Segment& s : work.segments) {
     pieces.push_back(piece_of(p, s));
     shrink += pieces.back().shrink;
-    b_bytes += 2 * s.ranks * p.out;
+    b_bytes += s.ranks * p.out * arena.element_size();
   }
-  const auto columns = [&](int64_t task, int64_t tasks) {
-    int64_t begin, end;
-    if (!Share(cost, task, tasks).take(units, kLinearColumns * p.in, &begin, &end)) return;
-    const int64_t tiles = ceil_div(p.tokens, kLinearTokens);
-    uint32_t* xt = thread_block.xt.get<uint32_t>(tiles * kLinearTokens * p.in / 2);
+  const auto pack_size = tiles * kLinearTokens * p.in / unit;
+  const auto columns = [&](const uint32_t* xt, int64_t task, int64_t tasks) {
+    const int64_t begin = task * units / tasks * kLinearColumns, end = (task + 1) * units / tasks * kLinearColumns;
+    if (begin == end) return;
+    const int64_t block = p.kblock < p.in ? p.kblock : p.in;
     float* sums = thread_block.sums.get<float>(tiles * kLinearTokens * kLinearColumns);
-    k.pack(p, xt);
-    k.linear(p, xt, work.segments.data(), static_cast<int64_t>(work.segments.size()), sums, begin * kLinearColumns,
-             end * kLinearColumns < p.out ? end * kLinearColumns : p.out);
+    uint32_t* panel = thread_block.panel.get<uint32_t>(ceil_div(block, 16) * 16 * kLinearColumns);
+    k.linear[type](p, xt, work.segments.data(), static_cast<int64_t>(work.segments.size()), panel, sums, begin,
+                   end < p.out ? end : p.out);
   };
-  if (shrink == 0) {
-    split(cost, columns);
+  const int64_t total = shrink + cost, tasks = threads_for(total);
+  if (shrink == 0 && tiles == 1) {  // packing so little twice costs less than waiting for each other
+    split(total, [&](int64_t task, int64_t) {
+      uint32_t* xt = thread_block.xt.get<uint32_t>(pack_size);
+      k.pack[type](p, xt, 0, tiles);
+      columns(xt, task, tasks);
+    });
     return y;
   }
-  const int64_t tasks = threads_for(shrink + cost);
   const bool fetch_b = b_bytes <= tasks * kStaysNear;
   std::vector<Jobs>& jobs = jobs_of(tasks);
   for (int64_t task = 0; task < tasks; ++task) jobs[task].cut(pieces, shrink, 0, task, tasks, fetch_b);
+  uint32_t* xt = thread_block.xt.get<uint32_t>(pack_size);
   split_in_two(
-      shrink + cost,
+      total,
       [&](int64_t task, int64_t) {
+        k.pack[type](p, xt, task * tiles / tasks, (task + 1) * tiles / tasks);
         const std::vector<Job>& list = jobs[task].first;
         k.run[type](list.data(), static_cast<int64_t>(list.size()));
       },
-      columns);
+      [&](int64_t task, int64_t) { columns(xt, task, tasks); });
   return y;
 }
 

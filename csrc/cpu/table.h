@@ -15,11 +15,14 @@ const Kernels MLORA_TABLE(MLORA_ISA) = {
     {MLORA_ISA::scale_input<float>, MLORA_ISA::scale_input<fp16>, MLORA_ISA::scale_input<bf16>},
     {MLORA_ISA::merge<float>, MLORA_ISA::merge<fp16>, MLORA_ISA::merge<bf16>},
 #if MLORA_HAVE_BF16
-    MLORA_ISA::pack,
-    MLORA_ISA::linear,
+    {MLORA_ISA::pack<float>, nullptr, MLORA_ISA::pack<bf16>},
+    {MLORA_ISA::linear<float>, nullptr, MLORA_ISA::linear<bf16>},
+#elif MLORA_HAVE_AVX512
+    {MLORA_ISA::pack<float>, nullptr, nullptr},
+    {MLORA_ISA::linear<float>, nullptr, nullptr},
 #else
-    nullptr,
-    nullptr,
+    {},
+    {},
 #endif
 };
 

@@ -91,7 +91,7 @@ class LoraLayer(nn.Module):
     def _fusable(self, x: Tensor) -> int:
         """The block with which the fused op may serve `x`, or 0."""
         tokens = x.numel() // x.shape[-1]
-        if not 0 < tokens <= dispatch.FUSED_MAX_TOKENS or x.dtype is not torch.bfloat16:
+        if not tokens or x.dtype is not self._mlora.dtype:
             return 0
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
             return 0

@@ -78,7 +78,8 @@ class LayerState:
             shared.fused
             and self.outer is None
             and type(module).forward is nn.Linear.forward
-            and self.dtype == shared.arena.dtype == torch.bfloat16
+            and self.dtype == shared.arena.dtype
+            and self.dtype in dispatch.FUSED_DTYPES
             and self.device.type == "cpu"
             and is_dense(module.weight)  # not a quantized tensor that acts as one of bf16
             and cast(Tensor, module.weight).is_contiguous()
@@ -86,8 +87,9 @@ class LayerState:
 
     def kblock(self, module: nn.Module, tokens: int) -> int:
         """The block for an input of `tokens` tokens; see `dispatch.probe_kblock`."""
-        key = tokens, torch.get_num_threads()
+        key = dispatch.tokens_like(tokens), torch.get_num_threads()
         if key not in self.kblocks:
             out_features, in_features = cast(Tensor, module.weight).shape
-            self.kblocks[key] = dispatch.probe_kblock(in_features, out_features, module.bias is not None, tokens)
+            bias = module.bias is not None
+            self.kblocks[key] = dispatch.probe_kblock(in_features, out_features, bias, tokens, self.dtype)
         return self.kblocks[key]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,15 @@ from . import layout
 from .library import EMULATED, HAS_CPU, HAS_CUDA, HAS_TRITON
 
 BACKENDS = ("cpu", "cuda", "emulation", "reference", "triton")
-_ISA_AVX512_BF16 = 3
+_FUSED_ISA = {torch.float32: 2, torch.bfloat16: 3}  # what `linear` needs: AVX-512, and its bf16 dot products
+
+FUSED_DTYPES = tuple(_FUSED_ISA)
+
+# The blocks in which libraries are known or likely to add up inputs.
+_KBLOCKS = {
+    torch.float32: (192, 384, 256, 336, 128, 512, 320, 288, 240, 224, 448, 96, 64),
+    torch.bfloat16: (512, 1024, 2048, 256, 128, 64),
+}
 _KERNEL_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 
 # Beyond this many tokens the tensor cores of the Triton kernels beat the CUDA library's one launch.
@@ -28,8 +38,12 @@ CUDA_MAX_TOKENS = 128
 GROUP = 4
 GROUPING = ("cpu", "cuda", "emulation")
 
-# Up to this many tokens `linear` beats the library's matmul followed by `apply_`.
-FUSED_MAX_TOKENS = 64
+# Up to so many tokens `linear` beats the library's matmul followed by `apply_`; beyond, it depends on the library.
+FEW_TOKENS = 64
+_OWN_TOKENS = {torch.float32: 12, torch.bfloat16: 1}  # up to which libraries have a kernel for each number
+_MOST_TOKENS = 1 << 14
+_MOST_OUTPUTS = 1 << 25  # of a call that is asked about
+_FASTER = 0.95
 
 
 def _forced() -> str | None:
@@ -129,41 +143,77 @@ def merge_(weight: Tensor, source: Tensor | None, arena: Tensor, table: Tensor, 
         _reference_merge_(weight, source, arena, table, plan)
 
 
-def probe_kblock(in_features: int, out_features: int, bias: bool, rows: int) -> int:
-    """The `kblock` with which `linear` returns the library's bits for base rows of a bf16 linear; 0 if none does.
+def tokens_like(tokens: int) -> int:
+    """A number of tokens for which `probe_kblock` answers the same; there are few of them."""
+    return tokens if tokens <= FEW_TOKENS else 1 << (tokens - 1).bit_length()
 
-    Asks the library, once a shape and number of threads, with inputs whose second half of features cancels the
-    first, so that only the rounding noise of the order of summation is left. The answer for 2 tokens holds for up to
-    FUSED_MAX_TOKENS.
+
+def probe_kblock(in_features: int, out_features: int, bias: bool, tokens: int, dtype: torch.dtype) -> int:
+    """The `kblock` with which `linear` returns the library's bits for base rows of a linear; 0 if none does, or if the
+    library is as fast.
+
+    Asks the library, with inputs whose second half of features cancels the first, so that only the rounding noise of
+    the order of summation is left. Asked are so few tokens themselves, for which libraries have kernels of their own,
+    and of more the ends of a range; beyond FEW_TOKENS, where the library can be the faster one, it is also timed. Each
+    answer is kept for the process: a shape, a range of tokens, a number of threads.
     """
-    if not (_NATIVE and HAS_CPU) or not 1 <= rows <= FUSED_MAX_TOKENS or in_features % 2:
+    if not (_NATIVE and HAS_CPU) or dtype not in _FUSED_ISA or torch.ops.mlora.isa() < _FUSED_ISA[dtype]:
         return 0
-    if torch.ops.mlora.isa() < _ISA_AVX512_BF16:
+    if not 1 <= tokens <= _MOST_TOKENS or (dtype is torch.bfloat16 and in_features % 2):
         return 0
-    return _probe(in_features, out_features, bias, rows == 1, torch.get_num_threads())
+    most = tokens_like(tokens)
+    if tokens <= _OWN_TOKENS[dtype]:
+        asked: tuple[int, ...] = (tokens,)
+    elif tokens <= FEW_TOKENS:
+        asked = (_OWN_TOKENS[dtype] + 1, 16, FEW_TOKENS)
+    else:
+        asked = (most // 2 + 1, most)
+    if max(asked) * out_features > _MOST_OUTPUTS:
+        return 0
+    return _probe(in_features, out_features, bias, asked, dtype, torch.get_num_threads())
 
 
 @functools.cache
-def _probe(in_features: int, out_features: int, bias: bool, single: bool, threads: int) -> int:
+def _probe(
+    in_features: int, out_features: int, bias: bool, asked: tuple[int, ...], dtype: torch.dtype, threads: int
+) -> int:
     half, distinct = in_features // 2, 61
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(FUSED_MAX_TOKENS + distinct, in_features, generator=generator).bfloat16()
-    tokens, columns = noise[:FUSED_MAX_TOKENS], noise[FUSED_MAX_TOKENS:]
+    noise = torch.randn(distinct + max(asked), in_features, generator=generator).to(dtype)
+    columns, tokens = noise[:distinct], noise[distinct:]
     tokens[:, half : 2 * half] = -tokens[:, :half].roll(2, 1)
     columns[:, half : 2 * half] = columns[:, :half].roll(2, 1)
     weight = columns.repeat(-(-out_features // distinct), 1)[:out_features]
     b = None
     if bias:  # none, one as small as the noise, and one that hides it
-        b = (torch.arange(out_features) % 3).bfloat16() * torch.tensor(0.3).bfloat16()
-        b[1::3] *= 2.0**-15
+        b = (torch.arange(out_features) % 3).to(dtype) * torch.tensor(0.3, dtype=dtype)
+        b[1::3] *= 2.0**-15 if dtype is torch.bfloat16 else 2.0**-23
     table = torch.empty(0, layout.TABLE_WIDTH, dtype=torch.int64)
-    arena = torch.empty(0, dtype=torch.bfloat16)
+    arena = torch.empty(0, dtype=dtype)
     none = torch.zeros(layout.PLAN_HEADER, dtype=torch.int32)
 
-    inputs = [tokens[:rows] for rows in ((1,) if single else (2, 16, FUSED_MAX_TOKENS))]
-    expected = [F.linear(x, weight, b) for x in inputs]
-    for kblock in dict.fromkeys((in_features,) if single else (512, 1024, in_features, 2048, 256, 128, 64)):
-        pairs = zip(inputs, expected, strict=True)
-        if all(torch.equal(_linear(x, weight, b, arena, table, none, kblock), y) for x, y in pairs):
-            return kblock
+    def the_library(x: Tensor) -> Tensor:
+        return F.linear(x, weight, b)
+
+    inputs = [tokens[:rows] for rows in asked]
+    expected = [the_library(x) for x in inputs]
+    blocks = (in_features,) if asked == (1,) and dtype is torch.bfloat16 else (*_KBLOCKS[dtype], in_features)
+    for kblock in dict.fromkeys(blocks):
+
+        def ours(x: Tensor, kblock: int = kblock) -> Tensor:
+            return _linear(x, weight, b, arena, table, none, kblock)
+
+        if all(torch.equal(ours(x), y) for x, y in zip(inputs, expected, strict=True)):
+            if asked[-1] <= FEW_TOKENS:
+                return kblock
+            x = inputs[-1]
+            pairs = [(_seconds(ours, x), _seconds(the_library, x)) for _ in range(3)]
+            mine, library = (min(times) for times in zip(*pairs, strict=True))
+            return kblock if mine < _FASTER * library else 0
     return 0
+
+
+def _seconds(call: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    start = time.perf_counter()
+    call(x)
+    return time.perf_counter() - start
