@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from . import errors
-from .layers import is_dense
+from .layers import base_linear, is_dense
 from .ops import dispatch, layout, reference
 
 KEEPS = ("copy", "checkpoint", "corrections")
@@ -26,7 +26,8 @@ class Target:
 
     Args:
         name: its dotted path. `index`: its number in the store.
-        weight: (out, in), or (in, out) if `transposed`, as an embedding's is. `bias`: (out,) or None.
+        weight: (out, in), or (in, out) if `transposed`, as an embedding's is, or (out, channels, *kernel). `bias`:
+            (out,) or None.
         table: its rows of the store's tables, int64 (slots, TABLE_WIDTH).
     """
 
@@ -36,6 +37,11 @@ class Target:
     bias: Tensor | None
     table: Tensor
     transposed: bool
+
+    @property
+    def matrix(self) -> Tensor:
+        """A view of the weight in two dimensions."""
+        return self.weight.flatten(1)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -66,6 +72,15 @@ def target_of(name: str, module: nn.Module, index: int, table: Tensor, shared: s
             )
     if not weight.is_contiguous():
         raise errors.MergeError(f"module {name}: its weight is not contiguous; nothing can be folded in")
+    if "weight" not in module._parameters:
+        raise errors.MergeError(f"module {name}: its weight is computed from others; serve the adapter unmerged")
+    conv = base_linear(name, module).conv
+    if conv is not None and (conv.groups > 1 or not conv.zero_padded):
+        what = "has several groups" if conv.groups > 1 else "does not pad with zeros"
+        raise errors.MergeError(
+            f"module {name}: it is a convolution that {what}, and adapters of it are no change of its weight; serve "
+            f"them unmerged"
+        )
     if getattr(module, "embed_scale", 1.0) != 1.0:
         raise errors.MergeError(f"module {name}: it scales what it looks up; serve the adapter unmerged")
     transposed = isinstance(module, (Conv1D, nn.Embedding))
@@ -170,9 +185,9 @@ class Corrections:
                 f"module {target.name}: keep='corrections' takes recipes that only add to the weight; this one scales "
                 f"it (DoRA, IA3). Use keep='copy'"
             )
-        merged = torch.empty_like(target.weight)
-        dispatch.merge_(merged, target.weight, arena, target.table, plan)
-        distance = _ordered(target.weight) - _ordered(self._subtracted(merged, target, arena, plan))
+        merged = torch.empty_like(target.matrix)
+        dispatch.merge_(merged, target.matrix, arena, target.table, plan)
+        distance = _ordered(target.matrix) - _ordered(self._subtracted(merged, target, arena, plan))
         far = (distance.abs() > 127).flatten().nonzero()[:, 0]
         byte = distance.clamp(-127, 127).to(torch.int8)
         self._kept[target.name] = byte.cpu(), far.cpu(), target.weight.flatten()[far].cpu()
@@ -181,10 +196,10 @@ class Corrections:
 
     def original(self, target: Target, arena: Tensor, plan: Tensor) -> dict[str, Tensor]:
         byte, far, whole = self._kept[target.name]
-        back = self._subtracted(target.weight, target, arena, plan)
+        back = self._subtracted(target.matrix, target, arena, plan)
         weight = _unordered(_ordered(back) + byte.to(back.device), back.dtype)
         weight.view(-1)[far.to(back.device)] = whole.to(back.device)
-        found = {f"{target.name}.weight": weight}
+        found = {f"{target.name}.weight": weight.view(target.weight.shape)}
         if target.bias is not None:
             found[f"{target.name}.bias"] = self._biases[target.name]
         return found
@@ -246,7 +261,8 @@ class Fold:
                 source = self._source(target)
                 bias = _folded_bias(target, source, arena, plan)
                 weight = source.get(f"{target.name}.weight")
-                dispatch.merge_(target.weight, weight, arena, target.table, plan)
+                weight = None if weight is None else weight.flatten(1)
+                dispatch.merge_(target.matrix, weight, arena, target.table, plan)
                 changed.append(target)
                 if bias is not None and target.bias is not None:
                     target.bias.copy_(bias)
@@ -273,8 +289,9 @@ class Fold:
 
 
 def _refuse_infinite(target: Target, source: dict[str, Tensor], arena: Tensor, plan: Tensor) -> None:
-    trial = torch.empty_like(target.weight)
-    dispatch.merge_(trial, source.get(f"{target.name}.weight", target.weight), arena, target.table, plan)
+    trial = torch.empty_like(target.matrix)
+    original = source.get(f"{target.name}.weight", target.weight).flatten(1)
+    dispatch.merge_(trial, original, arena, target.table, plan)
     bias = _folded_bias(target, source, arena, plan)
     if not torch.isfinite(trial).all() or (bias is not None and not torch.isfinite(bias).all()):
         raise errors.MergeError(

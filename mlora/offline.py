@@ -122,7 +122,7 @@ def merge_files(
     lowered = [lower(adapters[name], mine) for name, mine in zip(how.adapters, own, strict=True)]
     total = len({name for deltas in lowered for name in deltas})
     deltas = dict(track(merge_adapters(lowered, how, bases), total))
-    merged = to_adapter(deltas, how.label)
+    merged = to_adapter(deltas, how.label, bases)
     used = [adapters[name] for name in how.adapters]
     agreed = {key: _agreed(used, key) for key in ("base_model_name_or_path", "task_type")}
     config = {**merged.config, **{key: value for key, value in agreed.items() if value is not None}}

@@ -98,6 +98,14 @@ def _bert() -> Any:
     )  # fmt: skip
 
 
+def _resnet() -> Any:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    return ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=5)
+    )
+
+
 def _vit() -> Any:
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -121,6 +129,7 @@ BUILDERS = {
     "t5": _t5,
     "bert": _bert,
     "vit": _vit,
+    "conv": _resnet,
     "mlp": Mlp,
 }
 
@@ -145,6 +154,8 @@ def inputs_for(
     generator = torch.Generator().manual_seed(seed)
     if kind == "vit":
         return {"pixel_values": torch.randn(rows, 3, 12, 12, generator=generator).to(dtype)}
+    if kind == "conv":
+        return {"pixel_values": torch.randn(rows, 3, 21, 18, generator=generator).to(dtype)}
     if kind == "mlp":
         return {"x": torch.randn(rows, length, HIDDEN, generator=generator).to(dtype)}
     ids = torch.randint(2, VOCAB, (rows, length), generator=generator)
@@ -451,7 +462,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     file, table = session.config.getoption("--conformance-table"), session.config.stash.get(VERDICTS, None)
     if not file or not table:
         return
-    columns = ("single", "mixed", "weighted", "generate", "bf16", "gpt2", "t5", "bert", "qwen2")
+    columns = ("single", "mixed", "weighted", "generate", "bf16", "gpt2", "t5", "bert", "qwen2", "conv")
     lines = [*_TITLE, "| adapter | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
     for name, cells in table.items():
         row = [
