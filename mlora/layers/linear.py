@@ -109,7 +109,9 @@ class LoraLayer(nn.Module):
         if touches & IN_GAIN:
             if touches & GAIN:
                 source = self._base(x)
-            y = self._base(dispatch.scale_input(x, arena, table, words))
+            recorded = x.requires_grad and torch.is_grad_enabled()
+            scale = reference.scale_input if recorded else dispatch.scale_input
+            y = self._base(scale(x, arena, table, words))
         else:
             y = self._base(x)
         if y.requires_grad or (x.requires_grad and torch.is_grad_enabled()):

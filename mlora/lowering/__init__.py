@@ -67,10 +67,11 @@ def lower(adapter: Adapter, bases: Mapping[str, BaseLinear], approximately: int 
         delta = lower_module(module, lowering)
         if isinstance(delta, Dense):
             if approximately is None:
+                whole = min(module.base.in_features, module.base.out_features)
                 raise errors.UnsupportedAdapterError(
                     f"adapter from {adapter.source}: the {adapter.peft_type} delta of {module.base.name} has full rank "
                     f"({delta.why}), so it is not served exactly; approximate=RANK serves the nearest delta of that "
-                    f"rank and reports its error"
+                    f"rank and reports its error, which is 0 from RANK={whole} on, at the price of a copy of the weight"
                 )
             delta = approximate(delta, approximately)
         deltas[module.base.name] = delta

@@ -57,11 +57,11 @@ def names(saved: Iterable[str], bases: Iterable[str]) -> dict[str, str]:
 
 def delta(module: Module) -> Delta | Dense:
     """The delta of one module."""
-    base, parts = module.base, module.parts
+    parts = module.parts
     if {"lora_A", "lora_B", "lora_mid"} & parts.keys():
         return _lora(module)
     if any(part.startswith("hada") for part in parts):
-        rank = module.part("hada_w1_b", None, base.in_features).shape[0]
+        rank = module.part("hada_w1_b", None, None).shape[0]
         return loha.hadamard(module, rank, _scale(module, rank))
     if any(part.startswith("lokr") for part in parts):
         factor = next((part for part in ("lokr_w1_b", "lokr_w2_b") if part in parts), None)

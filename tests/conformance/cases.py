@@ -69,6 +69,7 @@ LINEAR = ("t5", "bert")  # types that PEFT has no Conv1D layer for
 CONV = (*LINEAR, "conv")  # and has one for convolutions
 
 _LORA = {"r": 3, "lora_alpha": 7}
+_ONE_BLOCK = {"boft_block_size": 0, "boft_block_num": 1}
 
 
 def _lora(name: str, verdict: str = EXACT, reason: str = "", **options: Any) -> Spec:
@@ -178,7 +179,7 @@ SPECS: tuple[Spec, ...] = (
     Spec("OFT, shared block", "OFTConfig", {"oft_block_size": 4, "block_share": True}, APPROXIMATE, "rotates"),
     Spec("Constrained OFT", "OFTConfig", {"oft_block_size": 4, "coft": True}, REFUSED, "coft"),
     Spec("BOFT", "BOFTConfig", {"boft_block_size": 4}, APPROXIMATE, "rotates", models=LINEAR),
-    Spec("BOFT by blocks", "BOFTConfig", {"boft_block_size": 0, "boft_block_num": 1}, APPROXIMATE, "rotates"),
+    Spec("BOFT, one block", "BOFTConfig", _ONE_BLOCK, APPROXIMATE, "rotates", models=("conv",)),
     Spec("FourierFT", "FourierFTConfig", {"n_frequency": 30, "random_loc_seed": 5}, APPROXIMATE, "waves"),
     Spec("WaveFT", "WaveFTConfig", {"n_frequency": 30}, APPROXIMATE, "wavelets"),
     Spec("WaveFT, longer wavelets", "WaveFTConfig", {"n_frequency": 30, "wavelet_family": "sym5"}, APPROXIMATE, "wave"),
