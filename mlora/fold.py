@@ -40,8 +40,13 @@ class Target:
 
     @property
     def matrix(self) -> Tensor:
-        """A view of the weight in two dimensions."""
-        return self.weight.flatten(1)
+        """The weight in two dimensions, as the arena's parts go with it: itself, or a copy where it has a kernel."""
+        return _matrix(self.weight)
+
+    def write(self, matrix: Tensor) -> None:
+        """Put a changed `matrix` into the weight, if it is a copy."""
+        if matrix.data_ptr() != self.weight.data_ptr():
+            self.weight.copy_(_weight(matrix, self.weight))
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -103,6 +108,16 @@ def shared_storages(model: nn.Module) -> set[int]:
         for storage in {storage_of(p) for p in module.parameters(recurse=False) if is_dense(p) and not p.is_meta}:
             holders[storage] = holders.get(storage, 0) + 1
     return {storage for storage, count in holders.items() if count > 1}
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """(out, kernel * channels) of a convolution's weight; of another, the weight itself."""
+    return weight if weight.dim() == 2 else weight.movedim(1, -1).flatten(1).contiguous()
+
+
+def _weight(matrix: Tensor, like: Tensor) -> Tensor:
+    """Undo `_matrix`."""
+    return matrix if like.dim() == 2 else matrix.view(len(like), *like.shape[2:], like.shape[1]).movedim(-1, 1)
 
 
 class Keeper(Protocol):
@@ -190,7 +205,7 @@ class Corrections:
         distance = _ordered(target.matrix) - _ordered(self._subtracted(merged, target, arena, plan))
         far = (distance.abs() > 127).flatten().nonzero()[:, 0]
         byte = distance.clamp(-127, 127).to(torch.int8)
-        self._kept[target.name] = byte.cpu(), far.cpu(), target.weight.flatten()[far].cpu()
+        self._kept[target.name] = byte.cpu(), far.cpu(), target.matrix.flatten()[far].cpu()
         if target.bias is not None:
             self._biases[target.name] = target.bias.to("cpu", copy=True)
 
@@ -199,7 +214,7 @@ class Corrections:
         back = self._subtracted(target.matrix, target, arena, plan)
         weight = _unordered(_ordered(back) + byte.to(back.device), back.dtype)
         weight.view(-1)[far.to(back.device)] = whole.to(back.device)
-        found = {f"{target.name}.weight": weight.view(target.weight.shape)}
+        found = {f"{target.name}.weight": _weight(weight, target.weight)}
         if target.bias is not None:
             found[f"{target.name}.bias"] = self._biases[target.name]
         return found
@@ -260,9 +275,10 @@ class Fold:
             for target in self.targets:
                 source = self._source(target)
                 bias = _folded_bias(target, source, arena, plan)
-                weight = source.get(f"{target.name}.weight")
-                weight = None if weight is None else weight.flatten(1)
-                dispatch.merge_(target.matrix, weight, arena, target.table, plan)
+                original, matrix = source.get(f"{target.name}.weight"), target.matrix
+                original = None if original is None else _matrix(original)
+                dispatch.merge_(matrix, original, arena, target.table, plan)
+                target.write(matrix)
                 changed.append(target)
                 if bias is not None and target.bias is not None:
                     target.bias.copy_(bias)
@@ -290,7 +306,7 @@ class Fold:
 
 def _refuse_infinite(target: Target, source: dict[str, Tensor], arena: Tensor, plan: Tensor) -> None:
     trial = torch.empty_like(target.matrix)
-    original = source.get(f"{target.name}.weight", target.weight).flatten(1)
+    original = _matrix(source.get(f"{target.name}.weight", target.weight))
     dispatch.merge_(trial, original, arena, target.table, plan)
     bias = _folded_bias(target, source, arena, plan)
     if not torch.isfinite(trial).all() or (bias is not None and not torch.isfinite(bias).all()):

@@ -18,6 +18,7 @@ from .adapter import Adapter
 from .fold import KEEPS, Checkpoint, Copies, Corrections, Fold, Keeper, Target, shared_storages, target_of
 from .layers import Shared, base_linear
 from .lowering import BaseLinear, Delta, lower, to_adapter
+from .lowering.delta import kernel_major
 from .merge import Merge, as_merge, merge_adapters, relative
 from .routing import Entries, Entry, Plan, Recipe
 from .store import GAIN, IN_GAIN, Store
@@ -175,7 +176,7 @@ class Runtime:
         approximate: int | None = None,
         merge: Merge | None = None,
     ) -> AdapterInfo:
-        by_index = {self._indices[name]: delta for name, delta in deltas.items()}
+        by_index = {self._indices[name]: kernel_major(delta, self.bases[name]) for name, delta in deltas.items()}
         if len(by_index) != len(deltas):
             raise errors.AdapterError(
                 f"adapter {adapter_name!r}: it has weights for one shared module under several of its names: "

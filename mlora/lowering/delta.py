@@ -126,6 +126,19 @@ class BaseLinear:
         return (self.out_features, self.channels // self.groups, *self.kernel)
 
 
+def kernel_major(delta: Delta, base: BaseLinear) -> Delta:
+    """The delta with its inputs in the order in which the layer of a convolution has them: (*kernel, channels), where
+    weights and files have (channels, *kernel)."""
+    taps = math.prod(base.kernel)
+    if taps == 1:
+        return delta
+
+    def turned(part: Tensor | None) -> Tensor | None:
+        return None if part is None else part.unflatten(-1, (-1, taps)).transpose(-1, -2).flatten(-2)
+
+    return replace(delta, a=turned(delta.a), in_gain=turned(delta.in_gain))
+
+
 def spread(weight: Tensor, groups: int) -> Tensor:
     """What a grouped convolution's matrix, (out, in / groups), is for all channels: (out, in), zeros between groups."""
     return weight if groups == 1 else torch.block_diag(*weight.chunk(groups))
