@@ -334,6 +334,29 @@ def test_patches_are_laid_out_piece_by_piece(served: Any, monkeypatch: pytest.Mo
     assert len(sizes) > 1 and max(sizes) <= 40_000
 
 
+def test_gains_alone_lay_no_patches_out(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ConvLayer, "_windows", lambda *_: pytest.fail("no term reads patches"))
+    x = torch.randn(2, 1, 8, 11)
+    with torch.no_grad(), served.mlora.use_adapters(["ia3", "ia3 on others"]):
+        served.image(x)
+
+
+def test_mixed_gains_evaluate_the_base_twice(net: Any, folders: dict[str, Path], served: Any) -> None:
+    """An output gain of one adapter and an input gain of another add without a cross term."""
+    x = torch.randn(2, 1, 8, 11)
+    with torch.no_grad(), served.mlora.use_adapters({"ia3": 0.5, "ia3 on others": -2.0}):
+        got = served.image(x)
+    with torch.no_grad():
+        bare = net.image(x)
+        alone = [peft_alone(net, folders[name]).get_base_model().image(x) for name in ("ia3", "ia3 on others")]
+    assert_close(got, bare + 0.5 * (alone[0] - bare) - 2.0 * (alone[1] - bare))
+
+
+def test_warmup_knows_their_widths(served: Any) -> None:
+    launch = pytest.importorskip("mlora.kernels.launch")
+    assert [launch._widths(served.get_submodule(name)) for name in ("groups", "volume")] == [(36, 8), (12, 4)]
+
+
 def test_against_fp64(served: Any, folders: dict[str, Path]) -> None:
     """A grouped convolution's B is block-diagonal, and its A reads all channels."""
     tensors = served.mlora._loaded["lora"].adapter.tensors
@@ -480,6 +503,14 @@ def test_compiled(served: Any, net: Any) -> None:
                 assert_close(compiled(x), served(x))
         assert_close(compiled(x), net(x))
     assert len(graphs) == 1
+
+
+def test_compiled_code_refuses_rows_of_other_batches(served: Any) -> None:
+    compiled = torch.compile(served.groups, backend="aot_eager")
+    with torch.no_grad(), served.mlora.use_adapters(["lora", None]):
+        assert compiled(torch.randn(2, 6, 8, 11)).shape[0] == 2
+        with pytest.raises(errors.AttributionError, match="2 entries"):
+            compiled(torch.randn(4, 6, 8, 11))
 
 
 @pytest.mark.parametrize("name", ("lora", "dora", "ia3", "ia3 on others"))

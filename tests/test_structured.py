@@ -78,7 +78,8 @@ def test_a_sparse_delta_in_few_rows_or_columns_is_exact(case: str) -> None:
         torch.testing.assert_close(base(x), bare(x) + x @ dense.t(), rtol=1e-6, atol=1e-6)
 
 
-def test_a_sparse_delta_all_over_the_weight_is_refused() -> None:
-    base, _, adapter = shira(torch.stack((torch.arange(7), torch.arange(7))))
+@pytest.mark.parametrize("rows", (4, 7))
+def test_a_sparse_delta_all_over_the_weight_is_refused(rows: int) -> None:
+    base, _, adapter = shira(torch.stack((torch.arange(rows), torch.arange(rows))))
     with pytest.raises(errors.UnsupportedAdapterError, match=r"sparse.*0 from RANK=7 on"):
         mlora.patch(base).add_adapter("a", adapter)

@@ -10,7 +10,7 @@ WaveFT     dW = s S, S sparse, or its inverse wavelet transform (Bilican et al.,
 None has an exact form that is cheaper than a copy of the weight, which is what `approximate=min(in, out)` stores. OFT's
 blocks turn the input before W reads it and HiRA multiplies W itself, so neither is a sum beside base(x); FourierFT has
 as many waves as values; C3A's blocks are of low rank in the Fourier domain only. SHiRA is exact in as many rank rows as
-there are rows or columns with values in them: where those are fewer than the weight's it is served.
+there are rows or columns with values in them: where those take less room than the weight it is served.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _shira(module: Module) -> Delta | Dense:
     rows, row = places[0].unique(return_inverse=True)
     columns, column = places[1].unique(return_inverse=True)
     least = min(len(rows), len(columns))
-    if least >= min(outputs, inputs):
+    if least * (outputs + inputs) > outputs * inputs:
         return Dense(
             lambda: torch.zeros(outputs, inputs).index_put((places[0], places[1]), values, accumulate=True),
             "it is sparse over the whole weight",
