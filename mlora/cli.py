@@ -387,19 +387,21 @@ def _linears(tensors: Mapping[str, Any]) -> dict[str, tuple[int, int, int]]:
     found = {}
     for key, a in tensors.items():
         b = tensors.get(key.replace(".lora_A.", ".lora_B."))
-        if key.endswith(".lora_A.weight") and b is not None and a.dim() == b.dim() == 2:
-            found[key.removesuffix(".lora_A.weight")] = (a.shape[0], a.shape[1], b.shape[0])
+        if key.endswith(".lora_A.weight") and b is not None and a.dim() == b.dim() >= 2:
+            found[key.removesuffix(".lora_A.weight")] = (a.shape[0], math.prod(a.shape[1:]), b.shape[0])
     return found
 
 
 def _check_served(adapter: Any, modules: Mapping[str, tuple[int, int, int]]) -> None:
-    """Lower `adapter` for stand-in linears of its own widths; raises MloraError as loading would."""
+    """Lower `adapter` for stand-in linears and convolutions of its own widths; raises MloraError as loading would."""
     import torch
 
     from mlora.lowering import BaseLinear, lower
+    from mlora.offline import conv_of
 
     def stand_in(name: str, inputs: int, outputs: int) -> BaseLinear:
-        return BaseLinear(name, inputs, outputs, lambda: torch.ones(outputs, inputs), lambda: None)
+        conv = conv_of(adapter.tensors, name)
+        return BaseLinear(name, inputs, outputs, lambda: torch.ones(outputs, inputs), lambda: None, conv=conv)
 
     lower(adapter, {name: stand_in(name, *widths) for name, (_, *widths) in modules.items()})
 

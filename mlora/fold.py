@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from . import errors
-from .layers import is_dense
+from .layers import base_linear, is_dense
 from .ops import dispatch, layout, reference
 
 KEEPS = ("copy", "checkpoint", "corrections")
@@ -26,7 +26,8 @@ class Target:
 
     Args:
         name: its dotted path. `index`: its number in the store.
-        weight: (out, in), or (in, out) if `transposed`, as an embedding's is. `bias`: (out,) or None.
+        weight: (out, in), or (in, out) if `transposed`, as an embedding's is, or (out, channels, *kernel). `bias`:
+            (out,) or None.
         table: its rows of the store's tables, int64 (slots, TABLE_WIDTH).
     """
 
@@ -36,6 +37,16 @@ class Target:
     bias: Tensor | None
     table: Tensor
     transposed: bool
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight in two dimensions, as the arena's parts go with it: itself, or a copy where it has a kernel."""
+        return _matrix(self.weight)
+
+    def write(self, matrix: Tensor) -> None:
+        """Put a changed `matrix` into the weight, if it is a copy."""
+        if matrix.data_ptr() != self.weight.data_ptr():
+            self.weight.copy_(_weight(matrix, self.weight))
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -66,6 +77,15 @@ def target_of(name: str, module: nn.Module, index: int, table: Tensor, shared: s
             )
     if not weight.is_contiguous():
         raise errors.MergeError(f"module {name}: its weight is not contiguous; nothing can be folded in")
+    if "weight" not in module._parameters:
+        raise errors.MergeError(f"module {name}: its weight is computed from others; serve the adapter unmerged")
+    conv = base_linear(name, module).conv
+    if conv is not None and (conv.groups > 1 or not conv.zero_padded):
+        what = "has several groups" if conv.groups > 1 else "does not pad with zeros"
+        raise errors.MergeError(
+            f"module {name}: it is a convolution that {what}, and adapters of it are no change of its weight; serve "
+            f"them unmerged"
+        )
     if getattr(module, "embed_scale", 1.0) != 1.0:
         raise errors.MergeError(f"module {name}: it scales what it looks up; serve the adapter unmerged")
     transposed = isinstance(module, (Conv1D, nn.Embedding))
@@ -88,6 +108,16 @@ def shared_storages(model: nn.Module) -> set[int]:
         for storage in {storage_of(p) for p in module.parameters(recurse=False) if is_dense(p) and not p.is_meta}:
             holders[storage] = holders.get(storage, 0) + 1
     return {storage for storage, count in holders.items() if count > 1}
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """(out, kernel * channels) of a convolution's weight; of another, the weight itself."""
+    return weight if weight.dim() == 2 else weight.movedim(1, -1).flatten(1).contiguous()
+
+
+def _weight(matrix: Tensor, like: Tensor) -> Tensor:
+    """Undo `_matrix`."""
+    return matrix if like.dim() == 2 else matrix.view(len(like), *like.shape[2:], like.shape[1]).movedim(-1, 1)
 
 
 class Keeper(Protocol):
@@ -170,21 +200,21 @@ class Corrections:
                 f"module {target.name}: keep='corrections' takes recipes that only add to the weight; this one scales "
                 f"it (DoRA, IA3). Use keep='copy'"
             )
-        merged = torch.empty_like(target.weight)
-        dispatch.merge_(merged, target.weight, arena, target.table, plan)
-        distance = _ordered(target.weight) - _ordered(self._subtracted(merged, target, arena, plan))
+        merged = torch.empty_like(target.matrix)
+        dispatch.merge_(merged, target.matrix, arena, target.table, plan)
+        distance = _ordered(target.matrix) - _ordered(self._subtracted(merged, target, arena, plan))
         far = (distance.abs() > 127).flatten().nonzero()[:, 0]
         byte = distance.clamp(-127, 127).to(torch.int8)
-        self._kept[target.name] = byte.cpu(), far.cpu(), target.weight.flatten()[far].cpu()
+        self._kept[target.name] = byte.cpu(), far.cpu(), target.matrix.flatten()[far].cpu()
         if target.bias is not None:
             self._biases[target.name] = target.bias.to("cpu", copy=True)
 
     def original(self, target: Target, arena: Tensor, plan: Tensor) -> dict[str, Tensor]:
         byte, far, whole = self._kept[target.name]
-        back = self._subtracted(target.weight, target, arena, plan)
+        back = self._subtracted(target.matrix, target, arena, plan)
         weight = _unordered(_ordered(back) + byte.to(back.device), back.dtype)
         weight.view(-1)[far.to(back.device)] = whole.to(back.device)
-        found = {f"{target.name}.weight": weight}
+        found = {f"{target.name}.weight": _weight(weight, target.weight)}
         if target.bias is not None:
             found[f"{target.name}.bias"] = self._biases[target.name]
         return found
@@ -245,8 +275,10 @@ class Fold:
             for target in self.targets:
                 source = self._source(target)
                 bias = _folded_bias(target, source, arena, plan)
-                weight = source.get(f"{target.name}.weight")
-                dispatch.merge_(target.weight, weight, arena, target.table, plan)
+                original, matrix = source.get(f"{target.name}.weight"), target.matrix
+                original = None if original is None else _matrix(original)
+                dispatch.merge_(matrix, original, arena, target.table, plan)
+                target.write(matrix)
                 changed.append(target)
                 if bias is not None and target.bias is not None:
                     target.bias.copy_(bias)
@@ -273,8 +305,9 @@ class Fold:
 
 
 def _refuse_infinite(target: Target, source: dict[str, Tensor], arena: Tensor, plan: Tensor) -> None:
-    trial = torch.empty_like(target.weight)
-    dispatch.merge_(trial, source.get(f"{target.name}.weight", target.weight), arena, target.table, plan)
+    trial = torch.empty_like(target.matrix)
+    original = _matrix(source.get(f"{target.name}.weight", target.weight))
+    dispatch.merge_(trial, original, arena, target.table, plan)
     bias = _folded_bias(target, source, arena, plan)
     if not torch.isfinite(trial).all() or (bias is not None and not torch.isfinite(bias).all()):
         raise errors.MergeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from . import errors
 from .adapter import Adapter
-from .lowering import lower, module_names, to_adapter
+from .lowering import Conv, lower, module_names, to_adapter
 from .lowering.delta import BaseLinear, Delta
 from .merge import Merge, merge_adapters
 
@@ -39,10 +40,23 @@ def widths_of(adapter: Adapter) -> dict[str, Widths]:
         for key, tensor in adapter.tensors.items():
             name = key.removesuffix("." + end)
             if name != key and name in found:
-                seen = [None if at is None or tensor.dim() <= at else tensor.shape[at] for at in (at_in, at_out)]
+                seen = [None if at is None or tensor.dim() <= at else _width(tensor, at) for at in (at_in, at_out)]
                 old = found[name]
                 found[name] = (seen[0] or old[0], seen[1] or old[1])
     return found
+
+
+def _width(tensor: Tensor, at: int) -> int:
+    """The size of a dimension, with the kernel where it is that of a convolution's channels."""
+    return math.prod(tensor.shape[1:]) if at == 1 else tensor.shape[at]
+
+
+def conv_of(tensors: Mapping[str, Tensor], name: str) -> Conv | None:
+    """What the factors of a LoRA tell of the convolution that they change; None if it is a linear."""
+    a, b = (tensors.get(f"{name}.lora_{part}.weight") for part in "AB")
+    if a is None or b is None or a.dim() != b.dim() or a.dim() < 3 or not b.shape[1]:
+        return None
+    return Conv(tuple(a.shape[2:]), groups=max(1, a.shape[0] // b.shape[1]))
 
 
 def bases_of(adapters: Mapping[str, Adapter]) -> dict[str, BaseLinear]:
@@ -80,7 +94,9 @@ def _stand_in(name: str, widths: Widths, adapters: Mapping[str, Adapter]) -> Bas
             f"the files of {users} ({', '.join(types)}) do not tell how many {missing} module {name} has: the base "
             f"model is needed"
         )
-    return BaseLinear(name, inputs, outputs, _needs(name, "weight", users), _needs(name, "bias", users))
+    conv = next((conv for adapter in adapters.values() if (conv := conv_of(adapter.tensors, name))), None)
+    weight, bias = (_needs(name, part, users) for part in ("weight", "bias"))
+    return BaseLinear(name, inputs, outputs, weight, bias, conv=conv)
 
 
 def _needs(name: str, part: str, users: str) -> Callable[[], Tensor]:
@@ -122,7 +138,7 @@ def merge_files(
     lowered = [lower(adapters[name], mine) for name, mine in zip(how.adapters, own, strict=True)]
     total = len({name for deltas in lowered for name in deltas})
     deltas = dict(track(merge_adapters(lowered, how, bases), total))
-    merged = to_adapter(deltas, how.label)
+    merged = to_adapter(deltas, how.label, bases)
     used = [adapters[name] for name in how.adapters]
     agreed = {key: _agreed(used, key) for key in ("base_model_name_or_path", "task_type")}
     config = {**merged.config, **{key: value for key, value in agreed.items() if value is not None}}

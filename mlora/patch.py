@@ -74,13 +74,13 @@ def patch(
     dtype: torch.dtype | None = None,
     fused: bool = True,
 ) -> Runtime:
-    """Patch every linear of `model` in place, so that each row of a batch can use its own adapter.
+    """Patch every linear and convolution of `model` in place, so that each row of a batch can use its own adapter.
 
     Until an adapter is used the model computes the same bits as before. Its class, `state_dict`,
     hooks and `save_pretrained` stay as they are.
 
     Args:
-        model: a Hugging Face model, or any module with linears in it. A `PeftModel`, or a transformers
+        model: a Hugging Face model, or any module with linears or convolutions in it. A `PeftModel`, or a transformers
             model with adapters, hands its adapters over: PEFT's layers are taken out, its adapters are
             loaded under their names, and the active one becomes the default (`Runtime.set_adapter`). Of a
             `PeftModel` it is the model inside that is patched, `runtime.model`; the wrapper refuses calls.
@@ -108,7 +108,7 @@ def patch(
         model, adapters, active = take_over(model)
     paths = find_layers(model)
     if not paths:
-        raise errors.PatchError(f"{type(model).__name__} has no linear to patch")
+        raise errors.PatchError(f"{type(model).__name__} has no linear, convolution or token embedding to patch")
     if any(isinstance(m, (LoraLayer, PatchedModel)) for m in model.modules()):
         raise errors.PatchError("a part of this model is patched already; unpatch it first")
 

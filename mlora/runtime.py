@@ -18,6 +18,7 @@ from .adapter import Adapter
 from .fold import KEEPS, Checkpoint, Copies, Corrections, Fold, Keeper, Target, shared_storages, target_of
 from .layers import Shared, base_linear
 from .lowering import BaseLinear, Delta, lower, to_adapter
+from .lowering.delta import kernel_major
 from .merge import Merge, as_merge, merge_adapters, relative
 from .routing import Entries, Entry, Plan, Recipe
 from .store import GAIN, IN_GAIN, Store
@@ -81,7 +82,6 @@ class Runtime:
         self.bases: Mapping[str, BaseLinear] = {
             name: base_linear(name, module, partial(self._originals, indices[name])) for name, module in paths.items()
         }
-        self._embeddings = {name: b.embed_scale for name, b in self.bases.items() if b.embed_scale is not None}
         self._modules = {indices[name]: (name, module) for name, module in paths.items()}
         self._default_entry: Entry = None
         self._fold: Fold | None = None
@@ -166,7 +166,7 @@ class Runtime:
         sources = [self._loaded[name] for name in how.adapters]
         lowered = [lower(loaded.adapter, self.bases, loaded.approximate) for loaded in sources]
         deltas = dict(merge_adapters(lowered, how, self.bases))
-        return self._register(adapter_name, to_adapter(deltas, how.label, self._embeddings), deltas, None, kept_for)
+        return self._register(adapter_name, to_adapter(deltas, how.label, self.bases), deltas, None, kept_for)
 
     def _register(
         self,
@@ -176,7 +176,7 @@ class Runtime:
         approximate: int | None = None,
         merge: Merge | None = None,
     ) -> AdapterInfo:
-        by_index = {self._indices[name]: delta for name, delta in deltas.items()}
+        by_index = {self._indices[name]: kernel_major(delta, self.bases[name]) for name, delta in deltas.items()}
         if len(by_index) != len(deltas):
             raise errors.AdapterError(
                 f"adapter {adapter_name!r}: it has weights for one shared module under several of its names: "
@@ -450,7 +450,7 @@ class Runtime:
                 for path in dict.fromkeys(path for d in deltas.values() for path in d)
             }
             source = Merge(tuple(names), (1.0,) * len(names))
-            self._register(label, to_adapter(made, label, self._embeddings), made, None, source)
+            self._register(label, to_adapter(made, label, self.bases), made, None, source)
             self._bridges.add(label)
         return ((label, 1.0),)
 

@@ -17,6 +17,7 @@ import torch
 from hypothesis import settings
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 if not torch.cuda.is_available():  # Triton reads it as it is imported, and then runs its kernels in the interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -98,6 +99,14 @@ def _bert() -> Any:
     )  # fmt: skip
 
 
+def _resnet() -> Any:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    return ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=5)
+    )
+
+
 def _vit() -> Any:
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -121,6 +130,7 @@ BUILDERS = {
     "t5": _t5,
     "bert": _bert,
     "vit": _vit,
+    "conv": _resnet,
     "mlp": Mlp,
 }
 
@@ -145,6 +155,8 @@ def inputs_for(
     generator = torch.Generator().manual_seed(seed)
     if kind == "vit":
         return {"pixel_values": torch.randn(rows, 3, 12, 12, generator=generator).to(dtype)}
+    if kind == "conv":
+        return {"pixel_values": torch.randn(rows, 3, 21, 18, generator=generator).to(dtype)}
     if kind == "mlp":
         return {"x": torch.randn(rows, length, HIDDEN, generator=generator).to(dtype)}
     ids = torch.randint(2, VOCAB, (rows, length), generator=generator)
@@ -265,7 +277,7 @@ def formula(model: Any, mix: Mapping[Path, float], dtype: torch.dtype = torch.fl
             if not key.endswith(".lora_A.weight"):
                 continue
             name = key.removesuffix(".lora_A.weight")
-            a, b = tensors[key], tensors[f"{name}.lora_B.weight"]
+            a, b = tensors[key].flatten(1), tensors[f"{name}.lora_B.weight"].flatten(1)
             alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
             scale = alpha / (a.shape[0] ** 0.5 if config.use_rslora else a.shape[0])
             bias = tensors.get(f"{name}.lora_B.bias")
@@ -277,16 +289,24 @@ def formula(model: Any, mix: Mapping[Path, float], dtype: torch.dtype = torch.fl
     def hook(name: str) -> Any:
         module = modules[name]
         w = module.weight.detach()
-        w = w if isinstance(module, nn.Linear) else w.t()
+        w = w.t() if isinstance(module, Conv1D) else w.flatten(1)
+
+        def product(x: Tensor, matrix: Tensor) -> Tensor:
+            if not isinstance(module, nn.Conv2d):
+                return x @ matrix.t()
+            kernel = matrix.view(module.weight.shape)
+            return nn.functional.conv2d(x, kernel, stride=module.stride, padding=module.padding)
 
         def add(_: Any, args: tuple[Tensor], out: Tensor) -> Tensor:
-            base = args[0] @ w.t()
+            base = product(args[0], w)
             for weight, delta, shift, magnitude in hooks[name]:
                 if magnitude is None:
-                    out = out + weight * (args[0] @ delta.t() + shift)
+                    by = shift if isinstance(shift, int) or out.dim() < 4 else shift[:, None, None]
+                    out = out + weight * (product(args[0], delta) + by)
                 else:
-                    gain = magnitude / (w + delta).norm(dim=1)
-                    out = out + weight * (gain * (base + args[0] @ delta.t()) - base)
+                    gain = magnitude.flatten() / (w + delta).norm(dim=1)
+                    gain = gain if out.dim() < 4 else gain[:, None, None]
+                    out = out + weight * (gain * (base + product(args[0], delta)) - base)
             return out
 
         return add
@@ -451,7 +471,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     file, table = session.config.getoption("--conformance-table"), session.config.stash.get(VERDICTS, None)
     if not file or not table:
         return
-    columns = ("single", "mixed", "weighted", "generate", "bf16", "gpt2", "t5", "bert", "qwen2")
+    columns = ("single", "mixed", "weighted", "generate", "bf16", "gpt2", "t5", "bert", "qwen2", "conv")
     lines = [*_TITLE, "| adapter | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
     for name, cells in table.items():
         row = [

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import mlora
 from mlora.cli import app
-from mlora.lowering import to_adapter
+from mlora.lowering import BaseLinear, to_adapter
 from mlora.lowering.delta import Delta
 
 
@@ -117,7 +117,8 @@ def test_types_whose_files_do_not_tell_the_widths(base: Any, tmp_path: Path) -> 
 def test_adapters_of_different_bases(base: Any, folders: dict[str, Path], tmp_path: Path) -> None:
     a, b = torch.zeros(2, 24), torch.ones(2, 32)
     name = "model.layers.0.self_attn.q_proj"
-    to_adapter({name: Delta(a, b)}, "test").save_pretrained(tmp_path / "other")
+    bases = {name: BaseLinear(name, 24, 32, lambda: a, lambda: None)}
+    to_adapter({name: Delta(a, b)}, "test", bases).save_pretrained(tmp_path / "other")
     code, output = merge(tmp_path / "out", [str(folders["r3"]), str(tmp_path / "other")])
     assert code == 1 and not (tmp_path / "out").exists()
     for wanted in ("'other'", "'r3'", name, "24 inputs", "32", "different bases"):

@@ -36,7 +36,7 @@ TARGETS = ["q_proj", "down_proj"]
         (peft.LoHaConfig(r=3, target_modules=TARGETS), (), 0, ("LOHA", "4 (down_proj, q_proj)", "pass --model")),
         (peft.LoHaConfig(r=3, target_modules=TARGETS), ("--model", "x"), 0, ("exactly, on 4 modules of x",)),
         (peft.HiraConfig(r=3, target_modules=TARGETS), ("--model", "x"), 1, ("served   no", "HIRA", "full rank")),
-        (peft.BOFTConfig(boft_block_size=4, target_modules=TARGETS), (), 1, ("served   no", "'BOFT'")),
+        (peft.PeanutConfig(target_modules=TARGETS), (), 1, ("served   no", "'PEANUT'")),
         (
             peft.FourierFTConfig(n_frequency=40, init_weights=False, target_modules=TARGETS),
             ("--model", "x", "--approximate", "2"),

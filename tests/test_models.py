@@ -40,6 +40,7 @@ TARGETS: dict[str, tuple[list[str], str]] = {
     "t5": (["q", "wi_1"], r".*(EncDecAttention\.(k|o)|wo)"),
     "bert": (["query", "dense"], r".*(key|value|classifier)"),
     "vit": (["q_proj", "fc1"], r".*(k_proj|fc2|classifier)"),
+    "conv": (["layer.0.convolution", "shortcut.convolution"], r".*(embedder\.convolution|classifier\.1)"),
     "mlp": (["up", "blocks.0"], r"blocks\.2|head"),
 }
 KINDS = tuple(BUILDERS)
@@ -50,6 +51,7 @@ def configs(kind: str) -> dict[str, dict[str, Any]]:
     names, regex = TARGETS[kind]
     everything = {
         "mlp": ["up", "blocks.0", "blocks.2", "head"],  # PEFT's all-linear is for transformers' models only,
+        "conv": ["convolution", "classifier.1"],  # leaves convolutions out,
         "mixtral": ["q_proj", "k_proj", "v_proj", "o_proj"],  # and means parameters where there are experts
     }.get(kind, "all-linear")
     flag = {"fan_in_fan_out": kind == "gpt2"}

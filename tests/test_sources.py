@@ -249,7 +249,11 @@ def test_the_config_in_a_diffusers_header(tmp_path: Path) -> None:
 REFUSED: tuple[tuple[str, dict[str, Tensor], tuple[str, ...]], ...] = (
     ("text-encoder", {"lora_te_text_model_encoder.lora_down.weight": numbers(2, 12)}, ("lora_te_text", "no linear")),
     ("dora", {"lora_unet_down_blocks_0_attentions_0_to_q.dora_scale": numbers(8, 1)}, ("dora_scale", "left over")),
-    ("tucker", {"lora_unet_down_blocks_0_attentions_0_to_q.lora_mid.weight": numbers(2, 2)}, ("lora_mid", "left over")),
+    (
+        "tucker",
+        {"lora_unet_down_blocks_0_attentions_0_to_q.lora_mid.weight": numbers(2, 2)},
+        ("lora_mid", "is a linear"),
+    ),
     ("only-alpha", {"lora_unet_down_blocks_0_attentions_0_to_q.alpha": torch.tensor(1.0)}, ("to_q", "no weights")),
     ("value-head", {"v_head.summary.weight": numbers(1, 12)}, ("v_head", "value head")),
     (

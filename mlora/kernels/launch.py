@@ -8,6 +8,7 @@ shapes only. The plan and the table are trusted: what `reference.routes` refuses
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -293,7 +294,9 @@ def warmup(model: torch.nn.Module, tokens: Sequence[int] = (1, config.DECODE_TOK
 
 
 def _widths(module: Any) -> tuple[int, int]:
-    """(in, out) of a linear or a Conv1D."""
+    """(in, out) of a linear, a Conv1D or a convolution."""
     if hasattr(module, "in_features"):
         return module.in_features, module.out_features
+    if hasattr(module, "kernel_size"):
+        return module.in_channels * math.prod(module.kernel_size), module.out_channels
     return module.weight.shape[0], module.weight.shape[1]

@@ -5,6 +5,7 @@ and `state_dict` keys exactly as they are, and swapping it back leaves no trace.
 """
 
 from .base import base_linear
+from .conv import CONVS, ConvLayer
 from .dense import compute_dtype, is_dense, model_dtype
 from .embedding import EmbeddingLayer
 from .find import find_layers, mixin_of
@@ -13,6 +14,8 @@ from .state import LayerState, Shared
 from .swap import guard_moves, refuse_copy, refuse_move, restore_class, swap_class, swap_forward
 
 __all__ = [
+    "CONVS",
+    "ConvLayer",
     "EmbeddingLayer",
     "LayerState",
     "LoraLayer",

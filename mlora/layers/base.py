@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import errors
-from ..lowering import BaseLinear
+from ..lowering import BaseLinear, Conv
+from ..lowering.delta import spread
+from .conv import CONVS
 from .dense import DENSE, compute_dtype, is_dense, tensors_of
 from .linear import LoraLayer
 
@@ -20,6 +23,8 @@ _IDENTITY_ROWS = 1024  # of the identity that is sent through a quantized linear
 def base_linear(name: str, module: nn.Module, originals: Callable[[], Mapping[str, Tensor]] = dict) -> BaseLinear:
     """What a lowering may ask of `module`. `originals` gives the weight and bias where the module's own are not the
     base's, because something is folded in."""
+    if isinstance(module, CONVS):
+        return _base_conv(name, module, originals)
     transposed, embed_scale = isinstance(module, (Conv1D, nn.Embedding)), None
     if isinstance(module, nn.Embedding):  # in the dtype in which it multiplies
         embed_scale = float(torch.as_tensor(getattr(module, "embed_scale", 1.0)).to(module.weight.dtype))
@@ -29,15 +34,7 @@ def base_linear(name: str, module: nn.Module, originals: Callable[[], Mapping[st
         in_features, out_features = cast(nn.Linear, module).in_features, cast(nn.Linear, module).out_features
 
     def weight() -> Tensor:
-        tensor = originals().get("weight", getattr(module, "weight", None))
-        if any(t.is_meta for t in tensors_of(module)):
-            raise errors.UnsupportedAdapterError(
-                f"module {name}: this adapter's delta depends on the base weight, which is offloaded "
-                f"({type(module).__name__})"
-            )
-        if not is_dense(tensor):
-            tensor = dequantize(name, module)
-        dense = cast(Tensor, tensor).detach().to("cpu", torch.float32)
+        dense = _dense(name, module, originals)
         dense = dense.t() if transposed else dense
         dense = dense if embed_scale in (None, 1.0) else dense * embed_scale
         if dense.shape != (out_features, in_features):
@@ -47,13 +44,52 @@ def base_linear(name: str, module: nn.Module, originals: Callable[[], Mapping[st
             )
         return dense
 
-    def bias() -> Tensor | None:
-        tensor = originals().get("bias", getattr(module, "bias", None))
-        return tensor.detach().to("cpu", torch.float32) if isinstance(tensor, Tensor) else None
+    return BaseLinear(
+        name, in_features, out_features, weight, lambda: _bias(module, originals), embed_scale, _dtype(module)
+    )
 
+
+def _base_conv(name: str, module: nn.Module, originals: Callable[[], Mapping[str, Tensor]]) -> BaseLinear:
+    conv = cast(nn.Conv2d, module)
+    kernel, padding = tuple(conv.kernel_size), conv.padding
+    kind = Conv(
+        kernel,
+        conv.groups,
+        dilated=any(size > 1 and step > 1 for size, step in zip(kernel, conv.dilation, strict=True)),
+        zero_padded=conv.padding_mode == "zeros" or not any(conv._reversed_padding_repeated_twice),
+        even=not isinstance(padding, str) and len({*zip(kernel, conv.stride, padding, strict=True)}) == 1,
+    )
+
+    def weight() -> Tensor:
+        return spread(_dense(name, module, originals).flatten(1), conv.groups)
+
+    inputs = conv.in_channels * math.prod(kernel)
+    return BaseLinear(
+        name, inputs, conv.out_channels, weight, lambda: _bias(module, originals), dtype=_dtype(module), conv=kind
+    )
+
+
+def _dense(name: str, module: nn.Module, originals: Callable[[], Mapping[str, Tensor]]) -> Tensor:
+    """The weight as the module keeps it, dense, in fp32 on the CPU."""
+    tensor = originals().get("weight", getattr(module, "weight", None))
+    if any(t.is_meta for t in tensors_of(module)):
+        raise errors.UnsupportedAdapterError(
+            f"module {name}: this adapter's delta depends on the base weight, which is offloaded "
+            f"({type(module).__name__})"
+        )
+    if not is_dense(tensor):
+        tensor = dequantize(name, module)
+    return cast(Tensor, tensor).detach().to("cpu", torch.float32)
+
+
+def _bias(module: nn.Module, originals: Callable[[], Mapping[str, Tensor]]) -> Tensor | None:
+    tensor = originals().get("bias", getattr(module, "bias", None))
+    return tensor.detach().to("cpu", torch.float32) if isinstance(tensor, Tensor) else None
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
     held: Any = getattr(module, "weight", None)
-    dtype = held.dtype if is_dense(held) else torch.float32
-    return BaseLinear(name, in_features, out_features, weight, bias, embed_scale, dtype)
+    return cast(torch.dtype, held.dtype) if is_dense(held) else torch.float32
 
 
 def dequantize(name: str, module: nn.Module) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .conv import CONVS, ConvLayer, is_conv
 from .dense import is_dense, tensors_of
 from .embedding import EmbeddingLayer
 from .linear import LoraLayer
@@ -18,14 +19,16 @@ MODULE_CLASSES: tuple[type[nn.Module], ...] = (nn.Linear, Conv1D)
 
 def mixin_of(module: nn.Module) -> type[LoraLayer]:
     """The layer class that serves a module of `find_layers`."""
-    return EmbeddingLayer if isinstance(module, nn.Embedding) else LoraLayer
+    if isinstance(module, nn.Embedding):
+        return EmbeddingLayer
+    return ConvLayer if isinstance(module, CONVS) else LoraLayer
 
 
 def find_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Dotted path -> every module that can be patched; a shared module comes once for each path.
 
-    These are linears, and embeddings of tokens. Linears whose owner reads their weight without calling them are left
-    out, since a layer there would silently do nothing: `nn.MultiheadAttention`'s projections and
+    These are linears, convolutions, and embeddings of tokens. Linears whose owner reads their weight without calling
+    them are left out, since a layer there would silently do nothing: `nn.MultiheadAttention`'s projections and
     `nn.TransformerEncoderLayer`'s.
     """
     bypassed = {
@@ -40,7 +43,7 @@ def find_layers(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules(remove_duplicate=False)
         if name
         and id(module) not in bypassed
-        and (isinstance(module, MODULE_CLASSES) or id(module) in tokens or is_packed_linear(module))
+        and (isinstance(module, MODULE_CLASSES) or id(module) in tokens or is_conv(module) or is_packed_linear(module))
     }
 
 

@@ -12,7 +12,7 @@ from .. import errors
 from ..ops import dispatch, reference
 from ..ops.rows import check_rows
 from ..routing import Plan, Siblings
-from ..store import GAIN, IN_GAIN
+from ..store import GAIN, IN_GAIN, LORA
 from .state import LayerState
 from .swap import refuse_copy, refuse_move
 
@@ -108,7 +108,9 @@ class LoraLayer(nn.Module):
         if touches & IN_GAIN:
             if touches & GAIN:
                 source = self._base(x)
-            y = self._base(dispatch.scale_input(x, arena, table, words))
+            recorded = x.requires_grad and torch.is_grad_enabled()
+            scale = reference.scale_input if recorded else dispatch.scale_input
+            y = self._base(scale(x, arena, table, words))
         else:
             y = self._base(x)
         if y.requires_grad or (x.requires_grad and torch.is_grad_enabled()):
@@ -123,7 +125,7 @@ class LoraLayer(nn.Module):
         self._check_autocast(x)
         if state.gathered:
             check_rows(shared.plan, 0)  # only one entry for all rows may pass
-        touches = GAIN | IN_GAIN if shared.in_gains else GAIN
+        touches = LORA | GAIN | IN_GAIN if shared.in_gains else LORA | GAIN
         return self._routed(x, shared.plan, touches)
 
     def _check(self, x: Tensor, plan: Plan) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from .. import errors
 from ..adapter import Adapter
 from .adalora import ADALORA
+from .boft import BOFT
 from .delora import DELORA
-from .delta import BaseLinear, Delta, Dense, approximate
+from .delta import BaseLinear, Conv, Delta, Dense, approximate
 from .dense import C3A, FOURIERFT, HIRA, OFT, SHIRA, WAVEFT
 from .gralora import GRALORA
 from .hra import HRA
@@ -27,9 +28,10 @@ from .vblora import VBLORA
 from .vera import VERA
 
 LOWERINGS: dict[str, Lowering] = {
-    "ADALORA": ADALORA, "C3A": C3A, "DELORA": DELORA, "DELTA": NATIVE, "FOURIERFT": FOURIERFT, "GRALORA": GRALORA,
-    "HIRA": HIRA, "HRA": HRA, "IA3": IA3, "LOHA": LOHA, "LOKR": LOKR, "LORA": LORA, "LYCORIS": LYCORIS, "MISS": MISS,
-    "OFT": OFT, "RANDLORA": RANDLORA, "ROAD": ROAD, "SHIRA": SHIRA, "VBLORA": VBLORA, "VERA": VERA, "WAVEFT": WAVEFT,
+    "ADALORA": ADALORA, "BOFT": BOFT, "C3A": C3A, "DELORA": DELORA, "DELTA": NATIVE, "FOURIERFT": FOURIERFT,
+    "GRALORA": GRALORA, "HIRA": HIRA, "HRA": HRA, "IA3": IA3, "LOHA": LOHA, "LOKR": LOKR, "LORA": LORA,
+    "LYCORIS": LYCORIS, "MISS": MISS, "OFT": OFT, "RANDLORA": RANDLORA, "ROAD": ROAD, "SHIRA": SHIRA, "VBLORA": VBLORA,
+    "VERA": VERA, "WAVEFT": WAVEFT,
 }  # fmt: skip
 
 # Types that no per-row delta expresses, with the reason.
@@ -44,7 +46,6 @@ REFUSED = {
     "LILY": "what it adds to a row depends on the other rows of the batch",
     "XLORA": "it runs the model twice and mixes adapters by what it sees, and its classifier is not in the file",
     "POLY": "it chooses by task_ids, an input of the model",
-    "BOFT": "its delta has full rank (butterfly rotations of the base weight)",
 }
 
 
@@ -66,10 +67,11 @@ def lower(adapter: Adapter, bases: Mapping[str, BaseLinear], approximately: int 
         delta = lower_module(module, lowering)
         if isinstance(delta, Dense):
             if approximately is None:
+                whole = min(module.base.in_features, module.base.out_features)
                 raise errors.UnsupportedAdapterError(
                     f"adapter from {adapter.source}: the {adapter.peft_type} delta of {module.base.name} has full rank "
                     f"({delta.why}), so it is not served exactly; approximate=RANK serves the nearest delta of that "
-                    f"rank and reports its error"
+                    f"rank and reports its error, which is 0 from RANK={whole} on, at the price of a copy of the weight"
                 )
             delta = approximate(delta, approximately)
         deltas[module.base.name] = delta
@@ -96,4 +98,4 @@ def module_names(adapter: Adapter) -> list[str]:
     return _module_names(adapter, _lowering_of(adapter))
 
 
-__all__ = ["LOWERINGS", "REFUSED", "BaseLinear", "Delta", "lower", "module_names", "to_adapter"]
+__all__ = ["LOWERINGS", "REFUSED", "BaseLinear", "Conv", "Delta", "lower", "module_names", "to_adapter"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -61,9 +62,29 @@ class Dense:
 
 
 @dataclass(frozen=True)
+class Conv:
+    """What a convolution is beside a linear of the patches under its kernel.
+
+    Args:
+        kernel: its size in each spatial dimension.
+        groups: into which its channels are cut.
+        dilated: whether its kernel has holes.
+        zero_padded: whether what it reads beyond the input, if anything, are zeros.
+        even: whether kernel, stride and padding are the same numbers in all dimensions.
+    """
+
+    kernel: tuple[int, ...]
+    groups: int = 1
+    dilated: bool = False
+    zero_padded: bool = True
+    even: bool = True
+
+
+@dataclass(frozen=True)
 class BaseLinear:
     """A linear of the base model, as lowerings see it. An embedding is one too: of one-hot inputs, W being its
-    (vocab, out) weight transposed and then multiplied by `embed_scale`.
+    (vocab, out) weight transposed and then multiplied by `embed_scale`. So is a convolution: of patches, W being its
+    flattened (out, channels * kernel) weight, with zeros for the channels of other groups.
 
     Args:
         name: its dotted path in the model.
@@ -73,6 +94,7 @@ class BaseLinear:
         bias: returns the (out,) bias in fp32 on the CPU, or None.
         embed_scale: the factor of an embedding that scales what it looks up, 1 of others; None of a linear.
         dtype: of the weight in the model, to which a file's copy of it is rounded before they are compared.
+        conv: what it is if it is a convolution.
     """
 
     name: str
@@ -82,6 +104,44 @@ class BaseLinear:
     bias: Callable[[], Tensor | None]
     embed_scale: float | None = None
     dtype: torch.dtype = torch.float32
+    conv: Conv | None = None
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """The sizes that follow (out, channels) in the weight's shape: none but a convolution's."""
+        return () if self.conv is None else self.conv.kernel
+
+    @property
+    def groups(self) -> int:
+        return 1 if self.conv is None else self.conv.groups
+
+    @property
+    def channels(self) -> int:
+        """Input channels, of all groups: a linear's inputs."""
+        return self.in_features // math.prod(self.kernel)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Of the weight as it is kept, other than GPT-2's `Conv1D` and embeddings."""
+        return (self.out_features, self.channels // self.groups, *self.kernel)
+
+
+def kernel_major(delta: Delta, base: BaseLinear) -> Delta:
+    """The delta with its inputs in the order in which the layer of a convolution has them: (*kernel, channels), where
+    weights and files have (channels, *kernel)."""
+    taps = math.prod(base.kernel)
+    if taps == 1:
+        return delta
+
+    def turned(part: Tensor | None) -> Tensor | None:
+        return None if part is None else part.unflatten(-1, (-1, taps)).transpose(-1, -2).flatten(-2)
+
+    return replace(delta, a=turned(delta.a), in_gain=turned(delta.in_gain))
+
+
+def spread(weight: Tensor, groups: int) -> Tensor:
+    """What a grouped convolution's matrix, (out, in / groups), is for all channels: (out, in), zeros between groups."""
+    return weight if groups == 1 else torch.block_diag(*weight.chunk(groups))
 
 
 def compact(a: Tensor, b: Tensor, scale: float = 1.0) -> Delta:

@@ -6,20 +6,33 @@ C3A        dW = blocks, each circulant, / in                    (Chen et al., ar
 SHiRA      dW sparse                                            (Bhardwaj et al., arXiv:2406.13175)
 HiRA       dW = W * (B A)                                       (Huang et al., ICLR 2025)
 WaveFT     dW = s S, S sparse, or its inverse wavelet transform (Bilican et al., arXiv:2505.12532)
+
+None has an exact form that is cheaper than a copy of the weight, which is what `approximate=min(in, out)` stores. OFT's
+blocks turn the input before W reads it and HiRA multiplies W itself, so neither is a sum beside base(x); FourierFT has
+as many waves as values; C3A's blocks are of low rank in the Fourier domain only. SHiRA is exact in as many rank rows as
+there are rows or columns with values in them: where those take less room than the weight it is served.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import errors
-from .delta import Dense
+from .delta import Delta, Dense
 from .module import Format, Lowering, Module
 
 
 def _oft(module: Module) -> Dense:
     base, size, r = module.base, module.integer("oft_block_size", 32, least=0), module.integer("r", 0, least=0)
+    if math.prod(base.kernel) > 1:
+        raise errors.UnsupportedAdapterError(
+            f"{module.where}: OFT is served on 1x1 convolutions only; of larger kernels PEFT adds the overlaps of the "
+            f"rotated patches up, which is no change of the weight"
+        )
     if size == 0:
         module.divides("r", max(r, 1), base.in_features)
         size = base.in_features // max(r, 1)
@@ -78,12 +91,34 @@ def _fourierft(module: Module) -> Dense:
 
 def _waveft(module: Module) -> Dense:
     count, scale = module.integer("n_frequency", 2592, "n_frequency_pattern"), module.number("scaling", 25.0)
-    if module.config.get("use_idwt", True):
-        raise errors.UnsupportedAdapterError(
-            f"adapter from {module.source}: option use_idwt=True is not served: mlora has no wavelet transform"
-        )
     module.part("waveft_spectrum", count)
+    if module.config.get("use_idwt", True):
+        return Dense(lambda: _wavelets(module, count) * scale, "it is a sum of wavelets over the whole weight")
     return Dense(lambda: _located(module, "waveft_spectrum", count) * scale, "it is sparse over the whole weight")
+
+
+def _wavelets(module: Module, count: int) -> Tensor:
+    """The inverse wavelet transform of the spectrum, padded and cut as PEFT does it, with PEFT's tables of filters."""
+    family = module.config.get("wavelet_family", "db1")
+    try:
+        from peft.tuners.waveft.constants import WAVELET_REDUCTIONS
+        from peft.tuners.waveft.waverec2d import waverec2d
+    except ImportError as error:
+        raise errors.UnsupportedAdapterError(
+            f"adapter from {module.source}: WaveFT needs the package peft, for the filters of its wavelets"
+        ) from error
+    if not isinstance(family, str) or family not in WAVELET_REDUCTIONS:
+        raise errors.AdapterError(f"adapter from {module.source}: wavelet_family is {family!r}, which PEFT lacks")
+    spectrum = _located(module, "waveft_spectrum", count)
+    height, width = spectrum.shape
+    extra = [lost + (size + lost) % 2 for size, lost in zip((height, width), WAVELET_REDUCTIONS[family], strict=True)]
+    top, left = (number // 2 for number in extra)
+    padded = F.pad(spectrum, (left, extra[1] - left, top, extra[0] - top))
+    low, high = padded.chunk(2)
+    (coarse, across), (down, diagonal) = low.chunk(2, dim=1), high.chunk(2, dim=1)
+    full: Tensor = waverec2d((coarse, (across, down, diagonal)), family)  # type: ignore[arg-type]
+    top, left = (full.shape[0] - height) // 2, (full.shape[1] - width) // 2
+    return full[top : top + height, left : left + width]
 
 
 def _c3a(module: Module) -> Dense:
@@ -100,22 +135,32 @@ def _c3a(module: Module) -> Dense:
     return Dense(weight, "its blocks are circulant")
 
 
-def _shira(module: Module) -> Dense:
+def _shira(module: Module) -> Delta | Dense:
     outputs, inputs = module.base.out_features, module.base.in_features
     values = module.part("shira_weight", None)
     places = module.part("shira_indices", 2, len(values)).long()
     if places.min() < 0 or places[0].max() >= outputs or places[1].max() >= inputs:
         raise errors.AdapterError(f"{module.where}: shira_indices lie outside of its ({outputs}, {inputs}) weight")
 
-    def weight() -> Tensor:
-        return torch.zeros(outputs, inputs).index_put((places[0], places[1]), values, accumulate=True)
-
-    return Dense(weight, "it is sparse over the whole weight")
+    rows, row = places[0].unique(return_inverse=True)
+    columns, column = places[1].unique(return_inverse=True)
+    least = min(len(rows), len(columns))
+    if least * (outputs + inputs) > outputs * inputs:
+        return Dense(
+            lambda: torch.zeros(outputs, inputs).index_put((places[0], places[1]), values, accumulate=True),
+            "it is sparse over the whole weight",
+        )
+    if least == len(rows):
+        a = torch.zeros(least, inputs).index_put((row, places[1]), values, accumulate=True)
+        return Delta(a, torch.eye(outputs)[rows])
+    b = torch.zeros(least, outputs).index_put((column, places[0]), values, accumulate=True)
+    return Delta(torch.eye(inputs)[columns], b)
 
 
 def _hira(module: Module) -> Dense:
     base, rank = module.base, module.integer("r", 32, "rank_pattern")
-    a, b = module.part("hira_A", rank, base.in_features), module.part("hira_B", base.out_features, rank)
+    a = module.matrix("hira_A", rank, base.channels, base.kernel)
+    b = module.matrix("hira_B", base.out_features, rank)
     return Dense(
         lambda: base.weight().double() * (b.double() @ a.double()), "it multiplies the base weight elementwise"
     )
@@ -126,6 +171,8 @@ OFT = Lowering(
         parts={"oft_R.weight": "oft_R"},
         honoured={"r", "oft_block_size", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms"},
         neutral={"module_dropout", "init_weights", "eps"},  # eps is for coft only
+        convs={2},
+        grouped=True,
     ),
     _oft,
 )
@@ -140,8 +187,8 @@ FOURIERFT = Lowering(
 WAVEFT = Lowering(
     Format(
         parts={"waveft_spectrum": "waveft_spectrum"},
-        honoured={"n_frequency", "scaling", "random_loc_seed", "n_frequency_pattern", "use_idwt"},
-        neutral={"init_weights", "wavelet_family"},
+        honoured={"n_frequency", "scaling", "random_loc_seed", "n_frequency_pattern", "use_idwt", "wavelet_family"},
+        neutral={"init_weights"},
     ),
     _waveft,
 )
@@ -162,6 +209,7 @@ HIRA = Lowering(
         parts={"hira_A": "hira_A", "hira_B": "hira_B"},
         honoured={"r", "rank_pattern"},
         neutral={"hira_dropout", "init_weights"},
+        convs={1, 2, 3},
     ),
     _hira,
 )

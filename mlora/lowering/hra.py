@@ -14,11 +14,12 @@ from .. import errors
 from .delta import Delta, compact
 from .module import Format, Lowering, Module
 
-FORMAT = Format(parts={"hra_u": "hra_u"}, honoured={"r", "apply_GS"}, neutral={"init_weights"})
+FORMAT = Format(parts={"hra_u": "hra_u"}, honoured={"r", "apply_GS"}, neutral={"init_weights"}, convs={2})
 
 
 def delta(module: Module) -> Delta:
     """The delta of one module."""
+    module.plain_conv()
     base, rank = module.base, module.integer("r", 8)
     vectors = module.part("hra_u", base.in_features, rank).double()
     orthogonal = bool(module.config.get("apply_GS"))

@@ -6,6 +6,8 @@
     KaSA    W' = W_r + s B diag(d) A           (Wang et al., arXiv:2412.06071), W_r = W without its r
                                                smallest singular triplets
     BdLoRA  A or B is block-diagonal
+    convolutions  A is a convolution like the base's to r channels, B one of 1x1 with the base's groups, so A reads the
+                  channels of all groups; PEFT gives A neither dilation nor a padding mode
     embeddings  y = embed_scale (W[ids] + s (B A[:, ids])^T), `lora_embedding_A` (r, vocab), `lora_embedding_B` (out, r)
 
 In PEFT's layout `lora_A.weight` is (r, in) and `lora_B.weight` is (out, r), for `nn.Linear` and for
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .. import errors
-from .delta import Delta
+from .delta import Delta, spread
 from .module import Format, Lowering, Module, scaling
 
 _REWRITTEN = (
@@ -61,6 +63,8 @@ FORMAT = Format(
         "layer_replication": "it changes the number of layers",
         "arrow_config": "it routes each token by itself among other adapters",
     },
+    convs={1, 2, 3},
+    grouped=True,
 )  # fmt: skip
 
 
@@ -78,6 +82,8 @@ def delta(module: Module) -> Delta:
             )
     if {"lora_embedding_A", "lora_embedding_B"} & module.parts.keys():
         raise errors.AdapterError(f"{module.where}: it has embedding LoRA weights and is no embedding in this model")
+    if base.conv is not None:
+        _check_conv(module)
     a, b = _factors(module)
     rank = a.shape[0]
     module.expect("lora_A has rank", rank, module.integer("r", 8, "rank_pattern"))
@@ -108,7 +114,12 @@ def _dora(module: Module, a: Tensor, b: Tensor, scale: float) -> Delta:
     norm = torch.linalg.vector_norm(torch.addmm(base.weight(), b, a, alpha=scale), dim=1)
     if not (norm > 0).all():
         raise errors.AdapterError(f"module {base.name}: DoRA divides by a zero row norm of W + s B A")
-    gain = module.part("magnitude", base.out_features) / norm
+    magnitude = (
+        module.part("magnitude", base.out_features)
+        if base.conv is None
+        else module.matrix("magnitude", 1, base.out_features)[0]
+    )
+    gain = magnitude / norm
     bias = base.bias()
     shift = None if bias is None else (1 - gain) * bias
     return Delta(a, (b * gain[:, None]).t(), scale, gain=gain - 1, shift=shift)
@@ -135,25 +146,41 @@ def _factors(module: Module) -> tuple[Tensor, Tensor]:
                 f"{module.where}: {blocked} has shape {tuple(factor.shape)}, not of {count} diagonal blocks"
             )
         parts[blocked] = torch.block_diag(*factor.chunk(count))
-    for part, axis, width in (("lora_A", 1, base.in_features), ("lora_B", 0, base.out_features)):
+    point = (1,) * len(base.kernel)
+    for part, axis, width, kernel in (
+        ("lora_A", 1, base.channels, base.kernel), ("lora_B", 0, base.out_features, point)
+    ):  # fmt: skip
         if part not in parts:
             raise errors.AdapterError(f"{module.where}: {part} is missing")
-        if parts[part].dim() != 2:
-            raise errors.AdapterError(
-                f"{module.where}: {part} has shape {tuple(parts[part].shape)}; it must be a matrix"
-            )
-        if parts[part].shape[axis] != width:
+        shape = tuple(parts[part].shape)
+        if len(shape) < 2 or shape[2:] != kernel:
+            wanted = f"of a convolution with kernel {kernel}" if kernel else "a matrix"
+            raise errors.AdapterError(f"{module.where}: {part} has shape {shape}; it must be {wanted}")
+        if shape[axis] != width:
             axis_name = "columns" if axis == 1 else "rows"
-            raise errors.AdapterError(
-                f"{module.where}: {part} has {parts[part].shape[axis]} {axis_name}, the module takes {width}"
-            )
-    a, b = parts["lora_A"], parts["lora_B"]
+            raise errors.AdapterError(f"{module.where}: {part} has {shape[axis]} {axis_name}, the module takes {width}")
+        parts[part] = parts[part].flatten(1)
+    a, b = parts["lora_A"], spread(parts["lora_B"], base.groups)
     if a.shape[0] != b.shape[1] or a.shape[0] == 0:
         raise errors.AdapterError(
             f"{module.where}: lora_A has rank {a.shape[0]}, lora_B has rank {b.shape[1]}; "
             "they must be equal and positive"
         )
     return a, b
+
+
+def _check_conv(module: Module) -> None:
+    conv, config = module.base.conv, module.config
+    assert conv is not None
+    if conv.dilated:
+        raise errors.UnsupportedAdapterError(
+            f"{module.where}: it is a dilated convolution; PEFT gives lora_A no dilation, so it reads other positions"
+        )
+    unserved = [option for option in ("kasa_config", "use_bdlora") if config.get(option)]
+    if conv.groups > 1 and config.get("use_dora"):
+        unserved.append("use_dora on a convolution of several groups")  # PEFT takes the norm of a matrix shuffled
+    if unserved:
+        raise errors.UnsupportedAdapterError(f"{module.where}: option {unserved[0]} is not served for convolutions")
 
 
 def _blocked(module: Module) -> str:

@@ -1,12 +1,17 @@
 """Adapters that other trainers save without a config: kohya-ss, LyCORIS, and diffusers before it wrote one.
 
 Each module is a LoRA, a LoHa or a LoKr by its keys, with scale alpha / r from a tensor `alpha`, or 1 where there
-is none. kohya and LyCORIS name a module `lora_unet_down_blocks_0_...`: its path with underscores for dots.
+is none. A convolution's LoRA may have a core between its factors, `lora_mid` of (r, r, *kernel); those are 1x1 then.
+kohya and LyCORIS name a module `lora_unet_down_blocks_0_...`: its path with underscores for dots.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
 
 from .. import errors
 from . import loha, lokr
@@ -22,6 +27,7 @@ FORMAT = Format(
         "lora_up.weight": "lora_B",
         "lora.down.weight": "lora_A",
         "lora.up.weight": "lora_B",
+        "lora_mid.weight": "lora_mid",
         "lora_linear_layer.down.weight": "lora_A",
         "lora_linear_layer.up.weight": "lora_B",
         "lora_A.weight": "lora_A",
@@ -30,6 +36,7 @@ FORMAT = Format(
         **loha.FORMAT.parts,
         **lokr.FORMAT.parts,
     },
+    convs={1, 2, 3},
 )
 
 
@@ -50,12 +57,11 @@ def names(saved: Iterable[str], bases: Iterable[str]) -> dict[str, str]:
 
 def delta(module: Module) -> Delta | Dense:
     """The delta of one module."""
-    base, parts = module.base, module.parts
-    if "lora_A" in parts or "lora_B" in parts:
-        a = module.part("lora_A", None, base.in_features)
-        return Delta(a, module.part("lora_B", base.out_features, a.shape[0]).t(), _scale(module, a.shape[0]))
+    parts = module.parts
+    if {"lora_A", "lora_B", "lora_mid"} & parts.keys():
+        return _lora(module)
     if any(part.startswith("hada") for part in parts):
-        rank = module.part("hada_w1_b", None, base.in_features).shape[0]
+        rank = module.part("hada_w1_b", None, None).shape[0]
         return loha.hadamard(module, rank, _scale(module, rank))
     if any(part.startswith("lokr") for part in parts):
         factor = next((part for part in ("lokr_w1_b", "lokr_w2_b") if part in parts), None)
@@ -64,6 +70,31 @@ def delta(module: Module) -> Delta | Dense:
             module, 1.0 if factor is None else _scale(module, module.part(factor, None, None).shape[0])
         )
     raise errors.AdapterError(f"{module.where}: it has an alpha and no weights")
+
+
+def _lora(module: Module) -> Delta:
+    base, point = module.base, (1,) * len(module.base.kernel)
+    if "lora_mid" in module.parts:
+        if base.conv is None:
+            raise errors.AdapterError(
+                f"{module.where}: it has lora_mid, a convolution's, and is a linear in this model"
+            )
+        down = module.matrix("lora_A", None, base.channels)
+        core = module.part("lora_mid", None, down.shape[0], *base.kernel).flatten(2)
+        a = torch.einsum("ijk,jc->ick", core.double(), down.double()).flatten(1).float()
+    else:
+        a = _pointwise(module, "lora_A", base.kernel).matrix("lora_A", None, base.channels, base.kernel)
+    b = _pointwise(module, "lora_B", point).matrix("lora_B", base.out_features, a.shape[0])
+    return Delta(a, b.t(), _scale(module, a.shape[0]))
+
+
+def _pointwise(module: Module, part: str, kernel: tuple[int, ...]) -> Module:
+    """The module with a part that has no more than a matrix in it laid out as its base's kernel is: files made for a
+    1x1 convolution fit the linear that is in its place in another version of a model, and the other way round."""
+    tensor = module.parts.get(part)
+    if tensor is None or tensor.dim() < 2 or math.prod((*kernel, *tensor.shape[2:])) != 1:
+        return module
+    return replace(module, parts={**module.parts, part: tensor.reshape(*tensor.shape[:2], *kernel)})
 
 
 def _scale(module: Module, rank: int) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import errors
 from ..adapter import Adapter
-from .delta import BaseLinear, Delta, Dense, whole
+from .delta import BaseLinear, Delta, Dense, spread, whole
 from .targets import is_target, pattern_value
 
 # Options of every type that say which modules are changed, or how a base weight lies.
@@ -67,6 +67,8 @@ class Format:
         shared: key of a tensor that belongs to the whole adapter -> the part's name.
         integers: parts that hold whole numbers.
         notes: option -> why it is refused, if not just for want of an implementation.
+        convs: the numbers of spatial dimensions of the convolutions that PEFT has such a layer for.
+        grouped: whether grouped ones are served as well.
     """
 
     parts: Mapping[str, str]
@@ -75,6 +77,8 @@ class Format:
     shared: Mapping[str, str] = field(default_factory=dict)
     integers: Set[str] = frozenset()
     notes: Mapping[str, str] = field(default_factory=dict)
+    convs: Set[int] = frozenset()
+    grouped: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,12 @@ class Module:
         if name not in self.parts:
             raise errors.AdapterError(f"{self.where}: {name} is missing")
         return _shaped(self.parts[name], f"{self.where}: {name}", shape)
+
+    def matrix(self, name: str, rows: int | None, columns: int | None, kernel: tuple[int, ...] | None = None) -> Tensor:
+        """A part that a convolution's file has as (rows, columns, *kernel), flattened; a linear's is a matrix. The
+        kernel is that of a 1x1 convolution unless it is given."""
+        kernel = (1,) * len(self.base.kernel) if kernel is None else kernel
+        return self.part(name, rows, columns, *kernel).flatten(1)
 
     def whole(self, name: str, *shape: int | None) -> Tensor:
         """A tensor of the whole adapter, checked as `part` does."""
@@ -140,6 +150,24 @@ class Module:
         """Refuse a tensor whose size is not what the config says."""
         if seen != wanted:
             raise errors.AdapterError(f"{self.where}: {what} {seen}, its config says {wanted}")
+
+    def plain_conv(self) -> None:
+        """Refuse convolutions that PEFT computes otherwise than the base does: its layers that rotate the weight take
+        one number for kernel, stride and padding each, no dilation, and zeros around the input."""
+        conv = self.base.conv
+        if conv is not None and not (conv.even and conv.zero_padded and not conv.dilated):
+            raise errors.UnsupportedAdapterError(
+                f"{self.where}: {self.config.get('peft_type')} is served on convolutions with square kernels, strides "
+                f"and paddings, no dilation, and zeros around the input; PEFT computes others as if they were such"
+            )
+
+    def fits(self, outputs: int, inputs: int) -> None:
+        """Refuse factors that make a matrix of another shape than the module's."""
+        if (outputs, inputs) != (self.base.out_features, self.base.in_features):
+            raise errors.AdapterError(
+                f"{self.where}: its factors make a ({outputs}, {inputs}) matrix, the module's is "
+                f"({self.base.out_features}, {self.base.in_features})"
+            )
 
     def covers(self, what: str, seen: int, wanted: int) -> None:
         """Refuse a shared tensor that is too small for the adapter's modules."""
@@ -217,15 +245,16 @@ def lower_module(module: Module, lowering: Lowering) -> Delta | Dense:
         )
     own = parts.keys() - set(_BASE_PARTS.values())
     saved = "saved weight" in parts
+    if base.conv is not None:
+        _check_conv(module, lowering.format, bool(own), saved)
     if own and saved:
         raise errors.AdapterError(f"{module.where}: modules_to_save names it and the adapter targets it as well")
     delta: Delta | Dense = Delta()
     if own:
         delta = lowering.delta(module)
     elif saved:  # as exact as the weight itself, in min(in, out) rank rows
-        delta = whole(
-            module.part("saved weight", base.out_features, base.in_features).double() - base.weight().double()
-        )
+        weight = spread(module.part("saved weight", *base.weight_shape).flatten(1), base.groups)
+        delta = whole(weight.double() - base.weight().double())
     if "base bias" in parts:
         if (bias := base.bias()) is None:
             raise errors.AdapterError(f"{module.where}: the file has a trained base bias; the module has no bias")
@@ -244,7 +273,28 @@ def lower_module(module: Module, lowering: Lowering) -> Delta | Dense:
 def _is_copy(tensor: Tensor, base: BaseLinear) -> bool:
     """Whether `tensor`, laid out as in the model and rounded to its dtype, is the base's weight."""
     rounded = tensor.to(base.dtype).float()
-    return torch.equal(rounded if base.embed_scale is None else rounded.t() * base.embed_scale, base.weight())
+    if base.embed_scale is not None:
+        return torch.equal(rounded.t() * base.embed_scale, base.weight())
+    return tensor.shape == base.weight_shape and torch.equal(spread(rounded.flatten(1), base.groups), base.weight())
+
+
+def _check_conv(module: Module, format: Format, own: bool, saved: bool) -> None:
+    """Refuse what is not served on a convolution, or not on one of this kind."""
+    conv, kind = module.base.conv, module.config.get("peft_type")
+    assert conv is not None
+    dims = len(conv.kernel)
+    if own and dims not in format.convs:
+        raise errors.UnsupportedAdapterError(
+            f"{module.where}: it is a {dims}-d convolution, for which PEFT has no layer of type {kind}"
+        )
+    if own and conv.groups > 1 and not format.grouped:
+        raise errors.UnsupportedAdapterError(
+            f"{module.where}: it is a convolution of {conv.groups} groups, on which {kind} is not served"
+        )
+    if saved and not conv.zero_padded:
+        raise errors.UnsupportedAdapterError(
+            f"{module.where}: a saved weight is not served on a convolution that pads with other than zeros"
+        )
 
 
 def check_options(adapter: Adapter, format: Format) -> None:
@@ -332,7 +382,8 @@ def _check_targets(
             )
         raise errors.AdapterError(
             f"adapter from {adapter.source}: it has weights for {_some(missing)}, which this model has no linear "
-            f"for; was it made for another base? (its config names {config.get('base_model_name_or_path')!r})"
+            f"or convolution for (transposed ones, and subclasses with a forward of their own, are not served); was it "
+            f"made for another base? (its config names {config.get('base_model_name_or_path')!r})"
         )
     targets = config.get("target_modules")
     if targets is None or targets == "all-linear":

@@ -13,12 +13,12 @@ import torch
 
 from .. import errors
 from ..adapter import Adapter
-from .delta import Delta
+from .delta import BaseLinear, Delta
 from .module import Format, Lowering, Module
 
 PARTS = {"a": "delta_A", "b": "delta_B", "gain": "delta_gain", "in_gain": "delta_in_gain", "shift": "delta_shift"}
 
-FORMAT = Format(parts={key: key for key in PARTS.values()})
+FORMAT = Format(parts={key: key for key in PARTS.values()}, convs={1, 2, 3}, grouped=True)
 
 
 def delta(module: Module) -> Delta:
@@ -39,12 +39,17 @@ def delta(module: Module) -> Delta:
 NATIVE = Lowering(FORMAT, delta)
 
 
-def to_adapter(deltas: Mapping[str, Delta], source: str, embeddings: Mapping[str, float] | None = None) -> Adapter:
-    """The adapter that lowers to `deltas` (dotted path -> delta): a LoRA, which PEFT reads too, or a DELTA where one
-    of them has gains or no rank rows. `embeddings`: those of the modules that are some -> `embed_scale`."""
-    embeddings = embeddings or {}
+def to_adapter(deltas: Mapping[str, Delta], source: str, bases: Mapping[str, BaseLinear]) -> Adapter:
+    """The adapter that lowers to `deltas` (dotted path -> delta) on `bases`: a LoRA, which PEFT reads too, or a DELTA
+    where one of them has gains or no rank rows, or is of a convolution for which PEFT's LoRA has no such form."""
     deltas = {name: d for name, d in deltas.items() if any(getattr(d, part) is not None for part in PARTS)}
-    plain = all(d.a is not None and d.gain is None and d.in_gain is None for d in deltas.values())
+    plain = all(
+        d.a is not None
+        and d.gain is None
+        and d.in_gain is None
+        and ((conv := bases[name].conv) is None or not (conv.dilated or conv.groups > 1))
+        for name, d in deltas.items()
+    )
     if not plain:
         tensors = {
             f"{name}.{key}": tensor * d.scale if part == "b" else tensor
@@ -57,12 +62,15 @@ def to_adapter(deltas: Mapping[str, Delta], source: str, embeddings: Mapping[str
     with_bias = any(d.shift is not None for d in deltas.values())
     for name, d in deltas.items():
         assert d.a is not None and d.b is not None
-        if name in embeddings:
+        base = bases[name]
+        if base.embed_scale is not None:
             tensors[f"{name}.lora_embedding_A"] = d.a
-            tensors[f"{name}.lora_embedding_B"] = (d.b * (d.scale / embeddings[name])).t().contiguous()
+            tensors[f"{name}.lora_embedding_B"] = (d.b * (d.scale / base.embed_scale)).t().contiguous()
             continue
-        tensors[f"{name}.lora_A.weight"] = d.a
-        tensors[f"{name}.lora_B.weight"] = (d.b * d.scale).t().contiguous()
+        kernel = base.kernel
+        tensors[f"{name}.lora_A.weight"] = d.a.reshape(d.rank, base.channels, *kernel)
+        b = (d.b * d.scale).t().contiguous()
+        tensors[f"{name}.lora_B.weight"] = b.reshape(*b.shape, *[1] * len(kernel))
         if with_bias:
             tensors[f"{name}.lora_B.bias"] = torch.zeros(d.b.shape[1]) if d.shift is None else d.shift
     largest = max((d.rank for d in deltas.values()), default=1)

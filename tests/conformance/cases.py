@@ -61,12 +61,15 @@ TARGETS = {
     "gpt2": ["c_attn", "c_proj"],
     "t5": ["q", "wi_1", "wo"],
     "bert": ["query", "dense"],
+    "conv": ["embedder.convolution", "shortcut.convolution", "classifier.1", "layer.0.convolution"],
 }
 
 ALL = ("gpt2", "t5", "bert", "qwen2")
 LINEAR = ("t5", "bert")  # types that PEFT has no Conv1D layer for
+CONV = (*LINEAR, "conv")  # and has one for convolutions
 
 _LORA = {"r": 3, "lora_alpha": 7}
+_ONE_BLOCK = {"boft_block_size": 0, "boft_block_num": 1}
 
 
 def _lora(name: str, verdict: str = EXACT, reason: str = "", **options: Any) -> Spec:
@@ -78,12 +81,12 @@ def _rewritten(name: str, reason: str, **values: Any) -> Spec:
 
 
 SPECS: tuple[Spec, ...] = (
-    Spec("LoRA", "LoraConfig", _LORA, models=ALL),
-    _lora("rsLoRA", use_rslora=True),
-    Spec("DoRA", "LoraConfig", {**_LORA, "use_dora": True}, models=ALL),
+    Spec("LoRA", "LoraConfig", _LORA, models=(*ALL, "conv")),
+    Spec("rsLoRA", "LoraConfig", {**_LORA, "use_rslora": True}, models=("conv",)),
+    Spec("DoRA", "LoraConfig", {**_LORA, "use_dora": True}, models=(*ALL, "conv")),
     _lora("LoRA with rank and alpha patterns", rank_pattern={"v_proj": 5}, alpha_pattern={"q_proj": 3}),
-    _lora("LoRA with lora_bias", lora_bias=True),
-    Spec("LoRA with bias lora_only", "LoraConfig", {**_LORA, "bias": "lora_only"}, models=ALL),
+    Spec("LoRA with lora_bias", "LoraConfig", {**_LORA, "lora_bias": True}, models=("conv",)),
+    Spec("LoRA with bias lora_only", "LoraConfig", {**_LORA, "bias": "lora_only"}, models=(*ALL, "conv")),
     Spec("LoRA with bias all, linears", "LoraConfig", {**_LORA, "bias": "all"}, models=("qwen2",)),
     Spec("DoRA with bias lora_only", "LoraConfig", {**_LORA, "use_dora": True, "bias": "lora_only"}, models=("qwen2",)),
     # Not on T5: PEFT's truncation, an SVD in fp32, is 1e-4 from the same in fp64 there, ten times further than ours.
@@ -119,11 +122,24 @@ SPECS: tuple[Spec, ...] = (
     _lora("DoRA of embeddings", REFUSED, "magnitude", target_modules=["embed_tokens", "q_proj"], use_dora=True),
     Spec("AdaLoRA", "AdaLoraConfig", {"init_r": 4, "lora_alpha": 6, "total_step": 9}, models=ALL),
     Spec("AdaLoRA, pruned", "AdaLoraConfig", {"init_r": 4, "lora_alpha": 6, "total_step": 9}),
-    Spec("LoHa", "LoHaConfig", {"r": 2, "alpha": 3}, strength=0.6, models=LINEAR),
-    Spec("LoHa of full rank", "LoHaConfig", {"r": 6, "alpha": 3}, strength=0.6),
+    Spec("LoHa", "LoHaConfig", {"r": 2, "alpha": 3}, strength=0.6, models=CONV),
+    Spec("LoHa of full rank", "LoHaConfig", {"r": 6, "alpha": 3}, strength=0.6, models=("conv",)),
+    Spec(
+        "LoHa, Tucker",
+        "LoHaConfig",
+        {"r": 2, "alpha": 3, "use_effective_conv2d": True},
+        strength=0.6,
+        models=("conv",),
+    ),
     Spec("LoKr, low rank", "LoKrConfig", {"r": 2, "alpha": 2, "decompose_both": True}, models=LINEAR),
     Spec("LoKr, one full factor", "LoKrConfig", {"r": 2, "alpha": 2}, models=LINEAR),
-    Spec("LoKr, full", "LoKrConfig", {"r": 16, "alpha": 4}, APPROXIMATE, "LOKR", models=LINEAR),
+    Spec(
+        "LoKr, Tucker",
+        "LoKrConfig",
+        {"r": 1, "alpha": 2, "decompose_both": True, "use_effective_conv2d": True},
+        models=("conv",),
+    ),
+    Spec("LoKr, full", "LoKrConfig", {"r": 16, "alpha": 4}, APPROXIMATE, "LOKR", models=CONV),
     Spec("VeRA", "VeraConfig", {"r": 5}, models=ALL),
     Spec("VeRA without projections", "VeraConfig", {"r": 5, "save_projection": False}),
     Spec("VB-LoRA", "VBLoRAConfig", {"r": 3, "num_vectors": 11, "vector_length": 8}, models=ALL),
@@ -152,23 +168,25 @@ SPECS: tuple[Spec, ...] = (
     Spec("GraLoRA", "GraloraConfig", {"r": 4, "alpha": 6}, models=ALL),
     Spec("GraLoRA, hybrid", "GraloraConfig", {"r": 4, "alpha": 6, "hybrid_r": 3}),
     Spec("GraLoRA of full rank", "GraloraConfig", {"r": 8, "alpha": 6, "hybrid_r": 2, "gralora_k": 4}),
-    Spec("HRA", "HRAConfig", {"r": 3}, models=LINEAR),
+    Spec("HRA", "HRAConfig", {"r": 3}, models=CONV),
     Spec("HRA, Gram-Schmidt", "HRAConfig", {"r": 4, "apply_GS": True}),
-    Spec("IA3", "IA3Config", models=ALL),
+    Spec("IA3", "IA3Config", models=(*ALL, "conv")),
     Spec("RoAd 1", "RoadConfig", {"group_size": 8}, APPROXIMATE, "pairs", models=("bert",)),
     Spec("RoAd 2", "RoadConfig", {"group_size": 8, "variant": "road_2"}, APPROXIMATE, "pairs"),
     Spec("RoAd 4", "RoadConfig", {"group_size": 8, "variant": "road_4"}, APPROXIMATE, "pairs"),
-    Spec("OFT", "OFTConfig", {"oft_block_size": 4}, APPROXIMATE, "rotates", models=("bert",)),
+    Spec("OFT", "OFTConfig", {"oft_block_size": 4}, APPROXIMATE, "rotates", models=("bert", "conv")),
     Spec("OFT, exact Cayley", "OFTConfig", {"oft_block_size": 8, "use_cayley_neumann": False}, APPROXIMATE, "rotates"),
     Spec("OFT, shared block", "OFTConfig", {"oft_block_size": 4, "block_share": True}, APPROXIMATE, "rotates"),
     Spec("Constrained OFT", "OFTConfig", {"oft_block_size": 4, "coft": True}, REFUSED, "coft"),
-    Spec("BOFT", "BOFTConfig", {"boft_block_size": 4}, REFUSED, "BOFT"),
+    Spec("BOFT", "BOFTConfig", {"boft_block_size": 4}, APPROXIMATE, "rotates", models=LINEAR),
+    Spec("BOFT, one block", "BOFTConfig", _ONE_BLOCK, APPROXIMATE, "rotates", models=("conv",)),
     Spec("FourierFT", "FourierFTConfig", {"n_frequency": 30, "random_loc_seed": 5}, APPROXIMATE, "waves"),
-    Spec("WaveFT", "WaveFTConfig", {"n_frequency": 30}, REFUSED, "use_idwt"),
+    Spec("WaveFT", "WaveFTConfig", {"n_frequency": 30}, APPROXIMATE, "wavelets"),
+    Spec("WaveFT, longer wavelets", "WaveFTConfig", {"n_frequency": 30, "wavelet_family": "sym5"}, APPROXIMATE, "wave"),
     Spec("WaveFT without transform", "WaveFTConfig", {"n_frequency": 30, "use_idwt": False}, APPROXIMATE, "sparse"),
     Spec("C3A", "C3AConfig", {"block_size": 8}, APPROXIMATE, "circulant", strength=4.0, models=("bert",)),
     Spec("SHiRA", "ShiraConfig", {"r": 2}, APPROXIMATE, "sparse"),
-    Spec("HiRA", "HiraConfig", {"r": 3}, APPROXIMATE, "elementwise", strength=1.0),
+    Spec("HiRA", "HiraConfig", {"r": 3}, APPROXIMATE, "elementwise", strength=1.0, models=("conv",)),
     Spec("LN tuning", "LNTuningConfig", {"target_modules": ["input_layernorm"]}, REFUSED, "norms"),
     Spec("Trainable tokens", "TrainableTokensConfig", {"token_indices": [2]}, REFUSED, "token embeddings"),
     Spec("Prompt tuning", "PromptTuningConfig", {"num_virtual_tokens": 2}, REFUSED, "virtual tokens"),
@@ -186,6 +204,8 @@ def make(folder: Path, spec: Spec, model: str, seed: int) -> Path:
     options = dict(spec.options)
     if spec.kind not in _OWN_TARGETS:
         options.setdefault("target_modules", TARGETS[model])
+    if spec.kind == "OFTConfig" and model == "conv":  # which has no exact meaning for larger kernels
+        options["target_modules"] = ["shortcut.convolution", "classifier.1"]
     if spec.kind == "IA3Config":
         options["feedforward_modules"] = TARGETS[model][-1:]
     if spec.kind in ("PromptTuningConfig", "PrefixTuningConfig"):
@@ -249,7 +269,7 @@ def merged(base: nn.Module, mix: Mapping[Path, float]) -> nn.Module:
     for name, module in base.named_modules():
         # PEFT merges lora_bias only into a bias.
         if f"base_model.model.{name}.lora_B.bias" in biased and module.bias is None:
-            module.bias = nn.Parameter(torch.zeros(module.out_features, dtype=module.weight.dtype))
+            module.bias = nn.Parameter(torch.zeros(module.weight.shape[0], dtype=module.weight.dtype))
     states = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

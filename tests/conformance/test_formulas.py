@@ -165,6 +165,30 @@ def oft(t: Parts, w: Tensor, c: dict) -> Tensor:
     return result - w
 
 
+def boft(t: Parts, w: Tensor, c: dict) -> Tensor:
+    (blocks,), size = t["boft_R"], t["boft_R"].shape[-1]
+    result = w.clone()
+    for i, block in enumerate(blocks):
+        q, eye, span = (block - block.t()) / 2, EYE(size, dtype=torch.float64), slice(i * size, (i + 1) * size)
+        result[:, span] = w[:, span] @ ((eye - q) @ torch.linalg.inv(eye + q)).t()
+    return t["boft_s"] * result - w
+
+
+def waveft(t: Parts, w: Tensor, c: dict) -> Tensor:
+    """Haar's wavelets: each value of a quarter of the spectrum adds to a 2 x 2 block, with the quarter's signs."""
+    places = torch.randperm(w.numel(), generator=torch.Generator().manual_seed(c["random_loc_seed"]))
+    rows, columns = w.shape
+    result = torch.zeros_like(w)
+    for place, value in zip(places, t["waveft_spectrum"], strict=False):
+        (down, o), (across, i) = divmod(int(place) // columns, rows // 2), divmod(int(place) % columns, columns // 2)
+        for y in (0, 1):
+            for x in (0, 1):
+                # PEFT takes the quarter beside the coarse one for that of differences down a column.
+                sign = (-1) ** (across * y + down * x)
+                result[2 * o + y, 2 * i + x] += sign * value / 2
+    return c["scaling"] * result
+
+
 def fourierft(t: Parts, w: Tensor, c: dict) -> Tensor:
     places = torch.randperm(w.numel(), generator=torch.Generator().manual_seed(c["random_loc_seed"]))
     rows, columns = w.shape
@@ -203,7 +227,7 @@ FORMULAS: dict[str, Callable[[Parts, Tensor, dict], Tensor]] = {
     "GraLoRA": gralora, "GraLoRA, hybrid": gralora, "GraLoRA of full rank": gralora, "HRA": hra,
     "HRA, Gram-Schmidt": hra, "IA3": ia3, "RoAd 1": road, "RoAd 2": road, "RoAd 4": road, "OFT": oft,
     "OFT, exact Cayley": oft, "OFT, shared block": oft, "FourierFT": fourierft, "C3A": c3a, "SHiRA": shira,
-    "HiRA": hira,
+    "HiRA": hira, "BOFT": boft, "BOFT, one block": boft, "WaveFT": waveft,
 }  # fmt: skip
 
 
