@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -12,7 +13,8 @@ from .. import errors
 from ..ops import dispatch, reference
 from ..ops.rows import check_rows
 from ..routing import Plan, Siblings
-from ..store import GAIN, IN_GAIN
+from ..store import GAIN, HEAD, IN_GAIN
+from .head import answer, check_heads
 from .state import LayerState
 from .swap import refuse_copy, refuse_move
 
@@ -23,6 +25,7 @@ class LoraLayer(nn.Module):
     _mlora: LayerState
     weight: Tensor
     bias: Tensor | None
+    out_features: int
 
     def forward(self, x: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:
         if x is None:  # nn.Linear calls it `input`
@@ -38,6 +41,9 @@ class LoraLayer(nn.Module):
             assert plan is not None
             self._check(x, plan)
             words = plan.tensor
+            if touches & HEAD:
+                base = partial(self._routed, words=words, touches=touches)
+                return answer(x, plan.heads[state.index], shared.arena, base, self.out_features)
         else:
             words = shared.blank
         if state.fused and not touches & IN_GAIN and (kblock := self._fusable(x)):
@@ -72,7 +78,7 @@ class LoraLayer(nn.Module):
             layer
             for layer in groups.get(state.index, ())
             if plan.touches[layer._mlora.index]
-            and not (plan.touches[layer._mlora.index] | touches) & IN_GAIN
+            and not (plan.touches[layer._mlora.index] | touches) & (IN_GAIN | HEAD)
             and layer._mlora.outer is None
             and "forward" not in layer.__dict__
         ]
@@ -124,6 +130,8 @@ class LoraLayer(nn.Module):
         self._check_autocast(x)
         if state.gathered:
             check_rows(shared.plan, 0)  # only one entry for all rows may pass
+        if state.index in shared.heads:
+            check_heads(shared.plan)
         touches = GAIN | IN_GAIN if shared.in_gains else GAIN
         return self._routed(x, shared.plan, touches)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .. import errors
 from .delta import Delta
-from .module import Format, Lowering, Module, scaling
+from .module import TOKENS, Format, Lowering, Module, scaling
 
 _REWRITTEN = (
     "this initialisation rewrites the base weights; save the adapter with PEFT's "
@@ -44,10 +44,11 @@ FORMAT = Format(
         "lora_diag": "diagonal",
         "lora_embedding_A": "lora_embedding_A",
         "lora_embedding_B": "lora_embedding_B",
+        "token_adapter.trainable_tokens_delta": TOKENS,
     },
     honoured={
         "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias",
-        "init_lora_weights", "kasa_config", "use_bdlora",
+        "init_lora_weights", "kasa_config", "use_bdlora", "trainable_token_indices",
     },
     neutral={
         "lora_dropout", "megatron_core", "runtime_config", "eva_config", "corda_config", "loftq_config",
@@ -55,7 +56,6 @@ FORMAT = Format(
         "ensure_weight_tying",
     },
     notes={
-        "trainable_token_indices": "trained token embeddings are not served",
         "alora_invocation_tokens": "it applies from a token in the text on, not to whole rows",
         "target_parameters": "adapters of parameters that no linear holds are not served",
         "layer_replication": "it changes the number of layers",
