@@ -39,7 +39,6 @@ def saved(module: Module, weight: str, bias: str) -> Delta:
         raise errors.AdapterError(f"{module.where}: it was trained whole, but the file {state}")
     if base.offset is not None:
         return _norm(module, base.offset, weight, bias)
-    shift = module.part(bias, base.out_features) - _bias(module) if bias in module.parts else None
     if base.embed_scale is not None:
         rows = module.parts[weight].shape[0] if module.parts[weight].dim() else 0
         if rows != base.in_features:
@@ -53,6 +52,7 @@ def saved(module: Module, weight: str, bias: str) -> Delta:
         head = module.part(weight, None, base.in_features)
         return Delta(head, shift=module.part(bias, head.shape[0]) if bias in module.parts else None, replaces=True)
     trained = module.part(weight, base.out_features, base.in_features).double()
+    shift = module.part(bias, base.out_features) - _bias(module) if bias in module.parts else None
     return replace(whole(trained - base.weight().double()), shift=shift)
 
 

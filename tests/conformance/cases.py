@@ -82,7 +82,6 @@ EMBEDDINGS = {
     "bert": "word_embeddings",
 }
 EMBEDDING = "the model's embedding"
-ENCODED = ("gpt2", "bert", "qwen2")  # T5's embedding is one module in three places, of which PEFT would copy one
 TOKENS = list(range(2, VOCAB, 2))
 
 _LORA = {"r": 3, "lora_alpha": 7}
@@ -121,7 +120,7 @@ SPECS: tuple[Spec, ...] = (
     Spec("LoRA with trained norms", "LoraConfig", {**_LORA, "modules_to_save": ["post_attention_layernorm"]}),
     Spec("LoRA with bias all", "LoraConfig", {**_LORA, "bias": "all"}, models=("gpt2", "bert", "qwen2")),
     # GPT-2's head is tied to its embedding.
-    Spec("LoRA with trained embeddings", "LoraConfig", {**_LORA, "modules_to_save": [EMBEDDING]}, models=ENCODED),
+    Spec("LoRA with trained embeddings", "LoraConfig", {**_LORA, "modules_to_save": [EMBEDDING]}, models=ALL),
     Spec(
         "LoRA with trained embeddings, tied",
         "LoraConfig",
