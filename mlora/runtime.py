@@ -199,7 +199,7 @@ class Runtime:
         shared.in_gains |= bool((packed.touches & IN_GAIN).any())
         shared.norms |= any(self.bases[name].offset is not None for name in touched)
         shared.embeddings |= any(name in self._embeddings for name in touched)
-        shared.heads |= packed.heads.keys()
+        shared.heads = shared.heads.union(packed.heads)
 
     def _resolve_merges(self, entries: Any) -> Any:
         """`entries` with every merge replaced by the name of its result, or by weights where it is a plain sum."""

@@ -150,5 +150,5 @@ def test_what_cannot_be_taken_over_stays_as_it_is(
     live.merge_adapter()
     check_untouched(live, batch, "merged", "b")
     live.unmerge_adapter()
-    folder = make_adapter(tmp_path / "head", llama, 1, r=2, target_modules=TARGETS, modules_to_save=["norm"])
-    check_untouched(peft_alone(llama, folder), batch, "no linears", error=errors.UnsupportedAdapterError)
+    folder = make_adapter(tmp_path / "dora", llama, 1, r=2, target_modules=["embed_tokens"], use_dora=True)
+    check_untouched(peft_alone(llama, folder), batch, "embed_tokens", error=errors.UnsupportedAdapterError)

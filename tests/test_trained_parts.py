@@ -247,6 +247,8 @@ def test_a_vocabulary_of_another_size(tmp_path: Path, llama: Any) -> None:
     ids = batch["input_ids"][:2]
     out = model.generate(ids, max_new_tokens=3, num_beams=2, do_sample=False, adapter_names=[None, "wide"])
     assert torch.equal(out[:1], llama.generate(ids[:1], max_new_tokens=3, num_beams=2, do_sample=False))
+    alone = peft_alone(wide, folder).generate(input_ids=ids[1:], max_new_tokens=1, num_beams=2, do_sample=False)
+    assert torch.equal(out[1:, : alone.shape[1]], alone)
 
 
 def test_compiled_heads_are_refused(tmp_path: Path) -> None:
@@ -406,6 +408,8 @@ def altered(folder: Path, target: Path, suffix: str, make: Any, **config: Any) -
          errors.AdapterError, ("list of indices",)),
         ({"trainable_token_indices": [3, 9]}, "delta", lambda t: t, {"trainable_token_indices": None},
          errors.AdapterError, ("None",)),
+        ({"modules_to_save": ["norm"]}, "model.norm.weight", lambda t: t, {"modules_to_save": ["input_layernorm"]},
+         errors.UnsupportedAdapterError, ("left over", "post_attention_layernorm.weight")),
     ),
 )  # fmt: skip
 def test_refusals(
@@ -451,3 +455,12 @@ def test_bits_of_a_row_do_not_depend_on_other_rows(tmp_path: Path) -> None:
         for row, entry in enumerate(entries):
             with torch.no_grad(), runtime.use_adapters([entry]):
                 assert torch.equal(layer(x[row : row + 1])[0], got[row])
+
+
+def test_lora_of_a_norm_is_refused(llama: Any) -> None:
+    model = copy.deepcopy(llama)
+    mlora.patch(model)
+    tensors = {"model.norm.lora_A.weight": torch.ones(3, HIDDEN), "model.norm.lora_B.weight": torch.ones(HIDDEN, 3)}
+    adapter = mlora.Adapter({"peft_type": "LORA", "r": 3, "target_modules": ["model.norm"]}, tensors)
+    with refused(model, errors.UnsupportedAdapterError, "model.norm", "it is a norm", "lora_A"):
+        model.mlora.add_adapter("n", adapter)

@@ -308,7 +308,8 @@ def _check_targets(
     targets = config.get("target_modules")
     if targets is None or targets == "all-linear":
         return  # resolved by PEFT when it was trained: the tensors say which
-    wanted = {name for name, b in bases.items() if (b.offset is None or lowering.norms) and is_target(config, name)}
+    able = {name for name, base in bases.items() if base.offset is None or lowering.norms or name in targeted}
+    wanted = {name for name in able if is_target(config, name)}
     along = {n for name in wanted for n in (*bases[name].aliases, *bases[name].tied)} if lowering.tied else set()
     if left := sorted(targeted - wanted - along):
         raise errors.AdapterError(
