@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from . import errors
-from .layers import base_linear, is_dense
+from .layers import base_linear, is_dense, norm_offset
 from .ops import dispatch, layout, reference
 
 KEEPS = ("copy", "checkpoint", "corrections")
@@ -26,8 +26,8 @@ class Target:
 
     Args:
         name: its dotted path. `index`: its number in the store.
-        weight: (out, in), or (in, out) if `transposed`, as an embedding's is, or (out, channels, *kernel). `bias`:
-            (out,) or None.
+        weight: (out, in), or (in, out) if `transposed`, as an embedding's is, or (out, channels, *kernel), or (out, 1)
+            of a norm. `bias`: (out,) or None.
         table: its rows of the store's tables, int64 (slots, TABLE_WIDTH).
     """
 
@@ -88,13 +88,21 @@ def target_of(name: str, module: nn.Module, index: int, table: Tensor, shared: s
         )
     if getattr(module, "embed_scale", 1.0) != 1.0:
         raise errors.MergeError(f"module {name}: it scales what it looks up; serve the adapter unmerged")
+    weight = weight.detach()
+    if weight.dim() == 1:  # a norm: a column whose rows have gains
+        if norm_offset(module) != 0:
+            raise errors.MergeError(
+                f"module {name}: it multiplies by its weight + 1, which no gain of the weight changes; serve the "
+                f"adapter unmerged"
+            )
+        weight = weight[:, None]
     transposed = isinstance(module, (Conv1D, nn.Embedding))
     if transposed:  # W^T <- W^T + A^T B: the same with the parts' roles exchanged
         table = table.clone()
         pairs = ((layout.A, layout.B), (layout.GAIN, layout.IN_GAIN))
         for one, other in pairs:
             table[:, [one, other]] = table[:, [other, one]]
-    return Target(name, index, weight.detach(), bias.detach() if isinstance(bias, Tensor) else None, table, transposed)
+    return Target(name, index, weight, bias.detach() if isinstance(bias, Tensor) else None, table, transposed)
 
 
 def storage_of(tensor: Tensor) -> int:
@@ -181,9 +189,9 @@ class Checkpoint:
             raise errors.MergeError(f"keep='checkpoint': no file has {name}; use keep='copy'")
         with safe_open(self._files[key], "pt") as file:
             tensor = file.get_tensor(key)
-        if tensor.shape != like.shape:
+        if tensor.shape != like.shape[: tensor.dim()] or tensor.numel() != like.numel():
             raise errors.MergeError(f"keep='checkpoint': {name} has another shape in its file; use keep='copy'")
-        return tensor.to(like.dtype)
+        return tensor.to(like.dtype).view(like.shape)
 
 
 class Corrections:

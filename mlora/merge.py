@@ -234,6 +234,11 @@ def merge_module(deltas: Sequence[Delta | None], how: Merge, base: BaseLinear) -
     Raises:
         MergeError: factor space cannot hold these deltas.
     """
+    if any(d is not None and d.replaces for d in deltas):
+        raise errors.MergeError(
+            f"module {base.name}: an adapter has a head of another size there, in place of the model's: there is "
+            f"nothing that it could be merged with"
+        )
     total = sum(how.weights) if how.normalize else 1.0
     present = [(d, w / total, n) for d, w, n in zip(deltas, how.weights, how.adapters, strict=True) if d is not None]
     if how.is_sum:
@@ -243,7 +248,12 @@ def merge_module(deltas: Sequence[Delta | None], how: Merge, base: BaseLinear) -
         return _in_factors([(d, w) for d, w, _ in present], how, base, seeds)
 
     weights = [w for _, w, _ in present]
-    if how.prunes or any(d.gain is not None or d.in_gain is not None for d, _, _ in present):
+    gain: Tensor | None = None
+    if base.offset is not None:  # a norm's weight is its gain
+        zero = torch.zeros(base.out_features)
+        gains = [partial(_float, zero if d.gain is None else d.gain) for d, _, _ in present]
+        result, gain = Delta(), combine(gains, weights, how, seeds)
+    elif how.prunes or any(d.gain is not None or d.in_gain is not None for d, _, _ in present):
         dense = combine([partial(_dense, d, base) for d, _, _ in present], weights, how, seeds)
         result = _truncate(dense, _rank(how, present), how.svd_clamp)
     else:
@@ -252,7 +262,7 @@ def merge_module(deltas: Sequence[Delta | None], how: Merge, base: BaseLinear) -
         none = torch.zeros(base.out_features)
         shifts = [partial(_float, none if d.shift is None else d.shift) for d, _, _ in present]
         result = replace(result, shift=combine(shifts, weights, how, [seed + 1 for seed in seeds]))
-    return result
+    return result if gain is None else replace(result, gain=gain)
 
 
 def relative(recipe: Sequence[tuple[Delta, float]], folded: Sequence[tuple[Delta, float]], where: str) -> Delta:
@@ -265,6 +275,10 @@ def relative(recipe: Sequence[tuple[Delta, float]], folded: Sequence[tuple[Delta
     Raises:
         MergeError: a folded gain is 0, or gains meet input gains.
     """
+    if any(d.replaces for d, _ in (*recipe, *folded)):
+        raise errors.MergeError(
+            f"module {where}: a head of another size is no sum with what is folded in; unmerge_adapter first"
+        )
     want, have = _sum(recipe), _sum(folded)
     ratios: dict[str, Tensor] = {}
     for part in ("gain", "in_gain"):

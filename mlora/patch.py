@@ -18,6 +18,7 @@ from .layers import (
     compute_dtype,
     find_layers,
     guard_moves,
+    is_norm_like,
     mixin_of,
     model_dtype,
     refuse_copy,
@@ -107,7 +108,7 @@ def patch(
     if has_peft(model):
         model, adapters, active = take_over(model)
     paths = find_layers(model)
-    if not paths:
+    if all(is_norm_like(module) for module in paths.values()):
         raise errors.PatchError(f"{type(model).__name__} has no linear, convolution or token embedding to patch")
     if any(isinstance(m, (LoraLayer, PatchedModel)) for m in model.modules()):
         raise errors.PatchError("a part of this model is patched already; unpatch it first")
@@ -118,7 +119,8 @@ def patch(
     device = _device(model)
     usual = model_dtype(model)
     dtypes = {key: compute_dtype(module, usual) for key, (_, module) in modules.items()}
-    arena_dtype = dtype or Counter(dtypes.values()).most_common(1)[0][0]
+    kinds = Counter(dtypes[key] for key, (_, module) in modules.items() if not is_norm_like(module))
+    arena_dtype = dtype or kinds.most_common(1)[0][0]
     if memory is None:
         memory = _default_memory(model, device)
     if memory < 1 or max_adapters < 1:

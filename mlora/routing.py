@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -37,6 +37,7 @@ class Plan:
         rows: batch rows, or 1 if one recipe serves every row of any batch.
         row_counts: the leading sizes that a module's input may have: `rows`, and `rows` times the
             expansion of `generate` (beams, returned sequences), entries repeated in place.
+        heads: module number -> the head of another size of each row, None for rows that keep the model's.
     """
 
     tensor: Tensor
@@ -44,6 +45,7 @@ class Plan:
     names: tuple[str, ...]
     rows: int
     row_counts: tuple[int, ...]
+    heads: Mapping[int, tuple[Any, ...]] = field(default_factory=dict)
 
     @property
     def uniform(self) -> bool:
@@ -127,7 +129,9 @@ def resolve(entries: Any, exists: Callable[[str], bool]) -> list[Recipe]:
     return [resolve_entry(entry, exists) for entry in entries]
 
 
-def plan_words(recipes: Sequence[Recipe], slot_of: Callable[[str], int], expansion: int = 1) -> np.ndarray:
+def plan_words(
+    recipes: Sequence[Recipe], slot_of: Callable[[str], int], expansion: int = 1, heads: bool = False
+) -> np.ndarray:
     """The plan of `recipes`, one a row, as int32 words in the layout of `mlora.ops.layout`."""
     routes: dict[Recipe, list[int]] = {}
     base = []
@@ -137,7 +141,7 @@ def plan_words(recipes: Sequence[Recipe], slot_of: Callable[[str], int], expansi
         else:
             base.append(row)
     terms = [term for recipe in routes for term in recipe]
-    header = [len(recipes), len(routes), len(terms), expansion] + [0] * (layout.PLAN_HEADER - 4)
+    header = [len(recipes), len(routes), len(terms), expansion, int(heads)] + [0] * (layout.PLAN_HEADER - 5)
     row_start = np.cumsum([0, *map(len, routes.values())])
     row_order = [row for rows in [*routes.values(), base] for row in rows]
     term_start = np.cumsum([0, *map(len, routes)])

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,12 +15,12 @@ from torch import Tensor, nn
 from . import errors, routing
 from .adapter import Adapter
 from .fold import KEEPS, Checkpoint, Copies, Corrections, Fold, Keeper, Target, shared_storages, target_of
-from .layers import Shared, base_linear
+from .layers import Head, Shared, base_linears
 from .lowering import BaseLinear, Delta, lower, to_adapter
 from .lowering.delta import kernel_major
 from .merge import Merge, as_merge, merge_adapters, relative
 from .routing import Entries, Entry, Plan, Recipe
-from .store import GAIN, IN_GAIN, Store
+from .store import GAIN, IN_GAIN, Packed, Store
 
 
 @dataclass(frozen=True)
@@ -79,9 +78,7 @@ class Runtime:
         self._store = store
         self._shared = shared
         self._indices = indices
-        self.bases: Mapping[str, BaseLinear] = {
-            name: base_linear(name, module, partial(self._originals, indices[name])) for name, module in paths.items()
-        }
+        self.bases: Mapping[str, BaseLinear] = base_linears(model, paths, lambda name: self._originals(indices[name]))
         self._modules = {indices[name]: (name, module) for name, module in paths.items()}
         self._default_entry: Entry = None
         self._fold: Fold | None = None
@@ -176,12 +173,14 @@ class Runtime:
         approximate: int | None = None,
         merge: Merge | None = None,
     ) -> AdapterInfo:
-        by_index = {self._indices[name]: kernel_major(delta, self.bases[name]) for name, delta in deltas.items()}
-        if len(by_index) != len(deltas):
-            raise errors.AdapterError(
-                f"adapter {adapter_name!r}: it has weights for one shared module under several of its names: "
-                f"{', '.join(sorted(deltas))}"
-            )
+        by_index: dict[int, Delta] = {}
+        for name, delta in deltas.items():
+            turned = kernel_major(delta, self.bases[name])
+            if not by_index.setdefault(self._indices[name], turned).equals(turned):
+                raise errors.AdapterError(
+                    f"adapter {adapter_name!r}: it has different weights for one shared module under several of its "
+                    f"names: {', '.join(sorted({name, *self.bases[name].aliases} & deltas.keys()))}"
+                )
         packed = self._store.pack(by_index, f"adapter {adapter_name!r}")
         ranks = tuple(sorted({delta.rank for delta in deltas.values()}))
         info = AdapterInfo(
@@ -190,11 +189,18 @@ class Runtime:
         )  # fmt: skip
         with self._lock:
             self._check_new(adapter_name)  # another thread may have taken the name meanwhile
-            if (packed.touches & IN_GAIN).any():
-                self._shared.in_gains = True
+            self._note(packed)
             self._store.register(adapter_name, packed)
             self._loaded[adapter_name] = _Loaded(adapter, info, approximate, merge)
             return self.adapters[adapter_name]
+
+    def _note(self, packed: Packed) -> None:
+        """Tell compiled code which ops it needs from now on; each is one compilation more, once."""
+        shared, touched = self._shared, [self._modules[index][0] for index in np.flatnonzero(packed.touches).tolist()]
+        shared.in_gains |= bool((packed.touches & IN_GAIN).any())
+        shared.norms |= any(self.bases[name].offset is not None for name in touched)
+        shared.embeddings |= any(self.bases[name].embed_scale is not None for name in touched)
+        shared.heads = shared.heads.union(packed.heads)
 
     def _resolve_merges(self, entries: Any) -> Any:
         """`entries` with every merge replaced by the name of its result, or by weights where it is a plain sum."""
@@ -400,6 +406,12 @@ class Runtime:
 
     def _fold_in(self, recipe: Recipe, keeper: Keeper, safe: bool) -> None:
         shared = shared_storages(self._model)
+        for name, _ in recipe:
+            for index in self._store[name].heads:
+                raise errors.MergeError(
+                    f"module {self._modules[index][0]}: adapter {name!r} has a head of another size there, which "
+                    f"cannot be folded into the model's; serve it unmerged"
+                )
         touched = {index for name, _ in recipe for index in np.flatnonzero(self._store[name].touches).tolist()}
         targets: list[Target] = []
         for index in sorted(touched):
@@ -567,13 +579,37 @@ class Runtime:
         elif len(recipes) != rows:
             raise errors.EntryError(f"adapter_names has {len(recipes)} entries for a batch of {rows} rows")
         names = tuple(sorted({name for recipe in recipes for name, _ in recipe}))
+        headed = [self._headed(recipe) for recipe in recipes]
         self._store.acquire(names)
-        words = routing.plan_words(recipes, lambda name: self._store[name].slot, expansion)
+        heads: dict[int, list[Head | None]] = {}
+        for row, owners in enumerate(headed):
+            for index, name in owners.items():
+                packed = self._store[name]  # which is pinned, so that it does not move
+                weight, bias, width = packed.heads[index]
+                head = Head(packed.offset + weight, bias if bias < 0 else packed.offset + bias, width)
+                heads.setdefault(index, [None] * len(recipes))[row] = head
+        words = routing.plan_words(recipes, lambda name: self._store[name].slot, expansion, bool(heads))
         touches = np.zeros(self._store.tables.shape[0], dtype=np.uint8)
         for name in names:
             touches |= self._store[name].touches
         tensor = routing.to_device(words, self._store.arena.device)
-        return Plan(tensor, touches.tobytes(), names, rows, (rows, rows * expansion))
+        fixed = {index: tuple(found) for index, found in heads.items()}
+        return Plan(tensor, touches.tobytes(), names, rows, (rows, rows * expansion), fixed)
+
+    def _headed(self, recipe: Recipe) -> dict[int, str]:
+        """Module number -> the adapter of `recipe` whose head of another size answers there."""
+        found: dict[int, str] = {}
+        for name, weight in recipe:
+            for index in self._store[name].heads:
+                beside = [other for other, _ in recipe if other != name and self._store[other].touches[index]]
+                if weight != 1 or beside:
+                    with_what = f"with {', '.join(map(repr, beside))}" if beside else f"at a weight of {weight}"
+                    raise errors.EntryError(
+                        f"adapter {name!r} has a head of another size at {self._modules[index][0]}, which takes the "
+                        f"place of the model's: there is no sum {with_what}"
+                    )
+                found[index] = name
+        return found
 
     def _release(self, plan: Plan | None) -> None:
         if plan is not None:

@@ -24,7 +24,7 @@ from .ops import layout
 ALIGNMENT = 64  # bytes: a cache line, and a multiple of every vector load of the kernels
 
 # What an adapter does to a module, as bits of a byte.
-LORA, GAIN, IN_GAIN, SHIFT = 1, 2, 4, 8
+LORA, GAIN, IN_GAIN, SHIFT, HEAD = 1, 2, 4, 8, 16
 
 _OFFSETS = (layout.A, layout.B, layout.GAIN, layout.IN_GAIN, layout.SHIFT)
 
@@ -86,7 +86,9 @@ class Packed:
     Args:
         blob: 1-D host tensor in the arena's dtype.
         rows: int64 (modules, TABLE_WIDTH), offsets relative to the blob's start.
-        touches: one byte a module: LORA | GAIN | IN_GAIN | SHIFT.
+        touches: one byte a module: LORA | GAIN | IN_GAIN | SHIFT | HEAD.
+        heads: module number -> (offset of its weight, of its bias or -1, width) of a head of another size, relative to
+            the blob's start; the module's row in `rows` is empty.
         slot, offset: where it is resident, or -1.
         pins: how many active routings use it.
     """
@@ -94,6 +96,7 @@ class Packed:
     blob: Tensor
     rows: np.ndarray
     touches: np.ndarray
+    heads: Mapping[int, tuple[int, int, int]] = field(default_factory=dict)
     slot: int = field(default=-1)
     offset: int = field(default=-1)
     pins: int = field(default=0)
@@ -166,6 +169,7 @@ class Store:
         rows = self._empty_rows.copy()
         touches = np.zeros(len(rows), dtype=np.uint8)
         parts: list[tuple[int, Tensor]] = []
+        heads: dict[int, tuple[int, int, int]] = {}
         end = 0
 
         def place(part: Tensor) -> int:
@@ -177,10 +181,16 @@ class Store:
 
         for index, delta in deltas.items():
             row = rows[index]
+            if delta.replaces and delta.a is not None:
+                heads[index] = place(delta.a), -1 if delta.shift is None else place(delta.shift), delta.rank
+                touches[index] |= HEAD
+                continue
             if delta.a is not None and delta.b is not None:
                 row[layout.A], row[layout.B], row[layout.RANK] = place(delta.a), place(delta.b), delta.rank
                 row[layout.SCALE] = np.float32(delta.scale).view(np.uint32)
                 touches[index] |= LORA
+                if delta.b.shape[0] == delta.b.shape[1] and torch.equal(delta.b, torch.eye(delta.rank).to(delta.b)):
+                    row[layout.WHOLE] = 1
             for column, bit, part in (
                 (layout.GAIN, GAIN, delta.gain),
                 (layout.IN_GAIN, IN_GAIN, delta.in_gain),
@@ -199,7 +209,7 @@ class Store:
                 f"{label}: some weights overflow {self.arena.dtype}, in which the model runs; patch with "
                 "dtype=torch.float32 or torch.bfloat16"
             )
-        packed = Packed(blob, rows, touches)
+        packed = Packed(blob, rows, touches, heads)
         if packed.nbytes > self.capacity:
             raise errors.CapacityError(
                 f"{label} needs {packed.nbytes:,} bytes; the arena has {self.capacity:,} (patch(memory=...))"

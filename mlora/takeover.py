@@ -12,10 +12,8 @@ from torch import nn
 
 from . import errors
 from .adapter import Adapter
-from .layers import base_linear, find_layers
+from .layers import INNER, base_linears, find_layers, inner_module
 from .lowering import lower
-
-_INNER = ("base_layer", "original_module")  # where PEFT's layers, and its copies of whole modules, keep the model's own
 
 
 def has_peft(model: nn.Module) -> bool:
@@ -49,21 +47,23 @@ def take_over(model: nn.Module) -> tuple[nn.Module, dict[str, Adapter], str | No
     adapters = {name: Adapter.from_peft(model, name) for name in configs}
     base: nn.Module = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model  # type: ignore[operator]
     inside = _tuner_layers(base)
-    bases = {}
+    paths = {}
     for path, module in find_layers(base).items():
         owner = next((name for name in inside if path.startswith(f"{name}.")), None)
         if owner is not None:
-            child, _, rest = path[len(owner) + 1 :].partition(".")
-            if child not in _INNER:
-                continue  # a linear of PEFT's own
+            own = inner_module(inside[owner])
+            rest = next((name for name, child in own.named_modules() if child is module), None)
+            if rest is None:
+                continue  # a module of PEFT's own
             path = f"{owner}.{rest}" if rest else owner
-        bases[path] = base_linear(path, module)
+        paths[path] = module
+    bases = base_linears(base, paths)
     for adapter in adapters.values():
         lower(adapter, bases)
 
     for path, layer in inside.items():
         parent, _, child = path.rpartition(".")
-        setattr(base.get_submodule(parent), child, _own(layer))
+        setattr(base.get_submodule(parent), child, inner_module(layer))
     for attribute in ("peft_config", "_hf_peft_config_loaded"):
         base.__dict__.pop(attribute, None)
     if base is not model:
@@ -76,16 +76,9 @@ def _tuner_layers(model: nn.Module) -> dict[str, Any]:
     found = {
         name: module
         for name, module in model.named_modules()
-        if any(isinstance(getattr(module, inner, None), nn.Module) for inner in _INNER)
+        if any(isinstance(getattr(module, inner, None), nn.Module) for inner in INNER)
     }
     return {name: layer for name, layer in found.items() if not any(name.startswith(f"{o}.") for o in found)}
-
-
-def _own(layer: Any) -> nn.Module:
-    """The module of the model's own inside `layer`, which may hold it several layers deep."""
-    while inner := next((child for name in _INNER if isinstance(child := getattr(layer, name, None), nn.Module)), None):
-        layer = inner
-    return layer
 
 
 def _active(layers: dict[str, Any]) -> str | None:

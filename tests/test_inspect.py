@@ -43,14 +43,21 @@ TARGETS = ["q_proj", "down_proj"]
             0,
             ("with an error of up to ", "model.layers.0.mlp.down_proj"),
         ),
+        (peft.OFTConfig(oft_block_size=4, coft=True, target_modules=TARGETS), (), 1, ("coft",)),
         (
-            peft.LoraConfig(r=3, target_modules=TARGETS, trainable_token_indices=[1]),
-            (),
-            1,
-            ("trainable_token_indices",),
+            peft.LoraConfig(r=3, target_modules=TARGETS, trainable_token_indices=[1], modules_to_save=["norm"]),
+            ("--model", "x"),
+            0,
+            ("exactly, on 10 modules of x",),
+        ),
+        (
+            peft.LNTuningConfig(target_modules=["norm"]),
+            ("--model", "x"),
+            0,
+            ("LN_TUNING", "exactly, on 1 modules of x"),
         ),
     ),
-    ids=("lora", "loha", "loha-fits", "refused", "no-such-type", "approximate", "option"),
+    ids=("lora", "loha", "loha-fits", "refused", "no-such-type", "approximate", "option", "trained-parts", "norms"),
 )
 def test_inspect(
     model: None, tmp_path: Path, config: Any, options: tuple[str, ...], code: int, wanted: tuple[str, ...]

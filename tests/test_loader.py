@@ -191,7 +191,7 @@ TENSORS: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("untargeted", rename("q_proj", "o_proj"), ("o_proj", "target_modules", "q_proj")),
     ("another-model", rename("model.layers", "transformer.h"), ("transformer.h.0.self_attn", "another base")),
     ("more-layers", rename("layers.1", "layers.2"), ("layers.2.self_attn", "another base")),
-    ("not-a-linear", rename("self_attn.q_proj", "input_layernorm"), ("input_layernorm", "no linear")),
+    ("not-a-linear", rename("self_attn.q_proj", "input_layernorm"), ("input_layernorm", "target_modules")),
     ("twice", add(f"{Q0.removeprefix(ROOT + '.')}.lora_A.weight", torch.ones(3, 32)), ("prefix", ROOT)),
 )  # fmt: skip
 

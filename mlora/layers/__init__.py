@@ -4,29 +4,38 @@ Swapping the class, as `torch.nn.utils.parametrize` does, leaves parameters, hoo
 and `state_dict` keys exactly as they are, and swapping it back leaves no trace.
 """
 
-from .base import base_linear
+from .base import base_linear, base_linears
 from .conv import CONVS, ConvLayer
 from .dense import compute_dtype, is_dense, model_dtype
 from .embedding import EmbeddingLayer
-from .find import find_layers, mixin_of
+from .find import INNER, find_layers, inner_module, mixin_of
+from .head import Head
 from .linear import LoraLayer
+from .norm import NormLayer, is_norm_like, norm_offset
 from .state import LayerState, Shared
 from .swap import guard_moves, refuse_copy, refuse_move, restore_class, swap_class, swap_forward
 
 __all__ = [
     "CONVS",
+    "INNER",
     "ConvLayer",
     "EmbeddingLayer",
+    "Head",
     "LayerState",
     "LoraLayer",
+    "NormLayer",
     "Shared",
     "base_linear",
+    "base_linears",
     "compute_dtype",
     "find_layers",
     "guard_moves",
+    "inner_module",
     "is_dense",
+    "is_norm_like",
     "mixin_of",
     "model_dtype",
+    "norm_offset",
     "refuse_copy",
     "refuse_move",
     "restore_class",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,9 +17,32 @@ from ..lowering import BaseLinear, Conv
 from ..lowering.delta import spread
 from .conv import CONVS
 from .dense import DENSE, compute_dtype, is_dense, tensors_of
-from .linear import LoraLayer
+from .norm import is_norm_like, norm_offset
+from .swap import twin_of
 
 _IDENTITY_ROWS = 1024  # of the identity that is sent through a quantized linear at a time
+
+
+def base_linears(
+    model: nn.Module,
+    paths: Mapping[str, nn.Module],
+    originals: Callable[[str], Mapping[str, Tensor]] = lambda _: {},
+) -> dict[str, BaseLinear]:
+    """`base_linear` of each of `paths`, and what they are to each other: dotted path -> module of `model`."""
+    bases = {name: base_linear(name, module, partial(originals, name)) for name, module in paths.items()}
+    modules: dict[int, list[str]] = {}
+    weights: dict[int, list[str]] = {}
+    for name, module in paths.items():
+        modules.setdefault(id(module), []).append(name)
+        weights.setdefault(id(getattr(module, "weight", module)), []).append(name)
+    answers = getattr(model, "get_output_embeddings", lambda: None)()
+    last = next((name for name in reversed(bases) if bases[name].offset is None), None)
+    for name, module in paths.items():
+        aliases = tuple(other for other in modules[id(module)] if other != name)
+        tied = tuple(n for n in weights[id(getattr(module, "weight", module))] if n != name and n not in aliases)
+        head = (name == last or module is answers) and type(module) is nn.Linear
+        bases[name] = replace(bases[name], aliases=aliases, tied=tied, head=head)
+    return bases
 
 
 def base_linear(name: str, module: nn.Module, originals: Callable[[], Mapping[str, Tensor]] = dict) -> BaseLinear:
@@ -28,8 +53,11 @@ def base_linear(name: str, module: nn.Module, originals: Callable[[], Mapping[st
     transposed, embed_scale = isinstance(module, (Conv1D, nn.Embedding)), None
     if isinstance(module, nn.Embedding):  # in the dtype in which it multiplies
         embed_scale = float(torch.as_tensor(getattr(module, "embed_scale", 1.0)).to(module.weight.dtype))
+    norm = is_norm_like(module)
     if transposed:
         in_features, out_features = cast(Tensor, module.weight).shape
+    elif norm:
+        in_features = out_features = len(cast(Tensor, module.weight))
     else:
         in_features, out_features = cast(nn.Linear, module).in_features, cast(nn.Linear, module).out_features
 
@@ -37,6 +65,8 @@ def base_linear(name: str, module: nn.Module, originals: Callable[[], Mapping[st
         dense = _dense(name, module, originals)
         dense = dense.t() if transposed else dense
         dense = dense if embed_scale in (None, 1.0) else dense * embed_scale
+        if norm:
+            return dense.flatten()
         if dense.shape != (out_features, in_features):
             raise errors.UnsupportedAdapterError(
                 f"module {name}: its weight dequantizes to shape {tuple(dense.shape)}; it must be "
@@ -44,8 +74,9 @@ def base_linear(name: str, module: nn.Module, originals: Callable[[], Mapping[st
             )
         return dense
 
+    offset = norm_offset(module) if norm else None
     return BaseLinear(
-        name, in_features, out_features, weight, lambda: _bias(module, originals), embed_scale, _dtype(module)
+        name, in_features, out_features, weight, lambda: _bias(module, originals), embed_scale, _dtype(module), offset
     )
 
 
@@ -126,9 +157,7 @@ def dequantize(name: str, module: nn.Module) -> Tensor:
 
 def _through_identity(module: nn.Module) -> Tensor:
     """W, (out, in), of a linear by its own forward, called on a twin without bias: a sum with it would be rounded."""
-    cls: Any = type(module).__bases__[1] if isinstance(module, LoraLayer) else type(module)
-    twin: Any = object.__new__(cls)
-    twin.__dict__.update({key: value for key, value in module.__dict__.items() if key != "forward"})
+    twin, cls = twin_of(module)
     for kind in ("_parameters", "_buffers"):
         held = dict(module.__dict__[kind])
         if isinstance(held.get("bias"), Tensor):

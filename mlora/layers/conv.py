@@ -58,9 +58,9 @@ class ConvLayer(LoraLayer):
         check_rows(self._mlora.shared.plan, self._batched(x).shape[0])
         return super()._compiled(x)
 
-    def _grouped(self, x: Tensor, plan: Plan, touches: int) -> Tensor:
+    def _with_siblings(self, x: Tensor, plan: Plan) -> Tensor:
         """Siblings share an input; of convolutions they would have to share kernels and strides too."""
-        return self._routed(x, plan.tensor, touches)
+        return self._routed(x, plan.tensor, plan.touches[self._mlora.index])
 
     def _routed(self, x: Tensor, words: Tensor, touches: int) -> Tensor:
         if x.dim() == len(self.kernel_size) + 1:

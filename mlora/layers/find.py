@@ -13,6 +13,10 @@ from .conv import CONVS, ConvLayer, is_conv
 from .dense import is_dense, tensors_of
 from .embedding import EmbeddingLayer
 from .linear import LoraLayer
+from .norm import NormLayer, is_norm_like, norm_offset
+
+# Where PEFT's layers, and its copies of whole modules, keep the model's own.
+INNER = ("base_layer", "original_module")
 
 MODULE_CLASSES: tuple[type[nn.Module], ...] = (nn.Linear, Conv1D)
 
@@ -21,15 +25,17 @@ def mixin_of(module: nn.Module) -> type[LoraLayer]:
     """The layer class that serves a module of `find_layers`."""
     if isinstance(module, nn.Embedding):
         return EmbeddingLayer
-    return ConvLayer if isinstance(module, CONVS) else LoraLayer
+    if isinstance(module, CONVS):
+        return ConvLayer
+    return NormLayer if is_norm_like(module) else LoraLayer
 
 
 def find_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Dotted path -> every module that can be patched; a shared module comes once for each path.
 
-    These are linears, convolutions, and embeddings of tokens. Linears whose owner reads their weight without calling
-    them are left out, since a layer there would silently do nothing: `nn.MultiheadAttention`'s projections and
-    `nn.TransformerEncoderLayer`'s.
+    These are linears, convolutions, embeddings of tokens, and norms. Those whose owner reads their weight without
+    calling them are left out, since a layer there would silently do nothing: `nn.MultiheadAttention`'s projections and
+    `nn.TransformerEncoderLayer`'s linears and norms.
     """
     bypassed = {
         id(child)
@@ -43,7 +49,13 @@ def find_layers(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules(remove_duplicate=False)
         if name
         and id(module) not in bypassed
-        and (isinstance(module, MODULE_CLASSES) or id(module) in tokens or is_conv(module) or is_packed_linear(module))
+        and (
+            isinstance(module, MODULE_CLASSES)
+            or id(module) in tokens
+            or is_conv(module)
+            or is_packed_linear(module)
+            or norm_offset(module) is not None
+        )
     }
 
 
@@ -56,11 +68,18 @@ def token_embeddings(model: nn.Module) -> Iterator[nn.Embedding]:
             found: Any = part.get_input_embeddings()  # type: ignore[operator]
         except (AttributeError, NotImplementedError):
             continue
-        found = getattr(found, "base_layer", found)  # of a layer of PEFT's that is about to be taken out
+        found = inner_module(found)  # of a layer of PEFT's that is about to be taken out
         if not isinstance(found, nn.Embedding) or found.max_norm is not None or not is_dense(found.weight):
             continue
         if type(found).forward is nn.Embedding.forward or hasattr(found, "embed_scale"):
             yield found
+
+
+def inner_module(module: Any) -> Any:
+    """The model's own module inside one of PEFT's, which may hold it several layers deep; else `module`."""
+    while inner := next((c for name in INNER if isinstance(c := getattr(module, name, None), nn.Module)), None):
+        module = inner
+    return module
 
 
 def is_packed_linear(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -12,7 +13,8 @@ from .. import errors
 from ..ops import dispatch, reference
 from ..ops.rows import check_rows
 from ..routing import Plan, Siblings
-from ..store import GAIN, IN_GAIN, LORA
+from ..store import GAIN, HEAD, IN_GAIN, LORA
+from .head import answer, check_heads
 from .state import LayerState
 from .swap import refuse_copy, refuse_move
 
@@ -23,6 +25,7 @@ class LoraLayer(nn.Module):
     _mlora: LayerState
     weight: Tensor
     bias: Tensor | None
+    out_features: int
 
     def forward(self, x: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:
         if x is None:  # nn.Linear calls it `input`
@@ -43,6 +46,9 @@ class LoraLayer(nn.Module):
             if ready is not None and seen.version == x._version:
                 return ready
         self._check(x, plan)
+        if touches & HEAD:
+            base = partial(self._routed, words=plan.tensor, touches=touches)
+            return answer(x, plan.heads[state.index], shared.arena, base, self.out_features)
         if not touches & IN_GAIN:
             if state.fused and (kblock := self._fusable(x)):
                 return dispatch.linear(x, self.weight, self.bias, shared.arena, state.table, plan.tensor, kblock)
@@ -71,7 +77,7 @@ class LoraLayer(nn.Module):
         for layer in groups.get(index, ()):
             its = layer._mlora
             touches = plan.touches[its.index]
-            if touches and not touches & IN_GAIN and not its.gathered and its.outer is None:
+            if touches and not touches & (IN_GAIN | HEAD) and not its.gathered and its.outer is None:
                 if "forward" in layer.__dict__:  # somebody's, set since
                     continue
                 results[its.index] = output = layer._base(x)
@@ -125,6 +131,8 @@ class LoraLayer(nn.Module):
         self._check_autocast(x)
         if state.gathered:
             check_rows(shared.plan, 0)  # only one entry for all rows may pass
+        if state.index in shared.heads:
+            check_heads(shared.plan)
         touches = LORA | GAIN | IN_GAIN if shared.in_gains else LORA | GAIN
         return self._routed(x, shared.plan, touches)
 

@@ -28,6 +28,15 @@ def restore_class(module: nn.Module) -> None:
     module.__class__ = type(module).__bases__[1]
 
 
+def twin_of(module: nn.Module) -> tuple[Any, Any]:
+    """An object with all that `module` holds but a `forward` of its own, to put other tensors into, and the class that
+    `module` had before it was patched."""
+    cls: Any = type(module).__bases__[1] if type(module) in _swapped.values() else type(module)
+    twin: Any = object.__new__(cls)
+    twin.__dict__.update({key: value for key, value in module.__dict__.items() if key != "forward"})
+    return twin, cls
+
+
 def bound_forwards(module: nn.Module, forward: Callable[..., Any]) -> list[str]:
     """The attributes in which `module` itself holds `forward`, bound to it."""
     return [

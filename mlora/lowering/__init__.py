@@ -19,19 +19,22 @@ from .lokr import LOKR
 from .lora import LORA
 from .lycoris import LYCORIS
 from .miss import MISS
-from .module import Lowering, lower_module, modules_of
+from .module import Lowering, modules_of
 from .module import module_names as _module_names
 from .native import NATIVE, to_adapter
+from .parts import lower_module
 from .randlora import RANDLORA
 from .road import ROAD
+from .saved import LN_TUNING
+from .tokens import TRAINABLE_TOKENS
 from .vblora import VBLORA
 from .vera import VERA
 
 LOWERINGS: dict[str, Lowering] = {
     "ADALORA": ADALORA, "BOFT": BOFT, "C3A": C3A, "DELORA": DELORA, "DELTA": NATIVE, "FOURIERFT": FOURIERFT,
-    "GRALORA": GRALORA, "HIRA": HIRA, "HRA": HRA, "IA3": IA3, "LOHA": LOHA, "LOKR": LOKR, "LORA": LORA,
-    "LYCORIS": LYCORIS, "MISS": MISS, "OFT": OFT, "RANDLORA": RANDLORA, "ROAD": ROAD, "SHIRA": SHIRA, "VBLORA": VBLORA,
-    "VERA": VERA, "WAVEFT": WAVEFT,
+    "GRALORA": GRALORA, "HIRA": HIRA, "HRA": HRA, "IA3": IA3, "LN_TUNING": LN_TUNING, "LOHA": LOHA, "LOKR": LOKR,
+    "LORA": LORA, "LYCORIS": LYCORIS, "MISS": MISS, "OFT": OFT, "RANDLORA": RANDLORA, "ROAD": ROAD, "SHIRA": SHIRA,
+    "TRAINABLE_TOKENS": TRAINABLE_TOKENS, "VBLORA": VBLORA, "VERA": VERA, "WAVEFT": WAVEFT,
 }  # fmt: skip
 
 # Types that no per-row delta expresses, with the reason.
@@ -41,8 +44,6 @@ REFUSED = {
         "it adds virtual tokens to the prompt, not deltas to linears",
     ),
     "ADAPTION_PROMPT": "it adds virtual tokens inside attention, not deltas to linears",
-    "LN_TUNING": "it trains norms, not linears",
-    "TRAINABLE_TOKENS": "it trains token embeddings, not linears",
     "LILY": "what it adds to a row depends on the other rows of the batch",
     "XLORA": "it runs the model twice and mixes adapters by what it sees, and its classifier is not in the file",
     "POLY": "it chooses by task_ids, an input of the model",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ class Delta:
         in_gain: (in,), u - 1.
         shift: (out,), c.
         error: |D - B^T A| / |D| (Frobenius) where B^T A approximates a dense D; 0 where it is exact.
+        replaces: of a head of another size: y = A x + c, of width `rank`, in place of all of the above; `b` is absent.
     """
 
     a: Tensor | None = None
@@ -35,10 +36,21 @@ class Delta:
     in_gain: Tensor | None = None
     shift: Tensor | None = None
     error: float = 0.0
+    replaces: bool = False
 
     @property
     def rank(self) -> int:
         return 0 if self.a is None else self.a.shape[0]
+
+    def equals(self, other: Delta) -> bool:
+        """Whether both have the same numbers."""
+        return self is other or all(
+            torch.equal(mine, theirs)
+            if isinstance(mine := getattr(self, part.name), Tensor)
+            and isinstance(theirs := getattr(other, part.name), Tensor)
+            else mine is theirs or (not isinstance(mine, Tensor) and mine == theirs)
+            for part in fields(self)
+        )
 
     def shifted(self, by: Tensor) -> Delta:
         """The same with `by`, (out,), added to the shift."""
@@ -94,6 +106,10 @@ class BaseLinear:
         bias: returns the (out,) bias in fp32 on the CPU, or None.
         embed_scale: the factor of an embedding that scales what it looks up, 1 of others; None of a linear.
         dtype: of the weight in the model, to which a file's copy of it is rounded before they are compared.
+        offset: of a norm, n * (weight + offset) + bias of a normalised n: 0, or Gemma's 1; None of a linear. Its
+            `weight` returns (out,).
+        aliases: the other paths of the same module. `tied`: those of other modules that hold its very weight.
+        head: whether it gives the model's answer, so that another size is no matter to any other module.
         conv: what it is if it is a convolution.
     """
 
@@ -104,6 +120,10 @@ class BaseLinear:
     bias: Callable[[], Tensor | None]
     embed_scale: float | None = None
     dtype: torch.dtype = torch.float32
+    offset: float | None = None
+    aliases: tuple[str, ...] = ()
+    tied: tuple[str, ...] = ()
+    head: bool = False
     conv: Conv | None = None
 
     @property

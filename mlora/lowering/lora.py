@@ -8,7 +8,8 @@
     BdLoRA  A or B is block-diagonal
     convolutions  A is a convolution like the base's to r channels, B one of 1x1 with the base's groups, so A reads the
                   channels of all groups; PEFT gives A neither dilation nor a padding mode
-    embeddings  y = embed_scale (W[ids] + s (B A[:, ids])^T), `lora_embedding_A` (r, vocab), `lora_embedding_B` (out, r)
+    embeddings  y = embed_scale (W[ids] + s (B A[:, ids])^T), `lora_embedding_A` (r, vocab), `lora_embedding_B` (out,
+                r); with DoRA y = g embed_scale W[ids] + g s (B A[:, ids])^T, g = m / |W^T + s B A|, as PEFT computes it
 
 In PEFT's layout `lora_A.weight` is (r, in) and `lora_B.weight` is (out, r), for `nn.Linear` and for
 GPT-2's `Conv1D` alike, so `fan_in_fan_out` only says how the base weight lies.
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from .. import errors
 from .delta import Delta, spread
-from .module import Format, Lowering, Module, scaling
+from .module import TOKENS, Format, Lowering, Module, scaling
 
 _REWRITTEN = (
     "this initialisation rewrites the base weights; save the adapter with PEFT's "
@@ -46,10 +47,11 @@ FORMAT = Format(
         "lora_diag": "diagonal",
         "lora_embedding_A": "lora_embedding_A",
         "lora_embedding_B": "lora_embedding_B",
+        "token_adapter.trainable_tokens_delta": TOKENS,
     },
     honoured={
         "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias",
-        "init_lora_weights", "kasa_config", "use_bdlora",
+        "init_lora_weights", "kasa_config", "use_bdlora", "trainable_token_indices",
     },
     neutral={
         "lora_dropout", "megatron_core", "runtime_config", "eva_config", "corda_config", "loftq_config",
@@ -57,7 +59,6 @@ FORMAT = Format(
         "ensure_weight_tying",
     },
     notes={
-        "trainable_token_indices": "trained token embeddings are not served",
         "alora_invocation_tokens": "it applies from a token in the text on, not to whole rows",
         "target_parameters": "adapters of parameters that no linear holds are not served",
         "layer_replication": "it changes the number of layers",
@@ -99,27 +100,40 @@ def delta(module: Module) -> Delta:
 def _embedding(module: Module, embed_scale: float) -> Delta:
     """LoRA of an embedding, which is a linear of one-hot inputs. PEFT gives it no `lora_bias`."""
     config, base = module.config, module.base
-    if option := next((option for option in ("use_dora", "kasa_config", "use_bdlora") if config.get(option)), None):
+    if option := next((option for option in ("kasa_config", "use_bdlora") if config.get(option)), None):
         raise errors.UnsupportedAdapterError(f"{module.where}: option {option} is not served for embeddings")
     a = module.part("lora_embedding_A", None, base.in_features)
     b = module.part("lora_embedding_B", base.out_features, a.shape[0])
     module.expect("lora_embedding_A has rank", a.shape[0], module.integer("r", 8, "rank_pattern"))
     scale = scaling(module, a.shape[0], "lora_alpha", rslora=bool(config.get("use_rslora")))
-    return Delta(a, b.t(), scale * embed_scale)
+    if bool(config.get("use_dora")) != ("magnitude" in module.parts):
+        state = "has no" if config.get("use_dora") else "has a"
+        raise errors.AdapterError(
+            f"{module.where}: use_dora is {config.get('use_dora')!r} but it {state} magnitude tensor"
+        )
+    if "magnitude" not in module.parts:
+        return Delta(a, b.t(), scale * embed_scale)
+    if embed_scale == 0:
+        raise errors.UnsupportedAdapterError(f"{module.where}: use_dora is not served, its embedding is scaled by 0")
+    gain = _gain(module, torch.addmm(base.weight() / embed_scale, b, a, alpha=scale))
+    return Delta(a, (b * gain[:, None]).t(), scale, gain=gain - 1)
+
+
+def _gain(module: Module, weight: Tensor) -> Tensor:
+    """g = m / |weight|, (out,), by rows of (out, in)."""
+    norm = torch.linalg.vector_norm(weight, dim=1)
+    if not (norm > 0).all():
+        raise errors.AdapterError(f"module {module.base.name}: DoRA divides by a zero row norm of W + s B A")
+    base = module.base
+    if base.conv is not None:
+        return module.matrix("magnitude", 1, base.out_features)[0] / norm
+    return module.part("magnitude", base.out_features) / norm
 
 
 def _dora(module: Module, a: Tensor, b: Tensor, scale: float) -> Delta:
     """y = base + (g-1)(base - bias) + g s B A x with g = m / |W + s B A|, as PEFT computes it."""
     base = module.base
-    norm = torch.linalg.vector_norm(torch.addmm(base.weight(), b, a, alpha=scale), dim=1)
-    if not (norm > 0).all():
-        raise errors.AdapterError(f"module {base.name}: DoRA divides by a zero row norm of W + s B A")
-    magnitude = (
-        module.part("magnitude", base.out_features)
-        if base.conv is None
-        else module.matrix("magnitude", 1, base.out_features)[0]
-    )
-    gain = magnitude / norm
+    gain = _gain(module, torch.addmm(base.weight(), b, a, alpha=scale))
     bias = base.bias()
     shift = None if bias is None else (1 - gain) * bias
     return Delta(a, (b * gain[:, None]).t(), scale, gain=gain - 1, shift=shift)

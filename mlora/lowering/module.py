@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import errors
 from ..adapter import Adapter
-from .delta import BaseLinear, Delta, Dense, spread, whole
+from .delta import BaseLinear, Delta, Dense
 from .targets import is_target, pattern_value
 
 # Options of every type that say which modules are changed, or how a base weight lies.
@@ -32,15 +32,15 @@ _NEUTRAL = {
 
 # Beside a type's own tensors, files may hold the base's: PEFT adds the weight of a targeted lm_head, with
 # `bias` the trained biases, and with `modules_to_save` whole modules that were trained.
-_BASE_PARTS = {
+BASE_PARTS = {
     "base_layer.weight": "copy",
     "base_layer.bias": "base bias",
     "bias": "base bias",
     "weight": "saved weight",
 }
 
-# What may change an embedding: LoRA, and what mlora makes of several when it merges them.
-_EMBEDDING_PARTS = {"lora_embedding_A", "lora_embedding_B", "delta_A", "delta_B", "copy"}
+# The part that holds replaced rows of an embedding, in whichever type.
+TOKENS = "trained tokens"
 
 _TEXTS = (str, "a pattern or a list of names")
 _SHAPES: dict[str, tuple[type, str]] = {
@@ -188,6 +188,7 @@ class Lowering:
     Args:
         format: how it is saved.
         delta: the pure function from one of its modules to a delta.
+        norms: whether it targets norms too. `tied`: whether what it targets takes along what is tied to it.
         names: where files do not use the model's own names: (those in the file, the model's) -> the model's
             name of each.
     """
@@ -195,6 +196,8 @@ class Lowering:
     format: Format
     delta: Callable[[Module], Delta | Dense]
     names: Callable[[Iterable[str], Iterable[str]], dict[str, str]] | None = None
+    norms: bool = False
+    tied: bool = False
 
 
 def modules_of(adapter: Adapter, lowering: Lowering, bases: Mapping[str, BaseLinear]) -> Iterator[Module]:
@@ -213,13 +216,19 @@ def modules_of(adapter: Adapter, lowering: Lowering, bases: Mapping[str, BaseLin
         if len(set(named.values())) != len(modules):
             raise errors.AdapterError(f"adapter from {adapter.source}: several of its modules are one of this model's")
         modules = {named[name]: parts for name, parts in modules.items()}
-    targeted = {name for name, parts in modules.items() if parts.keys() - set(_BASE_PARTS.values())}
+    beside = {*BASE_PARTS.values(), *(() if lowering.tied else (TOKENS,))}
+    targeted = {name for name, parts in modules.items() if parts.keys() - beside}
     if unsaved := [name for name in bases if _is_saved(adapter, name) and "saved weight" not in modules.get(name, ())]:
         raise errors.AdapterError(
             f"adapter from {adapter.source}: its modules_to_save {adapter.config['modules_to_save']!r} name "
             f"{_some(unsaved)}, for which it has no weights"
         )
-    _check_targets(adapter, modules, targeted, bases)
+    _check_targets(adapter, modules, targeted, bases, lowering)
+    if adapter.config.get("trainable_token_indices") and not any(TOKENS in parts for parts in modules.values()):
+        raise errors.AdapterError(
+            f"adapter from {adapter.source}: its trainable_token_indices name tokens, for which it has no weights"
+        )
+    _follow(modules, bases)
     peers = tuple(bases[name] for name in sorted(targeted))
     for name, parts in modules.items():
         yield Module(adapter.config, parts, shared, bases[name], peers, adapter.source)
@@ -229,72 +238,6 @@ def module_names(adapter: Adapter, lowering: Lowering) -> list[str]:
     """The modules that the files of `adapter` change, as they name them; raises as `modules_of` does."""
     check_options(adapter, lowering.format)
     return sorted(_group(adapter, lowering.format)[0])
-
-
-def lower_module(module: Module, lowering: Lowering) -> Delta | Dense:
-    """The module's delta, with the shift from the base's bias to a saved one."""
-    parts, base = module.parts, module.base
-    if base.embed_scale is not None and (unserved := sorted(parts.keys() - _EMBEDDING_PARTS)):
-        raise errors.UnsupportedAdapterError(
-            f"{module.where}: an embedding is served with LoRA only; the file has its {', '.join(unserved)}"
-        )
-    if "copy" in parts and not _is_copy(parts["copy"], base):
-        raise errors.AdapterError(
-            f"{module.where}: the file has its own copy of the base weight, of shape {tuple(parts['copy'].shape)}, "
-            f"which is not this model's ({base.out_features}, {base.in_features}); was it made for another base?"
-        )
-    own = parts.keys() - set(_BASE_PARTS.values())
-    saved = "saved weight" in parts
-    if base.conv is not None:
-        _check_conv(module, lowering.format, bool(own), saved)
-    if own and saved:
-        raise errors.AdapterError(f"{module.where}: modules_to_save names it and the adapter targets it as well")
-    delta: Delta | Dense = Delta()
-    if own:
-        delta = lowering.delta(module)
-    elif saved:  # as exact as the weight itself, in min(in, out) rank rows
-        weight = spread(module.part("saved weight", *base.weight_shape).flatten(1), base.groups)
-        delta = whole(weight.double() - base.weight().double())
-    if "base bias" in parts:
-        if (bias := base.bias()) is None:
-            raise errors.AdapterError(f"{module.where}: the file has a trained base bias; the module has no bias")
-        shift = module.part("base bias", base.out_features) - bias
-        if isinstance(delta, Delta):
-            return delta.shifted(shift)
-        return Dense(delta.weight, delta.why, delta.gain, shift if delta.shift is None else delta.shift + shift)
-    if (saved or (own and module.config.get("bias", "none") != "none")) and base.bias() is not None:
-        option = "modules_to_save" if saved else "bias"
-        raise errors.AdapterError(
-            f"{module.where}: {option} is {module.config[option]!r} but the file has no bias for it"
-        )
-    return delta
-
-
-def _is_copy(tensor: Tensor, base: BaseLinear) -> bool:
-    """Whether `tensor`, laid out as in the model and rounded to its dtype, is the base's weight."""
-    rounded = tensor.to(base.dtype).float()
-    if base.embed_scale is not None:
-        return torch.equal(rounded.t() * base.embed_scale, base.weight())
-    return tensor.shape == base.weight_shape and torch.equal(spread(rounded.flatten(1), base.groups), base.weight())
-
-
-def _check_conv(module: Module, format: Format, own: bool, saved: bool) -> None:
-    """Refuse what is not served on a convolution, or not on one of this kind."""
-    conv, kind = module.base.conv, module.config.get("peft_type")
-    assert conv is not None
-    dims = len(conv.kernel)
-    if own and dims not in format.convs:
-        raise errors.UnsupportedAdapterError(
-            f"{module.where}: it is a {dims}-d convolution, for which PEFT has no layer of type {kind}"
-        )
-    if own and conv.groups > 1 and not format.grouped:
-        raise errors.UnsupportedAdapterError(
-            f"{module.where}: it is a convolution of {conv.groups} groups, on which {kind} is not served"
-        )
-    if saved and not conv.zero_padded:
-        raise errors.UnsupportedAdapterError(
-            f"{module.where}: a saved weight is not served on a convolution that pads with other than zeros"
-        )
 
 
 def check_options(adapter: Adapter, format: Format) -> None:
@@ -319,14 +262,16 @@ def _group(adapter: Adapter, format: Format) -> tuple[dict[str, dict[str, Tensor
     """Module path -> its tensors by part, and the adapter's own tensors; every key must be understood."""
     modules: dict[str, dict[str, Tensor]] = {}
     shared: dict[str, Tensor] = {}
-    suffixes = {**format.parts, **_BASE_PARTS}
+    suffixes = {**format.parts, **BASE_PARTS}
+    # What is tied to a module to save is saved with it, unnamed.
+    tied = adapter.config.get("modules_to_save") and adapter.config.get("ensure_weight_tying")
     for key, tensor in adapter.tensors.items():
         if key in format.shared:
             part = format.shared[key]
             shared[part] = tensor
         else:
             suffix = _suffix(key, suffixes)
-            if suffix is None or (suffix == "weight" and not _is_saved(adapter, key[: -len(".weight")])):
+            if suffix is None or (suffix == "weight" and not (tied or _is_saved(adapter, key[: -len(".weight")]))):
                 raise errors.UnsupportedAdapterError(
                     f"adapter from {adapter.source}: tensor {key!r} is left over ({_guess(key)}); it is not served"
                 )
@@ -370,15 +315,19 @@ def _guess(key: str) -> str:
 
 
 def _check_targets(
-    adapter: Adapter, modules: Mapping[str, Any], targeted: Set[str], bases: Mapping[str, BaseLinear]
+    adapter: Adapter,
+    modules: Mapping[str, Any],
+    targeted: Set[str],
+    bases: Mapping[str, BaseLinear],
+    lowering: Lowering,
 ) -> None:
     config = adapter.config
     if missing := [name for name in modules if name not in bases]:
         if not targeted & set(missing):
             option = "modules_to_save" if any("saved weight" in modules[name] for name in missing) else "bias"
             raise errors.UnsupportedAdapterError(
-                f"adapter from {adapter.source}: it has trained weights of {_some(missing)}, which are no linears of "
-                f"this model; {option}={config.get(option)!r} is served for linears only"
+                f"adapter from {adapter.source}: it has trained weights of {_some(missing)}, which are no linears, "
+                f"norms or token embeddings of this model; {option}={config.get(option)!r} is served for those only"
             )
         raise errors.AdapterError(
             f"adapter from {adapter.source}: it has weights for {_some(missing)}, which this model has no linear "
@@ -388,8 +337,10 @@ def _check_targets(
     targets = config.get("target_modules")
     if targets is None or targets == "all-linear":
         return  # resolved by PEFT when it was trained: the tensors say which
-    wanted = {name for name in bases if is_target(config, name)}
-    if left := sorted(targeted - wanted):
+    able = {name for name, base in bases.items() if base.offset is None or lowering.norms or name in targeted}
+    wanted = {name for name in able if is_target(config, name)}
+    along = {n for name in wanted for n in (*bases[name].aliases, *bases[name].tied)} if lowering.tied else set()
+    if left := sorted(targeted - wanted - along):
         raise errors.AdapterError(
             f"adapter from {adapter.source}: it has weights for {_some(left)}, which its target_modules "
             f"{targets!r} do not name"
@@ -399,6 +350,14 @@ def _check_targets(
             f"adapter from {adapter.source}: its target_modules {targets!r} name {_some(lacking)}, "
             "for which it has no weights"
         )
+
+
+def _follow(modules: dict[str, dict[str, Tensor]], bases: Mapping[str, BaseLinear]) -> None:
+    """Trained tokens of an embedding are those of all that holds its weight and has none of its own."""
+    for name, parts in list(modules.items()):
+        if TOKENS in parts and bases[name].embed_scale is not None:
+            for other in (*bases[name].aliases, *bases[name].tied):
+                modules.setdefault(other, {}).setdefault(TOKENS, parts[TOKENS])
 
 
 def _shaped(tensor: Tensor, what: str, shape: tuple[int | None, ...]) -> Tensor:

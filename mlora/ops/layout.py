@@ -12,11 +12,13 @@ absent adapter is rank 0 with every part -1.
     GAIN     (out,) holding g - 1
     IN_GAIN  (in,)  holding u - 1
     SHIFT    (out,) holding c
+    WHOLE    1 where B is the identity, so that an embedding's A is looked up and nothing multiplied; else -1
 
 **Plan**, one per forward: int32, one dimension, refreshed by one copy. With R rows, P routes and
 E terms (a route is a distinct recipe; a term is one weighted slot of a recipe):
 
-    [0:8]            header: R, P, E, X, 0, 0, 0, 0, where X is how often `generate` repeats a row
+    [0:8]            header: R, P, E, X, H, 0, 0, 0, where X is how often `generate` repeats a row, and H is 1 where
+                     one has a head of another size, which compiled code must refuse
     row_start  P+1   rows of route p are row_order[row_start[p] : row_start[p+1]]
     row_order  R     rows sorted by route; those that take no adapter come last, after row_start[P]
     term_start P+1   terms of route p are [term_start[p], term_start[p+1])
@@ -34,6 +36,6 @@ ignored; a header of zeros routes nothing.
 from __future__ import annotations
 
 TABLE_WIDTH = 8
-A, B, RANK, SCALE, GAIN, IN_GAIN, SHIFT = range(7)
+A, B, RANK, SCALE, GAIN, IN_GAIN, SHIFT, WHOLE = range(8)
 
 PLAN_HEADER = 8

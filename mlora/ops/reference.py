@@ -27,6 +27,7 @@ class Term(NamedTuple):
     gain: int
     in_gain: int
     shift: int
+    whole: bool
 
 
 class Route(NamedTuple):
@@ -98,6 +99,7 @@ def routes(plan: Tensor, table: Tensor, tokens: int) -> list[Route]:
                 gain=row[layout.GAIN],
                 in_gain=row[layout.IN_GAIN],
                 shift=row[layout.SHIFT],
+                whole=row[layout.WHOLE] == 1,
             )
             if term.rank < 0 or (term.rank and min(term.a, term.b) < 0):
                 raise RuntimeError(f"mlora: slot {term.slot} has rank {term.rank} but no A or B")
@@ -171,8 +173,9 @@ def apply(y: Tensor, base: Tensor | None, x: Tensor, arena: Tensor, table: Tenso
 def embed(y: Tensor, ids: Tensor, arena: Tensor, table: Tensor, plan: Tensor, vocab: int) -> Tensor:
     """What `embed_` leaves in y, as a new tensor; differentiable with respect to y.
 
-    Semantics: y + sum_i w_i scale_i B_i^T A_i[:, ids] over the terms i of each row's recipe, which is `apply` on
-    one-hot inputs. Summed rank row by rank row, so that no token's bits depend on how many others there are.
+    Semantics: y + (sum_i w_i gain_i) * y + sum_i w_i scale_i B_i^T A_i[:, ids] over the terms i of each row's recipe,
+    which is `apply` on one-hot inputs. Summed rank row by rank row, so that no token's bits depend on how many others
+    there are; rank rows that are 0 for all tokens (trained tokens that do not occur) and an identity B are skipped.
     Shapes: y (..., out), ids (...) in [0, vocab), arena (elements,), table and plan as in `layout`, A (rank, vocab).
     """
     rows, flat = _tokens("y", y), ids.reshape(-1)
@@ -182,12 +185,18 @@ def embed(y: Tensor, ids: Tensor, arena: Tensor, table: Tensor, plan: Tensor, vo
     for route in routes(plan, table, flat.numel()):
         delta = None
         for t in route.terms:
+            if t.gain >= 0:
+                added = t.weight * _part(arena, t.gain, width, t.slot, out.dtype) * out[route.tokens]
+                delta = added if delta is None else delta + added
             if not t.rank:
                 continue
             a = _part(arena, t.a, t.rank * vocab, t.slot, arena.dtype).view(t.rank, vocab)
-            b = _part(arena, t.b, t.rank * width, t.slot, out.dtype).view(t.rank, width)
             v = a[:, flat[route.tokens]].to(out.dtype) * (t.weight * t.scale)
-            for j in range(t.rank):
+            if t.whole:
+                delta = v.t() if delta is None else delta + v.t()
+                continue
+            b = _part(arena, t.b, t.rank * width, t.slot, out.dtype).view(t.rank, width)
+            for j in v.any(dim=1).nonzero().flatten().tolist():
                 added = v[j][:, None] * b[j]
                 delta = added if delta is None else delta + added
         if delta is not None:

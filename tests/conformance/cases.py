@@ -17,7 +17,7 @@ from typing import Any
 
 import peft
 import torch
-from conftest import build, peft_alone
+from conftest import VOCAB, build, peft_alone
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -68,6 +68,24 @@ ALL = ("gpt2", "t5", "bert", "qwen2")
 LINEAR = ("t5", "bert")  # types that PEFT has no Conv1D layer for
 CONV = (*LINEAR, "conv")  # and has one for convolutions
 
+# What trains norms, and what embeds tokens, by model.
+NORMS = {
+    "llama": ["input_layernorm", "norm"],
+    "qwen2": ["input_layernorm", "norm"],
+    "gpt2": ["ln_1", "ln_f"],
+    "t5": ["layer_norm"],
+    "bert": ["LayerNorm"],
+}
+EMBEDDINGS = {
+    "llama": "embed_tokens",
+    "qwen2": "embed_tokens",
+    "gpt2": "wte",
+    "t5": "shared",
+    "bert": "word_embeddings",
+}
+EMBEDDING = "the model's embedding"
+TOKENS = list(range(2, VOCAB, 2))
+
 _LORA = {"r": 3, "lora_alpha": 7}
 _ONE_BLOCK = {"boft_block_size": 0, "boft_block_num": 1}
 
@@ -101,8 +119,17 @@ SPECS: tuple[Spec, ...] = (
     _lora("LoRA with a trained lm_head", modules_to_save=["lm_head"]),
     Spec("LoRA with a trained classifier", "LoraConfig", {**_LORA, "task_type": "SEQ_CLS"}, models=("bert",)),
     Spec("IA3 with a trained lm_head", "IA3Config", {"modules_to_save": ["lm_head"]}),
-    _lora("LoRA with a trained norm", REFUSED, "no linears", modules_to_save=["norm"]),
-    _lora("LoRA with trained embeddings", REFUSED, "embed_tokens", modules_to_save=["embed_tokens"]),
+    _lora("LoRA with a trained norm", modules_to_save=["norm"]),
+    Spec("LoRA with trained norms", "LoraConfig", {**_LORA, "modules_to_save": ["post_attention_layernorm"]}),
+    Spec("LoRA with bias all", "LoraConfig", {**_LORA, "bias": "all"}, models=("gpt2", "bert", "qwen2")),
+    # GPT-2's head is tied to its embedding.
+    Spec("LoRA with trained embeddings", "LoraConfig", {**_LORA, "modules_to_save": [EMBEDDING]}, models=ALL),
+    Spec(
+        "LoRA with trained embeddings, tied",
+        "LoraConfig",
+        {**_LORA, "modules_to_save": [EMBEDDING], "ensure_weight_tying": True},
+        models=("gpt2",),
+    ),
     _lora("MiCA", init_lora_weights="mica"),
     _lora("LoRA, orthogonal init", r=4, init_lora_weights="orthogonal"),
     Spec("EVA", "LoraConfig", _LORA, rewritten={"init_lora_weights": "eva", "eva_config": {"rho": 2.0}}),
@@ -117,9 +144,15 @@ SPECS: tuple[Spec, ...] = (
     _rewritten("aLoRA", "alora_invocation_tokens", alora_invocation_tokens=[5]),
     _rewritten("Arrow", "arrow_config", arrow_config={"top_k": 2}),
     _rewritten("LoRA with layer_replication", "layer_replication", layer_replication=[[0, 2], [0, 2]]),
-    _lora("LoRA with trained tokens", REFUSED, "trainable_token_indices", trainable_token_indices=[3, 9]),
+    Spec("LoRA with trained tokens", "LoraConfig", {**_LORA, "trainable_token_indices": TOKENS}, models=ALL),
+    Spec(
+        "LoRA with other trained tokens in the head",
+        "LoraConfig",
+        {**_LORA, "trainable_token_indices": {EMBEDDING: TOKENS, "lm_head": TOKENS[::3]}},
+        models=("gpt2",),
+    ),
     _lora("LoRA of embeddings", target_modules=["embed_tokens", "q_proj"]),
-    _lora("DoRA of embeddings", REFUSED, "magnitude", target_modules=["embed_tokens", "q_proj"], use_dora=True),
+    _lora("DoRA of embeddings", target_modules=["embed_tokens", "q_proj"], use_dora=True),
     Spec("AdaLoRA", "AdaLoraConfig", {"init_r": 4, "lora_alpha": 6, "total_step": 9}, models=ALL),
     Spec("AdaLoRA, pruned", "AdaLoraConfig", {"init_r": 4, "lora_alpha": 6, "total_step": 9}),
     Spec("LoHa", "LoHaConfig", {"r": 2, "alpha": 3}, strength=0.6, models=CONV),
@@ -187,22 +220,26 @@ SPECS: tuple[Spec, ...] = (
     Spec("C3A", "C3AConfig", {"block_size": 8}, APPROXIMATE, "circulant", strength=4.0, models=("bert",)),
     Spec("SHiRA", "ShiraConfig", {"r": 2}, APPROXIMATE, "sparse"),
     Spec("HiRA", "HiraConfig", {"r": 3}, APPROXIMATE, "elementwise", strength=1.0, models=("conv",)),
-    Spec("LN tuning", "LNTuningConfig", {"target_modules": ["input_layernorm"]}, REFUSED, "norms"),
-    Spec("Trainable tokens", "TrainableTokensConfig", {"token_indices": [2]}, REFUSED, "token embeddings"),
+    Spec("LN tuning", "LNTuningConfig", models=ALL),
+    Spec("LN tuning with a trained lm_head", "LNTuningConfig", {"modules_to_save": ["lm_head"]}),
+    Spec("Trainable tokens", "TrainableTokensConfig", {"token_indices": TOKENS}, models=ALL),
     Spec("Prompt tuning", "PromptTuningConfig", {"num_virtual_tokens": 2}, REFUSED, "virtual tokens"),
     Spec("Prefix tuning", "PrefixTuningConfig", {"num_virtual_tokens": 2}, REFUSED, "virtual tokens"),
 )  # fmt: skip
 
 FULL_RANK = 64  # from here on `approximate` is exact on all of the tiny models
 
-_OWN_TARGETS = ("LNTuningConfig", "TrainableTokensConfig", "PromptTuningConfig", "PrefixTuningConfig")
+_OWN_TARGETS = ("TrainableTokensConfig", "PromptTuningConfig", "PrefixTuningConfig")
+_NO_FAN_IN = ("RandLoraConfig", "VeraConfig", "LNTuningConfig", "TrainableTokensConfig")
 
 
 def make(folder: Path, spec: Spec, model: str, seed: int) -> Path:
     """Save the adapter of `spec` for a model of conftest's, with every trainable tensor random."""
     base = build(model)
-    options = dict(spec.options)
-    if spec.kind not in _OWN_TARGETS:
+    options = {key: _named(value, EMBEDDINGS[model]) for key, value in spec.options.items()}
+    if spec.kind == "LNTuningConfig":
+        options["target_modules"] = NORMS[model]
+    elif spec.kind not in _OWN_TARGETS:
         options.setdefault("target_modules", TARGETS[model])
     if spec.kind == "OFTConfig" and model == "conv":  # which has no exact meaning for larger kernels
         options["target_modules"] = ["shortcut.convolution", "classifier.1"]
@@ -210,7 +247,7 @@ def make(folder: Path, spec: Spec, model: str, seed: int) -> Path:
         options["feedforward_modules"] = TARGETS[model][-1:]
     if spec.kind in ("PromptTuningConfig", "PrefixTuningConfig"):
         options["task_type"] = "CAUSAL_LM"
-    if model == "gpt2" and spec.kind not in ("RandLoraConfig", "VeraConfig"):
+    if model == "gpt2" and spec.kind not in _NO_FAN_IN:
         options["fan_in_fan_out"] = True
     config = getattr(peft, spec.kind)(**options)
     convert = "converted" in spec.name
@@ -239,6 +276,13 @@ def make(folder: Path, spec: Spec, model: str, seed: int) -> Path:
     return folder
 
 
+def _named(value: Any, embedding: str) -> Any:
+    """An option with the name of the model's embedding in it."""
+    if isinstance(value, dict):
+        return {embedding if key == EMBEDDING else key: item for key, item in value.items()}
+    return [embedding if item == EMBEDDING else item for item in value] if isinstance(value, list) else value
+
+
 def randomize(model: nn.Module, seed: int, strength: float) -> None:
     """Give every trainable tensor random values, in the range that its kind is made for."""
     generator = torch.Generator().manual_seed(seed)
@@ -249,7 +293,9 @@ def randomize(model: nn.Module, seed: int, strength: float) -> None:
                 continue
             changed += 1
             noise = torch.randn(parameter.shape, generator=generator)
-            if any(part in name for part in ("magnitude", "ia3_l", "road_alpha", "boft_s", "delora_lambda", "norm")):
+            if any(
+                part in name for part in ("magnitude", "ia3_l", "road_alpha", "boft_s", "delora_lambda", "norm", "ln_")
+            ):
                 parameter.mul_(1 + strength * noise.clamp(-2, 2))  # a gain
             elif any(part in name for part in ("road_theta", "logits", "lora_E", "diag", "spectrum", "hra_u")):
                 parameter.copy_(noise)
@@ -262,21 +308,35 @@ def randomize(model: nn.Module, seed: int, strength: float) -> None:
     assert changed, "the adapter trains nothing"
 
 
+def untied(model: nn.Module) -> nn.Module:
+    """A copy in which no two modules have one weight."""
+    model, seen = copy.deepcopy(model), set()
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter):
+            if id(weight) in seen:
+                module.weight = nn.Parameter(weight.detach().clone())
+            seen.add(id(module.weight))
+    return model
+
+
 def merged(base: nn.Module, mix: Mapping[Path, float]) -> nn.Module:
     """The base with the weighted sum of the differences that PEFT's own merges make, in fp64."""
-    base = copy.deepcopy(base)
+    base = untied(base)  # where weights are tied, PEFT merges what changes one end into both
     biased = {key for folder in mix for key in load_file(folder / "adapter_model.safetensors") if "lora_B.bias" in key}
     for name, module in base.named_modules():
         # PEFT merges lora_bias only into a bias.
         if f"base_model.model.{name}.lora_B.bias" in biased and module.bias is None:
             module.bias = nn.Parameter(torch.zeros(module.weight.shape[0], dtype=module.weight.dtype))
-    states = {}
+    states: dict[Path, dict[str, Tensor]] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for folder in mix:
-            states[folder] = peft_alone(base, folder).merge_and_unload(safe_merge=True).state_dict()
+            state = peft_alone(base, folder).merge_and_unload(safe_merge=True).state_dict()
+            # With LN tuning, PEFT leaves its copies of modules to save where they are.
+            states[folder] = {key.replace(".modules_to_save.oracle-0", ""): value for key, value in state.items()}
     result = copy.deepcopy(base)
-    state: dict[str, Tensor] = result.state_dict()
+    state = result.state_dict()
     for key, value in state.items():
         total = value.double()
         for folder, weight in mix.items():

@@ -1,0 +1,93 @@
+"""Norms: which modules are some, and their layer."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import dispatch, reference
+from .dense import is_dense
+from .linear import LoraLayer
+from .swap import twin_of
+
+
+def norm_offset(module: nn.Module) -> float | None:
+    """k where `module` gives n * (weight + k) + bias over its input's last dimension, whatever n is; None if it is
+    nothing of that kind.
+
+    Found by its interface (a 1-D `weight`, no children, a forward of one tensor) and by what its own forward makes of
+    random numbers under other weights, so that a norm is one by what it does and not by its class.
+    """
+    if not is_norm_like(module):
+        return None
+    weight = cast(Tensor, module.weight)
+    width, device = len(weight), torch.device("cpu") if weight.is_meta else weight.device
+    draw = torch.Generator().manual_seed(0)
+    x, first, second, bias = (
+        (torch.rand(shape, generator=draw) + 0.5).to(device)
+        for shape in ((2, 2 if width == 3 else 3, width), (width,), (width,), (width,))
+    )
+    x = x * torch.arange(1, width + 1, device=device).sin()  # of both signs
+    twin, cls = twin_of(module)
+
+    def output(weight: Tensor, bias: Tensor) -> Tensor:
+        held = {"weight": weight, "bias": bias} if has_bias else {"weight": weight}
+        twin.__dict__["_parameters"] = {**module.__dict__["_parameters"], **held}
+        return cast(Tensor, cls.forward(twin, x))
+
+    has_bias = isinstance(getattr(module, "bias", None), Tensor)
+    none = torch.zeros_like(bias)
+    try:
+        with torch.no_grad():
+            one = output(first, none)
+            if not isinstance(one, Tensor) or one.shape != x.shape:
+                return None
+            offset = next((k for k in (0.0, 1.0) if not output(torch.full_like(first, -k), none).any()), None)
+            if offset is None:
+                return None
+            two, shifted = output(second, none), output(first, bias)
+    except Exception:  # a forward that does not take such an input is not a norm's
+        return None
+    added = bias if has_bias else none
+    fits = torch.allclose(two, one * ((second + offset) / (first + offset)), rtol=1e-5, atol=1e-5)
+    return offset if fits and torch.allclose(shifted, one + added, rtol=1e-5, atol=1e-5) else None
+
+
+def is_norm_like(module: nn.Module) -> bool:
+    """Whether `module` has a norm's interface."""
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if not is_dense(weight) or cast(Tensor, weight).dim() != 1 or any(True for _ in module.children()):
+        return False
+    if bias is not None and (not is_dense(bias) or bias.shape != cast(Tensor, weight).shape):
+        return False
+    own: Any = type(module).__bases__[1] if isinstance(module, LoraLayer) else type(module)
+    return len(inspect.signature(own.forward).parameters) == 2  # self and one tensor, whatever its name
+
+
+class NormLayer(LoraLayer):
+    """Mixed in before a norm's class: a gain and a shift of what it gives."""
+
+    def forward(self, *args: Tensor, **named: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = (*args, *named.values())
+        state = self._mlora
+        shared = state.shared
+        if torch.compiler.is_compiling():
+            if not shared.norms:
+                return self._base(x)
+            self._check_autocast(x)
+            words = shared.plan
+        else:
+            plan = shared.local.plan or shared.default
+            if plan is None or not plan.touches[state.index]:
+                return self._base(x)
+            self._check_autocast(x)
+            self._check_rows(x, plan)
+            words = plan.tensor
+        y = self._base(x)
+        if y.requires_grad:
+            return reference.apply(y, None, x, shared.arena, state.table, words)
+        dispatch.apply_(y, None, x, shared.arena, state.table, words)
+        return y

@@ -1,0 +1,90 @@
+"""Modules that were trained whole, and are saved as they are: `modules_to_save`, and LN tuning (Zhao et al.,
+arXiv:2312.11420), which trains copies of norms.
+
+    linear     y = W' x + b'             dW = W' - W in min(in, out) rank rows, c = b' - b; a convolution's too
+    embedding  y = embed_scale W'[ids]   the same, of one-hot inputs
+    norm       y = n (w' + k) + b'       g = (w' + k) / (w + k), c = b' - g b, since the base gives n (w + k) + b
+    head       y = W' x + b'             of another size: in place of the base's
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from .. import errors
+from .delta import Delta, spread, whole
+from .module import Format, Lowering, Module
+
+# How many times the largest value of a trained norm the base's may grow under the gain before its bias is taken out
+# again: its rounding grows with it.
+_CANCELLATION = 4
+
+
+def saved(module: Module, weight: str, bias: str) -> Delta:
+    """The delta from the base to a trained module; `weight` and `bias` are the names of its parts.
+
+    Raises:
+        AdapterError: it has other parts than the base. UnsupportedAdapterError: no delta is exact.
+    """
+    base = module.base
+    if base.aliases:
+        raise errors.UnsupportedAdapterError(
+            f"{module.where}: {', '.join(base.aliases)} are this very module, of which PEFT trains a copy at one place "
+            f"only; it is not served"
+        )
+    if (bias in module.parts) != (base.bias() is not None):
+        state = "has a bias for it, which it lacks" if bias in module.parts else "has no bias for it"
+        raise errors.AdapterError(f"{module.where}: it was trained whole, but the file {state}")
+    if base.offset is not None:
+        return _norm(module, base.offset, weight, bias)
+    if base.embed_scale is not None:
+        rows = module.parts[weight].shape[0] if module.parts[weight].dim() else 0
+        if rows != base.in_features:
+            raise errors.UnsupportedAdapterError(
+                f"{module.where}: it was saved with {rows} tokens; this model has {base.in_features}. Resize the model "
+                f"first (resize_token_embeddings)"
+            )
+        trained = module.part(weight, base.in_features, base.out_features).double().t() * base.embed_scale
+        return whole(trained - base.weight().double())
+    if base.head and module.parts[weight].shape[:1] != (base.out_features,):
+        head = module.part(weight, None, base.in_features)
+        return Delta(head, shift=module.part(bias, head.shape[0]) if bias in module.parts else None, replaces=True)
+    trained = spread(module.part(weight, *base.weight_shape).flatten(1), base.groups).double()
+    shift = module.part(bias, base.out_features) - _bias(module) if bias in module.parts else None
+    return replace(whole(trained - base.weight().double()), shift=shift)
+
+
+def _bias(module: Module) -> Tensor:
+    bias = module.base.bias()
+    assert bias is not None
+    return bias
+
+
+def _norm(module: Module, offset: float, weight: str, bias: str) -> Delta:
+    base, width = module.base, module.base.out_features
+    before, after = base.weight().double() + offset, module.part(weight, width).double() + offset
+    change = after - before
+    if lost := int(((before == 0) & (change != 0)).sum()):
+        raise errors.UnsupportedAdapterError(
+            f"{module.where}: {lost} weights of this model's norm are 0, from which no factor leads to the trained ones"
+        )
+    gain = (change / before).masked_fill(before == 0, 0.0)  # g - 1
+    if bias not in module.parts:
+        return Delta(gain=gain.float())
+    old, new = _bias(module).double(), module.part(bias, width).double()
+    grown = ((1 + gain).abs() * (before.abs() + old.abs())).max()
+    if grown > _CANCELLATION * (after.abs() + new.abs()).max():
+        raise errors.UnsupportedAdapterError(
+            f"{module.where}: some weights of this model's norm are so small beside its bias that the trained norm "
+            f"cannot be made of its output"
+        )
+    return Delta(gain=gain.float(), shift=(new - (1 + gain) * old).float())
+
+
+LN_TUNING = Lowering(
+    Format(parts={"ln_tuning_layers.weight": "trained weight", "ln_tuning_layers.bias": "trained bias"}),
+    lambda module: saved(module, "trained weight", "trained bias"),
+    norms=True,
+)

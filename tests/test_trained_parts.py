@@ -1,0 +1,467 @@
+"""Modules that were trained whole, and trained tokens: norms, embeddings, tied heads, heads of another size."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from conftest import (
+    BUILDERS,
+    HIDDEN,
+    VOCAB,
+    _causal,
+    assert_close,
+    build,
+    identity,
+    inputs_for,
+    logits,
+    peft_alone,
+    refused,
+    rewrite,
+    row_of,
+)
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+
+import mlora
+from mlora import errors
+from mlora.layers import NormLayer, find_layers, norm_offset
+
+SIZES = {
+    "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def classifier(kind: str, labels: int) -> Any:
+    if kind == "bert":
+        return BertForSequenceClassification(BertConfig(**SIZES, num_labels=labels))
+    return LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=labels))
+
+
+FAMILIES = {
+    "tied": lambda: _causal("LlamaConfig", tie_word_embeddings=True),
+    "gemma3": lambda: _causal("Gemma3TextConfig", query_pre_attn_scalar=8),
+    **{f"{kind}-{n}": lambda kind=kind, n=n: classifier(kind, n) for kind in ("bert", "score") for n in (2, 5, 7)},
+}
+
+
+@pytest.fixture(autouse=True)
+def families(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind, builder in FAMILIES.items():
+        monkeypatch.setitem(BUILDERS, kind, builder)
+
+
+def saved(folder: Path, base: Any, seed: int, config: Any) -> Path:
+    """A PEFT adapter in which every trainable tensor is random."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = peft.get_peft_model(copy.deepcopy(base), config)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in wrapped.named_parameters():
+                if parameter.requires_grad:
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    parameter.copy_(0.3 * noise + (1 if "norm" in name.lower() and "weight" in name else 0))
+        wrapped.save_pretrained(folder)
+    return folder
+
+
+def lora(**options: Any) -> peft.LoraConfig:
+    return peft.LoraConfig(**{"r": 3, "target_modules": ["q_proj"], **options})
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {"norm": {"modules_to_save": ["norm"]}, "embeddings": {"modules_to_save": ["embed_tokens"]}},
+    "tied": {
+        "tokens": {"trainable_token_indices": [3, 9, 40]},
+        "embeddings": {"modules_to_save": ["embed_tokens"]},
+        "both": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        "apart": {"trainable_token_indices": {"embed_tokens": [3, 9], "lm_head": [5]}},
+        "head": {"trainable_token_indices": {"lm_head": [5, 6]}},
+    },
+    "gemma3": {
+        "tokens": {"trainable_token_indices": [3, 9, 40], "modules_to_save": ["q_norm", "input_layernorm"]},
+        "norm": {"modules_to_save": ["k_norm", "norm"], "target_modules": ["v_proj"]},
+        "dora": {"target_modules": ["embed_tokens"], "use_dora": True},
+    },
+    "qwen3": {"norm": {"modules_to_save": ["q_norm", "k_norm"]}},
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_rows_are_those_of_peft_alone(tmp_path: Path, kind: str) -> None:
+    base = build(kind)
+    folders = {
+        name: saved(tmp_path / name, base, seed, lora(**options))
+        for seed, (name, options) in enumerate(CONFIGS[kind].items())
+    }
+    model = copy.deepcopy(base)
+    before = identity(model)
+    runtime = mlora.patch(model)
+    for name, folder in folders.items():
+        runtime.load_adapter(folder, name)
+    entries = [*folders, None, *list(folders)[::-1]]
+    batch = inputs_for(kind, len(entries))
+    batch["input_ids"][:, 1], batch["input_ids"][:, 3] = 3, 9
+    got = logits(model, batch, adapter_names=entries)
+    for row, name in enumerate(entries):
+        oracle = base if name is None else peft_alone(base, folders[name])
+        assert_close(got[row : row + 1], logits(oracle, row_of(batch, row)))
+    name = entries[0]
+    runtime.save_adapter(name, tmp_path / "again")
+    assert_close(logits(model, batch, adapter_names=name), logits(peft_alone(base, tmp_path / "again"), batch))
+    assert f"{name} " in runtime.status() and runtime.adapters[name].bytes > 0
+
+    # A merge is the weighted entry; taken over from PEFT it is the same adapter.
+    mix = {entries[0]: 0.6, entries[-2]: -0.5} if len(folders) > 1 else {entries[0]: 0.6}
+    want = logits(model, batch, adapter_names=mix)
+    runtime.add_weighted_adapter(list(mix), list(mix.values()), "sum")
+    assert_close(logits(model, batch, adapter_names="sum"), want)
+    live = peft_alone(base, folders[name])
+    want = logits(live, batch)
+    assert_close(logits(mlora.patch(live).model, batch), want)
+
+    mlora.unpatch(model)
+    assert identity(model) == before and torch.equal(logits(model, batch), logits(base, batch))
+
+
+@pytest.mark.parametrize("side", ("left", "right"))
+@pytest.mark.parametrize("beams", (1, 3))
+def test_generate(tmp_path: Path, side: str, beams: int) -> None:
+    base = build("tied")
+    folders = {
+        "tokens": saved(tmp_path / "tokens", base, 1, lora(trainable_token_indices=list(range(2, 60, 3)))),
+        "norm": saved(tmp_path / "norm", base, 2, lora(modules_to_save=["norm"])),
+    }
+    model = copy.deepcopy(base)
+    runtime = mlora.patch(model)
+    for name, folder in folders.items():
+        runtime.load_adapter(folder, name)
+    ids = torch.randint(2, VOCAB, (3, 6), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(ids)
+    at = slice(0, 2) if side == "left" else slice(4, 6)
+    ids[0, at] = mask[0, at] = 0
+    batch, options = {"input_ids": ids, "attention_mask": mask}, {"max_new_tokens": 4, "num_beams": beams}
+    entries = ["tokens", None, "norm"]
+    got = model.generate(**batch, **options, do_sample=False, adapter_names=entries)
+    for row, name in enumerate(entries):
+        oracle = base if name is None else peft_alone(base, folders[name])
+        assert torch.equal(got[row : row + 1], oracle.generate(**row_of(batch, row), **options, do_sample=False))
+
+
+# Heads of another size
+
+
+def heads(root: Path, kind: str) -> tuple[Any, dict[str, Any], dict[str, Path]]:
+    """A base of 5 labels, and for each adapter the model that it was made on and its folder."""
+    bases = {n: build(f"{kind}-{n}") for n in (2, 5, 7)}
+    head = "classifier" if kind == "bert" else "score"
+    for n in (2, 7):  # the same model but for the head
+        state = {key: value for key, value in bases[5].state_dict().items() if not key.startswith(head)}
+        bases[n].load_state_dict(state, strict=False)
+    targets = ["query"] if kind == "bert" else ["q_proj"]
+    made = {"two": 2, "five": 5, "seven": 7, "other seven": 7}
+    folders = {
+        name: saved(root / name, bases[n], seed, lora(target_modules=targets, modules_to_save=[head]))
+        for seed, (name, n) in enumerate(made.items())
+    }
+    return bases[5], {name: bases[n] for name, n in made.items()}, folders
+
+
+@pytest.mark.parametrize("kind", ("bert", "score"))
+def test_heads_of_several_sizes_in_one_batch(tmp_path: Path, kind: str) -> None:
+    base, made, folders = heads(tmp_path, kind)
+    model = copy.deepcopy(base)
+    runtime = mlora.patch(model)
+    for name, folder in folders.items():
+        runtime.load_adapter(folder, name)
+    batch = inputs_for("llama", 6)
+
+    def check(entries: list[Any], width: int) -> None:
+        got = logits(model, {k: v[: len(entries)] for k, v in batch.items()}, adapter_names=entries)
+        assert got.shape == (len(entries), width)
+        for row, entry in enumerate(entries):
+            want = logits(base if entry is None else peft_alone(made[entry], folders[entry]), row_of(batch, row))
+            assert_close(got[row : row + 1, : want.shape[1]], want)
+            assert (got[row, want.shape[1] :] == -torch.inf).all()
+
+    check(["two", None, "seven", "five", "other seven", "two"], 7)
+    check(["two", "two"], 2)
+    check(["seven", "other seven", "seven"], 7)
+    check(["two", "five", None], 5)
+    check([None, "five"], 5)
+    for name, n in (("two", 2), ("seven", 7)):  # one entry for all rows
+        got = logits(model, batch, adapter_names=name)
+        assert got.shape == (6, n)
+        assert_close(got, logits(peft_alone(made[name], folders[name]), batch))
+    runtime.save_adapter("two", tmp_path / "again")
+    assert_close(logits(model, batch, adapter_names="two"), logits(peft_alone(made["two"], tmp_path / "again"), batch))
+    head = "classifier" if kind == "bert" else "score"
+    for entry in ({"two": 0.5}, {"two": 1.0, "seven": 1.0}, {"two": 1.0, "five": 0.1}):
+        with refused(model, errors.EntryError, "'two'", "another size", head):
+            model(**batch, adapter_names=entry)
+    with refused(model, errors.MergeError, "two", "another size", head):
+        runtime.merge_adapter("two")
+    with refused(model, errors.MergeError, "another size", head):
+        runtime.add_weighted_adapter(["two", "five"], [1.0, 1.0], "sum")
+    for name in folders:
+        runtime.delete_adapter(name)
+    mlora.unpatch(model)
+    assert torch.equal(logits(model, batch), logits(base, batch))
+
+
+def test_a_head_beside_adapters_that_leave_it_alone(tmp_path: Path) -> None:
+    base, made, folders = heads(tmp_path, "bert")
+    plain = saved(tmp_path / "plain", base, 9, lora(target_modules=["value"]))
+    model = copy.deepcopy(base)
+    runtime = mlora.patch(model)
+    runtime.load_adapter(folders["seven"], "seven")
+    runtime.load_adapter(plain, "plain")
+    batch = inputs_for("bert", 2)
+    got = logits(model, batch, adapter_names={"seven": 1.0, "plain": 0.5})
+    want = logits(peft_alone(made["seven"], folders["seven"], plain, weights=(1.0, 0.5)), batch)
+    assert got.shape == (2, 7) and want.shape == (2, 7)
+    assert_close(got, want)
+
+
+def test_a_vocabulary_of_another_size(tmp_path: Path, llama: Any) -> None:
+    """Beams and a cache; new tokens get no probability in the other rows."""
+    wide = copy.deepcopy(llama)
+    wide.lm_head = nn.Linear(HIDDEN, VOCAB + 3, bias=False)
+    wide.config.vocab_size = VOCAB  # of the embedding, which stays as it is
+    folder = saved(tmp_path / "wide", wide, 1, lora(modules_to_save=["lm_head"]))
+    model = copy.deepcopy(llama)
+    mlora.patch(model).load_adapter(folder, "wide")
+    batch = inputs_for("llama", 3)
+    got = logits(model, batch, adapter_names=["wide", None, "wide"])
+    want = logits(peft_alone(wide, folder), batch)
+    mask = batch["attention_mask"][0].bool()
+    assert_close(got[0][mask], want[0][mask])
+    assert_close(got[1, 0, :VOCAB], logits(llama, row_of(batch, 1))[0, 0])
+    assert (got[1, 0, VOCAB:] == -torch.inf).all()
+    ids = batch["input_ids"][:2]
+    out = model.generate(ids, max_new_tokens=3, num_beams=2, do_sample=False, adapter_names=[None, "wide"])
+    assert torch.equal(out[:1], llama.generate(ids[:1], max_new_tokens=3, num_beams=2, do_sample=False))
+    alone = peft_alone(wide, folder).generate(input_ids=ids[1:], max_new_tokens=1, num_beams=2, do_sample=False)
+    assert torch.equal(out[1:, : alone.shape[1]], alone)
+
+
+def test_compiled_heads_are_refused(tmp_path: Path) -> None:
+    base, _, folders = heads(tmp_path, "bert")
+    model = copy.deepcopy(base)
+    runtime = mlora.patch(model)
+    batch = inputs_for("bert", 2)
+    for name in ("two", "five"):
+        runtime.load_adapter(folders[name], name)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        with runtime.use_adapters(["five", None]):
+            assert_close(compiled(**batch).logits, model(**batch).logits)
+        with (
+            runtime.use_adapters(["two", "five"]),
+            pytest.raises(errors.UnsupportedAdapterError, match=r"another size.*torch\.compile"),
+        ):
+            compiled(**batch)
+
+
+# Norms
+
+
+class Gated(nn.Module):
+    """A norm with a second input, of which the layer could not tell what it does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return x * self.weight if gate is None else x * self.weight * gate
+
+
+class Squared(Gated):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return x * self.weight**2
+
+
+def test_which_modules_are_norms() -> None:
+    offsets = {"llama": 0.0, "gemma": 1.0, "gpt2": 0.0, "t5": 0.0, "vit": 0.0}
+    for kind, offset in offsets.items():
+        found = [m for m in find_layers(build(kind)).values() if getattr(m, "weight", torch.ones(1, 1)).dim() == 1]
+        assert found and {norm_offset(module) for module in found} == {offset}
+    others = (
+        nn.BatchNorm1d(8), nn.GroupNorm(2, 8), nn.PReLU(8), nn.InstanceNorm1d(8, affine=True), Gated(), Squared(),
+        nn.LayerNorm(8, elementwise_affine=False), nn.LayerNorm((2, 8)), nn.Linear(3, 8), nn.Embedding(3, 8),
+    )  # fmt: skip
+    assert [norm_offset(module.eval()) for module in others] == [None] * len(others)
+    assert norm_offset(nn.LayerNorm(8, bias=False)) == 0 and norm_offset(nn.RMSNorm(3)) == 0
+
+
+def norm_adapter(weight: Tensor, bias: Tensor, name: str = "bert.embeddings.LayerNorm") -> mlora.Adapter:
+    return mlora.Adapter(
+        {"peft_type": "LN_TUNING", "target_modules": [name]},
+        {f"{name}.ln_tuning_layers.weight": weight, f"{name}.ln_tuning_layers.bias": bias},
+    )
+
+
+@pytest.mark.parametrize(("value", "reason"), ((0.0, "1 weights of this model's norm are 0"), (1e-4, "so small")))
+def test_a_norm_that_no_gain_leads_to_is_refused(value: float, reason: str) -> None:
+    model = build("bert")
+    norm = model.bert.embeddings.LayerNorm
+    with torch.no_grad():
+        norm.weight[3], norm.bias[3] = value, 1.0
+    mlora.patch(model)
+    with refused(model, errors.UnsupportedAdapterError, "bert.embeddings.LayerNorm", reason):
+        model.mlora.add_adapter("n", norm_adapter(torch.ones(HIDDEN), torch.zeros(HIDDEN)))
+
+
+def test_a_norm_folds_and_comes_out_to_the_bit(tmp_path: Path) -> None:
+    base = build("bert")
+    folder = saved(tmp_path / "ln", base, 1, peft.LNTuningConfig(target_modules=["LayerNorm"]))
+    model, batch = copy.deepcopy(base), inputs_for("bert", 3)
+    runtime = mlora.patch(model)
+    runtime.load_adapter(folder, "ln")
+    runtime.merge_adapter("ln")
+    assert_close(logits(model, batch), logits(peft_alone(base, folder), batch))
+    assert_close(logits(model, batch, adapter_names=[None] * 3), logits(base, batch), 1e-4)
+    runtime.unmerge_adapter()
+    assert torch.equal(logits(model, batch), logits(base, batch))
+
+
+def test_gemmas_norm_is_not_folded(tmp_path: Path) -> None:
+    model = build("gemma")
+    folder = saved(tmp_path / "n", model, 1, lora(modules_to_save=["norm"]))
+    mlora.patch(model).load_adapter(folder, "n")
+    with refused(model, errors.MergeError, "layernorm", "weight + 1"):
+        model.mlora.merge_adapter("n")
+
+
+def test_compiled_code_has_no_op_for_norms_until_one_is_trained(tmp_path: Path, llama: Any) -> None:
+    folders = {
+        "plain": saved(tmp_path / "plain", llama, 1, lora()),
+        "norm": saved(tmp_path / "norm", llama, 2, lora(modules_to_save=["norm", "embed_tokens"])),
+    }
+    model, batch = copy.deepcopy(llama), inputs_for("llama", 2)
+    runtime = mlora.patch(model)
+    graphs: list[str] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph.code)
+        return graph
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        for name, count in (("plain", 1), ("norm", 2)):
+            runtime.load_adapter(folders[name], name)
+            for entries in ([name, None], ["plain", "plain"]):
+                with runtime.use_adapters(entries):
+                    assert_close(compiled(**batch).logits, model(**batch).logits)
+            assert len(graphs) == count
+    linears = sum(type(module) is not NormLayer and isinstance(module, nn.Linear) for module in model.modules())
+    norms = sum(isinstance(module, NormLayer) for module in model.modules())
+    assert [graph.count("mlora.apply_") for graph in graphs] == [linears, linears + norms]
+    assert [graph.count("mlora.embed_") for graph in graphs] == [0, 1]
+
+
+def test_gradients_pass_norms(tmp_path: Path, llama: Any) -> None:
+    folder = saved(tmp_path / "n", llama, 1, lora(modules_to_save=["input_layernorm"]))
+    model = copy.deepcopy(llama)
+    mlora.patch(model).load_adapter(folder, "n")
+    oracle = peft_alone(llama, folder)
+    grads = []
+    for run in (lambda x: model(inputs_embeds=x, adapter_names="n"), lambda x: oracle(inputs_embeds=x)):
+        x = torch.randn(1, 4, HIDDEN, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        run(x).logits.square().sum().backward()
+        grads.append(x.grad)
+    assert_close(grads[0], grads[1])
+
+
+# Refusals
+
+
+def altered(folder: Path, target: Path, suffix: str, make: Any, **config: Any) -> Path:
+    return rewrite(
+        folder, target, config, lambda state: {k: make(t) if k.endswith(suffix) else t for k, t in state.items()}
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "suffix", "make", "options", "error", "wanted"),
+    (
+        ({"modules_to_save": ["embed_tokens"]}, "embed_tokens.weight", lambda t: t[:-1], {},
+         errors.UnsupportedAdapterError, ("66 tokens", "resize_token_embeddings")),
+        ({"modules_to_save": ["norm"]}, "model.norm.weight", lambda t: t[:-1], {},
+         errors.AdapterError, ("model.norm", "(31,)")),
+        ({"modules_to_save": ["lm_head"]}, "lm_head.weight", lambda t: t[:, :-1], {},
+         errors.AdapterError, ("lm_head", "(67, 31)")),
+        ({"trainable_token_indices": [3, 9]}, "delta", lambda t: t, {"trainable_token_indices": [3, 3]},
+         errors.AdapterError, ("[3, 3]", "different")),
+        ({"trainable_token_indices": [3, 9]}, "delta", lambda t: t, {"trainable_token_indices": [3, 67]},
+         errors.AdapterError, ("67", "embed_tokens")),
+        ({"trainable_token_indices": [3, 9]}, "delta", lambda t: t, {"trainable_token_indices": [3]},
+         errors.AdapterError, ("(2, 32)", "(1, 32)")),
+        ({"trainable_token_indices": [3, 9]}, "delta", lambda t: t, {"trainable_token_indices": "ab"},
+         errors.AdapterError, ("list of indices",)),
+        ({"trainable_token_indices": [3, 9]}, "delta", lambda t: t, {"trainable_token_indices": None},
+         errors.AdapterError, ("None",)),
+        ({"modules_to_save": ["norm"]}, "model.norm.weight", lambda t: t, {"modules_to_save": ["input_layernorm"]},
+         errors.UnsupportedAdapterError, ("left over", "post_attention_layernorm.weight")),
+    ),
+)  # fmt: skip
+def test_refusals(
+    tmp_path: Path, llama: Any, config: Any, suffix: str, make: Any, options: Any, error: Any, wanted: Any
+) -> None:
+    folder = saved(tmp_path / "good", llama, 1, lora(**config))
+    model = copy.deepcopy(llama)
+    mlora.patch(model)
+    with refused(model, error, *wanted):
+        model.mlora.load_adapter(altered(folder, tmp_path / "bad", suffix, make, **options), "bad")
+
+
+class Twice(nn.Module):
+    """One module in two places, of which PEFT would train a copy in one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.second = nn.LayerNorm(HIDDEN)
+        self.up = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.up(self.first(x)))
+
+
+def test_what_peft_trains_in_one_place_of_several_is_refused() -> None:
+    model = Twice()
+    mlora.patch(model, memory=1 << 16)
+    with refused(model, errors.UnsupportedAdapterError, "first", "second", "one place"):
+        model.mlora.add_adapter("n", norm_adapter(torch.ones(HIDDEN), torch.ones(HIDDEN), "first"))
+
+
+def test_bits_of_a_row_do_not_depend_on_other_rows(tmp_path: Path) -> None:
+    base = build("tied", torch.bfloat16)
+    model = copy.deepcopy(base)
+    runtime = mlora.patch(model)
+    for name, options in CONFIGS["tied"].items():
+        runtime.load_adapter(saved(tmp_path / name, build("tied"), len(name), lora(**options)), name)
+    ids = torch.randint(0, VOCAB, (5, 9), generator=torch.Generator().manual_seed(4))
+    entries = ["tokens", "both", None, {"tokens": 0.5, "apart": 1.5}, "embeddings"]
+    for layer, x in ((model.model.embed_tokens, ids), (model.model.norm, base.model.embed_tokens(ids).detach())):
+        with torch.no_grad(), runtime.use_adapters(entries):
+            got = layer(x)
+        for row, entry in enumerate(entries):
+            with torch.no_grad(), runtime.use_adapters([entry]):
+                assert torch.equal(layer(x[row : row + 1])[0], got[row])
+
+
+def test_lora_of_a_norm_is_refused(llama: Any) -> None:
+    model = copy.deepcopy(llama)
+    mlora.patch(model)
+    tensors = {"model.norm.lora_A.weight": torch.ones(3, HIDDEN), "model.norm.lora_B.weight": torch.ones(HIDDEN, 3)}
+    adapter = mlora.Adapter({"peft_type": "LORA", "r": 3, "target_modules": ["model.norm"]}, tensors)
+    with refused(model, errors.UnsupportedAdapterError, "model.norm", "it is a norm", "lora_A"):
+        model.mlora.add_adapter("n", adapter)
