@@ -32,14 +32,18 @@ def base_linears(
     bases = {name: base_linear(name, module, partial(originals, name)) for name, module in paths.items()}
     modules: dict[int, list[str]] = {}
     weights: dict[int, list[str]] = {}
+    held: dict[str, int] = {}
+    for name, module in paths.items():
+        weight = module._parameters.get("weight")
+        held[name] = id(module if weight is None else weight)
     for name, module in paths.items():
         modules.setdefault(id(module), []).append(name)
-        weights.setdefault(id(getattr(module, "weight", module)), []).append(name)
+        weights.setdefault(held[name], []).append(name)
     answers = getattr(model, "get_output_embeddings", lambda: None)()
     last = next((name for name in reversed(bases) if bases[name].offset is None), None)
     for name, module in paths.items():
         aliases = tuple(other for other in modules[id(module)] if other != name)
-        tied = tuple(n for n in weights[id(getattr(module, "weight", module))] if n != name and n not in aliases)
+        tied = tuple(n for n in weights[held[name]] if n != name and n not in aliases)
         head = (name == last or module is answers) and type(module) is nn.Linear
         bases[name] = replace(bases[name], aliases=aliases, tied=tied, head=head)
     return bases

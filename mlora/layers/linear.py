@@ -145,7 +145,7 @@ class LoraLayer(nn.Module):
                 f"{state.name} got an input in {x.dtype} on {x.device}; the model was patched in {state.dtype} on "
                 f"{state.device}. Unpatch, move the model and patch again"
             )
-        if plan.rows != 1 and (state.gathered or x.dim() < 2 or x.shape[0] not in plan.row_counts):
+        if plan.rows != 1:
             self._check_rows(x, plan)
 
     def _check_rows(self, x: Tensor, plan: Plan) -> None:
