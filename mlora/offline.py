@@ -122,7 +122,8 @@ def merge_files(
     lowered = [lower(adapters[name], mine) for name, mine in zip(how.adapters, own, strict=True)]
     total = len({name for deltas in lowered for name in deltas})
     deltas = dict(track(merge_adapters(lowered, how, bases), total))
-    merged = to_adapter(deltas, how.label)
+    scales = {name: base.embed_scale for name, base in bases.items() if base.embed_scale is not None}
+    merged = to_adapter(deltas, how.label, scales)
     used = [adapters[name] for name in how.adapters]
     agreed = {key: _agreed(used, key) for key in ("base_model_name_or_path", "task_type")}
     config = {**merged.config, **{key: value for key, value in agreed.items() if value is not None}}

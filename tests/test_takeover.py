@@ -150,5 +150,8 @@ def test_what_cannot_be_taken_over_stays_as_it_is(
     live.merge_adapter()
     check_untouched(live, batch, "merged", "b")
     live.unmerge_adapter()
-    folder = make_adapter(tmp_path / "dora", llama, 1, r=2, target_modules=["embed_tokens"], use_dora=True)
-    check_untouched(peft_alone(llama, folder), batch, "embed_tokens", error=errors.UnsupportedAdapterError)
+    folder = tmp_path / "oft"
+    peft.get_peft_model(
+        copy.deepcopy(llama), peft.OFTConfig(oft_block_size=4, coft=True, target_modules=TARGETS)
+    ).save_pretrained(folder)
+    check_untouched(peft_alone(llama, folder), batch, "coft", error=errors.UnsupportedAdapterError)

@@ -88,6 +88,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma3": {
         "tokens": {"trainable_token_indices": [3, 9, 40], "modules_to_save": ["q_norm", "input_layernorm"]},
         "norm": {"modules_to_save": ["k_norm", "norm"], "target_modules": ["v_proj"]},
+        "dora": {"target_modules": ["embed_tokens"], "use_dora": True},
     },
     "qwen3": {"norm": {"modules_to_save": ["q_norm", "k_norm"]}},
 }

@@ -272,11 +272,15 @@ def warmup(model: torch.nn.Module, tokens: Sequence[int] = (1, config.DECODE_TOK
     Returns:
         How many operator calls were made.
     """
+    from ..layers import NormLayer
+
     calls = 0
     seen = set()
     for module in model.modules():
         state = getattr(module, "_mlora", None)
         if state is None or isinstance(module, torch.nn.Embedding):  # those look up: no kernel
+            continue
+        if isinstance(module, NormLayer) and not state.shared.norms:  # norms, which no adapter trains yet
             continue
         arena = state.shared.arena
         shape = (state.table.shape[0], *_widths(module))
@@ -293,7 +297,7 @@ def warmup(model: torch.nn.Module, tokens: Sequence[int] = (1, config.DECODE_TOK
 
 
 def _widths(module: Any) -> tuple[int, int]:
-    """(in, out) of a linear or a Conv1D."""
+    """(in, out) of a linear, a Conv1D or a norm."""
     if hasattr(module, "in_features"):
         return module.in_features, module.out_features
-    return module.weight.shape[0], module.weight.shape[1]
+    return module.weight.shape[0], module.weight.shape[-1]

@@ -6,7 +6,8 @@
     KaSA    W' = W_r + s B diag(d) A           (Wang et al., arXiv:2412.06071), W_r = W without its r
                                                smallest singular triplets
     BdLoRA  A or B is block-diagonal
-    embeddings  y = embed_scale (W[ids] + s (B A[:, ids])^T), `lora_embedding_A` (r, vocab), `lora_embedding_B` (out, r)
+    embeddings  y = embed_scale (W[ids] + s (B A[:, ids])^T), with `lora_embedding_A` (r, vocab) and
+                `lora_embedding_B` (out, r); under DoRA g times that, with g = m / |W^T + s B A|
 
 In PEFT's layout `lora_A.weight` is (r, in) and `lora_B.weight` is (out, r), for `nn.Linear` and for
 GPT-2's `Conv1D` alike, so `fan_in_fan_out` only says how the base weight lies.
@@ -93,22 +94,37 @@ def delta(module: Module) -> Delta:
 def _embedding(module: Module, embed_scale: float) -> Delta:
     """LoRA of an embedding, which is a linear of one-hot inputs. PEFT gives it no `lora_bias`."""
     config, base = module.config, module.base
-    if option := next((option for option in ("use_dora", "kasa_config", "use_bdlora") if config.get(option)), None):
+    if option := next((option for option in ("kasa_config", "use_bdlora") if config.get(option)), None):
         raise errors.UnsupportedAdapterError(f"{module.where}: option {option} is not served for embeddings")
     a = module.part("lora_embedding_A", None, base.in_features)
     b = module.part("lora_embedding_B", base.out_features, a.shape[0])
     module.expect("lora_embedding_A has rank", a.shape[0], module.integer("r", 8, "rank_pattern"))
     scale = scaling(module, a.shape[0], "lora_alpha", rslora=bool(config.get("use_rslora")))
-    return Delta(a, b.t(), scale * embed_scale)
+    if bool(config.get("use_dora")) != ("magnitude" in module.parts):
+        state = "has no" if config.get("use_dora") else "has a"
+        raise errors.AdapterError(
+            f"{module.where}: use_dora is {config.get('use_dora')!r} but it {state} magnitude tensor"
+        )
+    if "magnitude" not in module.parts:
+        return Delta(a, b.t(), scale * embed_scale)
+    if embed_scale == 0:
+        raise errors.UnsupportedAdapterError(f"{module.where}: use_dora is not served, its embedding is scaled by 0")
+    gain = _gain(module, torch.addmm(base.weight() / embed_scale, b, a, alpha=scale))
+    return Delta(a, (b * gain[:, None]).t(), scale * embed_scale, gain=gain - 1)
+
+
+def _gain(module: Module, weight: Tensor) -> Tensor:
+    """g = m / |weight|, (out,), by rows of (out, in)."""
+    norm = torch.linalg.vector_norm(weight, dim=1)
+    if not (norm > 0).all():
+        raise errors.AdapterError(f"module {module.base.name}: DoRA divides by a zero row norm of W + s B A")
+    return module.part("magnitude", module.base.out_features) / norm
 
 
 def _dora(module: Module, a: Tensor, b: Tensor, scale: float) -> Delta:
     """y = base + (g-1)(base - bias) + g s B A x with g = m / |W + s B A|, as PEFT computes it."""
     base = module.base
-    norm = torch.linalg.vector_norm(torch.addmm(base.weight(), b, a, alpha=scale), dim=1)
-    if not (norm > 0).all():
-        raise errors.AdapterError(f"module {base.name}: DoRA divides by a zero row norm of W + s B A")
-    gain = module.part("magnitude", base.out_features) / norm
+    gain = _gain(module, torch.addmm(base.weight(), b, a, alpha=scale))
     bias = base.bias()
     shift = None if bias is None else (1 - gain) * bias
     return Delta(a, (b * gain[:, None]).t(), scale, gain=gain - 1, shift=shift)

@@ -12,7 +12,17 @@ from .saved import saved
 from .tokens import indices_of, trained_tokens
 
 # What may change an embedding: LoRA, what mlora makes of several when it merges them, and training of tokens or of all.
-_EMBEDDING_PARTS = {"lora_embedding_A", "lora_embedding_B", "delta_A", "delta_B", "copy", "saved weight", TOKENS}
+_EMBEDDING_PARTS = {
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "delta_A",
+    "delta_B",
+    "delta_gain",
+    "magnitude",
+    "copy",
+    "saved weight",
+    TOKENS,
+}
 
 # What may change a norm.
 _NORM_PARTS = {"saved weight", "base bias", "trained weight", "trained bias", "delta_gain", "delta_shift"}

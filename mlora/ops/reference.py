@@ -173,9 +173,9 @@ def apply(y: Tensor, base: Tensor | None, x: Tensor, arena: Tensor, table: Tenso
 def embed(y: Tensor, ids: Tensor, arena: Tensor, table: Tensor, plan: Tensor, vocab: int) -> Tensor:
     """What `embed_` leaves in y, as a new tensor; differentiable with respect to y.
 
-    Semantics: y + sum_i w_i scale_i B_i^T A_i[:, ids] over the terms i of each row's recipe, which is `apply` on
-    one-hot inputs. Summed rank row by rank row, so that no token's bits depend on how many others there are, apart from
-    those that are 0 for all tokens (of trained tokens that do not occur) and an identity B.
+    Semantics: y + (sum_i w_i gain_i) * y + sum_i w_i scale_i B_i^T A_i[:, ids] over the terms i of each row's recipe,
+    which is `apply` on one-hot inputs. Summed rank row by rank row, so that no token's bits depend on how many others
+    there are; rank rows that are 0 for all tokens (trained tokens that do not occur) and an identity B are skipped.
     Shapes: y (..., out), ids (...) in [0, vocab), arena (elements,), table and plan as in `layout`, A (rank, vocab).
     """
     rows, flat = _tokens("y", y), ids.reshape(-1)
@@ -185,6 +185,9 @@ def embed(y: Tensor, ids: Tensor, arena: Tensor, table: Tensor, plan: Tensor, vo
     for route in routes(plan, table, flat.numel()):
         delta = None
         for t in route.terms:
+            if t.gain >= 0:
+                added = t.weight * _part(arena, t.gain, width, t.slot, out.dtype) * out[route.tokens]
+                delta = added if delta is None else delta + added
             if not t.rank:
                 continue
             a = _part(arena, t.a, t.rank * vocab, t.slot, arena.dtype).view(t.rank, vocab)

@@ -149,7 +149,7 @@ SPECS: tuple[Spec, ...] = (
         models=("gpt2",),
     ),
     _lora("LoRA of embeddings", target_modules=["embed_tokens", "q_proj"]),
-    _lora("DoRA of embeddings", REFUSED, "magnitude", target_modules=["embed_tokens", "q_proj"], use_dora=True),
+    _lora("DoRA of embeddings", target_modules=["embed_tokens", "q_proj"], use_dora=True),
     Spec("AdaLoRA", "AdaLoraConfig", {"init_r": 4, "lora_alpha": 6, "total_step": 9}, models=ALL),
     Spec("AdaLoRA, pruned", "AdaLoraConfig", {"init_r": 4, "lora_alpha": 6, "total_step": 9}),
     Spec("LoHa", "LoHaConfig", {"r": 2, "alpha": 3}, strength=0.6, models=LINEAR),
