@@ -64,7 +64,8 @@ class _Loaded:
 
 
 class Runtime:
-    """Made by `mlora.patch`, also reachable as `model.mlora`. `bases`: dotted path -> linear that adapters can change.
+    """Made by `mlora.patch`, also reachable as `model.mlora`. `bases`: dotted path -> linear, norm or token embedding
+    that adapters can change.
 
     Wherever entries are taken, one is an adapter's name, `None` or `"__base__"` for the bare model, a mapping
     name -> weight for a weighted sum of deltas, or a `Merge` (also as a mapping with its fields), which is computed

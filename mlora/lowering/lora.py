@@ -8,8 +8,8 @@
     BdLoRA  A or B is block-diagonal
     convolutions  A is a convolution like the base's to r channels, B one of 1x1 with the base's groups, so A reads the
                   channels of all groups; PEFT gives A neither dilation nor a padding mode
-    embeddings  y = embed_scale (W[ids] + s (B A[:, ids])^T), `lora_embedding_A` (r, vocab), `lora_embedding_B` (out,
-                r); with DoRA y = g embed_scale W[ids] + g s (B A[:, ids])^T, g = m / |W^T + s B A|, as PEFT computes it
+    embeddings  y = embed_scale (W[ids] + s (B A[:, ids])^T), with `lora_embedding_A` (r, vocab) and
+                `lora_embedding_B` (out, r); under DoRA g times that, with g = m / |W^T + s B A|
 
 In PEFT's layout `lora_A.weight` is (r, in) and `lora_B.weight` is (out, r), for `nn.Linear` and for
 GPT-2's `Conv1D` alike, so `fan_in_fan_out` only says how the base weight lies.
@@ -116,7 +116,7 @@ def _embedding(module: Module, embed_scale: float) -> Delta:
     if embed_scale == 0:
         raise errors.UnsupportedAdapterError(f"{module.where}: use_dora is not served, its embedding is scaled by 0")
     gain = _gain(module, torch.addmm(base.weight() / embed_scale, b, a, alpha=scale))
-    return Delta(a, (b * gain[:, None]).t(), scale, gain=gain - 1)
+    return Delta(a, (b * gain[:, None]).t(), scale * embed_scale, gain=gain - 1)
 
 
 def _gain(module: Module, weight: Tensor) -> Tensor:
