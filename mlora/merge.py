@@ -355,6 +355,11 @@ def _dense(delta: Delta, base: BaseLinear) -> Tensor:
         dense = delta.b.float().t() @ (delta.a.float() * delta.scale)
     else:
         dense = torch.zeros(base.out_features, base.in_features)
+    if (delta.gain is not None or delta.in_gain is not None) and base.conv is not None and not base.conv.zero_padded:
+        raise errors.MergeError(
+            f"module {base.name}: it is a convolution that does not pad with zeros, where a gain is no change of the "
+            f"weight that adapters add to; use combination_type='linear'"
+        )
     if delta.gain is not None:
         dense += delta.gain.float()[:, None] * base.weight()
     if delta.in_gain is not None:

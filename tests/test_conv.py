@@ -188,6 +188,9 @@ REFUSED = {
     "loha-grouped": (nn.Conv2d(4, 6, 3, groups=2), "LoHaConfig", {}, "2 groups"),
     "hra-uneven": (nn.Conv2d(4, 6, 3, stride=(1, 2)), "HRAConfig", {}, "square"),
     "oft-3x3": (nn.Conv2d(4, 6, 3), "OFTConfig", {"oft_block_size": 4}, "overlaps"),
+    "oft-circular": (
+        nn.Conv2d(4, 6, 1, padding=1, padding_mode="circular"), "OFTConfig", {"oft_block_size": 4}, "padded with zeros",
+    ),
     "lokr-1d": (nn.Conv1d(4, 6, 3), "LoKrConfig", {"r": 8}, "shuffles"),
     "saved-circular": (
         nn.Conv1d(4, 6, 3, padding=1, padding_mode="circular"), "LoraConfig",
@@ -457,6 +460,20 @@ def test_merged_adapters_are_read_by_peft(tmp_path: Path, net: Any, folders: dic
     served.mlora.save_adapter("sum", tmp_path / "sum")
     served.mlora.load_adapter(tmp_path / "sum", "again")
     assert_close(call(served, x, adapter_names="again"), want)
+
+
+def test_gains_of_a_circular_convolution_merge_by_sum_only(tmp_path: Path) -> None:
+    base, x = single("circular")
+    model = copy.deepcopy(base)
+    runtime = mlora.patch(model)
+    for i, name in enumerate("ab"):
+        folder = make(tmp_path / name, base, "LoraConfig", i, r=2, use_dora=True, target_modules=["0"])
+        runtime.load_adapter(folder, name)
+        assert_close(call(model, x, adapter_names=name), call(peft_alone(base, folder), x))
+    with pytest.raises(errors.MergeError, match=r"module 0.*zeros"):
+        runtime.add_weighted_adapter(["a", "b"], [0.6, 0.5], "ties", "ties", density=0.5)
+    runtime.add_weighted_adapter(["a", "b"], [0.6, 0.5], "sum")
+    assert_close(call(model, x, adapter_names="sum"), call(model, x, adapter_names={"a": 0.6, "b": 0.5}))
 
 
 def test_offline_merges_know_kernels(tmp_path: Path, net: Any) -> None:

@@ -28,10 +28,10 @@ from .module import Format, Lowering, Module
 
 def _oft(module: Module) -> Dense:
     base, size, r = module.base, module.integer("oft_block_size", 32, least=0), module.integer("r", 0, least=0)
-    if math.prod(base.kernel) > 1:
+    if base.conv is not None and (math.prod(base.kernel) > 1 or not base.conv.zero_padded):
         raise errors.UnsupportedAdapterError(
-            f"{module.where}: OFT is served on 1x1 convolutions only; of larger kernels PEFT adds the overlaps of the "
-            f"rotated patches up, which is no change of the weight"
+            f"{module.where}: OFT is served on 1x1 convolutions padded with zeros only; of larger kernels PEFT adds "
+            f"the overlaps of the rotated patches up, which is no change of the weight"
         )
     if size == 0:
         module.divides("r", max(r, 1), base.in_features)
