@@ -61,10 +61,12 @@ TARGETS = {
     "gpt2": ["c_attn", "c_proj"],
     "t5": ["q", "wi_1", "wo"],
     "bert": ["query", "dense"],
+    "vit": ["q_proj", "fc1", "fc2"],
+    "qwen2moe": ["q_proj", "v_proj", "shared_expert.up_proj", "shared_expert.down_proj"],
 }
 
-ALL = ("gpt2", "t5", "bert", "qwen2")
-LINEAR = ("t5", "bert")  # types that PEFT has no Conv1D layer for
+ALL = ("gpt2", "t5", "bert", "qwen2", "vit", "qwen2moe")
+LINEAR = ("t5", "bert", "vit", "qwen2moe")  # types that PEFT has no Conv1D layer for
 
 _LORA = {"r": 3, "lora_alpha": 7}
 
@@ -97,6 +99,12 @@ SPECS: tuple[Spec, ...] = (
     ),
     _lora("LoRA with a trained lm_head", modules_to_save=["lm_head"]),
     Spec("LoRA with a trained classifier", "LoraConfig", {**_LORA, "task_type": "SEQ_CLS"}, models=("bert",)),
+    Spec(
+        "LoRA with a trained head",
+        "LoraConfig",
+        {**_LORA, "modules_to_save": ["lm_head", "classifier"]},
+        models=("vit",),
+    ),
     Spec("IA3 with a trained lm_head", "IA3Config", {"modules_to_save": ["lm_head"]}),
     _lora("LoRA with a trained norm", REFUSED, "no linears", modules_to_save=["norm"]),
     _lora("LoRA with trained embeddings", REFUSED, "embed_tokens", modules_to_save=["embed_tokens"]),
