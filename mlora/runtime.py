@@ -194,7 +194,7 @@ class Runtime:
                 self._shared.in_gains = True
             self._store.register(adapter_name, packed)
             self._loaded[adapter_name] = _Loaded(adapter, info, approximate, merge)
-            return self.adapters[adapter_name]
+            return self._info(adapter_name)
 
     def _resolve_merges(self, entries: Any) -> Any:
         """`entries` with every merge replaced by the name of its result, or by weights where it is a plain sum."""
@@ -257,10 +257,10 @@ class Runtime:
     @property
     def adapters(self) -> dict[str, AdapterInfo]:
         """Name -> what is known of it, in the order of loading."""
-        return {
-            name: replace(loaded.info, location="device" if self._store[name].resident else "host")
-            for name, loaded in list(self._loaded.items())
-        }
+        return {name: self._info(name) for name in list(self._loaded)}
+
+    def _info(self, name: str) -> AdapterInfo:
+        return replace(self._loaded[name].info, location="device" if self._store[name].resident else "host")
 
     def status(self) -> str:
         """A printable table of the adapters and the arena."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from .. import errors
 from ..adapter import Adapter
 from .delta import BaseLinear, Delta, Dense, whole
-from .targets import is_target, pattern_value
+from .targets import pattern_value, targets_of
 
 # Options of every type that say which modules are changed, or how a base weight lies.
 _HONOURED = {
@@ -38,6 +39,8 @@ _BASE_PARTS = {
     "bias": "base bias",
     "weight": "saved weight",
 }
+
+_BASE_NAMES = frozenset(_BASE_PARTS.values())
 
 # What may change an embedding: LoRA, and what mlora makes of several when it merges them.
 _EMBEDDING_PARTS = {"lora_embedding_A", "lora_embedding_B", "delta_A", "delta_B", "copy"}
@@ -185,7 +188,7 @@ def modules_of(adapter: Adapter, lowering: Lowering, bases: Mapping[str, BaseLin
         if len(set(named.values())) != len(modules):
             raise errors.AdapterError(f"adapter from {adapter.source}: several of its modules are one of this model's")
         modules = {named[name]: parts for name, parts in modules.items()}
-    targeted = {name for name, parts in modules.items() if parts.keys() - set(_BASE_PARTS.values())}
+    targeted = {name for name, parts in modules.items() if not parts.keys() <= _BASE_NAMES}
     if unsaved := [name for name in bases if _is_saved(adapter, name) and "saved weight" not in modules.get(name, ())]:
         raise errors.AdapterError(
             f"adapter from {adapter.source}: its modules_to_save {adapter.config['modules_to_save']!r} name "
@@ -215,7 +218,7 @@ def lower_module(module: Module, lowering: Lowering) -> Delta | Dense:
             f"{module.where}: the file has its own copy of the base weight, of shape {tuple(parts['copy'].shape)}, "
             f"which is not this model's ({base.out_features}, {base.in_features}); was it made for another base?"
         )
-    own = parts.keys() - set(_BASE_PARTS.values())
+    own = not parts.keys() <= _BASE_NAMES
     saved = "saved weight" in parts
     if own and saved:
         raise errors.AdapterError(f"{module.where}: modules_to_save names it and the adapter targets it as well")
@@ -270,12 +273,13 @@ def _group(adapter: Adapter, format: Format) -> tuple[dict[str, dict[str, Tensor
     modules: dict[str, dict[str, Tensor]] = {}
     shared: dict[str, Tensor] = {}
     suffixes = {**format.parts, **_BASE_PARTS}
+    endings = frozenset(suffixes)
     for key, tensor in adapter.tensors.items():
         if key in format.shared:
             part = format.shared[key]
             shared[part] = tensor
         else:
-            suffix = _suffix(key, suffixes)
+            suffix = _suffix(key, endings)
             if suffix is None or (suffix == "weight" and not _is_saved(adapter, key[: -len(".weight")])):
                 raise errors.UnsupportedAdapterError(
                     f"adapter from {adapter.source}: tensor {key!r} is left over ({_guess(key)}); it is not served"
@@ -291,7 +295,8 @@ def _group(adapter: Adapter, format: Format) -> tuple[dict[str, dict[str, Tensor
     return modules, shared
 
 
-def _suffix(key: str, suffixes: Mapping[str, str]) -> str | None:
+@lru_cache(maxsize=1 << 13)  # adapters of one model have the same keys again and again
+def _suffix(key: str, suffixes: frozenset[str]) -> str | None:
     """The longest of `suffixes`, which have three steps at most, that ends `key`."""
     found, at = None, len(key)
     for _ in range(3):
@@ -337,7 +342,7 @@ def _check_targets(
     targets = config.get("target_modules")
     if targets is None or targets == "all-linear":
         return  # resolved by PEFT when it was trained: the tensors say which
-    wanted = {name for name in bases if is_target(config, name)}
+    wanted = targets_of(config, bases)
     if left := sorted(targeted - wanted):
         raise errors.AdapterError(
             f"adapter from {adapter.source}: it has weights for {_some(left)}, which its target_modules "
