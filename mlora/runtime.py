@@ -20,7 +20,7 @@ from .layers import Shared, base_linear
 from .lowering import BaseLinear, Delta, lower, to_adapter
 from .merge import Merge, as_merge, merge_adapters, relative
 from .routing import Entries, Entry, Plan, Recipe
-from .store import GAIN, IN_GAIN, Store
+from .store import BOTH, GAIN, IN_GAIN, Store
 
 
 @dataclass(frozen=True)
@@ -570,8 +570,12 @@ class Runtime:
         self._store.acquire(names)
         words = routing.plan_words(recipes, lambda name: self._store[name].slot, expansion)
         touches = np.zeros(self._store.tables.shape[0], dtype=np.uint8)
-        for name in names:
-            touches |= self._store[name].touches
+        for recipe in set(recipes):
+            of_row = np.zeros_like(touches)
+            for name, _ in recipe:
+                of_row |= self._store[name].touches
+            of_row[(of_row & (GAIN | IN_GAIN)) == (GAIN | IN_GAIN)] |= BOTH
+            touches |= of_row
         tensor = routing.to_device(words, self._store.arena.device)
         return Plan(tensor, touches.tobytes(), names, rows, (rows, rows * expansion))
 

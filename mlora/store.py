@@ -26,6 +26,7 @@ ALIGNMENT = 64  # bytes: a cache line, and a multiple of every vector load of th
 
 # What an adapter does to a module, as bits of a byte.
 LORA, GAIN, IN_GAIN, SHIFT = 1, 2, 4, 8
+BOTH = 16  # in a plan: some row takes an output gain and an input gain there
 
 _OFFSETS = (layout.A, layout.B, layout.GAIN, layout.IN_GAIN, layout.SHIFT)
 

@@ -12,7 +12,7 @@ from .. import errors
 from ..ops import dispatch, reference
 from ..ops.rows import check_rows
 from ..routing import Plan, Siblings
-from ..store import GAIN, IN_GAIN
+from ..store import BOTH, GAIN, IN_GAIN
 from .state import LayerState
 from .swap import refuse_copy, refuse_move
 
@@ -101,13 +101,13 @@ class LoraLayer(nn.Module):
         return self._mlora.kblock(self, tokens)
 
     def _routed(self, x: Tensor, words: Tensor, touches: int) -> Tensor:
-        """The base, then one op. With input gains the base reads u * x, and rows that also take an
-        output gain from another adapter need base(x) beside it: deltas add without a cross term."""
+        """The base, then one op. With input gains the base reads u * x, and a row that also takes an output gain from
+        another adapter needs base(x) beside it: deltas add without a cross term."""
         state = self._mlora
         arena, table = state.shared.arena, state.table
         source = None
         if touches & IN_GAIN:
-            if touches & GAIN:
+            if touches & BOTH:
                 source = self._base(x)
             y = self._base(dispatch.scale_input(x, arena, table, words))
         else:
@@ -124,7 +124,7 @@ class LoraLayer(nn.Module):
         self._check_autocast(x)
         if state.gathered:
             check_rows(shared.plan, 0)  # only one entry for all rows may pass
-        touches = GAIN | IN_GAIN if shared.in_gains else GAIN
+        touches = IN_GAIN | BOTH if shared.in_gains else GAIN
         return self._routed(x, shared.plan, touches)
 
     def _check(self, x: Tensor, plan: Plan) -> None:
