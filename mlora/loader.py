@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from . import errors
@@ -20,6 +20,13 @@ MAX_CONFIG = 16 << 20  # bytes; AdaLoRA's masks are the largest configs, some hu
 
 # Where diffusers keeps the config of an adapter that it saves: in the header of the weights.
 _METADATA = "lora_adapter_metadata"
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 
 
 def read_adapter(
@@ -100,9 +107,26 @@ def _read_tensors(folder: Path, path: Path, allow_pickle: bool) -> dict[str, Ten
 def _load(path: Path) -> dict[str, Tensor]:
     _check_size(path)
     try:
-        return load_file(path)
+        return map_tensors(path)
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, OverflowError) as error:
         raise errors.AdapterError(f"{path} is damaged or not a safetensors file: {error}") from error
+
+
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """The file's tensors, mapped into memory. The library checks the header, and that the tensors lie in the file
+    without gaps in the order of `offset_keys`; cutting them out here takes less than half the time of `load_file`."""
+    with safe_open(path, "pt") as file:
+        parts = [(key, file.get_slice(key)) for key in file.offset_keys()]
+        shapes = [part.get_shape() for _, part in parts]
+        dtypes = [_DTYPES[part.get_dtype()] for _, part in parts]
+    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
+    data = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
+    data = data[data.numel() - sum(sizes) :]
+    if len(set(dtypes)) == 1 and data.storage_offset() % dtypes[0].itemsize == 0:  # as good as always
+        flat = data.view(dtypes[0]).split([size // dtypes[0].itemsize for size in sizes])
+    else:
+        flat = [part.clone().view(dtype) for part, dtype in zip(data.split(sizes), dtypes, strict=True)]
+    return {key: part.view(shape) for (key, _), part, shape in zip(parts, flat, shapes, strict=True)}
 
 
 def _check_size(path: Path) -> None:

@@ -75,8 +75,8 @@ def patch(
     dtype: torch.dtype | None = None,
     fused: bool = True,
 ) -> Runtime:
-    """Patch every linear, convolution, norm and token embedding of `model` in place, so that each row of a batch can use
-    its own adapter.
+    """Patch every linear, convolution, norm and token embedding of `model` in place, so that each row of a batch can
+    use its own adapter.
 
     Until an adapter is used the model computes the same bits as before. Its class, `state_dict`,
     hooks and `save_pretrained` stay as they are.

@@ -20,7 +20,7 @@ from .lowering import BaseLinear, Delta, lower, to_adapter
 from .lowering.delta import kernel_major
 from .merge import Merge, as_merge, merge_adapters, relative
 from .routing import Entries, Entry, Plan, Recipe
-from .store import GAIN, IN_GAIN, Packed, Store
+from .store import BOTH, GAIN, IN_GAIN, Packed, Store
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,8 @@ class Runtime:
         by_index: dict[int, Delta] = {}
         for name, delta in deltas.items():
             turned = kernel_major(delta, self.bases[name])
-            if not by_index.setdefault(self._indices[name], turned).equals(turned):
+            other = by_index.setdefault(self._indices[name], turned)
+            if other is not turned and not other.equals(turned):
                 raise errors.AdapterError(
                     f"adapter {adapter_name!r}: it has different weights for one shared module under several of its "
                     f"names: {', '.join(sorted({name, *self.bases[name].aliases} & deltas.keys()))}"
@@ -193,7 +194,7 @@ class Runtime:
             self._note(packed)
             self._store.register(adapter_name, packed)
             self._loaded[adapter_name] = _Loaded(adapter, info, approximate, merge)
-            return self.adapters[adapter_name]
+            return self._info(adapter_name)
 
     def _note(self, packed: Packed) -> None:
         """Tell compiled code which ops it needs from now on; each is one compilation more, once."""
@@ -264,10 +265,10 @@ class Runtime:
     @property
     def adapters(self) -> dict[str, AdapterInfo]:
         """Name -> what is known of it, in the order of loading."""
-        return {
-            name: replace(loaded.info, location="device" if self._store[name].resident else "host")
-            for name, loaded in list(self._loaded.items())
-        }
+        return {name: self._info(name) for name in list(self._loaded)}
+
+    def _info(self, name: str) -> AdapterInfo:
+        return replace(self._loaded[name].info, location="device" if self._store[name].resident else "host")
 
     def status(self) -> str:
         """A printable table of the adapters and the arena."""
@@ -591,8 +592,12 @@ class Runtime:
                 heads.setdefault(index, [None] * len(recipes))[row] = head
         words = routing.plan_words(recipes, lambda name: self._store[name].slot, expansion, bool(heads))
         touches = np.zeros(self._store.tables.shape[0], dtype=np.uint8)
-        for name in names:
-            touches |= self._store[name].touches
+        for recipe in set(recipes):
+            of_row = np.zeros_like(touches)
+            for name, _ in recipe:
+                of_row |= self._store[name].touches
+            of_row[(of_row & (GAIN | IN_GAIN)) == (GAIN | IN_GAIN)] |= BOTH
+            touches |= of_row
         tensor = routing.to_device(words, self._store.arena.device)
         fixed = {index: tuple(found) for index, found in heads.items()}
         return Plan(tensor, touches.tobytes(), names, rows, (rows, rows * expansion), fixed)

@@ -125,6 +125,13 @@ BUILDERS = {
     "gemma": lambda: _causal("GemmaConfig"),
     "gemma2": lambda: _causal("Gemma2Config", query_pre_attn_scalar=8),
     "mixtral": lambda: _causal("MixtralConfig", num_local_experts=4, num_experts_per_tok=2),
+    "qwen2moe": lambda: _causal(
+        "Qwen2MoeConfig",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=48,
+    ),
     "gpt2": _gpt2,
     "opt": _opt,
     "t5": _t5,
@@ -471,7 +478,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     file, table = session.config.getoption("--conformance-table"), session.config.stash.get(VERDICTS, None)
     if not file or not table:
         return
-    columns = ("single", "mixed", "weighted", "generate", "bf16", "gpt2", "t5", "bert", "qwen2", "conv")
+    models = ("gpt2", "t5", "bert", "qwen2", "conv", "vit", "qwen2moe")
+    columns = ("single", "mixed", "weighted", "generate", "bf16", *models)
     lines = [*_TITLE, "| adapter | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
     for name, cells in table.items():
         row = [

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mlora
 from mlora.layers import LoraLayer
 from mlora.ops import dispatch
-from mlora.store import GAIN, IN_GAIN, LORA
+from mlora.store import BOTH, GAIN, IN_GAIN, LORA
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -72,8 +72,10 @@ def traced_layer(touches: int, tokens: int) -> Trace:
         (LORA, {"apply_": 1, "scale_input": 0}),
         (LORA | GAIN, {"apply_": 1, "scale_input": 0}),
         (LORA | IN_GAIN, {"apply_": 1, "scale_input": 1}),
+        (GAIN | IN_GAIN, {"apply_": 1, "scale_input": 1}),
+        (GAIN | IN_GAIN | BOTH, {"apply_": 1, "scale_input": 1}),
     ],
-    ids=["base", "lora", "gain", "in_gain"],
+    ids=["base", "lora", "gain", "in_gain", "either_gain", "both_gains"],
 )
 def test_a_layer_makes_one_call_and_never_waits(touches: int, calls: dict[str, int], tokens: int) -> None:
     trace = traced_layer(touches, tokens)
@@ -83,7 +85,8 @@ def test_a_layer_makes_one_call_and_never_waits(touches: int, calls: dict[str, i
     assert trace.count("triton_apply_") == (calls["apply_"] if large else 0), "many tokens go to the tensor cores"
     free = ("mlora::", "prim::", "aten::view", "aten::t", "aten::detach")  # views and queries launch nothing
     others = [call for call in trace.calls if not call.startswith(free)]
-    assert others == ["aten::addmm"], "beside the operators above only the base product"
+    products = 2 if touches & BOTH else 1  # of u * x and of x, only where a row takes both gains
+    assert others == ["aten::addmm"] * products, "beside the operators above only the base product"
 
 
 def test_the_trace_sees_waits() -> None:

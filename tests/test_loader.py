@@ -18,6 +18,8 @@ from torch import Tensor
 
 import mlora
 from mlora import errors
+from mlora.adapter import all_finite
+from mlora.loader import map_tensors
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 ROOT = "base_model.model"
@@ -481,3 +483,29 @@ def test_adapters_tell_what_is_loaded(patched: Any) -> None:
     status = patched.mlora.status()
     for part in ("r3", "rsLoRA", "DoRA", "2-8", f"{infos['r3'].bytes:,}", "device", "float32"):
         assert part in status
+
+
+@pytest.mark.parametrize("dtypes", [("bfloat16",), ("float32", "bfloat16", "int64", "uint8"), ("float64", "bool")])
+def test_tensors_are_mapped_as_safetensors_reads_them(tmp_path: Path, dtypes: tuple[str, ...]) -> None:
+    tensors = {
+        f"{index}.{name}": torch.randint(0, 2, (3, 2 * index + 1)).to(getattr(torch, name))
+        for index in range(3)
+        for name in dtypes
+    } | {"scalar": torch.tensor(2.5).to(getattr(torch, dtypes[0]))}
+    file = tmp_path / "x.safetensors"
+    save_file(tensors, file, metadata={"format": "pt", "odd": "x" * len(dtypes)})
+    got = map_tensors(file)
+    assert got.keys() == tensors.keys()
+    for key, tensor in load_file(file).items():
+        assert got[key].dtype == tensor.dtype and torch.equal(got[key], tensor), key
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_finite(dtype: torch.dtype, bad: float) -> None:
+    large = torch.full((1000,), torch.finfo(dtype).max, dtype=dtype)  # whose sum overflows
+    assert all_finite(large) and all_finite(large.neg()) and all_finite(large[:0])
+    large[500] = bad
+    assert not all_finite(large)
+    large[600] = -bad
+    assert not all_finite(large)

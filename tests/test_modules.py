@@ -326,3 +326,34 @@ def test_an_empty_batch_and_a_single_token(patched: Any, folders: dict[str, Path
         assert plain(torch.randn(HIDDEN), adapter_names=None).shape == (9,)
     one = {"input_ids": torch.tensor([[5]])}
     assert logits(patched, one, adapter_names=["r3"]).shape == (1, 1, 67)
+
+
+@pytest.mark.parametrize(("entries", "twice"), [(["in", "out"], False), ([{"in": 1, "out": 1}, "in"], True)])
+def test_the_base_runs_twice_only_where_a_row_takes_both_gains(model: Any, entries: list[Any], twice: bool) -> None:
+    name, calls = "model.layers.0.mlp.down_proj", 0
+    module = model.get_submodule(name)
+
+    def forward(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return nn.Linear.forward(module, x)
+
+    module.forward = forward
+    runtime = mlora.patch(model)
+    gains = {}
+    for kind, width, feedforward in (("in", module.in_features, ["down_proj"]), ("out", module.out_features, [])):
+        config = {"peft_type": "IA3", "target_modules": ["down_proj"], "feedforward_modules": feedforward}
+        shape = (1, width) if feedforward else (width, 1)
+        tensors = {f"model.layers.{i}.mlp.down_proj.ia3_l": 1 + torch.rand(shape) for i in range(2)}
+        gains[kind] = tensors[f"{name}.ia3_l"].view(-1)
+        runtime.add_adapter(kind, mlora.Adapter(config, tensors))
+    x = torch.randn(2, 3, module.in_features)
+    with runtime.use_adapters(entries), torch.no_grad():
+        calls = 0
+        got = module(x)
+        assert calls == 1 + twice
+        for row, entry in enumerate(entries):
+            want = (x[row] * gains["in"] if "in" in entry else x[row]) @ module.weight.t()
+            if "out" in entry:
+                want = want + (gains["out"] - 1) * (x[row] @ module.weight.t())
+            assert_close(got[row], want)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..ops import dispatch, reference
 from ..ops.rows import check_rows
 from ..routing import Plan
-from ..store import GAIN, IN_GAIN, LORA
+from ..store import BOTH, IN_GAIN, LORA
 from .linear import LoraLayer
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -69,7 +69,7 @@ class ConvLayer(LoraLayer):
         arena, table = state.shared.arena, state.table
         source = None
         if touches & IN_GAIN:
-            if touches & GAIN:
+            if touches & BOTH:
                 source = self._base(x)
             y = self._base(self._scaled(x, words))
         else:

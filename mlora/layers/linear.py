@@ -13,7 +13,7 @@ from .. import errors
 from ..ops import dispatch, reference
 from ..ops.rows import check_rows
 from ..routing import Plan, Siblings
-from ..store import GAIN, HEAD, IN_GAIN, LORA
+from ..store import BOTH, GAIN, HEAD, IN_GAIN, LORA
 from .head import answer, check_heads
 from .state import LayerState
 from .swap import refuse_copy, refuse_move
@@ -106,13 +106,13 @@ class LoraLayer(nn.Module):
         return self._mlora.kblock(self, tokens)
 
     def _routed(self, x: Tensor, words: Tensor, touches: int) -> Tensor:
-        """The base, then one op. With input gains the base reads u * x, and rows that also take an
-        output gain from another adapter need base(x) beside it: deltas add without a cross term."""
+        """The base, then one op. With input gains the base reads u * x, and a row that also takes an output gain from
+        another adapter needs base(x) beside it: deltas add without a cross term."""
         state = self._mlora
         arena, table = state.shared.arena, state.table
         source = None
         if touches & IN_GAIN:
-            if touches & GAIN:
+            if touches & BOTH:
                 source = self._base(x)
             recorded = x.requires_grad and torch.is_grad_enabled()
             scale = reference.scale_input if recorded else dispatch.scale_input
@@ -133,7 +133,7 @@ class LoraLayer(nn.Module):
             check_rows(shared.plan, 0)  # only one entry for all rows may pass
         if state.index in shared.heads:
             check_heads(shared.plan)
-        touches = LORA | GAIN | IN_GAIN if shared.in_gains else LORA | GAIN
+        touches = LORA | IN_GAIN | BOTH if shared.in_gains else LORA | GAIN
         return self._routed(x, shared.plan, touches)
 
     def _check(self, x: Tensor, plan: Plan) -> None:

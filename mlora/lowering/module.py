@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from .. import errors
 from ..adapter import Adapter
 from .delta import BaseLinear, Delta, Dense
-from .targets import is_target, pattern_value
+from .targets import pattern_value, targets_of
 
 # Options of every type that say which modules are changed, or how a base weight lies.
 _HONOURED = {
@@ -38,6 +39,8 @@ BASE_PARTS = {
     "bias": "base bias",
     "weight": "saved weight",
 }
+
+BASE_NAMES = frozenset(BASE_PARTS.values())
 
 # The part that holds replaced rows of an embedding, in whichever type.
 TOKENS = "trained tokens"
@@ -216,8 +219,8 @@ def modules_of(adapter: Adapter, lowering: Lowering, bases: Mapping[str, BaseLin
         if len(set(named.values())) != len(modules):
             raise errors.AdapterError(f"adapter from {adapter.source}: several of its modules are one of this model's")
         modules = {named[name]: parts for name, parts in modules.items()}
-    beside = {*BASE_PARTS.values(), *(() if lowering.tied else (TOKENS,))}
-    targeted = {name for name, parts in modules.items() if parts.keys() - beside}
+    beside = BASE_NAMES if lowering.tied else BASE_NAMES | {TOKENS}
+    targeted = {name for name, parts in modules.items() if not parts.keys() <= beside}
     if unsaved := [name for name in bases if _is_saved(adapter, name) and "saved weight" not in modules.get(name, ())]:
         raise errors.AdapterError(
             f"adapter from {adapter.source}: its modules_to_save {adapter.config['modules_to_save']!r} name "
@@ -263,6 +266,7 @@ def _group(adapter: Adapter, format: Format) -> tuple[dict[str, dict[str, Tensor
     modules: dict[str, dict[str, Tensor]] = {}
     shared: dict[str, Tensor] = {}
     suffixes = {**format.parts, **BASE_PARTS}
+    endings = frozenset(suffixes)
     # What is tied to a module to save is saved with it, unnamed.
     tied = adapter.config.get("modules_to_save") and adapter.config.get("ensure_weight_tying")
     for key, tensor in adapter.tensors.items():
@@ -270,7 +274,7 @@ def _group(adapter: Adapter, format: Format) -> tuple[dict[str, dict[str, Tensor
             part = format.shared[key]
             shared[part] = tensor
         else:
-            suffix = _suffix(key, suffixes)
+            suffix = _suffix(key, endings)
             if suffix is None or (suffix == "weight" and not (tied or _is_saved(adapter, key[: -len(".weight")]))):
                 raise errors.UnsupportedAdapterError(
                     f"adapter from {adapter.source}: tensor {key!r} is left over ({_guess(key)}); it is not served"
@@ -286,7 +290,8 @@ def _group(adapter: Adapter, format: Format) -> tuple[dict[str, dict[str, Tensor
     return modules, shared
 
 
-def _suffix(key: str, suffixes: Mapping[str, str]) -> str | None:
+@lru_cache(maxsize=1 << 13)  # adapters of one model have the same keys again and again
+def _suffix(key: str, suffixes: frozenset[str]) -> str | None:
     """The longest of `suffixes`, which have three steps at most, that ends `key`."""
     found, at = None, len(key)
     for _ in range(3):
@@ -337,8 +342,8 @@ def _check_targets(
     targets = config.get("target_modules")
     if targets is None or targets == "all-linear":
         return  # resolved by PEFT when it was trained: the tensors say which
-    able = {name for name, base in bases.items() if base.offset is None or lowering.norms or name in targeted}
-    wanted = {name for name in able if is_target(config, name)}
+    unless = set() if lowering.norms else {name for name, base in bases.items() if base.offset is not None} - targeted
+    wanted = targets_of(config, bases) - unless
     along = {n for name in wanted for n in (*bases[name].aliases, *bases[name].tied)} if lowering.tied else set()
     if left := sorted(targeted - wanted - along):
         raise errors.AdapterError(

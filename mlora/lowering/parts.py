@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import errors
 from .delta import BaseLinear, Delta, Dense, spread
-from .module import BASE_PARTS, TOKENS, Format, Lowering, Module
+from .module import BASE_NAMES, TOKENS, Format, Lowering, Module
 from .saved import saved
 from .tokens import indices_of, trained_tokens
 
@@ -49,7 +49,7 @@ def lower_module(module: Module, lowering: Lowering) -> Delta | Dense:
     if base.conv is not None:
         _check_conv(module, lowering.format)
     if "saved weight" in parts:
-        if parts.keys() - set(BASE_PARTS.values()):
+        if parts.keys() - BASE_NAMES:
             raise errors.AdapterError(f"{module.where}: modules_to_save names it and the adapter targets it as well")
         return saved(module, "saved weight", "base bias")
     if TOKENS in parts and parts.keys() != {TOKENS}:
@@ -59,7 +59,7 @@ def lower_module(module: Module, lowering: Lowering) -> Delta | Dense:
         )
     if TOKENS in parts and not lowering.tied:
         return trained_tokens(module, indices_of(module))
-    own = parts.keys() - set(BASE_PARTS.values())
+    own = parts.keys() - BASE_NAMES
     delta = lowering.delta(module) if own else Delta()
     if "base bias" in parts:
         if (bias := base.bias()) is None:
@@ -85,7 +85,7 @@ def _check_conv(module: Module, format: Format) -> None:
     """Refuse what is not served on a convolution, or not on one of this kind."""
     conv, kind = module.base.conv, module.config.get("peft_type")
     assert conv is not None
-    dims, own = len(conv.kernel), module.parts.keys() - set(BASE_PARTS.values())
+    dims, own = len(conv.kernel), module.parts.keys() - BASE_NAMES
     if own and dims not in format.convs:
         raise errors.UnsupportedAdapterError(
             f"{module.where}: it is a {dims}-d convolution, for which PEFT has no layer of type {kind}"

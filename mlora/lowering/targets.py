@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import regex
 
 from .. import errors
+
+_OPTIONS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 _SECONDS = 0.2  # for one match; those of real configs take microseconds
 
@@ -19,6 +23,18 @@ def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -
         if full_match(rf"(.*\.)?({key})$", name):
             return value
     return default
+
+
+def targets_of(config: Mapping[str, Any], names: Iterable[str]) -> frozenset[str]:
+    """Those of `names` that `config` targets. Adapters of one model have the same targets again and again."""
+    options = {option: config[option] for option in _OPTIONS if option in config}
+    return _targets_of(json.dumps(options, default=sorted), tuple(names))  # PEFT's config objects hold sets
+
+
+@lru_cache(maxsize=64)
+def _targets_of(options: str, names: tuple[str, ...]) -> frozenset[str]:
+    config = json.loads(options)
+    return frozenset(name for name in names if is_target(config, name))
 
 
 def is_target(config: Mapping[str, Any], name: str) -> bool:

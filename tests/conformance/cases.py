@@ -62,10 +62,13 @@ TARGETS = {
     "t5": ["q", "wi_1", "wo"],
     "bert": ["query", "dense"],
     "conv": ["embedder.convolution", "shortcut.convolution", "classifier.1", "layer.0.convolution"],
+    "vit": ["q_proj", "fc1", "fc2"],
+    "qwen2moe": ["q_proj", "v_proj", "shared_expert.up_proj", "shared_expert.down_proj"],
 }
 
-ALL = ("gpt2", "t5", "bert", "qwen2")
-LINEAR = ("t5", "bert")  # types that PEFT has no Conv1D layer for
+TEXTS = ("gpt2", "t5", "bert", "qwen2")
+ALL = (*TEXTS, "vit", "qwen2moe")
+LINEAR = ("t5", "bert", "vit", "qwen2moe")  # types that PEFT has no Conv1D layer for
 CONV = (*LINEAR, "conv")  # and has one for convolutions
 
 # What trains norms, and what embeds tokens, by model.
@@ -75,6 +78,8 @@ NORMS = {
     "gpt2": ["ln_1", "ln_f"],
     "t5": ["layer_norm"],
     "bert": ["LayerNorm"],
+    "vit": ["layernorm_before", "layernorm"],
+    "qwen2moe": ["input_layernorm", "norm"],
 }
 EMBEDDINGS = {
     "llama": "embed_tokens",
@@ -82,6 +87,7 @@ EMBEDDINGS = {
     "gpt2": "wte",
     "t5": "shared",
     "bert": "word_embeddings",
+    "qwen2moe": "embed_tokens",
 }
 EMBEDDING = "the model's embedding"
 TOKENS = list(range(2, VOCAB, 2))
@@ -118,12 +124,18 @@ SPECS: tuple[Spec, ...] = (
     ),
     _lora("LoRA with a trained lm_head", modules_to_save=["lm_head"]),
     Spec("LoRA with a trained classifier", "LoraConfig", {**_LORA, "task_type": "SEQ_CLS"}, models=("bert",)),
+    Spec(
+        "LoRA with a trained head",
+        "LoraConfig",
+        {**_LORA, "modules_to_save": ["lm_head", "classifier"]},
+        models=("vit",),
+    ),
     Spec("IA3 with a trained lm_head", "IA3Config", {"modules_to_save": ["lm_head"]}),
     _lora("LoRA with a trained norm", modules_to_save=["norm"]),
     Spec("LoRA with trained norms", "LoraConfig", {**_LORA, "modules_to_save": ["post_attention_layernorm"]}),
     Spec("LoRA with bias all", "LoraConfig", {**_LORA, "bias": "all"}, models=("gpt2", "bert", "qwen2")),
     # GPT-2's head is tied to its embedding.
-    Spec("LoRA with trained embeddings", "LoraConfig", {**_LORA, "modules_to_save": [EMBEDDING]}, models=ALL),
+    Spec("LoRA with trained embeddings", "LoraConfig", {**_LORA, "modules_to_save": [EMBEDDING]}, models=TEXTS),
     Spec(
         "LoRA with trained embeddings, tied",
         "LoraConfig",
@@ -144,7 +156,7 @@ SPECS: tuple[Spec, ...] = (
     _rewritten("aLoRA", "alora_invocation_tokens", alora_invocation_tokens=[5]),
     _rewritten("Arrow", "arrow_config", arrow_config={"top_k": 2}),
     _rewritten("LoRA with layer_replication", "layer_replication", layer_replication=[[0, 2], [0, 2]]),
-    Spec("LoRA with trained tokens", "LoraConfig", {**_LORA, "trainable_token_indices": TOKENS}, models=ALL),
+    Spec("LoRA with trained tokens", "LoraConfig", {**_LORA, "trainable_token_indices": TOKENS}, models=TEXTS),
     Spec(
         "LoRA with other trained tokens in the head",
         "LoraConfig",
@@ -222,7 +234,7 @@ SPECS: tuple[Spec, ...] = (
     Spec("HiRA", "HiraConfig", {"r": 3}, APPROXIMATE, "elementwise", strength=1.0, models=("conv",)),
     Spec("LN tuning", "LNTuningConfig", models=ALL),
     Spec("LN tuning with a trained lm_head", "LNTuningConfig", {"modules_to_save": ["lm_head"]}),
-    Spec("Trainable tokens", "TrainableTokensConfig", {"token_indices": TOKENS}, models=ALL),
+    Spec("Trainable tokens", "TrainableTokensConfig", {"token_indices": TOKENS}, models=TEXTS),
     Spec("Prompt tuning", "PromptTuningConfig", {"num_virtual_tokens": 2}, REFUSED, "virtual tokens"),
     Spec("Prefix tuning", "PrefixTuningConfig", {"num_virtual_tokens": 2}, REFUSED, "virtual tokens"),
 )  # fmt: skip
@@ -236,7 +248,7 @@ _NO_FAN_IN = ("RandLoraConfig", "VeraConfig", "LNTuningConfig", "TrainableTokens
 def make(folder: Path, spec: Spec, model: str, seed: int) -> Path:
     """Save the adapter of `spec` for a model of conftest's, with every trainable tensor random."""
     base = build(model)
-    options = {key: _named(value, EMBEDDINGS[model]) for key, value in spec.options.items()}
+    options = {key: _named(value, EMBEDDINGS.get(model, "")) for key, value in spec.options.items()}
     if spec.kind == "LNTuningConfig":
         options["target_modules"] = NORMS[model]
     elif spec.kind not in _OWN_TARGETS:
