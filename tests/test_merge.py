@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -192,7 +193,21 @@ def test_pruning_keeps_a_number_of_values_and_the_first_among_equals(shape: tupl
     order = tensor.abs().flatten().argsort(descending=True, stable=True)[: int(density * tensor.numel())]
     want = torch.zeros(tensor.numel())
     want[order] = tensor.flatten()[order]
-    assert torch.equal(combine([lambda: tensor], [1.0], how, [0]).flatten(), want)
+    assert torch.equal(combine([tensor.clone], [1.0], how, [0]).flatten(), want)
+
+
+@pytest.mark.parametrize("kind", ["ties", "magnitude_prune", "dare_linear"])
+@pytest.mark.parametrize("density", [0.5, 1.0])
+def test_factors_are_read_in_any_layout_and_left_alone(kind: str, density: float) -> None:
+    how = Merge(list("ab"), [0.7, 0.3], kind, density=density, space="factor")
+    plain, shuffled = [lora(1), lora(2)], []
+    for delta in plain:
+        assert delta.a is not None and delta.b is not None
+        shuffled.append(replace(delta, a=delta.a.t().contiguous().t(), b=delta.b.t().contiguous().t()))
+    one, two = merge_module(plain, how, module()), merge_module(shuffled, how, module())
+    assert one.a is not None and two.a is not None and one.b is not None and two.b is not None
+    assert torch.equal(one.a, two.a) and torch.equal(one.b, two.b)
+    assert torch.equal(dense(plain[0]), dense(lora(1))) and torch.equal(dense(shuffled[0]), dense(lora(1)))
 
 
 def test_ties_of_identical_adapters_is_the_adapter() -> None:
