@@ -286,6 +286,57 @@ def test_peft(pefted: Any, kind: str, weights: list[float], monkeypatch: pytest.
         assert relative(dense(ours), dense(theirs)) < 3e-6
 
 
+# LoRAX
+
+
+def lorax(tensors: list[Tensor], weights: list[float], kind: str, density: float, sign: str) -> Tensor:
+    """LoRAX's merges/strategies.py, formula by formula: weights on A and on B, dare without its rescaling."""
+    if "dare" in kind:
+        tensors = [t * torch.bernoulli(torch.full_like(t, density)) for t in tensors]
+    elif kind == "ties":
+        pruned = []
+        for t in tensors:
+            mask = torch.zeros_like(t).reshape(-1)
+            mask[torch.topk(t.abs().reshape(-1), k=int(density * t.numel())).indices] = 1
+            pruned.append(t * mask.reshape(t.shape))
+        tensors = pruned
+    stack = torch.stack(tensors)
+    weighted = stack * torch.tensor(weights).view(-1, 1, 1)
+    if kind in ("linear", "dare_linear"):
+        return weighted.sum(0)
+    vote = stack.sum(0) if sign == "total" else stack.sign().sum(0)
+    agree = stack.sign() == torch.where(vote >= 0, 1, -1)
+    return (weighted * agree).sum(0) / agree.sum(0).clamp(min=1.0)
+
+
+@pytest.mark.parametrize("sign", ["total", "frequency"])
+@pytest.mark.parametrize("kind", ["linear", "ties", "dare_linear", "dare_ties"])
+def test_lorax(kind: str, sign: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe of docs/merging.md gives LoRAX's merges, which take the first adapter's scaling for all."""
+
+    def every_third(p: Tensor, **_: Any) -> Tensor:
+        mask = torch.zeros(p.shape)
+        mask.view(-1)[::3] = 1
+        return mask
+
+    monkeypatch.setattr(torch, "bernoulli", every_third)
+    scales, weights, density = [0.5, 2.0, 0.25], [0.7, 0.3, 1.1], 0.5
+    deltas = [lora(seed, 4, scale) for seed, scale in enumerate(scales)]
+    a, b = ([getattr(d, part) for d in deltas] for part in "ab")
+    b = [factor.t() for factor in b]  # (out, rank), as in the files
+    want = scales[0] * lorax(b, weights, kind, density, sign) @ lorax(a, weights, kind, density, sign)
+
+    squared = [
+        w * w * scales[0] / s * (density * density if "dare" in kind else 1)
+        for w, s in zip(weights, scales, strict=True)
+    ]
+    how = Merge(
+        list("abc"), squared, kind, density=None if kind == "linear" else density, majority_sign_method=sign,
+        space="factor",
+    )  # fmt: skip
+    assert relative(dense(merge_module(deltas, how, module())), want.double()) < 2e-6
+
+
 def test_factors_are_clamped_to_a_quantile_of_their_values() -> None:
     deltas = [lora(1), lora(2)]
     plain = merge_module(deltas, Merge(list("ab"), [1, 1], "svd", svd_rank=8), module())
