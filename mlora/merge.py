@@ -52,7 +52,8 @@ class Merge:
         majority_sign_method: how ties elects a sign: "total" (of the sum) or "frequency" (of the signs).
         svd_rank: rank of the result; default: exact for linear and cat, else the largest of the adapters.
         svd_clamp: clamp the factors to this quantile of their values, in (0, 1].
-        seed: of dare's masks. `normalize`: divide the weights by their sum.
+        seed: of dare's masks; an adapter's mask also depends on its name and the module's, and on nothing else.
+        normalize: divide the weights by their sum.
         space: "delta" or "factor".
 
     Raises:
