@@ -155,6 +155,8 @@ def test_merges_in_generate_and_as_default(model: Any) -> None:
     merge = Merge(["r3", "rs16"], [2, 2], "magnitude_prune", density=0.4)
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     routed = model.generate(ids, adapter_names=[merge, None], num_beams=2, **options)
+    with model.mlora.use_adapters(merge):
+        assert torch.equal(model.generate(ids, num_beams=2, **options)[0], routed[0])
     model.mlora.set_adapter(merge)
     assert torch.equal(model.generate(ids, num_beams=2, **options)[0], routed[0])
     model.mlora.set_adapter(None)
