@@ -131,7 +131,7 @@ def main() -> None:
     chosen = [s for s in settings() if s.merge is None or args.only is None or args.only in s.strategy]
     console = Console(stderr=True)
     study = Study(resolve_model(args.model), args.prompts, console)
-    table = Table("adapters", "strategy", "weight", "density", "rank", "accuracy", "loss", "seconds")
+    table = Table("merged", "strategy", "weights", "density", "rank", *TASKS, "seconds", title="loss / accuracy")
     sink = args.out.open("w", encoding="utf-8") if args.out else None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
@@ -142,13 +142,12 @@ def main() -> None:
             found = study.measure(setting)
             seconds = time.perf_counter() - started
             table.add_row(
-                " ".join(setting.adapters),
+                " ".join(setting.adapters) if setting.merge else "",
                 setting.strategy,
                 f"{setting.weight:g}" if setting.merge else "",
                 f"{setting.density:g}" if setting.density else "",
                 str(setting.rank or ""),
-                " ".join(f"{figures['accuracy']:4.0%}" for figures in found.values()),
-                " ".join(f"{figures['loss']:.2f}" for figures in found.values()),
+                *(f"{f['loss']:.2f} / {f['accuracy']:.0%}" if (f := found.get(name)) else "" for name in TASKS),
                 f"{seconds:.0f}",
             )
             if sink is not None:
@@ -156,7 +155,10 @@ def main() -> None:
                 sink.write(json.dumps(record) + "\n")
                 sink.flush()
             progress.advance(bar)
-    Console().print(table)
+    out = Console()
+    if not out.is_terminal:
+        out.width = 160
+    out.print(table)
 
 
 if __name__ == "__main__":
