@@ -227,7 +227,7 @@ def measure_ties(console: Console, log: Log, args: argparse.Namespace) -> None:
             "ties_svd", names, [1.0] * 4, args.rank, target, a, b, DENSITY, "total"
         )
 
-    table = Table(title=f"TIES of four rank-{args.rank} adapters in delta space, fp32 (ms a module, medians)")
+    table = Table(title=f"TIES of four rank-{args.rank} adapters, delta space (median ms a module)")
     for column in ("out x in", "modules", "mlora", "PEFT ties_svd", "PEFT / mlora"):
         table.add_column(column, justify="right")
     totals = {"mlora": 0.0, "peft": 0.0}

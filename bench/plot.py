@@ -20,7 +20,9 @@ MINE, PEER, BOUND = "#2a6f97", "#b5838d", "#333333"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="+", help="JSON lines of kernels.py and generate.py")
+    parser.add_argument(
+        "files", type=Path, nargs="+", help="JSON lines of kernels.py, generate.py and examples/merging.py"
+    )
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for the PNG files")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -30,6 +32,8 @@ def main() -> None:
         drawn.append(draw_generate(generate, args.out / "generate.png"))
     if bandwidth := [r for r in records if r.get("bench") == "kernels" and r["group"] == "bandwidth"]:
         drawn.append(draw_bandwidth(bandwidth, args.out / "bandwidth.png"))
+    if merging := [r for r in records if r.get("bench") == "merging"]:
+        drawn.append(draw_merging(merging, args.out / "merging.png"))
     if not drawn:
         raise SystemExit(f"nothing to draw in {', '.join(map(str, args.files))}")
     for file in drawn:
@@ -103,6 +107,49 @@ def draw_bandwidth(records: list[dict[str, Any]], file: Path) -> Path:
         axis.legend(fontsize=8, frameon=False, loc="upper right")
     axes[0][0].set_ylabel("adapter GB/s")
     figure.tight_layout()
+    figure.savefig(file, dpi=150)
+    return file
+
+
+def draw_merging(records: list[dict[str, Any]], file: Path) -> Path:
+    """Loss and accuracy of each task over the density, for merges of two adapters; one line a strategy."""
+    alone, bare = (next(r["tasks"] for r in records if r["strategy"] == name) for name in ("alone", "bare"))
+    merges = [r for r in records if r["strategy"] not in ("alone", "bare") and len(r["adapters"]) == 2]
+    sweeps: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for r in merges:
+        if r["density"]:
+            sweeps.setdefault((r["strategy"], r["weight"], r["rank"]), []).append(r)
+    sweeps = {key: sorted(found, key=lambda r: r["density"]) for key, found in sweeps.items() if len(found) > 2}
+    linear = min(
+        (r for r in merges if r["strategy"] == "linear"), key=lambda r: sum(f["loss"] for f in r["tasks"].values())
+    )
+    tasks = linear["adapters"]
+    figure, axes = plt.subplots(2, len(tasks), figsize=(4.2 * len(tasks) + 1.6, 6), sharex=True, squeeze=False)
+    for row, figures in zip(axes, ("loss", "accuracy"), strict=True):
+        for axis, task in zip(row, tasks, strict=True):
+            for (strategy, weight, rank), found in sweeps.items():
+                values = [r["tasks"][task][figures] for r in found]
+                axis.plot([r["density"] for r in found], values, marker="o", ms=3.5, lw=1.4)
+                axis.lines[-1].set_label(f"{strategy}, weights {weight:g}, rank {rank}")
+            for label, level, style in (
+                ("its own adapter", alone[task][figures], "-"),
+                (f"linear, weights {linear['weight']:g}", linear["tasks"][task][figures], "--"),
+                ("no adapter", bare[task][figures], ":"),
+            ):
+                axis.axhline(level, color=BOUND, lw=1, ls=style, label=label)
+            if figures == "loss":
+                axis.set_yscale("log")
+                axis.set_title(f"{task} task", fontsize=10)
+            else:
+                axis.set_ylim(-0.03, 1.03)
+                axis.set_xlabel("density (share of values kept)")
+            axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("loss of the wanted answer")
+    axes[1][0].set_ylabel("answers that are right")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncol=3, fontsize=8, frameon=False)
+    figure.suptitle(f"{' and '.join(tasks)} merged into one adapter, SmolLM2-135M, {linear['prompts']} prompts a task")
+    figure.tight_layout(rect=(0, 0.1, 1, 1))
     figure.savefig(file, dpi=150)
     return file
 

@@ -273,7 +273,9 @@ def merge(
         str, typer.Option(help='"delta" merges what adapters do to weights; "factor" merges A and B, as PEFT does.')
     ] = "delta",
     sign: Annotated[str, typer.Option(help="How ties elects signs: total or frequency.")] = "total",
-    seed: Annotated[int, typer.Option(help="Of dare's masks.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of dare's masks, which also depend on an adapter's name: its folder's last part.")
+    ] = 0,
     normalize: Annotated[bool, typer.Option("--normalize", help="Divide the weights by their sum.")] = False,
     model: Annotated[
         str | None,

@@ -36,6 +36,8 @@ ALIASES = {"ids": "adapters", "sources": "adapters", "merge_strategy": "combinat
 
 # Of a small module's deltas, kept between TIES' two passes in place of making them twice.
 HELD_BYTES = 1 << 26
+# A step of the low-rank factorisation that lowers its squared error by less than this share ends it.
+SETTLED = 1e-3
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Merge:
         majority_sign_method: how ties elects a sign: "total" (of the sum) or "frequency" (of the signs).
         svd_rank: rank of the result; default: exact for linear and cat, else the largest of the adapters.
         svd_clamp: clamp the factors to this quantile of their values, in (0, 1].
-        seed: of dare's masks. `normalize`: divide the weights by their sum.
+        seed: of dare's masks; an adapter's mask also depends on its name and the module's, and on nothing else.
+        normalize: divide the weights by their sum.
         space: "delta" or "factor".
 
     Raises:
@@ -251,16 +254,16 @@ def merge_module(deltas: Sequence[Delta | None], how: Merge, base: BaseLinear) -
     gain: Tensor | None = None
     if base.offset is not None:  # a norm's weight is its gain
         zero = torch.zeros(base.out_features)
-        gains = [partial(_float, zero if d.gain is None else d.gain) for d, _, _ in present]
+        gains = [partial(_copy, zero if d.gain is None else d.gain) for d, _, _ in present]
         result, gain = Delta(), combine(gains, weights, how, seeds)
     elif how.prunes or any(d.gain is not None or d.in_gain is not None for d, _, _ in present):
         dense = combine([partial(_dense, d, base) for d, _, _ in present], weights, how, seeds)
-        result = _truncate(dense, _rank(how, present), how.svd_clamp)
+        result = _truncate(dense, [d for d, _, _ in present], _rank(how, present), how.svd_clamp)
     else:
         result = _truncate_sum(_sum([(d, w) for d, w, _ in present]), _rank(how, present), how.svd_clamp)
     if any(d.shift is not None for d, _, _ in present):
         none = torch.zeros(base.out_features)
-        shifts = [partial(_float, none if d.shift is None else d.shift) for d, _, _ in present]
+        shifts = [partial(_copy, none if d.shift is None else d.shift) for d, _, _ in present]
         result = replace(result, shift=combine(shifts, weights, how, [seed + 1 for seed in seeds]))
     return result if gain is None else replace(result, gain=gain)
 
@@ -339,14 +342,14 @@ def _in_factors(terms: Sequence[tuple[Delta, float]], how: Merge, base: BaseLine
     # Each factor takes the root of the weight, and A its sign.
     roots = [math.sqrt(abs(w * d.scale)) for d, w in terms]
     signed = [root if w * d.scale >= 0 else -root for root, (d, w) in zip(roots, terms, strict=True)]
-    a = combine([partial(_float, d.a) for d, _ in terms], signed, how, seeds)
-    b = combine([partial(_float, _float(d.b).t()) for d, _ in terms], roots, how, [seed + 1 for seed in seeds])
+    a = combine([partial(_copy, d.a) for d, _ in terms], signed, how, seeds)
+    b = combine([partial(_copy, _copy(d.b).t()) for d, _ in terms], roots, how, [seed + 1 for seed in seeds])
     return Delta(a, b.t().contiguous())
 
 
-def _float(tensor: Tensor | None) -> Tensor:
+def _copy(tensor: Tensor | None) -> Tensor:
     assert tensor is not None
-    return tensor.float()
+    return torch.empty(tensor.shape).copy_(tensor)
 
 
 def _dense(delta: Delta, base: BaseLinear) -> Tensor:
@@ -370,7 +373,8 @@ def _dense(delta: Delta, base: BaseLinear) -> Tensor:
 def combine(
     tensors: Sequence[Callable[[], Tensor]], weights: Sequence[float], how: Merge, seeds: Sequence[int]
 ) -> Tensor:
-    """The strategy on tensors of one shape, each made when it is needed: never more than a few are held, or HELD_BYTES.
+    """The strategy on contiguous tensors of one shape, each made when it is needed, and overwritten: never more than a
+    few are held, or HELD_BYTES.
 
     `seeds`: of each tensor's mask, for dare. TIES elects signs from the unweighted tensors, where a tie counts as
     positive, and divides by the number of tensors that agree, as PEFT does.
@@ -383,9 +387,9 @@ def combine(
         else:
             pruned = [_pruner(make, density) for make in tensors]
     if "ties" not in how.strategy:
-        result = pruned[0]() * weights[0]
+        result = pruned[0]().mul_(weights[0])
         for make, weight in zip(pruned[1:], weights[1:], strict=True):
-            result += make() * weight
+            result += make().mul_(weight)
         return result
     votes: Tensor | None = None
     held: list[Tensor] = []
@@ -396,58 +400,59 @@ def combine(
         vote = tensor if how.majority_sign_method == "total" else tensor.sign()
         votes = vote.clone() if votes is None else votes.add_(vote)
     assert votes is not None
-    # A value agrees where it is positive once the elected signs are taken out.
-    signs = (votes >= 0).float().mul_(2).sub_(1)
-    result, agreeing = torch.zeros_like(votes), torch.zeros_like(votes)
+    # A value agrees where it is positive once the elected signs are taken out. Fresh memory costs as much as a pass.
+    signs = votes.ge_(0).mul_(2).sub_(1)
+    result, agreeing = torch.zeros_like(signs), torch.zeros_like(signs)
+    part, sign = torch.empty_like(signs), torch.empty_like(signs)
     for i, weight in enumerate(weights):
-        tensor = ((held[i] if i < len(held) else pruned[i]()) * signs).clamp_(min=0)
-        agreeing += tensor.sign()
-        result += tensor.mul_(weight)
+        torch.mul(held[i] if i < len(held) else pruned[i](), signs, out=part).clamp_(min=0)
+        agreeing += torch.sign(part, out=sign)
+        result += part.mul_(weight)
     return result.mul_(signs).div_(agreeing.clamp_(min=1))
 
 
 def _pruner(make: Callable[[], Tensor], density: float) -> Callable[[], Tensor]:
     """The int(density * count) values of largest magnitude, and among equals the first; which is worked out once."""
-    found: list[tuple[float, Tensor | None]] = []
+    found: list[tuple[float, Tensor]] = []
 
     def pruned() -> Tensor:
         tensor = make()
+        kept = tensor.abs()
         if not found:
-            found.append(_bound(tensor.abs().flatten(), int(density * tensor.numel())))
-        bound, mask = found[0]
-        return torch.hardshrink(tensor, bound) if mask is None else tensor * mask.view(tensor.shape)
+            found.append(_least(kept.flatten(), int(density * tensor.numel())))
+        least, surplus = found[0]
+        kept.ge_(least)  # 1 or 0: multiplying by numbers is many times as fast as a mask of bools
+        kept.view(-1)[surplus] = 0
+        return tensor.mul_(kept)
 
     return pruned
 
 
-def _bound(values: Tensor, keep: int) -> tuple[float, Tensor | None]:
-    """What the `keep` largest of `values` are above, and a mask of them where others are above it too."""
+def _least(values: Tensor, keep: int) -> tuple[float, Tensor]:
+    """The least of the `keep` largest values, and where the others are that equal it."""
     if keep == 0:
-        return math.inf, None
-    least, surplus = _kth_largest(values, keep)
-    bound = float(np.nextafter(np.float32(least), np.float32(-1)))
-    if surplus:
-        mask = values >= least
-        mask[(values == least).nonzero()[-surplus:, 0]] = False
-        return bound, mask
-    return bound, None
+        return math.inf, torch.empty(0, dtype=torch.int64)
+    least, surplus = _kth_largest(values.numpy(), keep)
+    equal = (values == least).nonzero()[:, 0] if surplus else torch.empty(0, dtype=torch.int64)
+    return least, equal[len(equal) - surplus :]
 
 
-def _kth_largest(values: Tensor, k: int) -> tuple[float, int]:
+def _kth_largest(values: np.ndarray, k: int) -> tuple[float, int]:
     """The k-th largest of `values`, looked for between bounds that a sample gives, and by how many more than k values
     reach it."""
-    count, size, above = values.numel(), 8192, 0
+    count, size, over = len(values), 1 << 15, 0
     if count > 8 * size:
-        picks = torch.randint(count, (size,), generator=torch.Generator().manual_seed(0))
-        sample = values[picks].sort(descending=True).values
-        at, margin = k * size // count, 4 * math.isqrt(size)
-        high, low = sample[max(at - margin, 0)], sample[min(at + margin, size - 1)]
-        over = int((values > high).count_nonzero())
-        band = values[(values <= high).logical_and_(values >= low)]
-        if over < k <= over + band.numel():
-            values, above = band, over
-    least = values.kthvalue(values.numel() - (k - above) + 1).values
-    return float(least), above + int((values >= least).count_nonzero()) - k
+        at, margin = size - 1 - k * size // count, 2 * math.isqrt(size)  # four standard deviations, or more
+        low, high = max(at - margin, 0), min(at + margin, size - 1)
+        sample = np.partition(values[np.random.default_rng(0).integers(count, size=size)], (low, high))
+        reach, above = values >= sample[low], values > sample[high]
+        over = int(np.count_nonzero(above))
+        if over < k <= np.count_nonzero(reach):
+            values = values[reach ^ above]
+        else:
+            over = 0
+    least = np.partition(values, len(values) - (k - over))[len(values) - (k - over)]
+    return float(least), over + int(np.count_nonzero(values >= least)) - k
 
 
 def _dropper(make: Callable[[], Tensor], density: float, seed: int) -> Callable[[], Tensor]:
@@ -456,7 +461,7 @@ def _dropper(make: Callable[[], Tensor], density: float, seed: int) -> Callable[
     def dropped() -> Tensor:
         tensor = make()
         draw = torch.Generator().manual_seed(seed)
-        return tensor * torch.bernoulli(torch.full_like(tensor, density), generator=draw) / density
+        return tensor.mul_(torch.bernoulli(torch.full_like(tensor, density), generator=draw)).div_(density)
 
     return dropped
 
@@ -474,38 +479,60 @@ def _truncate_sum(delta: Delta, rank: int, clamp: float | None) -> Delta:
     return replace(result, error=tail / norm if norm else 0.0, shift=delta.shift)
 
 
-def _truncate(dense: Tensor, rank: int, clamp: float | None) -> Delta:
-    """The best `rank` rank rows of a dense (out, in) matrix, and their relative error."""
-    norm = float(torch.linalg.vector_norm(dense, dtype=torch.float64))
+def _truncate(dense: Tensor, deltas: Sequence[Delta], rank: int, clamp: float | None) -> Delta:
+    """The best `rank` rank rows of a dense (out, in) matrix that was made of `deltas`, and their relative error.
+    Overwrites `dense`."""
+    norm = _norm(dense)
     if norm == 0:
         return Delta()
-    result = _from_svd(*_leading(dense, rank), rank, clamp)
+    result = _from_svd(*_leading(dense, deltas, rank), rank, clamp)
     assert result.a is not None and result.b is not None
-    left = torch.addmm(dense, result.b.t(), result.a, alpha=-1)
-    return replace(result, error=float(torch.linalg.vector_norm(left, dtype=torch.float64)) / norm)
+    return replace(result, error=_norm(dense.addmm_(result.b.t(), result.a, alpha=-1)) / norm)
 
 
-def _leading(dense: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """At least the `rank` leading singular triplets, by block Krylov iteration (Musco & Musco, arXiv 1504.05477),
-    or by a whole SVD where that would not be smaller."""
-    if dense.shape[0] > dense.shape[1]:
-        u, s, vh = _leading(dense.t(), rank)
-        return vh.t(), s, u.t()
-    blocks, width = 6, rank + 6
-    if blocks * width > dense.shape[0]:
+def _norm(dense: Tensor) -> float:
+    return float(torch.linalg.vector_norm(torch.linalg.vector_norm(dense, dim=1).double()))
+
+
+def _leading(dense: Tensor, deltas: Sequence[Delta], rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """At least the `rank` leading singular triplets, by block Krylov iteration (Musco & Musco, arXiv 1504.05477), or by
+    a whole SVD where that would not be smaller.
+
+    The first block is what the matrix makes of the span of the deltas' own rank rows, near which the leading vectors
+    lie; steps end when one has lowered the squared error by less than SETTLED of it.
+    """
+    wide = dense.shape[0] <= dense.shape[1]
+    if not wide:
+        dense = dense.t()
+    span = [part.float() for d in deltas if (part := d.a if wide else d.b) is not None]
+    width = max(rank + 6, sum(len(part) for part in span))
+    if 3 * width > dense.shape[0]:
+        span, width = [], rank + 6  # of random vectors, then
+    if 3 * width > dense.shape[0]:
         u, s, vh = torch.linalg.svd(dense, full_matrices=False)
-        return u, s, vh
+        return (u, s, vh) if wide else (vh.t(), s, u.t())
+
     draw = torch.Generator().manual_seed(0)
-    block = torch.linalg.qr(dense @ torch.randn(dense.shape[1], width, generator=draw)).Q
-    space = [block]
-    for _ in range(blocks - 1):
-        block = torch.linalg.qr(dense @ (dense.t() @ block)).Q
-        space.append(block)
-    q = torch.linalg.qr(torch.cat(space, dim=1)).Q
-    # A wide matrix: its LQ factors first, and the SVD of the small one.
-    side, small = torch.linalg.qr(dense.t() @ q)
+    span.append(torch.randn(width - sum(len(part) for part in span), dense.shape[1], generator=draw))
+    total = _norm(dense) ** 2
+    captured = 0.0
+    q, image = dense.new_empty(dense.shape[0], 0), dense.new_empty(dense.shape[1], 0)  # dense^T q
+    block = torch.cat(span).t()
+    while q.shape[1] + width <= dense.shape[0]:
+        block = dense @ block
+        for _ in range(2 if q.shape[1] else 1):  # once leaves rounding noise of the old vectors
+            block = torch.linalg.qr(block - q @ (q.t() @ block)).Q
+        q, block = torch.cat([q, block], dim=1), dense.t() @ block
+        image = torch.cat([image, block], dim=1)
+        values, turn = torch.linalg.eigh(image.t() @ image)
+        before, captured = captured, float(values[-rank:].double().sum())
+        if captured - before <= SETTLED * max(total - captured, 1e-6 * total):
+            break
+    turn = turn[:, -rank:]
+    side, small = torch.linalg.qr(image @ turn)
     u, s, vh = torch.linalg.svd(small.t())
-    return q @ u[:, :rank], s[:rank], vh[:rank] @ side.t()
+    u, vh = q @ (turn @ u), vh @ side.t()
+    return (u, s, vh) if wide else (vh.t(), s, u.t())
 
 
 def _from_svd(u: Tensor, s: Tensor, vh: Tensor, rank: int, clamp: float | None) -> Delta:

@@ -72,6 +72,7 @@ def patch(
     *,
     memory: int | None = None,
     max_adapters: int = 256,
+    max_merges: int = 64,
     dtype: torch.dtype | None = None,
     fused: bool = True,
 ) -> Runtime:
@@ -89,6 +90,8 @@ def patch(
         memory: bytes of device memory for resident adapters; the others wait on the host. The default
             is half the size of the model's weights, at least 64 MiB, and at most half of what is free.
         max_adapters: how many adapters can be resident at once.
+        max_merges: how many results of merges in requests are kept; of more, those that were not used for longest are
+            forgotten, and computed again when asked for.
         dtype: in which adapters are stored on the device; the default is the linears' own.
         fused: compute base product and LoRA in one op where that is bit-equal to the library (fp32 and bf16 linears, on
             CPUs with AVX-512), and where it is faster.
@@ -126,13 +129,16 @@ def patch(
         memory = _default_memory(model, device)
     if memory < 1 or max_adapters < 1:
         raise errors.PatchError(f"memory={memory} and max_adapters={max_adapters} must be positive")
+    if max_merges < 0:
+        raise errors.PatchError(f"max_merges={max_merges} must be at least 0")
     store = Store(device, arena_dtype, memory, len(modules), max_adapters)
     shared = Shared(store.arena, torch.zeros(PLAN_WORDS, dtype=torch.int32, device=device), fused)
     states = {
         key: LayerState(name, index, shared, store.tables[index], module, dtypes[key])
         for index, (key, (name, module)) in enumerate(modules.items())
     }
-    runtime = Runtime(model, store, shared, {name: states[id(module)].index for name, module in paths.items()}, paths)
+    indices = {name: states[id(module)].index for name, module in paths.items()}
+    runtime = Runtime(model, store, shared, indices, paths, max_merges)
 
     for key, (_, module) in modules.items():
         if states[key].outer is not None:

@@ -115,7 +115,7 @@ def _finite(weight: Any) -> bool:
 
 def is_single(entries: Any) -> bool:
     """Whether `entries` is one entry for all rows, not one a row."""
-    return entries is None or isinstance(entries, (str, Mapping))
+    return entries is None or isinstance(entries, (str, Mapping, Merge))
 
 
 def resolve(entries: Any, exists: Callable[[str], bool]) -> list[Recipe]:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from . import errors, routing
 from .adapter import Adapter
-from .fold import KEEPS, Checkpoint, Copies, Corrections, Fold, Keeper, Target, shared_storages, target_of
+from .fold import Folded
 from .layers import Head, Shared, base_linears
 from .lowering import BaseLinear, Delta, lower, to_adapter
 from .lowering.delta import kernel_major
 from .merge import Merge, as_merge, merge_adapters, relative
+from .originals import KEEPS
 from .routing import Entries, Entry, Plan, Recipe
 from .store import BOTH, GAIN, IN_GAIN, Packed, Store
 
@@ -69,26 +71,35 @@ class Runtime:
 
     Wherever entries are taken, one is an adapter's name, `None` or `"__base__"` for the bare model, a mapping
     name -> weight for a weighted sum of deltas, or a `Merge` (also as a mapping with its fields), which is computed
-    once and kept under its label.
+    once and kept under its label, until `max_merges` others have been used since.
     """
 
     def __init__(
-        self, model: nn.Module, store: Store, shared: Shared, indices: Mapping[str, int], paths: Mapping[str, nn.Module]
+        self,
+        model: nn.Module,
+        store: Store,
+        shared: Shared,
+        indices: Mapping[str, int],
+        paths: Mapping[str, nn.Module],
+        max_merges: int,
     ) -> None:
         self._model = model
         self._store = store
         self._shared = shared
         self._indices = indices
-        self.bases: Mapping[str, BaseLinear] = base_linears(model, paths, lambda name: self._originals(indices[name]))
         self._modules = {indices[name]: (name, module) for name, module in paths.items()}
+        self._folded = Folded(model, store, self._modules)
+        self.bases: Mapping[str, BaseLinear] = base_linears(
+            model, paths, lambda name: self._folded.originals(indices[name])
+        )
         self._default_entry: Entry = None
-        self._fold: Fold | None = None
-        self._folded: Recipe = ()
-        self._bridges: set[str] = set()  # adapters made to undo what is folded in, for rows that name others
         self._loaded: dict[str, _Loaded] = {}
+        self._merges: OrderedDict[str, None] = OrderedDict()  # results for entries, least recently used first
+        self._max_merges = max_merges
+        self._bridges: set[str] = set()  # adapters made to undo what is folded in, for rows that name others
         self._active = 0
         self._lock = threading.RLock()  # guards the adapters' registry and the count above
-        self._merging = threading.Lock()
+        self._merging = threading.Lock()  # never taken under the lock above
 
     @property
     def model(self) -> nn.Module:
@@ -204,13 +215,23 @@ class Runtime:
         shared.embeddings |= any(self.bases[name].embed_scale is not None for name in touched)
         shared.heads = shared.heads.union(packed.heads)
 
-    def _resolve_merges(self, entries: Any) -> Any:
-        """`entries` with every merge replaced by the name of its result, or by weights where it is a plain sum."""
-        if isinstance(entries, Sequence) and not isinstance(entries, str):
-            return [self._resolve_merges_of(entry) for entry in entries]
-        return self._resolve_merges_of(entries)
+    @contextmanager
+    def _resolved(self, entries: Any) -> Iterator[Any]:
+        """`entries` with every merge replaced by the name of its result, or by weights where it is a plain sum; under
+        the lock, so that no result is forgotten before it is pinned."""
+        many = isinstance(entries, Sequence) and not isinstance(entries, str)
+        while True:
+            labels: set[str] = set()
+            resolved = [self._without_merge(entry, labels) for entry in (entries if many else [entries])]
+            with self._lock:
+                if labels <= self._merges.keys():
+                    for label in labels:
+                        self._merges.move_to_end(label)
+                    yield resolved if many else resolved[0]
+                    return
 
-    def _resolve_merges_of(self, entry: Any) -> Any:
+    def _without_merge(self, entry: Any, labels: set[str]) -> Any:
+        """One entry of `_resolved`; adds the name of a merge's result to `labels`."""
         how = as_merge(entry)
         if how is None:
             return entry
@@ -221,9 +242,19 @@ class Runtime:
                 weights[name] = weights.get(name, 0.0) + weight
             return weights
         with self._merging:  # computed once, also when several threads ask for it
-            if how.label not in self._loaded:
+            if how.label not in self._merges:
                 self._merge(how.label, how, how)
+                with self._lock:
+                    if how.label in self._loaded:
+                        self._merges[how.label] = None
+        labels.add(how.label)
         return how.label
+
+    def _forget_merges(self) -> None:
+        """Down to `max_merges` results, those that are in use aside."""
+        for label in list(self._merges)[: max(0, len(self._merges) - self._max_merges)]:
+            with suppress(errors.AdapterInUseError, errors.UnknownAdapterError):
+                self.delete_adapter(label)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter.
@@ -255,6 +286,7 @@ class Runtime:
                     self.delete_adapter(label)
             self._store.unregister(adapter_name)
             self._bridges.discard(adapter_name)
+            self._merges.pop(adapter_name, None)
             del self._loaded[adapter_name]
 
     def save_adapter(self, adapter_name: str, folder: str | Path) -> None:
@@ -298,7 +330,7 @@ class Runtime:
     @property
     def merged(self) -> dict[str, float]:
         """The recipe that is folded into the weights: adapter -> weight; empty if none is."""
-        return dict(self._folded)
+        return dict(self._folded.recipe)
 
     def merge_adapter(
         self, entry: Entry, *, keep: str = "copy", checkpoint: str | Path | None = None, safe: bool = True
@@ -322,26 +354,9 @@ class Runtime:
         """
         if keep not in KEEPS:
             raise errors.MergeError(f"keep is {keep!r}; it must be one of {', '.join(KEEPS)}")
-        entry = self._resolve_merges(entry)
-        with self._lock:
+        with self._resolved(entry) as entry:
             self._check_idle("merge_adapter")
-            recipe = self._recipe(entry)
-            before, folded = self._fold, self._folded
-            if before is not None and keep == "copy" and isinstance(before.keeper, Copies):
-                keeper: Keeper = before.keeper  # the new recipe is put in from the originals: one pass
-            else:
-                keeper = self._keeper(keep, checkpoint)
-                self._unfold()
-            try:
-                self._fold_in(recipe, keeper, safe)
-                if before is not None and keeper is before.keeper:
-                    kept = {target.name for target in self._fold.targets} if self._fold else set()
-                    left = [target for target in before.targets if target.name not in kept]
-                    self._with_plan(folded, Fold(left, keeper).take_out)
-            except BaseException:
-                if before is not None:
-                    self._fold_in(folded, before.keeper, safe=False)
-                raise
+            self._folded.replace(self._recipes(entry)[0], keep, checkpoint, safe)
             self._refresh_default()
 
     def unmerge_adapter(self) -> None:
@@ -352,7 +367,7 @@ class Runtime:
         """
         with self._lock:
             self._check_idle("unmerge_adapter")
-            self._unfold()
+            self._folded.take_out()
             self._refresh_default()
 
     def merge_and_unload(self, entry: Entry = None, *, safe: bool = True) -> nn.Module:
@@ -360,73 +375,15 @@ class Runtime:
         `save_pretrained` writes. Raises as `merge_adapter` does."""
         from .patch import unpatch
 
-        with self._lock:
+        with self._resolved(entry) as entry:
             self._check_idle("merge_and_unload")  # or the originals would be forgotten and the model stay patched
-            if entry is None and self._fold is None and self._default_entry is not None:
+            if entry is None and not self._folded.recipe:
                 entry = self._default_entry
             if entry is not None:
                 self.merge_adapter(entry, safe=safe)
             self.set_adapter(None)
-            self._fold, self._folded = None, ()
+            self._folded.forget()
             return unpatch(self._model)
-
-    def _originals(self, index: int) -> dict[str, Tensor]:
-        """The tensors of a module as they were before something was folded in, by the parameter's own name: lowerings
-        read the base, not what is folded into it."""
-        target = next((t for t in self._fold.targets if t.index == index), None) if self._fold is not None else None
-        found: dict[str, Tensor] = {}
-        if target is not None and self._fold is not None:
-            keeper = self._fold.keeper
-            self._with_plan(self._folded, lambda arena, plan: found.update(keeper.original(target, arena, plan)))
-        return {name.rpartition(".")[2]: tensor for name, tensor in found.items()}
-
-    def _recipe(self, entry: Entry) -> Recipe:
-        try:
-            return routing.resolve_entry(entry, self._loaded.__contains__)
-        except errors.UnknownAdapterError as error:
-            self._unknown(error.args[0])
-
-    def _keeper(self, keep: str, checkpoint: str | Path | None) -> Keeper:
-        if keep == "copy":
-            return Copies()
-        if keep == "corrections":
-            return Corrections()
-        folder = checkpoint or getattr(getattr(self._model, "config", None), "_name_or_path", None)
-        if not folder or not Path(folder).is_dir():
-            raise errors.MergeError(f"keep='checkpoint' needs checkpoint=FOLDER: the model says it is from {folder!r}")
-        return Checkpoint(folder)
-
-    def _with_plan(self, recipe: Recipe, use: Callable[..., None], *args: Any) -> None:
-        """use(arena, plan of `recipe`, *args) with the recipe's adapters on the device."""
-        names = tuple(name for name, _ in recipe)
-        self._store.acquire(names)
-        try:
-            words = routing.plan_words([recipe], lambda name: self._store[name].slot)
-            use(self._store.arena, routing.to_device(words, self._store.arena.device), *args)
-        finally:
-            self._store.release(names)
-
-    def _fold_in(self, recipe: Recipe, keeper: Keeper, safe: bool) -> None:
-        shared = shared_storages(self._model)
-        for name, _ in recipe:
-            for index in self._store[name].heads:
-                raise errors.MergeError(
-                    f"module {self._modules[index][0]}: adapter {name!r} has a head of another size there, which "
-                    f"cannot be folded into the model's; serve it unmerged"
-                )
-        touched = {index for name, _ in recipe for index in np.flatnonzero(self._store[name].touches).tolist()}
-        targets: list[Target] = []
-        for index in sorted(touched):
-            name, module = self._modules[index]
-            targets.append(target_of(name, module, index, self._store.tables[index], shared))
-        fold = Fold(targets, keeper)
-        self._with_plan(recipe, fold.put_in, safe)
-        self._fold, self._folded = (fold, recipe) if recipe else (None, ())
-
-    def _unfold(self) -> None:
-        if self._fold is not None:
-            self._with_plan(self._folded, self._fold.take_out)
-            self._fold, self._folded = None, ()
 
     def _check_idle(self, what: str) -> None:
         if self._active:
@@ -439,34 +396,40 @@ class Runtime:
             self.delete_adapter(label)
 
     def _relative(self, recipe: Recipe) -> Recipe:
-        """The recipe that does on the folded weights what `recipe` does on the base's."""
-        if not self._folded:
+        """The recipe that does on the folded weights what `recipe` does on the base's. It may name an adapter that
+        `_bridge` has yet to make."""
+        folded = self._folded.recipe
+        if not folded:
             return recipe
-        names = {name for name, _ in (*recipe, *self._folded)}
-        if not any((self._store[name].touches & (GAIN | IN_GAIN)).any() for name in names):
+        if not any((self._store[name].touches & (GAIN | IN_GAIN)).any() for name, _ in (*recipe, *folded)):
             difference = dict(recipe)
-            for name, weight in self._folded:
+            for name, weight in folded:
                 difference[name] = difference.get(name, 0.0) - weight
             return tuple(sorted((name, weight) for name, weight in difference.items() if weight))
-        if recipe == self._folded:
-            return ()
-        label = f"{dict(recipe)} on {dict(self._folded)}"
-        if label not in self._loaded:
-            deltas = {
-                name: lower(self._loaded[name].adapter, self.bases, self._loaded[name].approximate) for name in names
-            }
-            made = {
-                path: relative(
-                    [(deltas[name][path], w) for name, w in recipe if path in deltas[name]],
-                    [(deltas[name][path], w) for name, w in self._folded if path in deltas[name]],
-                    path,
-                )
-                for path in dict.fromkeys(path for d in deltas.values() for path in d)
-            }
-            source = Merge(tuple(names), (1.0,) * len(names))
-            self._register(label, to_adapter(made, label, self.bases), made, None, source)
-            self._bridges.add(label)
-        return ((label, 1.0),)
+        return () if recipe == folded else ((f"{dict(recipe)} on {dict(folded)}", 1.0),)
+
+    def _bridge(self, recipe: Recipe) -> None:
+        """Make the adapter that `_relative` names: lowered without the lock, and dropped where things have changed
+        meanwhile."""
+        with self._lock:
+            folded, version = self._folded.recipe, self._folded.version
+            ((label, _),) = self._relative(recipe)
+            sources = {name: self._loaded[name] for name, _ in (*recipe, *folded)}
+        deltas = {name: lower(one.adapter, self.bases, one.approximate) for name, one in sources.items()}
+        made = {
+            path: relative(
+                [(deltas[name][path], w) for name, w in recipe if path in deltas[name]],
+                [(deltas[name][path], w) for name, w in folded if path in deltas[name]],
+                path,
+            )
+            for path in dict.fromkeys(path for d in deltas.values() for path in d)
+        }
+        with self._lock:
+            same = all(self._loaded.get(name) is one for name, one in sources.items())
+            if same and self._folded.version == version and label not in self._loaded:
+                source = Merge(tuple(sources), (1.0,) * len(sources))
+                self._register(label, to_adapter(made, label, self.bases), made, None, source)
+                self._bridges.add(label)
 
     # Routing
 
@@ -477,11 +440,10 @@ class Runtime:
             EntryError, UnknownAdapterError: `entry` is not an entry.
             CapacityError: its adapters do not fit.
         """
-        entry = self._resolve_merges(entry)
         if not routing.is_single(entry):
             raise errors.EntryError(f"set_adapter takes one entry for all rows, not {entry!r}")
         plan = self._acquire(entry, 1, 1)
-        with self._lock:
+        with self._resolved(entry) as entry:
             previous, self._shared.default = self._shared.default, None if entry is None else plan
             self._default_entry = entry
             self._release(previous)
@@ -497,7 +459,6 @@ class Runtime:
     @contextmanager
     def _route(self, entries: Any, rows: int, expansion: int) -> Iterator[None]:
         local = self._shared.local
-        entries = self._resolve_merges(entries)
         plan = self._acquire(entries, rows, expansion)
         previous = local.plan, local.entries
         local.plan, local.entries = plan, entries
@@ -567,19 +528,32 @@ class Runtime:
 
     def _acquire(self, entries: Any, rows: int, expansion: int) -> Plan:
         """Resolve, bring to the device and pin: a plan, to be given back with `_release`."""
-        with self._lock:  # nothing that is named may be deleted before it is pinned
-            return self._acquire_locked(entries, rows, expansion)
+        while True:
+            with self._resolved(entries) as resolved:  # nothing that is named may be deleted before it is pinned
+                recipes = self._recipes(resolved)
+                relatives = [self._relative(recipe) for recipe in recipes]
+                unmade = [
+                    recipe
+                    for recipe, relative in zip(recipes, relatives, strict=True)
+                    if any(name not in self._loaded for name, _ in relative)
+                ]
+                if not unmade:
+                    plan = self._plan(relatives, None if routing.is_single(resolved) else rows, expansion)
+                    self._forget_merges()
+                    return plan
+            self._bridge(unmade[0])
 
-    def _acquire_locked(self, entries: Any, rows: int, expansion: int) -> Plan:
+    def _recipes(self, entries: Any) -> list[Recipe]:
         try:
-            recipes = routing.resolve(entries, self._loaded.__contains__)
+            return routing.resolve(entries, self._loaded.__contains__)
         except errors.UnknownAdapterError as error:
             self._unknown(error.args[0])
-        recipes = [self._relative(recipe) for recipe in recipes]
-        if routing.is_single(entries):
-            rows = 1
-        elif len(recipes) != rows:
+
+    def _plan(self, recipes: Sequence[Recipe], rows: int | None, expansion: int) -> Plan:
+        """Of one recipe a row; `rows` is None where one serves them all."""
+        if rows is not None and len(recipes) != rows:
             raise errors.EntryError(f"adapter_names has {len(recipes)} entries for a batch of {rows} rows")
+        rows = 1 if rows is None else rows
         names = tuple(sorted({name for recipe in recipes for name, _ in recipe}))
         headed = [self._headed(recipe) for recipe in recipes]
         self._store.acquire(names)
@@ -653,7 +627,7 @@ class Runtime:
     def _close(self) -> None:
         if self._active:
             raise errors.PatchError("the model cannot be unpatched while a call or use_adapters is routing it")
-        if self._fold is not None:
+        if self._folded.recipe:
             raise errors.PatchError("an adapter is folded into the weights: unmerge_adapter first, or merge_and_unload")
         if self._shared.default is not None:
             self.set_adapter(None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -192,7 +193,21 @@ def test_pruning_keeps_a_number_of_values_and_the_first_among_equals(shape: tupl
     order = tensor.abs().flatten().argsort(descending=True, stable=True)[: int(density * tensor.numel())]
     want = torch.zeros(tensor.numel())
     want[order] = tensor.flatten()[order]
-    assert torch.equal(combine([lambda: tensor], [1.0], how, [0]).flatten(), want)
+    assert torch.equal(combine([tensor.clone], [1.0], how, [0]).flatten(), want)
+
+
+@pytest.mark.parametrize("kind", ["ties", "magnitude_prune", "dare_linear"])
+@pytest.mark.parametrize("density", [0.5, 1.0])
+def test_factors_are_read_in_any_layout_and_left_alone(kind: str, density: float) -> None:
+    how = Merge(list("ab"), [0.7, 0.3], kind, density=density, space="factor")
+    plain, shuffled = [lora(1), lora(2)], []
+    for delta in plain:
+        assert delta.a is not None and delta.b is not None
+        shuffled.append(replace(delta, a=delta.a.t().contiguous().t(), b=delta.b.t().contiguous().t()))
+    one, two = merge_module(plain, how, module()), merge_module(shuffled, how, module())
+    assert one.a is not None and two.a is not None and one.b is not None and two.b is not None
+    assert torch.equal(one.a, two.a) and torch.equal(one.b, two.b)
+    assert torch.equal(dense(plain[0]), dense(lora(1))) and torch.equal(dense(shuffled[0]), dense(lora(1)))
 
 
 def test_ties_of_identical_adapters_is_the_adapter() -> None:
@@ -269,6 +284,57 @@ def test_peft(pefted: Any, kind: str, weights: list[float], monkeypatch: pytest.
         torch.testing.assert_close(ours.b, theirs.b, rtol=1e-6, atol=1e-6)
     else:  # singular vectors have no sign
         assert relative(dense(ours), dense(theirs)) < 3e-6
+
+
+# LoRAX
+
+
+def lorax(tensors: list[Tensor], weights: list[float], kind: str, density: float, sign: str) -> Tensor:
+    """LoRAX's merges/strategies.py, formula by formula: weights on A and on B, dare without its rescaling."""
+    if "dare" in kind:
+        tensors = [t * torch.bernoulli(torch.full_like(t, density)) for t in tensors]
+    elif kind == "ties":
+        pruned = []
+        for t in tensors:
+            mask = torch.zeros_like(t).reshape(-1)
+            mask[torch.topk(t.abs().reshape(-1), k=int(density * t.numel())).indices] = 1
+            pruned.append(t * mask.reshape(t.shape))
+        tensors = pruned
+    stack = torch.stack(tensors)
+    weighted = stack * torch.tensor(weights).view(-1, 1, 1)
+    if kind in ("linear", "dare_linear"):
+        return weighted.sum(0)
+    vote = stack.sum(0) if sign == "total" else stack.sign().sum(0)
+    agree = stack.sign() == torch.where(vote >= 0, 1, -1)
+    return (weighted * agree).sum(0) / agree.sum(0).clamp(min=1.0)
+
+
+@pytest.mark.parametrize("sign", ["total", "frequency"])
+@pytest.mark.parametrize("kind", ["linear", "ties", "dare_linear", "dare_ties"])
+def test_lorax(kind: str, sign: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe of docs/merging.md gives LoRAX's merges, which take the first adapter's scaling for all."""
+
+    def every_third(p: Tensor, **_: Any) -> Tensor:
+        mask = torch.zeros(p.shape)
+        mask.view(-1)[::3] = 1
+        return mask
+
+    monkeypatch.setattr(torch, "bernoulli", every_third)
+    scales, weights, density = [0.5, 2.0, 0.25], [0.7, 0.3, 1.1], 0.5
+    deltas = [lora(seed, 4, scale) for seed, scale in enumerate(scales)]
+    a, b = ([getattr(d, part) for d in deltas] for part in "ab")
+    b = [factor.t() for factor in b]  # (out, rank), as in the files
+    want = scales[0] * lorax(b, weights, kind, density, sign) @ lorax(a, weights, kind, density, sign)
+
+    squared = [
+        w * w * scales[0] / s * (density * density if "dare" in kind else 1)
+        for w, s in zip(weights, scales, strict=True)
+    ]
+    how = Merge(
+        list("abc"), squared, kind, density=None if kind == "linear" else density, majority_sign_method=sign,
+        space="factor",
+    )  # fmt: skip
+    assert relative(dense(merge_module(deltas, how, module())), want.double()) < 2e-6
 
 
 def test_factors_are_clamped_to_a_quantile_of_their_values() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conftest import assert_close, formula, logits, row_of, served, state_hash
 
-from mlora import Merge, errors
+from mlora import Merge, errors, patch
 from mlora.lowering import lower, to_adapter
 from mlora.lowering.delta import Delta
 
@@ -154,9 +155,78 @@ def test_merges_in_generate_and_as_default(model: Any) -> None:
     merge = Merge(["r3", "rs16"], [2, 2], "magnitude_prune", density=0.4)
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     routed = model.generate(ids, adapter_names=[merge, None], num_beams=2, **options)
+    with model.mlora.use_adapters(merge):
+        assert torch.equal(model.generate(ids, num_beams=2, **options)[0], routed[0])
     model.mlora.set_adapter(merge)
     assert torch.equal(model.generate(ids, num_beams=2, **options)[0], routed[0])
     model.mlora.set_adapter(None)
+
+
+def few_merges(llama: Any, folders: dict[str, Path], most: int) -> Any:
+    model = copy.deepcopy(llama)
+    runtime = patch(model, max_merges=most)
+    for name in ("r3", "rs16"):
+        runtime.load_adapter(folders[name], name)
+    return model
+
+
+def pruned(density: float) -> Merge:
+    return Merge(["r3", "rs16"], [1, 1], "magnitude_prune", density=density)
+
+
+def test_merges_that_were_not_used_for_longest_are_forgotten(llama: Any, folders: dict[str, Path], batch: Any) -> None:
+    model = few_merges(llama, folders, 2)
+    first, second, third = (pruned(density) for density in (0.3, 0.5, 0.7))
+    want = logits(model, batch, adapter_names=first)
+    logits(model, batch, adapter_names=second)
+    logits(model, batch, adapter_names=first)
+    logits(model, batch, adapter_names=third)
+    assert set(model.mlora.adapters) == {"r3", "rs16", first.label, third.label}
+    logits(model, batch, adapter_names=second)
+    assert set(model.mlora.adapters) == {"r3", "rs16", third.label, second.label}
+    assert_close(logits(model, batch, adapter_names=first), want)  # computed again
+    model.mlora.add_merge("by hand", pruned(0.9))
+    logits(model, batch, adapter_names=second)
+    assert "by hand" in model.mlora.adapters
+
+
+def test_merges_in_use_are_not_forgotten(llama: Any, folders: dict[str, Path], batch: Any) -> None:
+    model = few_merges(llama, folders, 0)
+    many = [pruned(density) for density in (0.3, 0.5, 0.7, 0.9)]
+    mixed = logits(model, batch, adapter_names=many)
+    for row, merge in enumerate(many):
+        assert_close(mixed[row : row + 1], logits(model, row_of(batch, row), adapter_names=merge))
+    model.mlora.set_adapter(many[0])
+    logits(model, batch, adapter_names=many[1])
+    assert_close(logits(model, batch)[:1], mixed[:1])
+    model.mlora.set_adapter(None)
+    model.mlora.merge_adapter(many[2])
+    logits(model, batch, adapter_names=many[1])
+    assert many[2].label in model.mlora.adapters
+    assert_close(logits(model, batch)[2:3], mixed[2:3])
+    with pytest.raises(errors.PatchError, match="max_merges=-1"):
+        patch(copy.deepcopy(llama), max_merges=-1)
+
+
+def test_threads_that_forget_each_others_merges(llama: Any, folders: dict[str, Path], batch: Any) -> None:
+    model = few_merges(llama, folders, 1)
+    merges = [pruned(density) for density in (0.3, 0.5, 0.7)]
+    want = [logits(model, batch, adapter_names=merge) for merge in merges]
+    found: list[tuple[int, torch.Tensor]] = []
+
+    def ask(start: int) -> None:
+        for i in range(6):
+            at = (start + i) % 3
+            found.append((at, logits(model, batch, adapter_names=merges[at])))
+
+    threads = [threading.Thread(target=ask, args=(start,)) for start in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 18
+    for at, got in found:
+        assert_close(got, want[at])
 
 
 def test_threads_that_ask_for_one_merge(model: Any, batch: Any) -> None:

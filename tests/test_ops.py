@@ -354,16 +354,19 @@ def test_scale_input(dtype, width):
 @pytest.mark.parametrize("in_place", [True, False], ids=["in place", "from source"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize(
-    "ranks, width_in, width_out",
-    [((1, 3, 2), 1, 1), ((16, 3, 20), 20, 855), ((16, 1, 0), 2049, 20), ((256, 20, 3), 576, 131)],
-    ids=["1x1", "20x855", "2049x20", "576x131"],
-)
-def test_merge_matches_fp64(ranks, width_in, width_out, dtype, in_place, in_threads):
+    "ranks, width_in, width_out, margin",
+    [
+        ((1, 3, 2), 1, 1, 8), ((16, 3, 20), 20, 855, 8), ((16, 1, 0), 2049, 20, 8), ((256, 20, 3), 576, 131, 8),
+        ((5, 1, 2), 1536, 1500, 8), ((5, 1, 2), 1536, 1500, 32),
+    ],
+    ids=["1x1", "20x855", "2049x20", "576x131", "beyond the caches, unaligned", "beyond the caches"],
+)  # fmt: skip
+def test_merge_matches_fp64(ranks, width_in, width_out, margin, dtype, in_place, in_threads):
     """Also under any number of threads, and nothing beside the weight is written."""
     case = Case(ranks, width_in, width_out, dtype, gains=True, in_gains=True)
     plan, source = case.plan([MIX], spare=0), case.randn(width_out, width_in)
-    guard = torch.full((width_out * width_in + 16,), torch.nan, dtype=dtype)
-    weight = guard[8:-8].view(width_out, width_in)
+    guard = torch.full((width_out * width_in + 2 * margin,), torch.nan, dtype=dtype)
+    weight = guard[margin:-margin].view(width_out, width_in)
 
     oracle = source.double()
     for slot, w in MIX:
@@ -384,7 +387,7 @@ def test_merge_matches_fp64(ranks, width_in, width_out, dtype, in_place, in_thre
         results.append(weight.clone())
     check(weight, oracle, ref)
     assert torch.equal(*results)
-    assert guard[:8].isnan().all() and guard[-8:].isnan().all()
+    assert guard[:margin].isnan().all() and guard[-margin:].isnan().all()
 
 
 @pytest.mark.parametrize("shape", ["transposed", "sliced", "batched"])

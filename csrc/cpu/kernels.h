@@ -79,9 +79,25 @@ struct MergeProblem {
   void* weight;
   int64_t in;
   int64_t out;
+  bool stream;  // write past the caches; every row of `weight` starts at a multiple of 64 bytes then
 };
 
-constexpr int64_t kMergeCoefficients = 6;  // scratch floats that merge needs for each rank row, and once more
+constexpr int64_t kMergeRows = 6;      // rows of a tile
+constexpr int64_t kMergeBlock = 96;    // rows of a weight whose part of B is packed at a time
+constexpr int64_t kMergeColumns = 64;  // a multiple of every ISA's tile
+
+// How many columns' part of every A is packed at a time: as many as leave it in the second-level cache.
+inline int64_t merge_columns(int64_t in, int64_t ranks) {
+  constexpr int64_t kCached = 1 << 17;
+  const int64_t all = (in + kMergeColumns - 1) / kMergeColumns * kMergeColumns;
+  const int64_t fit = kCached / (ranks + 1) / kMergeColumns * kMergeColumns;
+  return fit < kMergeColumns ? kMergeColumns : fit < all ? fit : all;
+}
+
+// Floats that merge packs A and B into.
+inline int64_t merge_scratch(int64_t in, int64_t ranks) {
+  return ranks * merge_columns(in, ranks) + (ranks + 1) * kMergeBlock;
+}
 
 struct Kernels {
   // Runs jobs in order, and asks for each one's bytes during the one before: an adapter's parts are a few KiB each and
@@ -99,8 +115,8 @@ struct Kernels {
   using Linear = void (*)(const Problem&, const uint32_t* xt, const Segment*, int64_t segments, uint32_t* panel,
                           float* sums, int64_t from, int64_t to);
 
-  // Rows [from, to) of the weight, by the segment's terms; v is the thread's own.
-  using Merge = void (*)(const MergeProblem&, const Segment&, int64_t from, int64_t to, float* v);
+  // Rows [from, to) of the weight, by the segment's terms; `scratch` is of merge_scratch floats.
+  using Merge = void (*)(const MergeProblem&, const Segment&, int64_t from, int64_t to, float* scratch);
 
   Run run[3];  // indexed by Type
   ScaleInput scale_input[3];

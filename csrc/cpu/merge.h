@@ -1,5 +1,8 @@
-// merge: a recipe folded into a weight in one pass over it, with one rounding. Every element is one chain over the
-// terms' rank rows in order, then one fused multiply-add onto the weight, whatever the tile.
+// merge: a recipe folded into a weight in one pass over it, with one rounding. Every element is a chain over a term's
+// rank rows in order, in fp32, then one multiply-add a term and one onto the weight, whatever the tile.
+//
+// Read where they lie, the rank rows of A are as many pages, which neither the first-level cache (pieces of a column
+// share its sets) nor the TLB holds: both factors are packed first, A for all rows of the weight, B for some hundred of them.
 #pragma once
 
 #include "vec.h"
@@ -8,8 +11,53 @@ namespace mlora {
 namespace MLORA_ISA {
 namespace {
 
-constexpr int kMergeRows = kMergeCoefficients;
 constexpr int kMergePairs = MLORA_HAVE_AVX512 ? 2 : 1;
+constexpr int64_t kTileColumns = 2 * W * kMergePairs;
+static_assert(kMergeBlock % kMergeRows == 0 && kMergeColumns % kTileColumns == 0, "tiles fill blocks");
+
+// A step of the chains: kRanks rank rows of A, packed for 2 * W columns, times as many of B, packed for one row of the
+// weight in 32 bits. Where it takes one rank row, B carries the term's scale; where it takes pairs of bf16, whose
+// products are exact, the scale comes after the chain.
+template <class T>
+struct Step {
+  static constexpr int kRanks = 1;
+
+  template <bool Tail>
+  static MLORA_INLINE Pair pack(const T* a, const T*, int64_t left) {
+    return load<Tail>(a, left);
+  }
+  static MLORA_INLINE float pack(T b, T, float scale) { return scale * widen(b); }
+  static MLORA_INLINE Pair add(Pair a, float b, Pair acc) {
+    const vf all = set1(b);
+    return {fma(all, a.a, acc.a), fma(all, a.b, acc.b)};
+  }
+};
+
+#if MLORA_HAVE_BF16
+
+template <>
+struct Step<bf16> {
+  static constexpr int kRanks = 2;
+
+  // The lane order of load<bf16>: even columns, then odd ones.
+  template <bool Tail>
+  static MLORA_INLINE Pair pack(const bf16* a0, const bf16* a1, int64_t left) {
+    const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+    const uint32_t m = Tail ? first(left) : ~0u;
+    const __m512i low = _mm512_maskz_loadu_epi16(m, a0), next = _mm512_maskz_loadu_epi16(a1 ? m : 0, a1 ? a1 : a0);
+    return {_mm512_castsi512_ps(_mm512_or_si512(_mm512_andnot_si512(high, low), _mm512_slli_epi32(next, 16))),
+            _mm512_castsi512_ps(_mm512_or_si512(_mm512_srli_epi32(low, 16), _mm512_and_si512(high, next)))};
+  }
+  static MLORA_INLINE float pack(bf16 b0, bf16 b1, float) {
+    return from_bits(static_cast<uint32_t>(b1.bits) << 16 | b0.bits);
+  }
+  static MLORA_INLINE Pair add(Pair a, float b, Pair acc) {
+    const __m512bh all = (__m512bh)set1(b);
+    return {_mm512_dpbf16_ps(acc.a, (__m512bh)a.a, all), _mm512_dpbf16_ps(acc.b, (__m512bh)a.b, all)};
+  }
+};
+
+#endif
 
 // 1 + the in-gains of 2 * W columns.
 template <class T, bool Tail>
@@ -24,83 +72,124 @@ MLORA_INLINE Pair column_factors(const Segment& s, int64_t k, int64_t left) {
   return factor;
 }
 
-// Rows [n, n + Rows), columns [k, k + 2 * W * Pairs). `v` holds Rows coefficients for each rank row, and after them
-// each row's gain.
-template <class T, int Rows, int Pairs, bool Tail>
-MLORA_INLINE void merge_tile(const MergeProblem& p, const Segment& s, const float* v, int64_t n, int64_t k,
-                             int64_t left) {
+// Rows [n, n + rows) of at most kMergeRows, columns [k, k + kTileColumns), of which `left` are there with `Tail`.
+//   a: packed, [steps, kTileColumns].
+//   b: packed, [steps, kMergeBlock], from row n on, and after it the rows' gains.
+template <class T, bool Tail>
+MLORA_INLINE void merge_tile(const MergeProblem& p, const Segment& s, const float* a, const float* b, int64_t n,
+                             int64_t rows, int64_t k, int64_t left) {
   constexpr int64_t step = 2 * W;
-  Pair acc[Rows][Pairs];
-  MLORA_UNROLL for (int r = 0; r < Rows; ++r) {
-    MLORA_UNROLL for (int i = 0; i < Pairs; ++i) acc[r][i] = {zero(), zero()};
+  constexpr bool kScaleLast = Step<T>::kRanks > 1;
+  Pair acc[kMergeRows][kMergePairs], sums[kMergeRows][kMergePairs];
+  MLORA_UNROLL for (int r = 0; r < kMergeRows; ++r) {
+    MLORA_UNROLL for (int i = 0; i < kMergePairs; ++i) acc[r][i] = {zero(), zero()};
   }
+  bool summed = false;
   for (int32_t e = 0; e < s.term_count; ++e) {
-    const T* a = static_cast<const T*>(s.terms[e].a) + k;
-    for (int64_t j = 0; j < s.terms[e].rank; ++j, a += p.in, v += Rows) {
-      Pair as[Pairs];
-      MLORA_UNROLL for (int i = 0; i < Pairs; ++i) as[i] = load<Tail>(a + i * step, left);
-      MLORA_UNROLL for (int r = 0; r < Rows; ++r) {
-        const vf weight = set1(v[r]);
-        MLORA_UNROLL for (int i = 0; i < Pairs; ++i) {
-          acc[r][i] = {fma(weight, as[i].a, acc[r][i].a), fma(weight, as[i].b, acc[r][i].b)};
+    const Term& term = s.terms[e];
+    if (kScaleLast && e && term.scale != s.terms[e - 1].scale) {
+      const vf scale = set1(s.terms[e - 1].scale);
+      MLORA_UNROLL for (int r = 0; r < kMergeRows; ++r) {
+        MLORA_UNROLL for (int i = 0; i < kMergePairs; ++i) {
+          const Pair old = summed ? sums[r][i] : Pair{zero(), zero()};
+          sums[r][i] = {fma(scale, acc[r][i].a, old.a), fma(scale, acc[r][i].b, old.b)};
+          acc[r][i] = {zero(), zero()};
         }
+      }
+      summed = true;
+    }
+    for (int64_t j = 0; j < term.rank; j += Step<T>::kRanks, a += kTileColumns, b += kMergeBlock) {
+      Pair as[kMergePairs];
+      MLORA_UNROLL for (int i = 0; i < kMergePairs; ++i) as[i] = load<false>(a + i * step, step);
+      MLORA_UNROLL for (int r = 0; r < kMergeRows; ++r) {
+        MLORA_UNROLL for (int i = 0; i < kMergePairs; ++i) acc[r][i] = Step<T>::add(as[i], b[r], acc[r][i]);
       }
     }
   }
-  MLORA_UNROLL for (int i = 0; i < Pairs; ++i) {
-    const int64_t m = k + i * step;
-    const Pair columns = column_factors<T, Tail>(s, m, left);
-    MLORA_UNROLL for (int r = 0; r < Rows; ++r) {
+  const bool gains = s.has_gain || s.has_in_gain;
+  const vf scale = set1(kScaleLast && s.term_count ? s.terms[s.term_count - 1].scale : 1.0f);
+  MLORA_UNROLL for (int i = 0; i < kMergePairs; ++i) {
+    const int64_t m = k + i * step, there = left - i * step;
+    const Pair columns = column_factors<T, Tail>(s, m, there);
+    MLORA_UNROLL for (int r = 0; r < kMergeRows; ++r) {
+      if (r >= rows) continue;
       const int64_t at = (n + r) * p.in + m;
-      const Pair w = load<Tail>(static_cast<const T*>(p.source) + at, left);
-      const vf gain = set1(v[r]);
-      const Pair sum = {fma(w.a, add(columns.a, gain), acc[r][i].a), fma(w.b, add(columns.b, gain), acc[r][i].b)};
-      store<Tail>(static_cast<T*>(p.weight) + at, sum, left);
+      Pair w = load<Tail>(static_cast<const T*>(p.source) + at, there);
+      if (gains) {
+        const vf gain = set1(b[r]);
+        w = {fma(w.a, add(columns.a, gain), zero()), fma(w.b, add(columns.b, gain), zero())};
+      }
+      if (summed) w = {add(w.a, sums[r][i].a), add(w.b, sums[r][i].b)};
+      w = {fma(scale, acc[r][i].a, w.a), fma(scale, acc[r][i].b, w.b)};
+      T* to = static_cast<T*>(p.weight) + at;
+      if (!Tail && p.stream) {
+        stream(to, w);
+      } else {
+        store<Tail>(to, w, there);
+      }
     }
   }
 }
 
-// v[j][r] = scale * B[j][n + r] for every rank row, then the rows' gains.
-template <class T, int Rows>
-MLORA_INLINE void coefficients(const MergeProblem& p, const Segment& s, int64_t n, float* v) {
-  float gains[Rows] = {};
+// Columns [k, k + kTileColumns) of every A; returns where the packed ones end. Those that are not there are zeros.
+template <class T, bool Tail>
+MLORA_INLINE float* pack_columns(const MergeProblem& p, const Segment& s, int64_t k, int64_t left, float* to) {
+  for (int32_t e = 0; e < s.term_count; ++e) {
+    const T* a = static_cast<const T*>(s.terms[e].a) + k;
+    for (int64_t j = 0; j < s.terms[e].rank; j += Step<T>::kRanks, a += Step<T>::kRanks * p.in) {
+      const T* next = j + 1 < s.terms[e].rank ? a + p.in : nullptr;
+      for (int64_t m = 0; m < kTileColumns; m += 2 * W, to += 2 * W) {
+        store<false>(to, Step<T>::template pack<Tail>(a + m, next ? next + m : nullptr, left - m), 2 * W);
+      }
+    }
+  }
+  return to;
+}
+
+// Rows [n, n + rows) of every B, [steps, kMergeBlock], then their gains.
+template <class T>
+MLORA_INLINE void pack_rows(const MergeProblem& p, const Segment& s, int64_t n, int64_t rows, float* to) {
+  float gains[kMergeBlock] = {};
   for (int32_t e = 0; e < s.term_count; ++e) {
     const Term& term = s.terms[e];
     const T* b = static_cast<const T*>(term.b) + n;
-    for (int64_t j = 0; j < term.rank; ++j, b += p.out) {
-      for (int r = 0; r < Rows; ++r) *v++ = term.scale * widen(b[r]);
+    for (int64_t j = 0; j < term.rank; j += Step<T>::kRanks, b += Step<T>::kRanks * p.out, to += kMergeBlock) {
+      const T* next = j + 1 < term.rank ? b + p.out : nullptr;
+      for (int64_t r = 0; r < rows; ++r) to[r] = Step<T>::pack(b[r], next ? next[r] : T{}, term.scale);
     }
     if (!term.gain) continue;
     const T* gain = static_cast<const T*>(term.gain) + n;
-    for (int r = 0; r < Rows; ++r) gains[r] += term.weight * widen(gain[r]);
+    for (int64_t r = 0; r < rows; ++r) gains[r] += term.weight * widen(gain[r]);
   }
-  for (int r = 0; r < Rows; ++r) *v++ = gains[r];
-}
-
-template <class T, int Rows>
-MLORA_INLINE void merge_rows(const MergeProblem& p, const Segment& s, int64_t n, int64_t from, int64_t to, float* v) {
-  constexpr int64_t step = 2 * W;
-  coefficients<T, Rows>(p, s, n, v);
-  int64_t k = from;
-  for (; k + kMergePairs * step <= to; k += kMergePairs * step) {
-    merge_tile<T, Rows, kMergePairs, false>(p, s, v, n, k, step);
-  }
-  for (; k + step <= to; k += step) merge_tile<T, Rows, 1, false>(p, s, v, n, k, step);
-  if (k < to) merge_tile<T, Rows, 1, true>(p, s, v, n, k, to - k);
+  for (int64_t r = 0; r < rows; ++r) to[r] = gains[r];
 }
 
 template <class T>
-void merge(const MergeProblem& p, const Segment& s, int64_t from, int64_t to, float* v) {
-  // As many columns at a time as leave their part of every A in the second-level cache for all rows.
-  constexpr int64_t kCached = 1 << 18;
-  const int64_t fit = kCached / static_cast<int64_t>(sizeof(T)) / (s.ranks + 1) / 256 * 256;
-  const int64_t columns = fit < 256 ? 256 : fit;
-  for (int64_t k = 0; k < p.in; k += columns) {
-    const int64_t end = k + columns < p.in ? k + columns : p.in;
-    int64_t n = from;
-    for (; n + kMergeRows <= to; n += kMergeRows) merge_rows<T, kMergeRows>(p, s, n, k, end, v);
-    for (; n < to; ++n) merge_rows<T, 1>(p, s, n, k, end, v);
+void merge(const MergeProblem& p, const Segment& s, int64_t from, int64_t to, float* scratch) {
+  int64_t steps = 0;
+  for (int32_t e = 0; e < s.term_count; ++e) steps += (s.terms[e].rank + Step<T>::kRanks - 1) / Step<T>::kRanks;
+  const int64_t columns = merge_columns(p.in, s.ranks);
+  float *const a = scratch, *const b = scratch + columns * steps;
+  for (int64_t k0 = 0; k0 < p.in; k0 += columns) {
+    const int64_t end = k0 + columns < p.in ? k0 + columns : p.in;
+    const int64_t whole = k0 + (end - k0) / kTileColumns * kTileColumns;
+    float* packed = a;
+    for (int64_t k = k0; k < whole; k += kTileColumns) packed = pack_columns<T, false>(p, s, k, kTileColumns, packed);
+    if (whole < end) pack_columns<T, true>(p, s, whole, end - whole, packed);
+    for (int64_t n0 = from; n0 < to; n0 += kMergeBlock) {
+      const int64_t last = n0 + kMergeBlock < to ? n0 + kMergeBlock : to;
+      pack_rows<T>(p, s, n0, last - n0, b);
+      for (int64_t n = n0; n < last; n += kMergeRows) {
+        const int64_t rows = last - n < kMergeRows ? last - n : kMergeRows;
+        const float *ak = a, *bn = b + (n - n0);
+        for (int64_t k = k0; k < whole; k += kTileColumns, ak += kTileColumns * steps) {
+          merge_tile<T, false>(p, s, ak, bn, n, rows, k, kTileColumns);
+        }
+        if (whole < end) merge_tile<T, true>(p, s, ak, bn, n, rows, whole, end - whole);
+      }
+    }
   }
+  if (p.stream) fence();
 }
 
 }  // namespace

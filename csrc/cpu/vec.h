@@ -134,13 +134,12 @@ MLORA_INLINE void store(fp16* p, Pair v, int64_t n) {
 
 #if MLORA_HAVE_BF16
 
-template <bool Tail>
-MLORA_INLINE void store(bf16* p, Pair v, int64_t n) {
+MLORA_INLINE __m512i narrow(Pair v) {
   // v.a in the low half, v.b in the high one: brought together pair by pair
   const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(v.b, v.a);
   const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                          5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  _mm512_mask_storeu_epi16(p, Tail ? first(n) : ~0u, _mm512_permutexvar_epi16(pairs, halves));
+  return _mm512_permutexvar_epi16(pairs, halves);
 }
 
 #else
@@ -153,13 +152,29 @@ MLORA_INLINE __m512i round_bf16(vf v) {
   return _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), i, _mm512_set1_epi32(0x400000));
 }
 
-template <bool Tail>
-MLORA_INLINE void store(bf16* p, Pair v, int64_t n) {
-  const __m512i r = _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(round_bf16(v.a), 16), round_bf16(v.b));
-  _mm512_mask_storeu_epi16(p, Tail ? first(n) : ~0u, r);
+MLORA_INLINE __m512i narrow(Pair v) {
+  return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(round_bf16(v.a), 16), round_bf16(v.b));
 }
 
 #endif
+
+template <bool Tail>
+MLORA_INLINE void store(bf16* p, Pair v, int64_t n) {
+  _mm512_mask_storeu_epi16(p, Tail ? first(n) : ~0u, narrow(v));
+}
+
+// Stores that leave the caches alone and need not read a line first; p is a multiple of 64 bytes.
+MLORA_INLINE void stream(float* p, Pair v) {
+  _mm512_stream_ps(p, v.a);
+  _mm512_stream_ps(p + W, v.b);
+}
+MLORA_INLINE void stream(fp16* p, Pair v) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v.a, kNearest));
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p + W), _mm512_cvtps_ph(v.b, kNearest));
+}
+MLORA_INLINE void stream(bf16* p, Pair v) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), narrow(v)); }
+MLORA_INLINE void fence() { _mm_sfence(); }  // of streamed stores
 
 #else
 
@@ -255,6 +270,12 @@ MLORA_INLINE void store(T* p, Pair v, int64_t n) {
   store(copy, v);
   for (int64_t i = 0; i < n; ++i) p[i] = copy[i];
 }
+
+template <class T>
+MLORA_INLINE void stream(T* p, Pair v) {
+  store(p, v);
+}
+MLORA_INLINE void fence() {}
 
 #endif
 
