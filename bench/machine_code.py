@@ -1,5 +1,5 @@
 """What compiled kernels are made of: registers, spills, shared memory, occupancy, tensor-core instructions, widths of
-global accesses, atomics. By the disassembler that Triton's wheel carries; needs no GPU."""
+global accesses, atomics (global; those on shared memory are barriers). By the disassembler that Triton's wheel carries; needs no GPU."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def count(opcodes: Iterable[str]) -> Counter[str]:
             counts[f"{'store' if name == 'STG' else 'load'}{width}"] += 1
         elif name in ("LDL", "STL"):
             counts["spills"] += 1
-        elif name in ("ATOM", "ATOMG", "RED", "ATOMS"):
+        elif name in ("ATOM", "ATOMG", "RED", "REDG"):
             counts["atomics"] += 1
         elif name == "HMMA":
             counts["mma"] += 1

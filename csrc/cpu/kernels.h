@@ -101,7 +101,6 @@ struct Kernels {
   Linear linear;
 };
 
-enum Type : int { kFloat, kHalf, kBFloat16 };
 enum Isa : int { kScalar, kAvx2, kAvx512, kAvx512Bf16 };
 
 extern const Kernels kernels_scalar;

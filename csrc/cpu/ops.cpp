@@ -226,21 +226,6 @@ struct Jobs {
   }
 };
 
-Type type_of(const Tensor& x, const Tensor& arena) {
-  const ScalarType dtype = arena.scalar_type();
-  STD_TORCH_CHECK(x.scalar_type() == dtype, "mlora: x and arena must have one dtype");
-  switch (dtype) {
-    case ScalarType::Float:
-      return kFloat;
-    case ScalarType::Half:
-      return kHalf;
-    case ScalarType::BFloat16:
-      return kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, "mlora: dtype must be float32, float16 or bfloat16");
-  }
-}
-
 // What the calling thread keeps between calls: a plan resolved, and the jobs of each task.
 thread_local Work thread_work;
 thread_local std::vector<Jobs> thread_jobs;
@@ -255,7 +240,7 @@ void apply_(Tensor y, std::optional<Tensor> base, Tensor x, Tensor arena, Tensor
   p.in = width_of("x", x);
   p.out = width_of("y", y);
   p.tokens = x.numel() / p.in;
-  const Type type = type_of(x, arena);
+  const Type type = type_of("x", x, arena);
   STD_TORCH_CHECK(y.scalar_type() == arena.scalar_type(), "mlora: y and arena must have one dtype");
   STD_TORCH_CHECK(y.numel() == p.tokens * p.out, "mlora: x has ", p.tokens, " tokens, y has ", y.numel() / p.out);
   Work& work = thread_work;
@@ -304,7 +289,7 @@ Tensor scale_input(Tensor x, Tensor arena, Tensor table, Tensor plan) {
   Problem p = {};
   p.in = p.out = p.y_stride = width_of("x", x);
   p.tokens = x.numel() / p.in;
-  const Type type = type_of(x, arena);
+  const Type type = type_of("x", x, arena);
   Work& work = thread_work;
   work.build(arena, table, plan, p.tokens, p.in, 0, true);
   x = rows_of(x, &p.x_stride);
@@ -339,7 +324,7 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor arena,
   Problem p = {};
   p.in = width_of("x", x);
   p.tokens = x.numel() / p.in;
-  const Type type = type_of(x, arena);
+  const Type type = type_of("x", x, arena);
   STD_TORCH_CHECK(type == kBFloat16 && weight.scalar_type() == ScalarType::BFloat16,
                   "mlora: linear takes bfloat16 only");
   STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == p.in && weight.is_contiguous(),
@@ -405,7 +390,7 @@ thread_local Scratch thread_coefficients;
 
 void merge_(Tensor weight, std::optional<Tensor> source, Tensor arena, Tensor table, Tensor plan) {
   STD_TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "mlora: weight must be contiguous, (out, in)");
-  const Type type = type_of(weight, arena);
+  const Type type = type_of("weight", weight, arena);
   const Tensor from = source ? *source : weight;
   STD_TORCH_CHECK(from.scalar_type() == weight.scalar_type() && from.dim() == 2 && from.size(0) == weight.size(0) &&
                       from.size(1) == weight.size(1) && from.is_contiguous(),
