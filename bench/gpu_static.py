@@ -187,8 +187,8 @@ def main() -> int:
             + "".join(f"  {beside.get(system, ''):>9}" for system in systems),
             flush=True,
         )
-    if args.out:
-        args.out.write_text("".join(json.dumps(r) + "\n" for r in records))
+        if args.out:
+            args.out.write_text("".join(json.dumps(r) + "\n" for r in records))
     return int(bool(args.against) and worse(records, args.against))
 
 

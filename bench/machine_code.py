@@ -1,5 +1,5 @@
 """What compiled kernels are made of: registers, spills, shared memory, occupancy, tensor-core instructions, widths of
-global accesses, atomics (global; those on shared memory are barriers). By the disassembler that Triton's wheel carries; needs no GPU."""
+global accesses, global atomics. By the disassembler that Triton's wheel carries; needs no GPU."""
 
 from __future__ import annotations
 
