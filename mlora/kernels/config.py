@@ -109,10 +109,12 @@ def shrink_grid(device: Device, tokens: int, width: int) -> int:
 
 
 def expand_grid(device: Device, tokens: int, width_out: int) -> int:
-    """Programs of `expand`: as many as have work if every row takes the same adapter."""
+    """Programs of `expand`: as many as have work if every row takes the same adapter. In prefill so many that each then
+    has as much: runs that end with a tile read its v once."""
     f = form(tokens)
     least = -(-tokens // f.expand_tokens) * -(-width_out // f.expand_grain)
-    return max(1, min(device.processors * f.per_processor, least))
+    most = device.processors * f.per_processor
+    return max(1, min(most, least)) if f.split else -(-least // -(-least // most))
 
 
 def linear_tiles(device: Device, tokens: int, itemsize: int) -> tuple[int, int, int, int, int]:
