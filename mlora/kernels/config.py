@@ -6,9 +6,9 @@ and B are read once for 64 rows, which makes them a small part of the traffic; l
 without work at 2048 tokens.
 
 What may change a row's bits (LEAF, BK, RE) depends on the width and the dtype alone, never on the number of tokens.
-`shrink` and `expand` use mma.sync on every architecture and in both forms (the rows of their products, rank rows and
-32 columns, are too few for the instructions of a whole warp group, and they wait for memory anyway), so both forms
-round alike.
+`shrink` and `expand` use mma.sync on every architecture and in both forms, so both round alike: the rows of their
+products (rank rows; 32 columns) are too few for the instructions of a warp group, or the program has two warps only.
+They wait for memory anyway.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Form:
         split: whether each leaf of the sum has a slice of the workspace (SPLIT).
         per_processor: programs a processor.
         shrink_tokens, expand_tokens: tokens of a tile (BM). columns: of a tile of `expand` (BN).
-        wide: WIDE. shrink_warps, shrink_registers: of a program, and that a thread may take.
+        wide: WIDE. shrink_warps, expand_warps: of a program. shrink_registers: that a thread may take.
         shrink_grain, expand_grain: rank rows or columns of a unit of work (GRAIN).
     """
 
@@ -57,14 +57,15 @@ class Form:
     shrink_warps: int
     shrink_registers: int
     wide: int
+    expand_warps: int
     expand_tokens: int
     expand_grain: int
     columns: int
 
 
 # Decode: a rank row and one sector of y are the smallest pieces that cost nothing to hand to another processor.
-DECODE = Form(True, 1, 16, 1, 4, 128, 16, 16, 16, 32)
-PREFILL = Form(False, 2, 64, 16, 8, 255, 32, 64, 64, 32)
+DECODE = Form(True, 1, 16, 1, 4, 128, 16, 2, 16, 16, 64)
+PREFILL = Form(False, 2, 64, 16, 8, 255, 32, 8, 64, 64, 32)
 
 # The base product: (BM, BN, BK for 16-bit types, warps, stages). Shared memory per block is 99 KiB on sm_86, sm_89 and
 # sm_120, 163 KiB on sm_80, 227 KiB on sm_90 and sm_100; a stage takes (BM + BN) * BK * 2 bytes. fp32 has no tensor
@@ -72,7 +73,7 @@ PREFILL = Form(False, 2, 64, 16, 8, 255, 32, 64, 64, 32)
 _LINEAR = {80: (128, 64, 32, 8, 4), 90: (128, 64, 64, 8, 3), 100: (128, 64, 64, 8, 3)}
 _LINEAR_SMALL = (128, 64, 32, 8, 3)
 _LINEAR_DECODE = (16, 64, 64, 4, 4)
-_LINEAR_FP32 = (32, 32, 16, 8, 3)
+_LINEAR_FP32 = (16, 32, 32, 8, 3)
 
 
 def form(tokens: int) -> Form:

@@ -142,7 +142,7 @@ def apply_launches(
     grid = config.expand_grid(device, tokens, y.shape[1])
     return [
         shrink_launch(v, x, arena, table, plan, device),
-        Launch(lora.expand, grid, args, constants, 8, 1),
+        Launch(lora.expand, grid, args, constants, f.expand_warps, 1),
     ]
 
 
