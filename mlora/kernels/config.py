@@ -7,7 +7,7 @@ without work at 2048 tokens.
 
 What may change a row's bits (LEAF, BK, RE) depends on the width and the dtype alone, never on the number of tokens.
 `shrink` and `expand` use mma.sync on every architecture and in both forms, so both round alike: the rows of their
-products (rank rows; 32 columns) are too few for the instructions of a warp group, or the program has two warps only.
+products (rank rows; 32 columns) are too few for the instructions of a warp group.
 They wait for memory anyway.
 """
 
@@ -64,7 +64,7 @@ class Form:
 
 
 # Decode: a rank row and one sector of y are the smallest pieces that cost nothing to hand to another processor.
-DECODE = Form(True, 1, 16, 1, 4, 128, 16, 2, 16, 16, 64)
+DECODE = Form(True, 1, 16, 1, 4, 128, 16, 4, 32, 16, 32)
 PREFILL = Form(False, 2, 64, 16, 8, 255, 32, 8, 64, 64, 32)
 
 # The base product: (BM, BN, BK for 16-bit types, warps, stages). Shared memory per block is 99 KiB on sm_86, sm_89 and
