@@ -1,12 +1,14 @@
-"""What can be said of the CUDA kernels without a GPU: no times.
+"""What can be said of the CUDA and Triton kernels without a GPU: no times.
 
     python bench/gpu_static.py [--smoke] [--out FILE] [--against FILE]
 
-From the built library, by cuobjdump: registers, spills, shared memory, occupancy, widths of global accesses, atomics.
-From running the same sources under csrc/emulation in the shape of a 132-multiprocessor device: launches, programs and
-those that touch no data, and the 32-byte sectors that warps ask for over the lower bound
-T * in + sum over distinct adapters of r * (in + out) + 2 * T * out elements (a group counts x once). Sectors are those
-of each memory instruction, of plans and tables too. `--against` fails if a kernel spills more or a figure is worse.
+From machine code, for every architecture: see machine_code.py. From running the CUDA sources under csrc/emulation in
+the shape of a device of 132 multiprocessors: launches, programs and those that touch no data, and the 32-byte sectors
+that warps ask for over the lower bound T * in + sum over distinct adapters of r * (in + out) + 2 * T * out elements (a
+group counts x once). Sectors are those of each memory instruction, of plans and tables too. Of the Triton kernels the
+walk of mlora/kernels/count.py, which tests compare with the interpreter; plans and tables are left out. Beside these,
+the counts of other systems' kernels from bench/results/peers.jsonl (bench/peers.py): ratio and idle programs.
+`--against` fails if a kernel spills more or a figure is worse.
 """
 
 from __future__ import annotations
@@ -15,122 +17,73 @@ import argparse
 import ctypes
 import json
 import os
-import re
-import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests"), str(ROOT)]
+
+import machine_code  # noqa: E402
 
 MULTIPROCESSORS = {16: 132, 1: 108}  # by cluster size: an H100's, an A100's
-THREADS = {"apply": 768, "scale_input": 256, "merge": 256}
-WARPS = {"sm_80": 64, "sm_90": 64, "sm_100": 64, "sm_120": 48}  # of a multiprocessor
-SHARED = {"sm_80": 164, "sm_90": 228, "sm_100": 228, "sm_120": 100}  # KiB of a multiprocessor
-TYPES = {"IfE": "fp32", "3f16": "fp16", "4bf16": "bf16"}
-
-
-def tool(name: str) -> str:
-    import importlib.util
-
-    spec = importlib.util.find_spec("triton")
-    own = Path(spec.origin).parent / "backends/nvidia/bin" / name if spec and spec.origin else Path(name)
-    return str(own) if own.exists() else name
-
-
-def occupancy(arch: str, threads: int, registers: int, shared: int) -> int:
-    """Per cent of a multiprocessor's warps that registers and shared memory leave room for."""
-    warps = threads // 32
-    by_registers = 65536 // (-(-registers * 32 // 256) * 256) // warps
-    by_shared = SHARED[arch] * 1024 // (shared + 1024)
-    return 100 * min(by_registers, by_shared, WARPS[arch] // warps) * warps // WARPS[arch]
-
-
-def static(library: Path) -> list[dict[str, Any]]:
-    """One record a kernel, dtype and architecture."""
-    usage = subprocess.check_output(
-        [tool("cuobjdump"), "-res-usage", str(library)], text=True, stderr=subprocess.STDOUT
-    )
-    records, arch, name = {}, "", ""
-    for line in usage.splitlines():
-        if found := re.search(r"arch = (sm_\d+)", line):
-            arch = found[1]
-        elif found := re.search(r"Function (\S+):", line):
-            name = found[1]
-        elif (found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line)) and "_kernel" in name:
-            kernel = next(k for k in THREADS if f"{k}_kernel" in name)
-            dtype = next(v for k, v in TYPES.items() if k in name.split("_kernel")[1])
-            registers, stack, shared = map(int, found.groups())
-            records[arch, name] = {
-                "kind": "static", "kernel": kernel, "dtype": dtype, "arch": arch, "registers": registers,
-                "stack": stack, "shared": shared, "occupancy": occupancy(arch, THREADS[kernel], registers, shared),
-            }  # fmt: skip
-    sass = subprocess.check_output([tool("cuobjdump"), "-sass", str(library)], text=True)
-    counts: dict[tuple[str, str], Counter[str]] = {}
-    for line in sass.splitlines():
-        if found := re.search(r"arch = (sm_\d+)", line):
-            arch = found[1]
-        elif found := re.search(r"Function : (\S+)", line):
-            name = found[1]
-        elif found := re.search(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)", line):
-            parts = found[1].split(".")
-            count = counts.setdefault((arch, name), Counter())
-            if parts[0] in ("LDG", "STG", "LD", "ST"):
-                width = next((p for p in parts if p in ("128", "64")), "32")
-                width = "16" if "U16" in parts or "S16" in parts else width
-                count[f"{'load' if parts[0][0] == 'L' else 'store'}{width}"] += parts[0] in ("LDG", "STG")
-            elif parts[0] in ("LDL", "STL"):
-                count["spills"] += 1
-            elif parts[0] in ("ATOM", "ATOMG", "RED", "ATOMS"):
-                count["atomics"] += 1
-    for key, record in records.items():
-        for what in ("spills", "atomics", "load128", "load64", "load32", "load16", "store128", "store32", "store16"):
-            record[what] = counts.get(key, Counter())[what]
-    return list(records.values())
+SLOTS = 64
+RANKS = (8, 16, 32, 64, 96, 128)  # of a mixed batch, in turn
+DECODE = ((16, 1), (16, 8), (16, 16), (64, 1), (64, 8), (64, 16), (64, 64))  # tokens, adapters
+PREFILL = ((2048, 1), (2048, 8))
+# Of a decoder layer: `in` and the outputs of siblings.
+LAYER = ((4096, (4096, 1024, 1024)), (4096, (4096,)), (4096, (14336, 14336)), (14336, (4096,)))
 
 
 def workloads(smoke: bool) -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = []
-    cases = ((16, 1), (16, 8), (16, 16), (64, 1), (64, 8), (64, 16), (64, 64))
-    for outs, ranks in (((4096,), (16, 64, "mixed")), ((14336,), (16, "mixed"))):
-        for rank in ranks:
-            for tokens, adapters in cases:
-                made.append({"in": 4096, "outs": outs, "rank": rank, "tokens": tokens, "adapters": adapters})
-    for outs in ((4096, 1024, 1024), (14336, 14336)):
+    for out in (4096, 14336):
+        for rank in (16, 64, "mixed"):
+            for tokens, adapters in (*DECODE, *PREFILL):
+                w = {"in": 4096, "outs": [out], "rank": rank, "tokens": tokens, "adapters": adapters}
+                if tokens < 2048:
+                    made.append({"path": "cuda", "cluster": 16, **w})
+                made.append({"path": "triton", "cluster": 0, **w})
+    for width, outs in LAYER:
         for adapters in (1, 8, 64):
-            made.append({"in": 4096, "outs": outs, "rank": 16, "tokens": 64, "adapters": adapters})
-    made = [{**w, "cluster": 16} for w in made]
+            w = {"in": width, "outs": list(outs), "rank": 16, "tokens": 64, "adapters": adapters}
+            if w not in [{k: m[k] for k in w} for m in made]:
+                made.append({"path": "cuda", "cluster": 16, **w})
     for adapters in (1, 8, 64):
-        made.append({"in": 4096, "outs": (4096,), "rank": 16, "tokens": 64, "adapters": adapters, "cluster": 1})
+        w = {"in": 4096, "outs": [4096], "rank": 16, "tokens": 64, "adapters": adapters}
+        made.append({"path": "cuda", "cluster": 1, **w})
     if smoke:
-        made = [w for w in made if w["outs"] == (4096,) and w["rank"] == 16 and w["adapters"] == 8]
+        made = [w for w in made if w["path"] == "triton" or (w["outs"], w["rank"], w["adapters"]) == ([4096], 16, 8)]
     return made
 
 
-def run(w: dict[str, Any]) -> dict[str, Any]:
-    """Count what one launch does."""
+def batch(w: dict[str, Any]) -> tuple[Any, Any, int]:
+    """Plan, one table for each output, elements of the arena."""
     import torch
 
     from mlora.ops import layout
 
-    width, outs, tokens = w["in"], w["outs"], w["tokens"]
-    ranks = [(8, 16, 32, 64, 96, 128)[i % 6] if w["rank"] == "mixed" else w["rank"] for i in range(w["adapters"])]
-    tables = [torch.full((64, layout.TABLE_WIDTH), -1, dtype=torch.int64) for _ in outs]
+    n, tokens = w["adapters"], w["tokens"]
+    tables = [torch.full((SLOTS, layout.TABLE_WIDTH), -1, dtype=torch.int64) for _ in w["outs"]]
     at = 0
-    for table, out in zip(tables, outs, strict=True):
+    for table, out in zip(tables, w["outs"], strict=True):
         table[:, layout.RANK] = 0
-        for slot, rank in enumerate(ranks):
-            table[slot, [layout.A, layout.B, layout.RANK]] = torch.tensor([at, at + rank * width, rank])
-            at += rank * (width + out)
-    arena = torch.zeros(at, dtype=torch.bfloat16)
-    x = torch.zeros(tokens, width, dtype=torch.bfloat16)
-    ys = [torch.zeros(tokens, out, dtype=torch.bfloat16) for out in outs]
-    each, n = tokens // w["adapters"], w["adapters"]
-    words = [tokens, n, n, 0, 0, 0, 0, 0, *range(0, tokens + 1, each), *range(tokens), *range(n + 1), *range(n)]
-    plan = torch.tensor([*words, *[0x3F800000] * n], dtype=torch.int32)
+        for slot in range(n):
+            rank = RANKS[slot % len(RANKS)] if w["rank"] == "mixed" else w["rank"]
+            table[slot, [layout.A, layout.B, layout.RANK]] = torch.tensor([at, at + rank * w["in"], rank])
+            at += rank * (w["in"] + out)
+    words = [tokens, n, n, 0, 0, 0, 0, 0, *range(0, tokens + 1, tokens // n), *range(tokens), *range(n + 1), *range(n)]
+    return torch.tensor([*words, *[0x3F800000] * n], dtype=torch.int32), tables, at
 
+
+def run_cuda(w: dict[str, Any]) -> dict[str, Any]:
+    """Count what one launch does, under emulation."""
+    import torch
+
+    plan, tables, elements = batch(w)
+    arena = torch.zeros(elements, dtype=torch.bfloat16)
+    x = torch.zeros(w["tokens"], w["in"], dtype=torch.bfloat16)
+    ys = [torch.zeros(w["tokens"], out, dtype=torch.bfloat16) for out in w["outs"]]
     os.environ["MLORA_EMULATION_MULTIPROCESSORS"] = str(MULTIPROCESSORS[w["cluster"]])
     os.environ["MLORA_EMULATION_CLUSTER"] = str(w["cluster"])
     native = ctypes.CDLL(os.environ["MLORA_EMULATION_LIBRARY"])
@@ -143,20 +96,60 @@ def run(w: dict[str, Any]) -> dict[str, Any]:
     launches, programs, idle, read, written, metadata, narrow = counts
     bound = x.nbytes + arena.nbytes + 2 * sum(y.nbytes for y in ys)
     return {
-        "kind": "run", **w, "launches": launches, "programs": programs, "idle": idle, "narrow": narrow,
-        "metadata": round(32 * metadata / bound, 4), "ratio": round(32 * (read + written + metadata) / bound, 4),
+        "kind": "run", **w, "launches": launches, "programs": programs, "idle": idle, "useful": programs - idle,
+        "narrow": narrow, "ratio": round(32 * (read + written + metadata) / bound, 4),
     }  # fmt: skip
 
 
+def run_triton(w: dict[str, Any]) -> dict[str, Any]:
+    from mlora.kernels import count
+    from mlora.kernels.config import Device
+
+    plan, tables, _ = batch(w)
+    shape = (plan, tables[0], w["tokens"], w["in"], w["outs"][0], 2)
+    launches = count.count_apply(*shape, Device(132, 90))
+    moved = sum(sum((*c.loads.values(), *c.stores.values())) for c in launches)
+    return {
+        "kind": "run", **w, "launches": len(launches), "programs": sum(c.grid for c in launches),
+        "idle": sum(c.idle for c in launches), "useful": min(c.grid - c.idle for c in launches), "narrow": 0,
+        "ratio": round(moved / count.lower_bound(*shape), 4),
+    }  # fmt: skip
+
+
+def peers() -> dict[tuple[Any, ...], dict[str, str]]:
+    """What bench/peers.py counted: by workload, a short text for each system."""
+    path = ROOT / "bench/results/peers.jsonl"
+    found: dict[tuple[Any, ...], dict[str, str]] = {}
+    for r in map(json.loads, path.read_text().splitlines() if path.exists() else ()):
+        if not r["system"].startswith("mlora"):
+            text = f"{r['ratio']:.2f} {100 * r['idle'] / r['programs']:.0f}%"
+            key = (r["in"], (r["out"],), r["rank"], r["tokens"], r["adapters"])
+            found.setdefault(key, {})[r["system"].split()[0]] = text
+    return found
+
+
 def key(record: dict[str, Any]) -> tuple[Any, ...]:
-    names = ("kind", "kernel", "dtype", "arch", "in", "outs", "rank", "tokens", "adapters", "cluster")
-    return tuple(str(list(v) if isinstance(v := record.get(n), tuple) else v) for n in names)
+    names = ("kind", "kernel", "dtype", "arch", "path", "cluster", "in", "outs", "rank", "tokens", "adapters")
+    return tuple(str(record.get(n)) for n in names)
+
+
+def worse(records: list[dict[str, Any]], path: Path) -> bool:
+    """Whether a figure is worse than in an earlier file; names those that are."""
+    before = {key(r): r for r in map(json.loads, path.read_text().splitlines())}
+    found = False
+    for r in records:
+        old = before.get(key(r), {})
+        for what in ("spills", "registers", "atomics", "launches", "idle", "narrow", "ratio"):
+            if what in old and r[what] > old[what] * (1.02 if what in ("registers", "ratio") else 1):
+                print(f"worse: {' '.join(filter('None'.__ne__, key(r)))}: {what} was {old[what]}, is {r[what]}")
+                found = True
+    return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--smoke", action="store_true", help="two workloads")
+    parser.add_argument("--smoke", action="store_true", help="few workloads, Triton's machine code for bfloat16 only")
     parser.add_argument("--against", type=Path, help="a file of --out that nothing may be worse than")
     args = parser.parse_args()
 
@@ -165,39 +158,38 @@ def main() -> int:
     os.environ["MLORA_BACKEND"] = "emulation"
     os.environ["MLORA_EMULATION_LIBRARY"] = str(emulation.library())
     libraries = sorted((ROOT / "mlora").glob("_C_cuda*.so"))
-    records = static(libraries[0]) if libraries else []
-    if records:
-        print("kernel       dtype  arch    regs  stack  spills  shared  occup.  atomics  ld128/64/32/16   st128/32/16")
+    records = [*(machine_code.cuda(libraries[0]) if libraries else []), *machine_code.triton(args.smoke)]
+    print(
+        "kernel                 dtype arch   threads  regs  spills  shared  occup.  mma  wgmma  atomics"
+        "  ld128/64/32/16  st128/64/32/16"
+    )
     for r in records:
-        loads = "/".join(str(r[f"load{width}"]) for width in (128, 64, 32, 16))
-        stores = "/".join(str(r[f"store{width}"]) for width in (128, 32, 16))
+        loads, stores = ("/".join(str(r[f"{k}{width}"]) for width in (128, 64, 32, 16)) for k in ("load", "store"))
         print(
-            f"{r['kernel']:12} {r['dtype']:6} {r['arch']:6} {r['registers']:5} {r['stack']:6} {r['spills']:7}"
-            f" {r['shared']:7} {r['occupancy']:6}% {r['atomics']:8}  {loads:15}  {stores}"
+            f"{r['kernel']:22} {r['dtype']:5} {r['arch']:6} {r['threads']:7} {r['registers']:5} {r['spills']:7}"
+            f" {r['shared']:7} {r['occupancy']:6}% {r['mma']:4} {r['wgmma']:6} {r['atomics']:8}  {loads:14}  {stores}"
         )
-    print("\n  in -> out                rank  tokens adapters cluster launches programs  idle  narrow  metadata  ratio")
+    others = peers()
+    systems = sorted({name for texts in others.values() for name in texts})
+    print(
+        "\n  in -> out                    rank tokens adapters path      launches programs  idle useful narrow  ratio"
+        + "".join(f"  {name:>9}" for name in systems)
+    )
     for w in workloads(args.smoke):
-        r = run(w)
+        r = run_cuda(w) if w["path"] == "cuda" else run_triton(w)
         records.append(r)
         name = f"{r['in']} -> {'+'.join(map(str, r['outs']))}"
+        path = f"{r['path']} {r['cluster'] or ''}"
+        beside = others.get((r["in"], tuple(r["outs"]), r["rank"], r["tokens"], r["adapters"]), {})
         print(
-            f"  {name:24} {r['rank']!s:>6} {r['tokens']:6} {r['adapters']:8} {r['cluster']:7} {r['launches']:8}"
-            f" {r['programs']:8} {r['idle']:5} {r['narrow']:7} {r['metadata']:9.3f} {r['ratio']:6.3f}",
+            f"  {name:26} {r['rank']!s:>6} {r['tokens']:6} {r['adapters']:8} {path:9} {r['launches']:8}"
+            f" {r['programs']:8} {r['idle']:5} {r['useful']:6} {r['narrow']:6} {r['ratio']:6.3f}"
+            + "".join(f"  {beside.get(system, ''):>9}" for system in systems),
             flush=True,
         )
         if args.out:
             args.out.write_text("".join(json.dumps(r) + "\n" for r in records))
-    if not args.against:
-        return 0
-    before = {key(r): r for r in map(json.loads, args.against.read_text().splitlines())}
-    worse = 0
-    for r in records:
-        old = before.get(key(r), {})
-        for what in ("spills", "registers", "launches", "idle", "narrow", "ratio"):
-            if what in old and r[what] > old[what] * (1 if what == "spills" else 1.02):
-                print(f"worse: {key(r)}: {what} was {old[what]}, is {r[what]}")
-                worse = 1
-    return worse
+    return int(bool(args.against) and worse(records, args.against))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-// The integer layouts of mlora/ops/layout.py, for every backend.
+// The integer layouts of mlora/ops/layout.py and the element types, for every backend.
 #pragma once
 
 #include <cstdint>
@@ -9,5 +9,7 @@ namespace mlora {
 enum Column : int { kA, kB, kRank, kScale, kGain, kInGain, kShift, kUnused, kTableWidth };
 
 constexpr int64_t kPlanHeader = 8;
+
+enum Type : int { kFloat, kHalf, kBFloat16 };  // of an arena's elements
 
 }  // namespace mlora

@@ -1,10 +1,12 @@
-// How an operator sees a tensor: rows of its last dimension at one distance.
+// How an operator sees a tensor: rows of its last dimension at one distance, of a type that kernels have.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+
+#include "common.h"
 
 namespace mlora {
 
@@ -36,6 +38,22 @@ inline torch::stable::Tensor rows_of(const torch::stable::Tensor& t, int64_t* st
 inline int64_t width_of(const char* name, const torch::stable::Tensor& t) {
   STD_TORCH_CHECK(t.dim() >= 1 && t.size(t.dim() - 1) > 0, "mlora: ", name, " must have a last dimension");
   return t.size(t.dim() - 1);
+}
+
+inline Type type_of(const char* name, const torch::stable::Tensor& t, const torch::stable::Tensor& arena) {
+  using torch::headeronly::ScalarType;
+  const ScalarType dtype = arena.scalar_type();
+  STD_TORCH_CHECK(t.scalar_type() == dtype, "mlora: ", name, " and arena must have one dtype");
+  switch (dtype) {
+    case ScalarType::Float:
+      return kFloat;
+    case ScalarType::Half:
+      return kHalf;
+    case ScalarType::BFloat16:
+      return kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, "mlora: arena must be float32, float16 or bfloat16");
+  }
 }
 
 }  // namespace mlora

@@ -89,6 +89,13 @@ def test_a_layer_makes_one_call_and_never_waits(touches: int, calls: dict[str, i
     assert others == ["aten::addmm"] * products, "beside the operators above only the base product"
 
 
+@pytest.mark.skipif(dispatch.backend("cuda", torch.bfloat16) != "cuda", reason="built without the CUDA operators")
+@pytest.mark.parametrize("clusters", [True, False])
+def test_without_clusters_triton_serves_every_size(monkeypatch: pytest.MonkeyPatch, clusters: bool) -> None:
+    monkeypatch.setattr(dispatch, "_clusters", lambda index: clusters)
+    assert traced_layer(LORA, 1).count("triton_apply_") == (not clusters)
+
+
 def test_the_trace_sees_waits() -> None:
     with FakeTensorMode():
         x = torch.ones(3, device="cuda")

@@ -35,6 +35,7 @@ TARGETS: dict[str, tuple[list[str], str]] = {
     "gemma": (["q_proj", "down_proj"], r".*\.(k|o)_proj"),
     "gemma2": (["v_proj", "up_proj"], r".*\.(q|down)_proj"),
     "mixtral": (["q_proj", "v_proj"], r".*\.self_attn\.(k|o)_proj"),
+    "qwen2moe": (["q_proj", "v_proj"], r".*\.self_attn\.(k|o)_proj"),
     "gpt2": (["c_attn"], r".*\.(c_fc|c_proj)"),
     "opt": (["q_proj", "fc1"], r".*\.(out_proj|fc2|project_in)"),
     "t5": (["q", "wi_1"], r".*(EncDecAttention\.(k|o)|wo)"),
@@ -44,6 +45,7 @@ TARGETS: dict[str, tuple[list[str], str]] = {
     "mlp": (["up", "blocks.0"], r"blocks\.2|head"),
 }
 KINDS = tuple(BUILDERS)
+EXPERTS = ("mixtral", "qwen2moe")
 ROWS = 6
 
 
@@ -53,6 +55,7 @@ def configs(kind: str) -> dict[str, dict[str, Any]]:
         "mlp": ["up", "blocks.0", "blocks.2", "head"],  # PEFT's all-linear is for transformers' models only,
         "conv": ["convolution", "classifier.1"],  # leaves convolutions out,
         "mixtral": ["q_proj", "k_proj", "v_proj", "o_proj"],  # and means parameters where there are experts
+        "qwen2moe": ["q_proj", "k_proj", "v_proj", "o_proj"],
     }.get(kind, "all-linear")
     flag = {"fan_in_fan_out": kind == "gpt2"}
     return {
@@ -127,7 +130,7 @@ def test_every_row_its_own_adapter(case: Case, order: tuple[int, ...]) -> None:
     batch = inputs_for(case.kind, ROWS)
     got = logits(case.model, batch, adapter_names=entries)
     assert_close(got, case.rows(batch, entries))
-    if case.kind != "mixtral":  # which experts' batches a row's tokens share depends on the other rows
+    if case.kind not in EXPERTS:  # which experts' batches a row's tokens share depends on the other rows
         base = entries.index(None)
         assert torch.equal(got[base], logits(case.base, batch)[base]), "a base row has the bare model's bits"
 
@@ -149,7 +152,7 @@ def test_weighted_rows_equal_pefts_sum_of_active_adapters(case: Case) -> None:
 def test_weighted_rows_with_dora_equal_the_formula(case: Case) -> None:
     mixes = [{"dora": 1.0}, {"dora": 0.4, "rs": 0.6}, {"dora": -0.5, "bias": 1.0, "plain": 0.5}]
     batch = inputs_for(case.kind, len(mixes))
-    dtype = torch.float32 if case.kind == "mixtral" else torch.float64  # torch has no grouped product in fp64
+    dtype = torch.float32 if case.kind in EXPERTS else torch.float64  # torch has no grouped product in fp64
     wide = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
     want = [
         logits(formula(case.base, {case.folders[n]: w for n, w in mix.items()}, dtype), row_of(wide, i))
@@ -159,7 +162,7 @@ def test_weighted_rows_with_dora_equal_the_formula(case: Case) -> None:
 
 
 def test_rows_do_not_see_each_other(case: Case) -> None:
-    if case.kind == "mixtral":
+    if case.kind in EXPERTS:
         pytest.skip("its experts' matmuls mix the rows by themselves")
     batch = inputs_for(case.kind, ROWS)
     kept = {1: "rs", 3: {"dora": 0.5, "plain": 2.0}, 4: "bias"}

@@ -167,7 +167,7 @@ def test_a_row_does_not_see_its_batch(monkeypatch: pytest.MonkeyPatch, dtype: to
 @pytest.mark.parametrize("length", [1, 40])
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
-def test_linear_matches_fp64(dtype: torch.dtype, bias: bool, length: int) -> None:
+def test_linear_matches_fp64(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bias: bool, length: int) -> None:
     case = Case((16, 3, 20, 65), 100, 70, dtype, gains=True, shifts=True)
     recipes = [A, [], MIX, BIG]
     x, weight = case.randn(4 * length, 100), (case.randn(70, 100).float() / 10).to(dtype)
@@ -178,6 +178,8 @@ def test_linear_matches_fp64(dtype: torch.dtype, bias: bool, length: int) -> Non
         dense = F.linear(x.double(), weight.double(), None if b is None else b.double())
         ref = reference.linear(x, weight, b, case.arena, case.table, plan, 0)
         check(got, case.oracle(dense, None, x, recipe), ref)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", interpreter.chain_dot)
+    got = launch.linear(x, weight, b, case.arena, case.table, plan, 0)
     blank = torch.zeros(8, dtype=torch.int32)
     assert torch.equal(got, launch.linear(x, weight, b, case.arena, case.table, blank, 0)), "base rows"
     mixed = launch.linear(x, weight, b, case.arena, case.table, case.plan(recipes), 0)

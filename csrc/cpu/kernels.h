@@ -125,7 +125,6 @@ struct Kernels {
   Linear linear[3];
 };
 
-enum Type : int { kFloat, kHalf, kBFloat16 };
 enum Isa : int { kScalar, kAvx2, kAvx512, kAvx512Bf16 };
 
 extern const Kernels kernels_scalar;

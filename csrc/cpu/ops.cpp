@@ -244,21 +244,6 @@ struct Jobs {
   }
 };
 
-Type type_of(const Tensor& x, const Tensor& arena) {
-  const ScalarType dtype = arena.scalar_type();
-  STD_TORCH_CHECK(x.scalar_type() == dtype, "mlora: x and arena must have one dtype");
-  switch (dtype) {
-    case ScalarType::Float:
-      return kFloat;
-    case ScalarType::Half:
-      return kHalf;
-    case ScalarType::BFloat16:
-      return kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, "mlora: dtype must be float32, float16 or bfloat16");
-  }
-}
-
 // What the calling thread keeps between calls: a plan resolved for each module, and the jobs of each task.
 thread_local std::deque<Work> thread_works(1);
 thread_local std::vector<Piece> thread_pieces;
@@ -318,7 +303,7 @@ void apply_all(const std::vector<Problem>& problems, Type type) {
 
 void apply_modules(const std::vector<Tensor>& ys, const std::optional<Tensor>& base, Tensor x, const Tensor& arena,
                    const std::vector<Tensor>& tables, const Tensor& plan) {
-  const Type type = type_of(x, arena);
+  const Type type = type_of("x", x, arena);
   if (thread_works.size() < ys.size()) thread_works.resize(ys.size());
   std::vector<Problem> problems;
   for (size_t m = 0; m < ys.size(); ++m) {
@@ -367,7 +352,7 @@ Tensor scale_input(Tensor x, Tensor arena, Tensor table, Tensor plan) {
   Problem p = {};
   p.in = p.out = p.y_stride = width_of("x", x);
   p.tokens = x.numel() / p.in;
-  const Type type = type_of(x, arena);
+  const Type type = type_of("x", x, arena);
   Work& work = thread_works[0];
   work.build(arena, table, plan, p.tokens, p.in, 0, true);
   x = rows_of(x, &p.x_stride);
@@ -401,7 +386,7 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor arena,
   Problem p = {};
   p.in = width_of("x", x);
   p.tokens = x.numel() / p.in;
-  const Type type = type_of(x, arena);
+  const Type type = type_of("x", x, arena);
   STD_TORCH_CHECK(type != kHalf && weight.scalar_type() == arena.scalar_type(),
                   "mlora: linear takes float32 or bfloat16, x, weight and arena alike");
   STD_TORCH_CHECK(k.linear[type], "mlora: linear needs a CPU with AVX-512, and AVX512_BF16 for bfloat16");
@@ -482,7 +467,7 @@ constexpr int64_t kBeyondCaches = 1 << 22;  // bytes
 
 void merge_(Tensor weight, std::optional<Tensor> source, Tensor arena, Tensor table, Tensor plan) {
   STD_TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "mlora: weight must be contiguous, (out, in)");
-  const Type type = type_of(weight, arena);
+  const Type type = type_of("weight", weight, arena);
   const Tensor from = source ? *source : weight;
   STD_TORCH_CHECK(from.scalar_type() == weight.scalar_type() && from.dim() == 2 && from.size(0) == weight.size(0) &&
                       from.size(1) == weight.size(1) && from.is_contiguous(),

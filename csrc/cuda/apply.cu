@@ -276,21 +276,20 @@ template <class T>
 MLORA_NOINLINE __device__ void shrink(const ApplyArgs& args, int rows, bool ragged, int thread, Shared& s) {
   const int lane = thread % kWarp, warp = thread / kWarp;
   const T* arena = static_cast<const T*>(args.arena);
-  const int64_t begin = args.slice * cluster_rank();
-  const int64_t end = begin + args.slice < args.in ? begin + args.slice : args.in;
-  int64_t k = begin;
+  const int32_t width = static_cast<int32_t>(args.in), slice = static_cast<int32_t>(args.slice);
+  const int32_t begin = slice * cluster_rank(), end = begin + slice < width ? begin + slice : width;
+  int32_t k = begin;
   do {  // once at least: a block without features adds zeros
     if (k > begin) __syncthreads();
-    const int64_t column = k + lane * 8;
+    const int32_t column = k + lane * 8, count = end - column;
     for (int t = warp; t < s.tokens; t += kWarps) {
       float x[8];
-      load_eight(static_cast<const T*>(args.x) + s.token[t] * args.x_stride + column, end - column, x);
+      load_eight(static_cast<const T*>(args.x) + s.token[t] * args.x_stride + column, count, x);
 #pragma unroll
       for (int i = 0; i < 8; ++i) s.x[t][i / 4][lane][i % 4] = x[i];
     }
     __syncthreads();
     const T* columns = arena + column;
-    const int64_t count = end - column;
     // Warps meet in the sums, so that lanes with fewer than eight features choose along with the others.
     const bool whole = !ragged && (end - k) % 8 == 0;
     int r = warp;
@@ -360,8 +359,8 @@ __device__ __forceinline__ void finish(const ApplyArgs& args, const Shared& s, c
   const Sibling& sibling = args.sibling[place.sibling];
   const Tile& tile = s.tile[place.tile];
   if (token >= tile.count) return;
-  const int64_t column = place.column + lane % 8 * 8;
-  const int64_t at = s.token[tile.first + token], left = sibling.out - column;
+  const int32_t column = place.column + (lane & 7) * 8, left = static_cast<int32_t>(sibling.out) - column;
+  const int64_t at = s.token[tile.first + token];
   T* to = static_cast<T*>(sibling.y) + at * sibling.y_stride + column;
   if (tile.extras >> place.sibling & 1) {
     const T* columns = static_cast<const T*>(args.arena) + column;
@@ -395,7 +394,9 @@ __device__ __forceinline__ void finish(const ApplyArgs& args, const Shared& s, c
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) apply_kernel(const __grid_constant__ ApplyArgs args) {
   Shared& s = shared_memory<Shared>();
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
+  // Of unsigned numbers, for these are one instruction each and need no register between uses.
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = static_cast<int>(threadIdx.x % kWarp), warp = static_cast<int>(threadIdx.x / kWarp);
   if (warp == 0) take_share(args, lane, s);
   __syncthreads();
   if (s.left == 0) return;
@@ -410,8 +411,8 @@ __global__ void __launch_bounds__(kThreads, 1) apply_kernel(const __grid_constan
       if (lane == 0) s.place[warp] = place_of(args, round + warp * cluster_size() + cluster_rank(), s);
       __syncwarp();
       const Place& place = s.place[warp];
-      const int token = lane / 8 * 2;
-      const bool mine = token < place.tokens;
+      const int token = (lane >> 3) * 2;
+      const auto mine = [&] { return token < place.tokens; };  // read anew after each barrier: no register is held
       float acc[2][8] = {};
       // One chunk, whose shrink serves all rounds, or several, of which each round needs all.
       for (int32_t begin = 0; begin == 0 || begin < s.rows; begin += kRows) {
@@ -422,9 +423,10 @@ __global__ void __launch_bounds__(kThreads, 1) apply_kernel(const __grid_constan
           if (thread == 0) s.ragged = ragged;
           if (s.rows > 0) shrink<T>(args, rows, ragged, thread, s);
         }
-        if (!mine || rows <= 0) continue;
+        if (rows <= 0 || !mine()) continue;
         const int32_t stop = place.row_end - begin < rows ? place.row_end - begin : rows;
-        const int64_t column = place.column + lane % 8 * 8, count = args.sibling[place.sibling].out - column;
+        const int32_t column = place.column + (lane & 7) * 8;
+        const int32_t count = static_cast<int32_t>(args.sibling[place.sibling].out) - column;
         const T* columns = static_cast<const T*>(args.arena) + column;
         const bool whole = !s.ragged && count >= 8;
         int32_t r = place.row_begin > begin ? place.row_begin - begin : 0;
@@ -438,7 +440,7 @@ __global__ void __launch_bounds__(kThreads, 1) apply_kernel(const __grid_constan
 #pragma unroll 1
         for (; r < stop; ++r) accumulate(load_eight(columns + s.row_b[r], count), &s.v[r][token], acc);
       }
-      if (mine) {
+      if (mine()) {
         finish<T>(args, s, place, lane, token, acc[0]);
         finish<T>(args, s, place, lane, token + 1, acc[1]);
       }
@@ -469,14 +471,7 @@ cudaError_t launch_typed(ApplyArgs args, const DeviceShape& shape, cudaStream_t 
 }  // namespace
 
 cudaError_t launch_apply(Type type, const ApplyArgs& args, const DeviceShape& shape, cudaStream_t stream) {
-  switch (type) {
-    case kFloat:
-      return launch_typed<float>(args, shape, stream);
-    case kHalf:
-      return launch_typed<f16>(args, shape, stream);
-    default:
-      return launch_typed<bf16>(args, shape, stream);
-  }
+  return with_type(type, [&](auto t) { return launch_typed<decltype(t)>(args, shape, stream); });
 }
 
 #ifndef MLORA_EMULATION

@@ -139,6 +139,19 @@ __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(f16 value) { return half_to_float(value.bits); }
 __device__ __forceinline__ float to_float(bf16 value) { return float_from_bits(uint32_t{value.bits} << 16); }
 
+// f(T{}) of the element type.
+template <class F>
+auto with_type(Type type, const F& f) {
+  switch (type) {
+    case kFloat:
+      return f(float{});
+    case kHalf:
+      return f(f16{});
+    default:
+      return f(bf16{});
+  }
+}
+
 template <class T>
 __device__ __forceinline__ T from_float(float value);
 template <>
@@ -207,7 +220,7 @@ __device__ __forceinline__ Eight<T> load_whole(const T* p) {
 // Element by element, for what cannot be had whole. Functions of their own: the rare case must not cost the other
 // registers.
 template <class T>
-MLORA_NOINLINE __device__ Eight<T> load_narrow(const T* p, int64_t count) {
+MLORA_NOINLINE __device__ Eight<T> load_narrow(const T* p, int count) {
   Eight<T> e = {};
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
@@ -216,7 +229,7 @@ MLORA_NOINLINE __device__ Eight<T> load_narrow(const T* p, int64_t count) {
   return e;
 }
 template <class T>
-MLORA_NOINLINE __device__ void store_narrow(T* p, int64_t count, Eight<T> e) {
+MLORA_NOINLINE __device__ void store_narrow(T* p, int count, Eight<T> e) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const uint32_t word = e.vector[i / Eight<T>::kEach].word[Eight<T>::word_of(i)];
@@ -226,17 +239,17 @@ MLORA_NOINLINE __device__ void store_narrow(T* p, int64_t count, Eight<T> e) {
 
 // p[0:count] and zeros; whole vectors where the address allows. Nothing is read if count <= 0.
 template <class T>
-__device__ __forceinline__ Eight<T> load_eight(const T* p, int64_t count) {
+__device__ __forceinline__ Eight<T> load_eight(const T* p, int count) {
   return count >= 8 && aligned(p) ? load_whole(p) : load_narrow(p, count);
 }
 
 template <class T>
-__device__ __forceinline__ void load_eight(const T* p, int64_t count, float* to) {
+__device__ __forceinline__ void load_eight(const T* p, int count, float* to) {
   load_eight(p, count).unpack(to);
 }
 
 template <class T>
-__device__ __forceinline__ void store_eight(T* p, int64_t count, const float* from) {
+__device__ __forceinline__ void store_eight(T* p, int count, const float* from) {
   Eight<T> e = {};
 #pragma unroll
   for (int i = 0; i < 8; ++i) {

@@ -9,9 +9,9 @@
 #include <cuda_runtime.h>
 #endif
 
-namespace mlora {
+#include "../common.h"
 
-enum Type : int { kFloat, kHalf, kBFloat16 };
+namespace mlora {
 
 constexpr int kSiblings = 4;  // modules of a group
 

@@ -65,6 +65,7 @@ __global__ void __launch_bounds__(kThreads, 3) merge_kernel(const __grid_constan
       }
       __syncthreads();
       const int count = rank - from < kChunk ? static_cast<int>(rank - from) : kChunk;
+#pragma unroll 2
       for (int j = 0; j < count; ++j) {
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
@@ -98,14 +99,7 @@ cudaError_t launch_typed(const MergeArgs& args, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_merge(Type type, const MergeArgs& args, cudaStream_t stream) {
-  switch (type) {
-    case kFloat:
-      return launch_typed<float>(args, stream);
-    case kHalf:
-      return launch_typed<f16>(args, stream);
-    default:
-      return launch_typed<bf16>(args, stream);
-  }
+  return with_type(type, [&](auto t) { return launch_typed<decltype(t)>(args, stream); });
 }
 
 }  // namespace mlora

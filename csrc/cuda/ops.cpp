@@ -74,21 +74,6 @@ struct Launch {
 
 #endif
 
-Type type_of(const char* name, const Tensor& t, const Tensor& arena) {
-  const ScalarType dtype = arena.scalar_type();
-  STD_TORCH_CHECK(t.scalar_type() == dtype, "mlora: ", name, " and arena must have one dtype");
-  switch (dtype) {
-    case ScalarType::Float:
-      return kFloat;
-    case ScalarType::Half:
-      return kHalf;
-    case ScalarType::BFloat16:
-      return kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, "mlora: arena must be float32, float16 or bfloat16");
-  }
-}
-
 const int64_t* table_of(const Tensor& arena, const Tensor& table) {
   STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == kTableWidth && table.scalar_type() == ScalarType::Long &&
                       table.is_contiguous(),
@@ -97,10 +82,16 @@ const int64_t* table_of(const Tensor& arena, const Tensor& table) {
   return static_cast<const int64_t*>(table.const_data_ptr());
 }
 
+// The kernels count columns in 32 bits.
+int64_t kernel_width(const char* name, int64_t width) {
+  STD_TORCH_CHECK(width <= INT32_MAX - 1024, "mlora: ", name, " is ", width, " wide, which is too much");
+  return width;
+}
+
 // What apply_ and apply_group_ share: x, arena and plan into args.
 Tensor take_input(const Tensor& x, const Tensor& arena, const Tensor& plan, int64_t* width, int64_t* tokens,
                   int64_t* stride) {
-  *width = width_of("x", x);
+  *width = kernel_width("x", width_of("x", x));
   *tokens = x.numel() / *width;
   STD_TORCH_CHECK(plan.dim() == 1 && plan.scalar_type() == ScalarType::Int && plan.is_contiguous(),
                   "mlora: plan must be a contiguous 1-D int32 tensor");
@@ -129,7 +120,7 @@ void apply(std::vector<Tensor> ys, const std::optional<Tensor>& base, const Tens
   for (size_t i = 0; i < ys.size(); ++i) {
     const Tensor& y = ys[i];
     Sibling& sibling = args.sibling[i];
-    sibling.out = width_of("y", y);
+    sibling.out = kernel_width("y", width_of("y", y));
     STD_TORCH_CHECK(y.scalar_type() == arena.scalar_type(), "mlora: y and arena must have one dtype");
     STD_TORCH_CHECK(y.numel() == args.tokens * sibling.out, "mlora: x has ", args.tokens, " tokens, y has ",
                     y.numel() / sibling.out);
@@ -197,8 +188,8 @@ void merge_(Tensor weight, std::optional<Tensor> source, Tensor arena, Tensor ta
                   "mlora: weight, source, plan and arena must be on one device");
   // A plan of one row and one route, without spare capacity, says by its size how many terms it has.
   constexpr int64_t kTerms = kPlanHeader + 2 + 1 + 2;
-  args.out = weight.size(0);
-  args.in = weight.size(1);
+  args.out = kernel_width("weight", weight.size(0));
+  args.in = kernel_width("weight", weight.size(1));
   args.source = from.const_data_ptr();
   args.weight = weight.mutable_data_ptr();
   args.arena = arena.const_data_ptr();

@@ -9,7 +9,7 @@ namespace {
 constexpr int kThreads = 256;
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) scale_input_kernel(const __grid_constant__ ScaleInputArgs args) {
+__global__ void __launch_bounds__(kThreads, 4) scale_input_kernel(const __grid_constant__ ScaleInputArgs args) {
   const Plan plan(args.plan, args.plan_size, args.tokens);
   const T* arena = static_cast<const T*>(args.arena);
   for (int32_t position = static_cast<int32_t>(blockIdx.x); position < args.tokens; position += gridDim.x) {
@@ -57,14 +57,7 @@ cudaError_t launch_typed(const ScaleInputArgs& args, const DeviceShape& shape, c
 }  // namespace
 
 cudaError_t launch_scale_input(Type type, const ScaleInputArgs& args, const DeviceShape& shape, cudaStream_t stream) {
-  switch (type) {
-    case kFloat:
-      return launch_typed<float>(args, shape, stream);
-    case kHalf:
-      return launch_typed<f16>(args, shape, stream);
-    default:
-      return launch_typed<bf16>(args, shape, stream);
-  }
+  return with_type(type, [&](auto t) { return launch_typed<decltype(t)>(args, shape, stream); });
 }
 
 }  // namespace mlora

@@ -2,12 +2,13 @@
 
 Two forms. *Decode*, up to DECODE_TOKENS tokens: the batch may be all different adapters, so tiles are as small as the
 tensor cores allow and the sum over `in` is split as far as its tree goes. *Prefill*: tiles of 64 tokens, so that A
-is read once for 64 rows, which makes it a small part of the traffic; larger tiles would leave processors without
-work at 2048 tokens.
+and B are read once for 64 rows, which makes them a small part of the traffic; larger tiles would leave processors
+without work at 2048 tokens.
 
 What may change a row's bits (LEAF, BK, RE) depends on the width and the dtype alone, never on the number of tokens.
-`shrink` and `expand` use mma.sync on every architecture and in both forms (their tiles are too small for
-the instructions of a whole warp group, and they wait for memory anyway), so both forms round alike.
+`shrink` and `expand` use mma.sync on every architecture and in both forms, so both round alike: the rows of their
+products (rank rows; 32 columns) are too few for the instructions of a warp group.
+They wait for memory anyway.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Form:
         split: whether each leaf of the sum has a slice of the workspace (SPLIT).
         per_processor: programs a processor.
         shrink_tokens, expand_tokens: tokens of a tile (BM). columns: of a tile of `expand` (BN).
-        wide: WIDE.
+        wide: WIDE. shrink_warps, expand_warps: of a program. shrink_registers: that a thread may take.
         shrink_grain, expand_grain: rank rows or columns of a unit of work (GRAIN).
     """
 
@@ -53,15 +54,18 @@ class Form:
     per_processor: int
     shrink_tokens: int
     shrink_grain: int
+    shrink_warps: int
+    shrink_registers: int
     wide: int
+    expand_warps: int
     expand_tokens: int
     expand_grain: int
     columns: int
 
 
 # Decode: a rank row and one sector of y are the smallest pieces that cost nothing to hand to another processor.
-DECODE = Form(True, 1, 16, 1, 16, 16, 16, 64)
-PREFILL = Form(False, 2, 64, 16, 32, 32, 64, 64)
+DECODE = Form(True, 1, 16, 1, 4, 128, 16, 4, 32, 16, 32)
+PREFILL = Form(False, 2, 64, 16, 8, 255, 32, 8, 64, 64, 32)
 
 # The base product: (BM, BN, BK for 16-bit types, warps, stages). Shared memory per block is 99 KiB on sm_86, sm_89 and
 # sm_120, 163 KiB on sm_80, 227 KiB on sm_90 and sm_100; a stage takes (BM + BN) * BK * 2 bytes. fp32 has no tensor
@@ -69,7 +73,7 @@ PREFILL = Form(False, 2, 64, 16, 32, 32, 64, 64)
 _LINEAR = {80: (128, 64, 32, 8, 4), 90: (128, 64, 64, 8, 3), 100: (128, 64, 64, 8, 3)}
 _LINEAR_SMALL = (128, 64, 32, 8, 3)
 _LINEAR_DECODE = (16, 64, 64, 4, 4)
-_LINEAR_FP32 = (32, 64, 16, 4, 3)
+_LINEAR_FP32 = (16, 32, 32, 8, 3)
 
 
 def form(tokens: int) -> Form:
@@ -106,10 +110,12 @@ def shrink_grid(device: Device, tokens: int, width: int) -> int:
 
 
 def expand_grid(device: Device, tokens: int, width_out: int) -> int:
-    """Programs of `expand`: as many as have work if every row takes the same adapter."""
+    """Programs of `expand`: as many as have work if every row takes the same adapter. In prefill so many that each then
+    has as much: runs that end with a tile read its v once."""
     f = form(tokens)
     least = -(-tokens // f.expand_tokens) * -(-width_out // f.expand_grain)
-    return max(1, min(device.processors * f.per_processor, least))
+    most = device.processors * f.per_processor
+    return max(1, min(most, least)) if f.split else -(-least // -(-least // most))
 
 
 def linear_tiles(device: Device, tokens: int, itemsize: int) -> tuple[int, int, int, int, int]:

@@ -37,6 +37,7 @@ class Launch:
     constants: dict[str, Any] = field(default_factory=dict)
     warps: int = 4
     stages: int = 1
+    registers: int = 255
 
     @property
     def name(self) -> str:
@@ -44,9 +45,10 @@ class Launch:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Compiler options. Whether products and sums fuse is said here, since Triton's default is changing; all 255
-        registers are offered, since ptxas otherwise spills to fit more blocks on a processor."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True, "maxnreg": 255}
+        """Compiler options. Whether products and sums fuse is said here, since Triton's default is changing; as many
+        registers are offered as keep ptxas from spilling to fit more blocks on a processor."""
+        options = {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
+        return {**options, "enable_fp_fusion": True}
 
     def run(self) -> None:
         self.kernel[(self.grid,)](*self.args, **self.constants, **self.options)
@@ -117,7 +119,7 @@ def shrink_launch(v: Tensor, x: Tensor, arena: Tensor, table: Tensor, plan: Tens
     }
     args = (v, x, arena, table, plan, tokens, width, x.stride(0), v.shape[2])
     grid = config.shrink_grid(device, tokens, width)
-    return Launch(lora.shrink, grid, args, constants, 4, config.SHRINK_STAGES)
+    return Launch(lora.shrink, grid, args, constants, f.shrink_warps, config.SHRINK_STAGES, f.shrink_registers)
 
 
 def apply_launches(
@@ -141,7 +143,7 @@ def apply_launches(
     grid = config.expand_grid(device, tokens, y.shape[1])
     return [
         shrink_launch(v, x, arena, table, plan, device),
-        Launch(lora.expand, grid, args, constants, 4, 1),
+        Launch(lora.expand, grid, args, constants, f.expand_warps, 1),
     ]
 
 
@@ -197,7 +199,7 @@ def merge_launches(weight: Tensor, source: Tensor, arena: Tensor, table: Tensor,
     bm, bn = 64, 64 if weight.itemsize == 2 else 32
     args = (weight, source, arena, table, plan, width_out, width, weight.stride(0), source.stride(0))
     grid = -(-width_out // bm) * -(-width // bn)
-    return [Launch(merge.merge, grid, args, {"BM": bm, "BN": bn, "RE": config.RANKS}, 8, 2)]
+    return [Launch(merge.merge, grid, args, {"BM": bm, "BN": bn, "RE": config.RANKS}, 8, 2, 128)]
 
 
 def apply_(y: Tensor, base: Tensor | None, x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> None:

@@ -45,26 +45,26 @@ def linear(
         token, live = tile_tokens(plan, segment, tile, rows, routes, length, BM)
         cols = column * BN + tl.arange(0, BN)
         some = cols < width_out
-        acc = tl.zeros((BM, BN), tl.float32)
+        acc = tl.zeros((BN, BM), tl.float32)
         x_rows = x + token[:, None] * x_stride
         w_rows = weight + cols[:, None].to(tl.int64) * w_stride
         for k in range(0, width, BK):
             inside = (k + ks)[None, :] < width
             xs = tl.load(x_rows + (k + ks)[None, :], mask=live[:, None] & inside, other=0.0)
             ws = tl.load(w_rows + (k + ks)[None, :], mask=some[:, None] & inside, other=0.0)
-            acc = mma(xs, tl.trans(ws), acc)
+            acc = mma(ws, tl.trans(xs), acc)
         if HAS_BIAS:
-            acc += tl.load(bias + cols, mask=some, other=0.0).to(tl.float32)[None, :]
+            acc += tl.load(bias + cols, mask=some, other=0.0).to(tl.float32)[:, None]
 
         t0, t1 = segment_terms(plan, segment, rows, routes)
         if t0 < t1:
             gain = sum_gains(arena, plan, table, t0, t1, rows, routes, cols, some, GAIN, BN)
-            acc += gain[None, :] * acc
+            acc += gain[:, None] * acc
             acc = add_delta(
                 acc, v, 0, 0, x, arena, plan, table, t0, t1, rows, routes, token, live, cols, some, tokens, capacity,
                 width, width_out, x_stride, BM, RE, LEAF, SPLIT, False,
             )  # fmt: skip
-            acc += sum_gains(arena, plan, table, t0, t1, rows, routes, cols, some, SHIFT, BN)[None, :]
-        at = y + token[:, None] * width_out + cols[None, :]
-        tl.store(at, acc.to(y.dtype.element_ty), mask=live[:, None] & some[None, :])
+            acc += sum_gains(arena, plan, table, t0, t1, rows, routes, cols, some, SHIFT, BN)[:, None]
+        at = y + token[None, :] * width_out + cols[:, None]
+        tl.store(at, acc.to(y.dtype.element_ty), mask=live[None, :] & some[:, None])
         u += 1

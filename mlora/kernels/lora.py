@@ -138,16 +138,16 @@ def read_v(
     v, token, live, col, r, rank, tokens, capacity, width, BM: tl.constexpr, RE: tl.constexpr,
     LEAF: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """(BM, RE) sums over all slices, in the order of the tree."""
+    """(RE, BM) sums over all slices, in the order of the tree."""
     rs = r + tl.arange(0, RE)
-    at = v + token[:, None] * capacity + (col + rs)[None, :]
-    mask = live[:, None] & (rs < tl.cdiv(rank, RANK_ALIGN) * RANK_ALIGN)[None, :]  # so whole vectors can be loaded
+    at = v + token[None, :] * capacity + (col + rs)[:, None]
+    mask = live[None, :] & (rs < tl.cdiv(rank, RANK_ALIGN) * RANK_ALIGN)[:, None]  # so whole vectors can be loaded
     step = tokens.to(tl.int64) * capacity
-    total = tl.zeros((BM, RE), tl.float32)
+    total = tl.zeros((RE, BM), tl.float32)
     if SPLIT:
         slices = tl.cdiv(width, LEAF)
         for part in range(0, slices, LEAVES):
-            acc = tl.zeros((BM, RE), tl.float32)
+            acc = tl.zeros((RE, BM), tl.float32)
             for s in range(part, tl.minimum(part + LEAVES, slices)):
                 acc += tl.load(at + s * step, mask=mask, other=0.0)
             total += acc
@@ -167,15 +167,15 @@ def compute_v(
     for start in range(0, width, LEAF * LEAVES):
         leaves = tl.minimum(LEAVES, tl.cdiv(width - start, LEAF))
         total += dots(x, a, token, live, r, rank, width, x_stride, start, leaves, BM, RE, 16, LEAF)
-    return tl.trans(total)
+    return total
 
 
 @triton.jit
 def read_b(arena, b, r, rank, cols, some, width_out, RE: tl.constexpr):
-    """(RE, BN) of B."""
+    """(BN, RE) of B."""
     rs = r + tl.arange(0, RE)
-    at = rs[:, None].to(tl.int64) * width_out + cols[None, :]
-    mask = (rs < rank)[:, None] & some[None, :]
+    at = rs[None, :].to(tl.int64) * width_out + cols[:, None]
+    mask = (rs < rank)[None, :] & some[:, None]
     if b % ALIGN == 0:
         values = tl.load(arena + tl.multiple_of(b, ALIGN) + at, mask=mask, other=0.0)
     else:
@@ -216,7 +216,7 @@ def add_delta(
     width, width_out, x_stride, BM: tl.constexpr, RE: tl.constexpr, LEAF: tl.constexpr,
     SPLIT: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """acc + sum_e w_e scale_e B_e^T v_e over the terms [t0, t1), for one tile of columns.
+    """acc (BN, BM) + sum_e w_e scale_e B_e^T v_e over the terms [t0, t1), for one tile of columns.
 
     kept, kept_next: if KEEP, v of the first 2 * RE rank rows of the first term: for most adapters all there is.
     """
@@ -236,7 +236,7 @@ def add_delta(
                 vs = read_v(v, token, live, at, r, rank, tokens, capacity, width, BM, RE, LEAF, SPLIT)
             else:
                 vs = compute_v(x, arena + a, token, live, r, rank, width, x_stride, BM, RE, LEAF)
-            acc = mma_wide(vs * scale, read_b(arena, b, r, rank, cols, some, width_out, RE), acc)
+            acc = mma_wide(read_b(arena, b, r, rank, cols, some, width_out, RE), vs * scale, acc)
         col += tl.cdiv(rank, RANK_ALIGN) * RANK_ALIGN
     return acc
 
@@ -271,17 +271,17 @@ def expand(
         for n in range(g * GRAIN, stop, BN):
             cols = n + tl.arange(0, BN)
             some = cols < stop
-            mask = live[:, None] & some[None, :]
-            at = y + token[:, None] * y_stride + cols[None, :]
+            mask = live[None, :] & some[:, None]
+            at = y + token[None, :] * y_stride + cols[:, None]
             acc = tl.load(at, mask=mask, other=0.0).to(tl.float32)
             gain = sum_gains(arena, plan, table, t0, t1, rows, routes, cols, some, GAIN, BN)
             if tl.max(tl.abs(gain), axis=0) > 0:
-                source = tl.load(base + token[:, None] * base_stride + cols[None, :], mask=mask, other=0.0)
-                acc += gain[None, :] * source.to(tl.float32)
+                source = tl.load(base + token[None, :] * base_stride + cols[:, None], mask=mask, other=0.0)
+                acc += gain[:, None] * source.to(tl.float32)
             acc = add_delta(
                 acc, v, kept, kept_next, x, arena, plan, table, t0, t1, rows, routes, token, live, cols, some, tokens,
                 capacity, width, width_out, x_stride, BM, RE, LEAF, SPLIT, True,
             )  # fmt: skip
-            acc += sum_gains(arena, plan, table, t0, t1, rows, routes, cols, some, SHIFT, BN)[None, :]
+            acc += sum_gains(arena, plan, table, t0, t1, rows, routes, cols, some, SHIFT, BN)[:, None]
             tl.store(at, acc.to(y.dtype.element_ty), mask=mask)
         u += g_end - g

@@ -164,15 +164,15 @@ def mma(a, b, acc):
 
 
 @triton.jit
-def mma_wide(v, b, acc):
-    """acc + v b, where v is fp32 and b is stored in 16 bits, to fp32 accuracy on tensor cores.
+def mma_wide(b, v, acc):
+    """acc + b v, where v is fp32 and b is stored in 16 bits, to fp32 accuracy on tensor cores.
 
     b is exact in tf32, and v is a sum of two tf32 numbers up to 2^-22 of it: rounding v to 16 bits would double the
     error of the whole operator, and overflow in float16.
     """
     if b.dtype == tl.float32:
-        return mma(v, b, acc)
+        return mma(b, v, acc)
     wide = b.to(tl.float32)
     high = (v.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # 13 mantissa bits off
-    acc = tl.dot(high, wide, acc, input_precision="tf32")
-    return tl.dot(v - high, wide, acc, input_precision="tf32")
+    acc = tl.dot(wide, high, acc, input_precision="tf32")
+    return tl.dot(wide, v - high, acc, input_precision="tf32")

@@ -94,10 +94,23 @@ def backend(device: torch.device | str, dtype: torch.dtype) -> str:
     return "reference"
 
 
+@functools.cache
+def _clusters(index: int) -> bool:
+    """Whether blocks of the device share memory; a device that is not here counts as one where they do."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(index)[0] >= 9
+
+
+@torch.compiler.assume_constant_result
+def cuda_tokens(index: int) -> int:
+    """How many tokens the CUDA library takes at most, where there is Triton too: none on a device without clusters of
+    blocks, each of which would repeat the whole shrink."""
+    return CUDA_MAX_TOKENS if _clusters(index) else 0
+
+
 def apply_(y: Tensor, base: Tensor | None, x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> None:
     """See `reference.apply`; in place."""
     if x.dtype is arena.dtype and y.dtype is arena.dtype and arena.dtype in _KERNEL_DTYPES:
-        if _BY_SIZE and x.is_cuda and x.numel() > CUDA_MAX_TOKENS * x.shape[-1]:
+        if _BY_SIZE and x.is_cuda and x.numel() > cuda_tokens(x.device.index) * x.shape[-1]:
             _large_apply_(y, base, x, arena, table, plan)
             return
         _apply_(y, base, x, arena, table, plan)
@@ -121,8 +134,8 @@ def scale_input(x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> Tensor
 
 def apply_group_(y: list[Tensor], x: Tensor, arena: Tensor, tables: list[Tensor], plan: Tensor) -> None:
     """See `reference.apply_group_`; one call where the backend serves a group at once, else one a module."""
-    kind = backend(x.device, x.dtype)
-    at_once = kind == "cpu" or (kind in ("cuda", "emulation") and x.numel() <= CUDA_MAX_TOKENS * x.shape[-1])
+    kind, most = backend(x.device, x.dtype), cuda_tokens(x.device.index) if _BY_SIZE and x.is_cuda else CUDA_MAX_TOKENS
+    at_once = kind == "cpu" or (kind in ("cuda", "emulation") and x.numel() <= most * x.shape[-1])
     if at_once and all(t.dtype is x.dtype for t in (arena, *y)):
         _apply_group_(y, x, arena, tables, plan)
     else:
