@@ -449,7 +449,11 @@ def patched(llama: Any, folders: dict[str, Path]) -> Any:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--conformance-table", metavar="FILE", help="write the conformance suite's verdicts as Markdown")
+    parser.addoption(
+        "--conformance-table",
+        metavar="FILE",
+        help="write the conformance suite's verdicts as Markdown, and their summary between the README's marks",
+    )
 
 
 VERDICTS = pytest.StashKey[dict[str, dict[str, set[str]]]]()
@@ -488,6 +492,22 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         ]
         lines.append(f"| {name} | " + " | ".join(row) + " |")
     Path(file).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    readme = Path(__file__).parent.parent / "README.md"
+    before, start, rest = readme.read_text(encoding="utf-8").partition(_MARKS[0])
+    _, end, after = rest.partition(_MARKS[1])
+    readme.write_text(before + start + _summary(table) + end + after, encoding="utf-8")
+
+
+_MARKS = ("<!-- conformance: written by the suite -->\n", "<!-- /conformance -->\n")
+
+
+def _summary(table: dict[str, dict[str, set[str]]]) -> str:
+    """Verdict -> what it was given to in every scenario."""
+    names: dict[str, list[str]] = {}
+    for name, cells in table.items():
+        names.setdefault(_cell(set.union(*cells.values())), []).append(name)
+    rows = [f"| {verdict} | {'; '.join(of)} |" for verdict, of in sorted(names.items())]
+    return "\n".join(["| verdict | adapters |", "|---|---|", *rows, ""])
 
 
 _TITLE = (
@@ -502,4 +522,4 @@ _TITLE = (
 
 
 def _cell(verdicts: set[str]) -> str:
-    return "WRONG" if "WRONG" in verdicts else next(iter(verdicts), "")
+    return "WRONG" if "WRONG" in verdicts else " or ".join(sorted(verdicts))

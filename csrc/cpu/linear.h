@@ -69,14 +69,13 @@ MLORA_INLINE vf chain<bf16>(vf acc, __m512i columns, const uint32_t* x) {
 // sums[t * kLinearColumns + c] for Tokens tokens and 16 * Groups columns; rows are those columns' rows of the weight.
 template <class T, int Tokens, int Groups>
 void base_tile(const uint32_t* xt, const uint32_t* const* rows, int64_t units, int64_t block, int64_t ahead,
-               float* sums) {
+               bool first_block, float* sums) {
   vf acc[Groups][Tokens];
   MLORA_UNROLL for (int g = 0; g < Groups; ++g) {
     MLORA_UNROLL for (int t = 0; t < Tokens; ++t) acc[g][t] = zero();
   }
   __m512i columns[Groups][16];
   int64_t stop = block < units ? block : units;
-  bool first_block = true;
   for (int64_t k = 0; k < units;) {
     const int64_t count = stop - k < 16 ? stop - k : 16;
     MLORA_UNROLL for (int g = 0; g < Groups; ++g) {
@@ -110,12 +109,12 @@ void base_tile(const uint32_t* xt, const uint32_t* const* rows, int64_t units, i
 
 template <class T, int Tokens>
 MLORA_INLINE void base_columns(const uint32_t* xt, const uint32_t* const* rows, int64_t units, int64_t block,
-                               int64_t ahead, float* sums) {
+                               int64_t ahead, bool first_block, float* sums) {
   if (Tokens <= 8) {
-    base_tile<T, Tokens, 2>(xt, rows, units, block, ahead, sums);
+    base_tile<T, Tokens, 2>(xt, rows, units, block, ahead, first_block, sums);
   } else {
-    base_tile<T, Tokens, 1>(xt, rows, units, block, ahead, sums);
-    base_tile<T, Tokens, 1>(xt, rows + 16, units, block, ahead, sums + 16);
+    base_tile<T, Tokens, 1>(xt, rows, units, block, ahead, first_block, sums);
+    base_tile<T, Tokens, 1>(xt, rows + 16, units, block, ahead, first_block, sums + 16);
   }
 }
 
@@ -209,9 +208,9 @@ void pack(const Problem& p, uint32_t* xt, int64_t from, int64_t to) {
   }
 }
 
-// The base product of columns [n, n + kLinearColumns), all tokens.
+// The base product of columns [n, n + kLinearColumns), all tokens; with `started`, added to what sums hold.
 template <class T>
-MLORA_INLINE void base(const Problem& p, const uint32_t* xt, int64_t n, __m512i* panel, float* sums) {
+MLORA_INLINE void base(const Problem& p, const uint32_t* xt, int64_t n, __m512i* panel, bool started, float* sums) {
   const T* rows[kLinearColumns];
   for (int64_t c = 0; c < kLinearColumns; ++c) {
     rows[c] = static_cast<const T*>(p.weight) + (n + c < p.out ? n + c : p.out - 1) * p.in;
@@ -230,7 +229,7 @@ MLORA_INLINE void base(const Problem& p, const uint32_t* xt, int64_t n, __m512i*
   for (int64_t c = 0; c < kLinearColumns; ++c) unit_rows[c] = reinterpret_cast<const uint32_t*>(rows[c]);
   const int64_t units = p.in / kUnit<T>, block = p.kblock / kUnit<T>, ahead = kLinearColumns * units;
   if (p.tokens <= kLinearTokens) {
-    with_tokens<kLinearTokens>(p.tokens, [&](auto tokens) { base_columns<T, tokens>(xt, unit_rows, units, block, ahead, sums); });
+    with_tokens<kLinearTokens>(p.tokens, [&](auto tokens) { base_columns<T, tokens>(xt, unit_rows, units, block, ahead, !started, sums); });
     return;
   }
   for (int64_t k = 0; k < units; k += block) {
@@ -250,8 +249,22 @@ MLORA_INLINE void base(const Problem& p, const uint32_t* xt, int64_t n, __m512i*
     for (int64_t t = 0; t < p.tokens; t += half) {
       const uint32_t* x = xt + t / kLinearTokens * kLinearTokens * units + k * kLinearTokens + t % kLinearTokens;
       with_tokens<half>(p.tokens - t, [&](auto tokens) {
-        panel_tile<T, tokens>(x, panel, count, k == 0, sums + t * kLinearColumns);
+        panel_tile<T, tokens>(x, panel, count, k == 0 && !started, sums + t * kLinearColumns);
       });
+    }
+  }
+}
+
+// Whether the sum starts from the bias, as MKL's does, or ends with it, as oneDNN's.
+template <class T>
+constexpr bool kBiasFirst = sizeof(T) == 4;
+
+template <bool First>
+MLORA_INLINE void add_bias(const float* bias, int64_t tokens, float* sums) {
+  for (int64_t t = 0; t < tokens; ++t, sums += kLinearColumns) {
+    for (int64_t c = 0; c < kLinearColumns; c += W) {
+      const vf b = _mm512_loadu_ps(bias + c);
+      _mm512_storeu_ps(sums + c, First ? b : add(_mm512_loadu_ps(sums + c), b));
     }
   }
 }
@@ -262,17 +275,12 @@ void linear(const Problem& p, const uint32_t* xt, const Segment* segments, int64
   const T* bias = static_cast<const T*>(p.bias);
   for (int64_t n = from; n < to; n += kLinearColumns) {
     const int64_t end = n + kLinearColumns < to ? n + kLinearColumns : to;
-    base<T>(p, xt, n, reinterpret_cast<__m512i*>(panel), sums);
-    if (bias) {
-      float wide[kLinearColumns] = {};
-      for (int64_t c = n; c < end; ++c) wide[c - n] = widen(bias[c]);
-      for (int64_t t = 0; t < p.tokens; ++t) {
-        float* y = sums + t * kLinearColumns;
-        for (int64_t c = 0; c < kLinearColumns; c += W) {
-          _mm512_storeu_ps(y + c, _mm512_add_ps(_mm512_loadu_ps(y + c), _mm512_loadu_ps(wide + c)));
-        }
-      }
-    }
+    float wide[kLinearColumns] = {};
+    for (int64_t c = n; bias && c < end; ++c) wide[c - n] = widen(bias[c]);
+    const bool before = bias && kBiasFirst<T>;
+    if (before) add_bias<true>(wide, p.tokens, sums);
+    base<T>(p, xt, n, reinterpret_cast<__m512i*>(panel), before, sums);
+    if (bias && !before) add_bias<false>(wide, p.tokens, sums);
     const Rows<T, float> io{sums - n, kLinearColumns, nullptr, 0, static_cast<T*>(p.y), p.y_stride};
     for (int64_t s = 0; s < segment_count; ++s) expand_rows(io, segments[s], p.out, n, end, 2 * kLinearColumns, nullptr);
   }
