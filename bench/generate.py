@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32", "float16"))
     parser.add_argument("--adapters", type=int, nargs="*", default=[1, 2, 4, 8, 16], help="distinct ones in the batch")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of prefills; 4x decode steps, half generates")
     parser.add_argument("--phases", nargs="*", default=PHASES, choices=PHASES)
@@ -65,7 +66,7 @@ def main() -> None:
 
     console = set_up(args)
     torch.manual_seed(0)
-    bare = tiny_llama() if args.smoke else load(args.model)
+    bare = tiny_llama() if args.smoke else load(args.model, getattr(torch, args.dtype))
     ids = torch.randint(3, bare.config.vocab_size, (args.batch, args.prompt))
     with tempfile.TemporaryDirectory() as temp:
         folders = [make_adapter(bare, Path(temp) / f"a{i}", args.rank, seed=i) for i in range(max(args.adapters))]
@@ -80,12 +81,12 @@ def main() -> None:
         measure(console, args, bare, cases, ids, adapter_bytes)
 
 
-def load(model: str | None) -> Any:
+def load(model: str | None, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(str(resolve_model(model)), dtype=torch.bfloat16).eval()
+    return AutoModelForCausalLM.from_pretrained(str(resolve_model(model)), dtype=dtype).eval()
 
 
 def twin(model: Any) -> Any:
@@ -143,8 +144,8 @@ def make_adapter(model: Any, folder: Path, rank: int, seed: int) -> Path:
 def check(bare: Any, served: Any, folders: list[Path], ids: Tensor) -> Iterator[str]:
     """Yield what held, or exit.
 
-    A row's error is the RMS distance of its logits from PEFT's in fp32, one fresh model per adapter, one
-    row at a time. It may be at most twice the error of the same PEFT model in the base's dtype.
+    A row's error is the RMS distance of its logits from PEFT's in fp32 (fp64 for fp32 models), one fresh model per
+    adapter, one row at a time. It may be at most twice the error of the same PEFT model in the base's dtype.
     """
     from peft import PeftModel
 
@@ -167,7 +168,7 @@ def check(bare: Any, served: Any, folders: list[Path], ids: Tensor) -> Iterator[
             raise SystemExit("refused to report: a base row's decode step differs from the bare model's")
         yield f"base rows equal the bare model's bit for bit (prefill {tuple(ids.shape)} and decode)"
 
-        exact = copy.deepcopy(bare).float()
+        exact = copy.deepcopy(bare).to(torch.float64 if bare.dtype == torch.float32 else torch.float32)
         worst, peft_worst = 0.0, 0.0
         for row, folder in enumerate(folders[: rows - 1]):
             want = PeftModel.from_pretrained(twin(exact), str(folder)).eval()(ids[row : row + 1]).logits[0]
@@ -176,14 +177,14 @@ def check(bare: Any, served: Any, folders: list[Path], ids: Tensor) -> Iterator[
             moved = rms(want - plain[row])
             if not ours <= 2 * peft or not moved > 4 * peft:
                 raise SystemExit(
-                    f"refused to report: {folder.name} alone in fp32 is {ours:.3g} away (RMS of logits), "
+                    f"refused to report: {folder.name} alone in {exact.dtype} is {ours:.3g} away (RMS of logits), "
                     f"PEFT in {bare.dtype} is {peft:.3g} away; the adapter itself moves logits by {moved:.3g}"
                 )
             worst, peft_worst = max(worst, ours), max(peft_worst, peft)
             gc.collect()
     yield (
         f"{min(len(folders), rows - 1)} adapters in one batch: worst RMS error of the logits {worst:.3g}; "
-        f"PEFT, each alone in {bare.dtype}: {peft_worst:.3g} (both against PEFT in fp32)"
+        f"PEFT, each alone in {bare.dtype}: {peft_worst:.3g} (both against PEFT in {exact.dtype})"
     )
 
 
