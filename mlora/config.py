@@ -207,6 +207,8 @@ def _fresh(runtime: Runtime, name: str, entry: Mapping[str, Any]) -> Adapter:
     tensors = {}
     draw = torch.Generator().manual_seed(0)
     for path, base in runtime.bases.items():
+        if base.experts:  # a parameter, which target_modules do not name
+            continue
         if is_target(config, path) and base.embed_scale is not None:  # PEFT starts embeddings the other way round
             tensors[f"{path}.lora_embedding_A"] = torch.zeros(config["r"], base.in_features)
             tensors[f"{path}.lora_embedding_B"] = torch.randn(base.out_features, config["r"], generator=draw)

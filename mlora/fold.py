@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import errors, routing
+from .layers import ExpertsLayer
 from .ops import dispatch, layout, reference
 from .originals import Checkpoint, Copies, Keeper, Target, keeper_of, matrix_of, shared_storages, target_of
 from .routing import Recipe
@@ -88,6 +89,12 @@ class Folded:
                     f"cannot be folded into the model's; serve it unmerged"
                 )
         touched = {index for name, _ in recipe for index in np.flatnonzero(self._store[name].touches).tolist()}
+        for path, module in (self._modules[index] for index in sorted(touched)):
+            if isinstance(module, ExpertsLayer):
+                raise errors.MergeError(
+                    f"parameter {path}: nothing is folded into fused experts' weights (target_parameters); serve it "
+                    f"unmerged"
+                )
         targets = [
             target_of(*self._modules[index], index, self._store.tables[index], shared) for index in sorted(touched)
         ]

@@ -237,6 +237,11 @@ def merge_module(deltas: Sequence[Delta | None], how: Merge, base: BaseLinear) -
     Raises:
         MergeError: factor space cannot hold these deltas.
     """
+    if base.experts:
+        raise errors.MergeError(
+            f"parameter {base.name}: experts' weights (target_parameters) are served in weighted entries, and not in "
+            f"merges that make a new adapter"
+        )
     if any(d is not None and d.replaces for d in deltas):
         raise errors.MergeError(
             f"module {base.name}: an adapter has a head of another size there, in place of the model's: there is "

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from . import errors
 from .adapter import Adapter
 from .layers import (
+    ExpertsState,
     LayerState,
     LoraLayer,
     Shared,
     compute_dtype,
     find_layers,
+    find_stacks,
     guard_moves,
     is_norm_like,
     mixin_of,
@@ -76,8 +78,8 @@ def patch(
     dtype: torch.dtype | None = None,
     fused: bool = True,
 ) -> Runtime:
-    """Patch every linear, convolution, norm and token embedding of `model` in place, so that each row of a batch can
-    use its own adapter.
+    """Patch every linear, convolution, norm, token embedding and fused experts of `model` in place, so that each row of
+    a batch can use its own adapter.
 
     Until an adapter is used the model computes the same bits as before. Its class, `state_dict`,
     hooks and `save_pretrained` stay as they are.
@@ -120,6 +122,7 @@ def patch(
     modules: dict[int, tuple[str, nn.Module]] = {}  # by identity: a shared module is one layer
     for name, module in paths.items():
         modules.setdefault(id(module), (name, module))
+    stacks = find_stacks(model)
     device = _device(model)
     usual = model_dtype(model)
     dtypes = {key: compute_dtype(module, usual) for key, (_, module) in modules.items()}
@@ -131,14 +134,23 @@ def patch(
         raise errors.PatchError(f"memory={memory} and max_adapters={max_adapters} must be positive")
     if max_merges < 0:
         raise errors.PatchError(f"max_merges={max_merges} must be at least 0")
-    store = Store(device, arena_dtype, memory, len(modules), max_adapters)
+    store = Store(device, arena_dtype, memory, len(modules) + len(stacks), max_adapters)
     shared = Shared(store.arena, torch.zeros(PLAN_WORDS, dtype=torch.int32, device=device), fused)
     states = {
         key: LayerState(name, index, shared, store.tables[index], module, dtypes[key])
         for index, (key, (name, module)) in enumerate(modules.items())
     }
     indices = {name: states[id(module)].index for name, module in paths.items()}
-    runtime = Runtime(model, store, shared, indices, paths, max_merges)
+    indices.update({path: len(modules) + number for number, path in enumerate(stacks)})
+    runtime = Runtime(model, store, shared, indices, paths, stacks, max_merges)
+    for path, (module, _) in stacks.items():
+        if id(module) not in modules:
+            owner = path.rpartition(".")[0]
+            own = {stack.name: indices[p] for p, stack in stacks.items() if stack.module is module}
+            dtype = getattr(module, next(iter(own))).dtype
+            tables = {name: (index, store.tables[index]) for name, index in own.items()}
+            modules[id(module)] = owner, module
+            states[id(module)] = ExpertsState(owner, shared, module, dtype, tables)
 
     for key, (_, module) in modules.items():
         if states[key].outer is not None:
@@ -147,7 +159,7 @@ def patch(
         swap_forward(module, type(module).forward, mixin.forward)
         module.__dict__["_mlora"] = states[key]
         swap_class(module, mixin)
-    for module in _ancestors(model, paths):
+    for module in _ancestors(model, runtime.bases):
         guard_moves(module)
     swap_class(model, PatchedModel)
     model.__dict__["mlora"] = runtime

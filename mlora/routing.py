@@ -130,7 +130,11 @@ def resolve(entries: Any, exists: Callable[[str], bool]) -> list[Recipe]:
 
 
 def plan_words(
-    recipes: Sequence[Recipe], slot_of: Callable[[str], int], expansion: int = 1, heads: bool = False
+    recipes: Sequence[Recipe],
+    slot_of: Callable[[str], int],
+    expansion: int = 1,
+    heads: bool = False,
+    experts: bool = False,
 ) -> np.ndarray:
     """The plan of `recipes`, one a row, as int32 words in the layout of `mlora.ops.layout`."""
     routes: dict[Recipe, list[int]] = {}
@@ -141,7 +145,8 @@ def plan_words(
         else:
             base.append(row)
     terms = [term for recipe in routes for term in recipe]
-    header = [len(recipes), len(routes), len(terms), expansion, int(heads)] + [0] * (layout.PLAN_HEADER - 5)
+    header = [len(recipes), len(routes), len(terms), expansion, int(heads), int(experts)]
+    header += [0] * (layout.PLAN_HEADER - len(header))
     row_start = np.cumsum([0, *map(len, routes.values())])
     row_order = [row for rows in [*routes.values(), base] for row in rows]
     term_start = np.cumsum([0, *map(len, routes)])

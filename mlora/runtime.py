@@ -16,7 +16,7 @@ from torch import nn
 from . import errors, routing
 from .adapter import Adapter
 from .fold import Folded
-from .layers import Head, Shared, base_linears
+from .layers import Head, Shared, Stack, base_linears
 from .lowering import BaseLinear, Delta, lower, to_adapter
 from .lowering.delta import kernel_major
 from .merge import Merge, as_merge, merge_adapters, relative
@@ -66,8 +66,8 @@ class _Loaded:
 
 
 class Runtime:
-    """Made by `mlora.patch`, also reachable as `model.mlora`. `bases`: dotted path -> linear, norm or token embedding
-    that adapters can change.
+    """Made by `mlora.patch`, also reachable as `model.mlora`. `bases`: dotted path -> linear, norm, token embedding or
+    parameter of fused experts that adapters can change.
 
     Wherever entries are taken, one is an adapter's name, `None` or `"__base__"` for the bare model, a mapping
     name -> weight for a weighted sum of deltas, or a `Merge` (also as a mapping with its fields), which is computed
@@ -81,6 +81,7 @@ class Runtime:
         shared: Shared,
         indices: Mapping[str, int],
         paths: Mapping[str, nn.Module],
+        stacks: Mapping[str, Stack],
         max_merges: int,
     ) -> None:
         self._model = model
@@ -88,10 +89,13 @@ class Runtime:
         self._shared = shared
         self._indices = indices
         self._modules = {indices[name]: (name, module) for name, module in paths.items()}
+        self._modules.update({indices[name]: (name, stack.module) for name, stack in stacks.items()})
+        self._stacks = [indices[name] for name in stacks]
         self._folded = Folded(model, store, self._modules)
-        self.bases: Mapping[str, BaseLinear] = base_linears(
-            model, paths, lambda name: self._folded.originals(indices[name])
-        )
+        self.bases: Mapping[str, BaseLinear] = {
+            **base_linears(model, paths, lambda name: self._folded.originals(indices[name])),
+            **{name: stack.base(name) for name, stack in stacks.items()},
+        }
         self._default_entry: Entry = None
         self._loaded: dict[str, _Loaded] = {}
         self._merges: OrderedDict[str, None] = OrderedDict()  # results for entries, least recently used first
@@ -195,7 +199,7 @@ class Runtime:
                     f"names: {', '.join(sorted({name, *self.bases[name].aliases} & deltas.keys()))}"
                 )
         packed = self._store.pack(by_index, f"adapter {adapter_name!r}")
-        ranks = tuple(sorted({delta.rank for delta in deltas.values()}))
+        ranks = tuple(sorted({delta.rank // (self.bases[name].experts or 1) for name, delta in deltas.items()}))
         info = AdapterInfo(
             adapter_name, adapter.source, adapter.peft_type, _variant(adapter), ranks[-1], ranks, tuple(deltas),
             packed.nbytes, "host", {name: delta.error for name, delta in deltas.items() if delta.error},
@@ -213,6 +217,7 @@ class Runtime:
         shared.in_gains |= bool((packed.touches & IN_GAIN).any())
         shared.norms |= any(self.bases[name].offset is not None for name in touched)
         shared.embeddings |= any(self.bases[name].embed_scale is not None for name in touched)
+        shared.experts |= any(self.bases[name].experts for name in touched)
         shared.heads = shared.heads.union(packed.heads)
 
     @contextmanager
@@ -416,6 +421,11 @@ class Runtime:
             ((label, _),) = self._relative(recipe)
             sources = {name: self._loaded[name] for name, _ in (*recipe, *folded)}
         deltas = {name: lower(one.adapter, self.bases, one.approximate) for name, one in sources.items()}
+        for path in {path for d in deltas.values() for path in d if self.bases[path].experts}:
+            raise errors.MergeError(
+                f"parameter {path}: rows with target_parameters are served beside something folded in only where none "
+                f"of the adapters has gains, as DoRA and IA3 do; unmerge_adapter first"
+            )
         made = {
             path: relative(
                 [(deltas[name][path], w) for name, w in recipe if path in deltas[name]],
@@ -564,7 +574,6 @@ class Runtime:
                 weight, bias, width = packed.heads[index]
                 head = Head(packed.offset + weight, bias if bias < 0 else packed.offset + bias, width)
                 heads.setdefault(index, [None] * len(recipes))[row] = head
-        words = routing.plan_words(recipes, lambda name: self._store[name].slot, expansion, bool(heads))
         touches = np.zeros(self._store.tables.shape[0], dtype=np.uint8)
         for recipe in set(recipes):
             of_row = np.zeros_like(touches)
@@ -572,6 +581,8 @@ class Runtime:
                 of_row |= self._store[name].touches
             of_row[(of_row & (GAIN | IN_GAIN)) == (GAIN | IN_GAIN)] |= BOTH
             touches |= of_row
+        slot_of, experts = lambda name: self._store[name].slot, bool(touches[self._stacks].any())
+        words = routing.plan_words(recipes, slot_of, expansion, bool(heads), experts)
         tensor = routing.to_device(words, self._store.arena.device)
         fixed = {index: tuple(found) for index, found in heads.items()}
         return Plan(tensor, touches.tobytes(), names, rows, (rows, rows * expansion), fixed)

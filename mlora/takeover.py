@@ -44,6 +44,11 @@ def take_over(model: nn.Module) -> tuple[nn.Module, dict[str, Adapter], str | No
             f"adapters are merged into this model's weights: {', '.join(merged)}; unmerge them first"
         )
     active = _active(layers)
+    if parameters := sorted(name for name, config in configs.items() if getattr(config, "target_parameters", None)):
+        raise errors.UnsupportedAdapterError(
+            f"adapters of this model have target_parameters: {', '.join(parameters)}; they are not taken over from a "
+            f"live model. Save them, patch the model without PEFT, and load them"
+        )
     adapters = {name: Adapter.from_peft(model, name) for name in configs}
     base: nn.Module = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model  # type: ignore[operator]
     inside = _tuner_layers(base)

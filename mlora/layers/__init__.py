@@ -8,7 +8,8 @@ from .base import base_linear, base_linears
 from .conv import CONVS, ConvLayer
 from .dense import compute_dtype, is_dense, model_dtype
 from .embedding import EmbeddingLayer
-from .find import INNER, find_layers, inner_module, mixin_of
+from .experts import ExpertsLayer, ExpertsState, Stack
+from .find import INNER, find_layers, find_stacks, inner_module, mixin_of
 from .head import Head
 from .linear import LoraLayer
 from .norm import NormLayer, is_norm_like, norm_offset
@@ -20,15 +21,19 @@ __all__ = [
     "INNER",
     "ConvLayer",
     "EmbeddingLayer",
+    "ExpertsLayer",
+    "ExpertsState",
     "Head",
     "LayerState",
     "LoraLayer",
     "NormLayer",
     "Shared",
+    "Stack",
     "base_linear",
     "base_linears",
     "compute_dtype",
     "find_layers",
+    "find_stacks",
     "guard_moves",
     "inner_module",
     "is_dense",

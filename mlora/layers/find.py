@@ -12,8 +12,10 @@ from transformers.pytorch_utils import Conv1D
 from .conv import CONVS, ConvLayer, is_conv
 from .dense import is_dense, tensors_of
 from .embedding import EmbeddingLayer
+from .experts import ExpertsLayer, Stack, is_experts, stacks_of
 from .linear import LoraLayer
 from .norm import NormLayer, is_norm_like, norm_offset
+from .swap import bound_forwards
 
 # Where PEFT's layers, and its copies of whole modules, keep the model's own.
 INNER = ("base_layer", "original_module")
@@ -22,12 +24,14 @@ MODULE_CLASSES: tuple[type[nn.Module], ...] = (nn.Linear, Conv1D)
 
 
 def mixin_of(module: nn.Module) -> type[LoraLayer]:
-    """The layer class that serves a module of `find_layers`."""
+    """The layer class that serves a module of `find_layers` or `find_stacks`."""
     if isinstance(module, nn.Embedding):
         return EmbeddingLayer
     if isinstance(module, CONVS):
         return ConvLayer
-    return NormLayer if is_norm_like(module) else LoraLayer
+    if is_norm_like(module):
+        return NormLayer
+    return ExpertsLayer if is_experts(module) and not is_packed_linear(module) else LoraLayer
 
 
 def find_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -56,6 +60,20 @@ def find_layers(model: nn.Module) -> dict[str, nn.Module]:
             or is_packed_linear(module)
             or norm_offset(module) is not None
         )
+    }
+
+
+def find_stacks(model: nn.Module) -> dict[str, Stack]:
+    """Dotted path -> every parameter of fused experts, in the order in which modules register them. A shared module
+    comes once, as it does in PEFT; one whose `forward` somebody has replaced, so that it cannot be called under other
+    weights, does not."""
+    return {
+        f"{path}.{name}": Stack(module, name)
+        for path, module in model.named_modules()
+        if path
+        and mixin_of(module) is ExpertsLayer
+        and ("forward" not in module.__dict__ or bound_forwards(module, type(module).forward))
+        for name in stacks_of(module)
     }
 
 

@@ -111,6 +111,8 @@ class BaseLinear:
         aliases: the other paths of the same module. `tied`: those of other modules that hold its very weight.
         head: whether it gives the model's answer, so that another size is no matter to any other module.
         conv: what it is if it is a convolution.
+        experts: of a parameter that holds the matrices of that many experts, of the widths above each; 0 of others. Its
+            delta has as many rank rows for each of them, those of the first expert first.
     """
 
     name: str
@@ -125,6 +127,7 @@ class BaseLinear:
     tied: tuple[str, ...] = ()
     head: bool = False
     conv: Conv | None = None
+    experts: int = 0
 
     @property
     def kernel(self) -> tuple[int, ...]:

@@ -8,6 +8,7 @@
     BdLoRA  A or B is block-diagonal
     convolutions  A is a convolution like the base's to r channels, B one of 1x1 with the base's groups, so A reads the
                   channels of all groups; PEFT gives A neither dilation nor a padding mode
+    parameters of fused experts  see `experts.py`
     embeddings  y = embed_scale (W[ids] + s (B A[:, ids])^T), with `lora_embedding_A` (r, vocab) and
                 `lora_embedding_B` (out, r); under DoRA g times that, with g = m / |W^T + s B A|
 
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from .. import errors
 from .delta import Delta, spread
+from .experts import expert_delta
 from .module import TOKENS, Format, Lowering, Module, scaling
 
 _REWRITTEN = (
@@ -51,7 +53,7 @@ FORMAT = Format(
     },
     honoured={
         "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias",
-        "init_lora_weights", "kasa_config", "use_bdlora", "trainable_token_indices",
+        "init_lora_weights", "kasa_config", "use_bdlora", "trainable_token_indices", "target_parameters",
     },
     neutral={
         "lora_dropout", "megatron_core", "runtime_config", "eva_config", "corda_config", "loftq_config",
@@ -60,7 +62,6 @@ FORMAT = Format(
     },
     notes={
         "alora_invocation_tokens": "it applies from a token in the text on, not to whole rows",
-        "target_parameters": "adapters of parameters that no linear holds are not served",
         "layer_replication": "it changes the number of layers",
         "arrow_config": "it routes each token by itself among other adapters",
     },
@@ -73,6 +74,8 @@ def delta(module: Module) -> Delta:
     """The delta of one module; see the formulas above."""
     config, base = module.config, module.base
     _check_config(module)
+    if base.experts:
+        return expert_delta(module)
     if base.embed_scale is not None:
         return _embedding(module, base.embed_scale)
     for option, part in (("lora_bias", "bias"), ("use_dora", "magnitude"), ("kasa_config", "diagonal")):

@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import errors
 from ..adapter import Adapter
 from .delta import BaseLinear, Delta, Dense
-from .targets import pattern_value, targets_of
+from .targets import parameters_of, pattern_value, targets_of
 
 # Options of every type that say which modules are changed, or how a base weight lies.
 _HONOURED = {
@@ -219,6 +219,7 @@ def modules_of(adapter: Adapter, lowering: Lowering, bases: Mapping[str, BaseLin
         if len(set(named.values())) != len(modules):
             raise errors.AdapterError(f"adapter from {adapter.source}: several of its modules are one of this model's")
         modules = {named[name]: parts for name, parts in modules.items()}
+    modules = _with_parameters(adapter, modules, bases)
     beside = BASE_NAMES if lowering.tied else BASE_NAMES | {TOKENS}
     targeted = {name for name, parts in modules.items() if not parts.keys() <= beside}
     if unsaved := [name for name in bases if _is_saved(adapter, name) and "saved weight" not in modules.get(name, ())]:
@@ -235,6 +236,36 @@ def modules_of(adapter: Adapter, lowering: Lowering, bases: Mapping[str, BaseLin
     peers = tuple(bases[name] for name in sorted(targeted))
     for name, parts in modules.items():
         yield Module(adapter.config, parts, shared, bases[name], peers, adapter.source)
+
+
+def _with_parameters(
+    adapter: Adapter, modules: dict[str, dict[str, Tensor]], bases: Mapping[str, BaseLinear]
+) -> dict[str, dict[str, Tensor]]:
+    """`modules` with the layers that PEFT puts around fused experts under the paths of their parameters."""
+    if named := [name for name in modules if name in bases and bases[name].experts]:
+        raise errors.AdapterError(
+            f"adapter from {adapter.source}: it has weights for {_some(named)} as if it were a module; it is a "
+            f"parameter of this model, which target_parameters name"
+        )
+    targets = adapter.config.get("target_parameters")
+    if not targets:
+        return modules
+    if isinstance(targets, str) or not all(isinstance(target, str) for target in targets):
+        raise errors.AdapterError(
+            f"adapter from {adapter.source}: target_parameters is {targets!r}; it must be a list of names"
+        )
+    wrapped, unknown = parameters_of(targets, [name for name, base in bases.items() if base.experts])
+    if unknown:
+        raise errors.UnsupportedAdapterError(
+            f"adapter from {adapter.source}: its target_parameters name {_some(unknown)}; served are those that "
+            f"hold the matrices of several experts, and this model has none of that name"
+        )
+    if lacking := [path for name, path in wrapped.items() if name not in modules]:
+        raise errors.AdapterError(
+            f"adapter from {adapter.source}: its target_parameters {sorted(targets)!r} name {_some(lacking)}, for "
+            f"which it has no weights"
+        )
+    return {wrapped.get(name, name): parts for name, parts in modules.items()}
 
 
 def module_names(adapter: Adapter, lowering: Lowering) -> list[str]:
@@ -342,10 +373,11 @@ def _check_targets(
     targets = config.get("target_modules")
     if targets is None or targets == "all-linear":
         return  # resolved by PEFT when it was trained: the tensors say which
+    experts = {name for name, base in bases.items() if base.experts}
     unless = set() if lowering.norms else {name for name, base in bases.items() if base.offset is not None} - targeted
-    wanted = targets_of(config, bases) - unless
+    wanted = targets_of(config, bases) - unless - experts
     along = {n for name in wanted for n in (*bases[name].aliases, *bases[name].tied)} if lowering.tied else set()
-    if left := sorted(targeted - wanted - along):
+    if left := sorted(targeted - wanted - along - experts):
         raise errors.AdapterError(
             f"adapter from {adapter.source}: it has weights for {_some(left)}, which its target_modules "
             f"{targets!r} do not name"

@@ -68,6 +68,33 @@ def _in_layers(config: Mapping[str, Any], name: str) -> bool:
     return False
 
 
+def parameters_of(targets: Iterable[str], paths: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """The layers that PEFT puts around modules for `target_parameters`, as files name them.
+
+    It wraps a module once for each of its targeted parameters, in the order in which they are registered
+    (`BaseTuner._inject_parameters`), so that the first has the innermost layer: `experts.base_layer` and `experts`.
+
+    Args:
+        paths: of the model's parameters, those of a module in that order.
+
+    Returns:
+        Path of a layer -> path of its parameter; and the targets that name none of `paths`.
+    """
+    modules: dict[str, list[str]] = {}
+    used = set()
+    for path in paths:
+        naming = [target for target in targets if path == target or path.endswith(f".{target}")]
+        used.update(naming)
+        if naming:
+            modules.setdefault(path.rpartition(".")[0], []).append(path)
+    wrapped = {
+        module + ".base_layer" * (len(own) - 1 - depth): path
+        for module, own in modules.items()
+        for depth, path in enumerate(own)
+    }
+    return wrapped, sorted(set(targets) - used)
+
+
 def full_match(pattern: str, name: str) -> Any:
     """The match of all of `name`, or None. A file's pattern may not take longer than `_SECONDS`."""
     try:

@@ -17,8 +17,8 @@ absent adapter is rank 0 with every part -1.
 **Plan**, one per forward: int32, one dimension, refreshed by one copy. With R rows, P routes and
 E terms (a route is a distinct recipe; a term is one weighted slot of a recipe):
 
-    [0:8]            header: R, P, E, X, H, 0, 0, 0, where X is how often `generate` repeats a row, and H is 1 where
-                     one has a head of another size, which compiled code must refuse
+    [0:8]            header: R, P, E, X, H, F, 0, 0, where X is how often `generate` repeats a row, and H is 1 where
+                     one has a head of another size, F where one changes fused experts; compiled code must refuse both
     row_start  P+1   rows of route p are row_order[row_start[p] : row_start[p+1]]
     row_order  R     rows sorted by route; those that take no adapter come last, after row_start[P]
     term_start P+1   terms of route p are [term_start[p], term_start[p+1])

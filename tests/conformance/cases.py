@@ -37,7 +37,7 @@ class Spec:
         reason: what the refusal must name.
         strength: of the random numbers, so that the adapter changes the answer and does not swamp it.
         rewritten: values put into the config afterwards, for what cannot be made offline.
-        models: beside Llama.
+        models: beside Llama. `llama`: whether on Llama at all.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Spec:
     strength: float = 0.3
     rewritten: Mapping[str, Any] = field(default_factory=dict)
     models: tuple[str, ...] = ()
+    llama: bool = True
 
     @property
     def id(self) -> str:
@@ -244,6 +245,13 @@ SPECS: tuple[Spec, ...] = (
     Spec("Trainable tokens", "TrainableTokensConfig", {"token_indices": TOKENS}, models=TEXTS),
     Spec("Prompt tuning", "PromptTuningConfig", {"num_virtual_tokens": 2}, REFUSED, "virtual tokens"),
     Spec("Prefix tuning", "PrefixTuningConfig", {"num_virtual_tokens": 2}, REFUSED, "virtual tokens"),
+    Spec(
+        "LoRA with target parameters",
+        "LoraConfig",
+        {**_LORA, "target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "rank_pattern": {"down_proj": 2}},
+        models=("qwen2moe",),
+        llama=False,
+    ),
 )  # fmt: skip
 
 FULL_RANK = 64  # from here on `approximate` is exact on all of the tiny models
