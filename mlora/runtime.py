@@ -564,7 +564,8 @@ class Runtime:
                 weight, bias, width = packed.heads[index]
                 head = Head(packed.offset + weight, bias if bias < 0 else packed.offset + bias, width)
                 heads.setdefault(index, [None] * len(recipes))[row] = head
-        words = routing.plan_words(recipes, lambda name: self._store[name].slot, expansion, bool(heads))
+        terms = [self._store.terms(recipe) for recipe in recipes]
+        words = routing.plan_words(terms, expansion, bool(heads))
         touches = np.zeros(self._store.tables.shape[0], dtype=np.uint8)
         for recipe in set(recipes):
             of_row = np.zeros_like(touches)
