@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mlora.ops import dispatch, layout
-from mlora.routing import Recipe, plan_words
+from mlora.routing import Terms, plan_words
 
 POPULARITIES = ("identical", "distinct", "uniform", "zipf-1.5")
 SCALE = 0.5
@@ -91,8 +91,8 @@ class Buffers:
         self.tables = torch.from_numpy(rows)
         self.x = torch.randn(copies, load.tokens, load.inputs, generator=draw).to(load.dtype)
         self.y = torch.randn(copies, load.tokens, load.outputs, generator=draw).to(load.dtype)
-        recipes: list[Recipe] = [() if adapter is None else ((str(adapter), 1.0),) for adapter in load.route]
-        self.plan = torch.from_numpy(plan_words(recipes, int))
+        recipes: list[Terms] = [() if adapter is None else ((adapter, 1.0),) for adapter in load.route]
+        self.plan = torch.from_numpy(plan_words(recipes))
         self.weight: Tensor | None = None
         self.kblock = 0
         if load.op != "apply":

@@ -30,7 +30,7 @@ import mlora
 from mlora.lowering import BaseLinear, Delta, lower
 from mlora.merge import merge_adapters, merge_module
 from mlora.ops import dispatch, layout
-from mlora.routing import Recipe, plan_words
+from mlora.routing import Terms, plan_words
 
 SCALE = 0.5
 DENSITY = 0.5
@@ -93,8 +93,8 @@ class Layer:
                 rows[i, column] = sum(p.numel() for p in parts)
                 parts.append(nn.functional.pad(part.flatten(), (0, -part.numel() % 32)))
         self.arena, self.table = torch.cat(parts), torch.from_numpy(rows)
-        recipe: Recipe = tuple((str(i), 1.0) for i in range(adapters))
-        self.plan = torch.from_numpy(plan_words([recipe], int))
+        recipe: Terms = tuple((i, 1.0) for i in range(adapters))
+        self.plan = torch.from_numpy(plan_words([recipe]))
         self.peft = self._peft()
 
     def _peft(self) -> Any:

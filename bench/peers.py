@@ -191,7 +191,7 @@ def mlora(b: Batch) -> Counts:
         table[slot, [layout.A, layout.B, layout.RANK]] = torch.tensor([at, at + rank * b.width, rank])
         at += rank * (b.width + b.out)
     arena = torch.zeros(at).half()
-    plan = torch.from_numpy(plan_words([((str(slot), 1.0),) for slot in b.mapping], int))
+    plan = torch.from_numpy(plan_words([((slot, 1.0),) for slot in b.mapping]))
     launch.INTERPRETED = Device(132, 90)
     with counting([b.x, b.y, arena]) as counts:
         launch.apply_(b.y, None, b.x, arena, table, plan)

@@ -107,7 +107,7 @@ class Folded:
         names = tuple(name for name, _ in recipe)
         self._store.acquire(names)
         try:
-            words = routing.plan_words([recipe], lambda name: self._store[name].slot)
+            words = routing.plan_words([self._store.terms(recipe)])
             use(self._store.arena, routing.to_device(words, self._store.arena.device), *args)
         finally:
             self._store.release(names)

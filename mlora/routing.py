@@ -24,6 +24,8 @@ Entry: TypeAlias = str | Mapping[str, float] | Merge | None
 Entries: TypeAlias = Entry | Sequence[Entry]
 Recipe: TypeAlias = tuple[tuple[str, float], ...]
 """A resolved entry: (adapter name, weight), sorted by name, without zero weights; `()` is base."""
+Terms: TypeAlias = tuple[tuple[int, float], ...]
+"""A recipe as kernels read it: (slot, weight)."""
 
 
 @dataclass(frozen=True)
@@ -129,15 +131,9 @@ def resolve(entries: Any, exists: Callable[[str], bool]) -> list[Recipe]:
     return [resolve_entry(entry, exists) for entry in entries]
 
 
-def plan_words(
-    recipes: Sequence[Recipe],
-    slot_of: Callable[[str], int],
-    expansion: int = 1,
-    heads: bool = False,
-    experts: bool = False,
-) -> np.ndarray:
+def plan_words(recipes: Sequence[Terms], expansion: int = 1, heads: bool = False, experts: bool = False) -> np.ndarray:
     """The plan of `recipes`, one a row, as int32 words in the layout of `mlora.ops.layout`."""
-    routes: dict[Recipe, list[int]] = {}
+    routes: dict[Terms, list[int]] = {}
     base = []
     for row, recipe in enumerate(recipes):
         if recipe:
@@ -151,7 +147,7 @@ def plan_words(
     row_order = [row for rows in [*routes.values(), base] for row in rows]
     term_start = np.cumsum([0, *map(len, routes)])
     weights = np.array([weight for _, weight in terms], dtype=np.float32).view(np.int32)
-    slots = [slot_of(name) for name, _ in terms]
+    slots = [slot for slot, _ in terms]
     return np.concatenate([header, row_start, row_order, term_start, slots, weights]).astype(np.int32)
 
 

@@ -581,8 +581,8 @@ class Runtime:
                 of_row |= self._store[name].touches
             of_row[(of_row & (GAIN | IN_GAIN)) == (GAIN | IN_GAIN)] |= BOTH
             touches |= of_row
-        slot_of, experts = lambda name: self._store[name].slot, bool(touches[self._stacks].any())
-        words = routing.plan_words(recipes, slot_of, expansion, bool(heads), experts)
+        terms = [self._store.terms(recipe) for recipe in recipes]
+        words = routing.plan_words(terms, expansion, bool(heads), bool(touches[self._stacks].any()))
         tensor = routing.to_device(words, self._store.arena.device)
         fixed = {index: tuple(found) for index, found in heads.items()}
         return Plan(tensor, touches.tobytes(), names, rows, (rows, rows * expansion), fixed)

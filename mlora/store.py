@@ -87,10 +87,12 @@ class Packed:
 
     Args:
         blob: 1-D host tensor in the arena's dtype.
-        rows: int64 (modules, TABLE_WIDTH), offsets relative to the blob's start.
+        rows: int64 (modules, 2, TABLE_WIDTH), offsets relative to the blob's start: the adapter's own row of each
+            module's table, and that of the rests of its gains.
         touches: one byte a module: LORA | GAIN | IN_GAIN | SHIFT | HEAD.
         heads: module number -> (offset of its weight, of its bias or -1, width) of a head of another size, relative to
             the blob's start; the module's row in `rows` is empty.
+        rests: whether any of the latter has a part.
         slot, offset: where it is resident, or -1.
         pins: how many active routings use it.
     """
@@ -99,6 +101,7 @@ class Packed:
     rows: np.ndarray
     touches: np.ndarray
     heads: Mapping[int, tuple[int, int, int]] = field(default_factory=dict)
+    rests: bool = field(default=False)
     slot: int = field(default=-1)
     offset: int = field(default=-1)
     pins: int = field(default=0)
@@ -121,9 +124,13 @@ class Store:
         modules: number of modules, in the order in which `register` numbers them.
         slots: how many adapters can be resident at once.
 
-    `arena` (capacity elements of `dtype`) and `tables` (int64, (modules, slots, TABLE_WIDTH)) keep
+    `arena` (capacity elements of `dtype`) and `tables` (int64, (modules, 2 * slots, TABLE_WIDTH)) keep
     their addresses for good: loading and evicting change contents only, which is what lets compiled
     and captured graphs outlive them. All methods are thread-safe.
+
+    A gain far below 1 has few of its digits in a 16-bit g - 1. Where that matters, what rounding took off
+    is kept too, its rest, as the only part of a second row, `slots` rows on, which recipes name beside the
+    first: to kernels that sum the gains of a recipe's terms it is one more term.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, capacity: int, modules: int, slots: int) -> None:
@@ -131,11 +138,11 @@ class Store:
         self._align = ALIGNMENT // self.itemsize
         elements = capacity // ALIGNMENT * self._align
         self.arena = torch.empty(elements, dtype=dtype, device=device)
-        empty = np.full((modules, slots, layout.TABLE_WIDTH), -1, dtype=np.int64)
+        empty = np.full((modules, 2 * slots, layout.TABLE_WIDTH), -1, dtype=np.int64)
         empty[..., layout.RANK] = 0
         empty[..., layout.SCALE] = 0
         self.tables = torch.from_numpy(empty).to(device)
-        self._empty_rows = empty[:, 0].copy()
+        self._empty_rows = empty[:, :2].copy()
         self._allocator = Allocator(elements)
         self._free_slots = list(range(slots))[::-1]
         self._adapters: OrderedDict[str, Packed] = OrderedDict()  # least recently used first
@@ -153,7 +160,7 @@ class Store:
 
     @property
     def slots(self) -> int:
-        return self.tables.shape[1]
+        return self.tables.shape[1] // 2
 
     def __getitem__(self, name: str) -> Packed:
         return self._adapters[name]
@@ -185,7 +192,7 @@ class Store:
             return start
 
         for index, delta in deltas.items():
-            row = rows[index]
+            row, rest_row = rows[index]
             if delta.replaces and delta.a is not None:
                 heads[index] = place(delta.a), -1 if delta.shift is None else place(delta.shift), delta.rank
                 touches[index] |= HEAD
@@ -204,6 +211,8 @@ class Store:
                 if part is not None:
                     row[column] = place(part)
                     touches[index] |= bit
+                    if bit != SHIFT and (rest := _rest(part, self.arena.dtype)) is not None:
+                        rest_row[column] = place(rest)
         blob = torch.empty(end, dtype=self.arena.dtype, pin_memory=self.arena.is_cuda)
         torch.cat(_flat(parts) or [blob], out=blob)
         if not all_finite(blob):
@@ -211,7 +220,8 @@ class Store:
                 f"{label}: some weights overflow {self.arena.dtype}, in which the model runs; patch with "
                 "dtype=torch.float32 or torch.bfloat16"
             )
-        packed = Packed(blob, rows, touches, heads)
+        rests = bool((rows[:, 1, (layout.GAIN, layout.IN_GAIN)] >= 0).any())
+        packed = Packed(blob, rows, touches, heads, rests)
         if packed.nbytes > self.capacity:
             raise errors.CapacityError(
                 f"{label} needs {packed.nbytes:,} bytes; the arena has {self.capacity:,} (patch(memory=...))"
@@ -253,6 +263,12 @@ class Store:
         with self._lock:
             for name in names:
                 self._adapters[name].pins -= 1
+
+    def terms(self, recipe: Iterable[tuple[str, float]]) -> tuple[tuple[int, float], ...]:
+        """(slot, weight) of all that a recipe of resident adapters, (name, weight) each, sums."""
+        named = [(self._adapters[name], weight) for name, weight in recipe]
+        rests = [(packed.slot + self.slots, weight) for packed, weight in named if packed.rests]
+        return (*((packed.slot, weight) for packed, weight in named), *rests)
 
     def _check_fits(self, wanted: Sequence[Packed]) -> None:
         keep = {id(p): p for p in self._adapters.values() if p.pins}
@@ -301,7 +317,7 @@ class Store:
         if packed.resident:
             self._allocator.free(packed.offset)
             self._free_slots.append(packed.slot)
-            self.tables[:, packed.slot] = torch.from_numpy(self._empty_rows).to(self.tables.device)
+            self.tables[:, packed.slot :: self.slots] = torch.from_numpy(self._empty_rows).to(self.tables.device)
             packed.slot = packed.offset = -1
 
     def _compact(self) -> None:
@@ -315,8 +331,16 @@ class Store:
     def _write_rows(self, packed: Packed) -> None:
         rows = packed.rows.copy()
         for column in _OFFSETS:
-            rows[:, column] += np.where(rows[:, column] >= 0, packed.offset, 0)
-        self.tables[:, packed.slot] = torch.from_numpy(rows).to(self.tables.device)
+            rows[..., column] += np.where(rows[..., column] >= 0, packed.offset, 0)
+        self.tables[:, packed.slot :: self.slots] = torch.from_numpy(rows).to(self.tables.device)
+
+
+def _rest(part: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """What rounding to `dtype` takes off g - 1, where that is more than rounding g itself would; else None. It never
+    is unless some g is below a half."""
+    rest = part - part.to(dtype).to(part.dtype)
+    beyond = rest.abs() > torch.finfo(dtype).eps / 2 * (1 + part).abs()
+    return rest if beyond.any() else None
 
 
 def _flat(parts: Sequence[Tensor]) -> list[Tensor]:

@@ -48,6 +48,11 @@ def decode(words: np.ndarray) -> list[dict[int, float]]:
     return recipes
 
 
+def words_of(entries: Any, slots: Mapping[str, int] = SLOTS, expansion: int = 1) -> np.ndarray:
+    recipes = resolve(entries, slots.__contains__)
+    return plan_words([tuple((slots[name], weight) for name, weight in recipe) for recipe in recipes], expansion)
+
+
 def expected(entry: Any) -> dict[int, float]:
     if entry is None or entry == BASE:
         return {}
@@ -58,8 +63,7 @@ def expected(entry: Any) -> dict[int, float]:
 
 @given(batch=st.lists(entries, max_size=40), expansion=st.integers(1, 5))
 def test_plans_decode_to_what_was_written(batch: list[Any], expansion: int) -> None:
-    recipes = resolve(batch, SLOTS.__contains__)
-    words = plan_words(recipes, SLOTS.__getitem__, expansion)
+    words = words_of(batch, expansion=expansion)
     assert decode(words) == [expected(entry) for entry in batch]
     assert words[3] == expansion
     distinct = {tuple(sorted(e.items())) for e in map(expected, batch) if e}
@@ -70,8 +74,8 @@ def test_plans_decode_to_what_was_written(batch: list[Any], expansion: int) -> N
 @given(batch=st.lists(entries, min_size=1, max_size=12), data=st.data())
 def test_a_row_keeps_its_recipe_when_rows_are_shuffled(batch: list[Any], data: st.DataObject) -> None:
     order = data.draw(st.permutations(range(len(batch))))
-    straight = decode(plan_words(resolve(batch, SLOTS.__contains__), SLOTS.__getitem__))
-    shuffled = decode(plan_words(resolve([batch[i] for i in order], SLOTS.__contains__), SLOTS.__getitem__))
+    straight = decode(words_of(batch))
+    shuffled = decode(words_of([batch[i] for i in order]))
     assert shuffled == [straight[i] for i in order]
 
 
@@ -84,7 +88,7 @@ def test_a_mapping_is_the_same_recipe_in_any_order(mix: dict[str, float]) -> Non
 def test_the_example_of_the_layout() -> None:
     slots = {"sql": 0, "chat": 3}
     batch = ["sql", None, "sql", {"sql": 0.5, "chat": 0.5}]
-    words = plan_words(resolve(batch, slots.__contains__), slots.__getitem__).tolist()
+    words = words_of(batch, slots).tolist()
     half, one = (int(np.float32(w).view(np.int32)) for w in (0.5, 1))
     body = words[layout.PLAN_HEADER :]
     assert words[:4] == [4, 2, 3, 1]
@@ -99,7 +103,7 @@ def test_the_example_of_the_layout() -> None:
     ids=["name", "none", "base", "mapping", "empty-mapping"],
 )
 def test_one_entry_for_all_rows_is_one_recipe(entry: Any, rows: list[dict[int, float]]) -> None:
-    assert decode(plan_words(resolve(entry, SLOTS.__contains__), SLOTS.__getitem__)) == rows
+    assert decode(words_of(entry)) == rows
 
 
 @pytest.mark.parametrize("weight", [1, 0.5, np.float32(0.5), np.int64(2), -3.0], ids=repr)

@@ -122,7 +122,7 @@ def check_rows(store: Store, packed: Packed, deltas: dict[int, Delta]) -> None:
     """The table rows of a resident adapter lead to exactly its parts, in the arena's dtype."""
     arena = store.arena
     for index in range(len(WIDTHS)):
-        row = store.tables[index, packed.slot].tolist()
+        row, rest_row = store.tables[index, packed.slot :: store.slots].tolist()
         delta = deltas.get(index)
         assert row[layout.RANK] == (delta.rank if delta else 0)
         parts = {layout.A: delta.a, layout.B: delta.b, layout.GAIN: delta.gain, layout.IN_GAIN: delta.in_gain,
@@ -130,11 +130,19 @@ def check_rows(store: Store, packed: Packed, deltas: dict[int, Delta]) -> None:
         for column in (layout.A, layout.B, layout.GAIN, layout.IN_GAIN, layout.SHIFT):
             part = parts.get(column)
             if part is None:
-                assert row[column] == -1
+                assert row[column] == rest_row[column] == -1
                 continue
             assert row[column] * arena.element_size() % 64 == 0, "parts are aligned to a cache line"
             held = arena[row[column] : row[column] + part.numel()].view(part.shape)
             assert torch.equal(held, part.to(arena.dtype))
+            if rest_row[column] >= 0:
+                assert column in (layout.GAIN, layout.IN_GAIN) and packed.rests
+                rest = arena[rest_row[column] : rest_row[column] + len(part)]
+                assert torch.equal(rest, (part - held.float()).to(arena.dtype))
+            elif column in (layout.GAIN, layout.IN_GAIN):
+                unit = torch.finfo(arena.dtype).eps / 2
+                assert ((part - held.float()).abs() <= unit * (1 + part).abs()).all()
+        assert rest_row[layout.RANK] == 0 and rest_row[layout.A] == rest_row[layout.B] == -1
         if delta:
             bits = torch.tensor([row[layout.SCALE]]).to(torch.int32).view(torch.float32)
             assert bits.item() == torch.tensor(delta.scale, dtype=torch.float32).item()
@@ -170,7 +178,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.store = store_of(self.CAPACITY, self.SLOTS)
+        self.store = store_of(self.CAPACITY, self.SLOTS, torch.bfloat16)  # in which some gains have rests
         self.deltas: dict[str, dict[int, Delta]] = {}
         self.order: list[str] = []  # least recently used first
         self.held: list[list[str]] = []
@@ -254,9 +262,10 @@ class StoreMachine(RuleBasedStateMachine):
             used += packed.nbytes
             check_rows(self.store, packed, self.deltas[name])
         assert self.store.used == used
+        empty = torch.full((len(WIDTHS), 2, layout.TABLE_WIDTH), -1)
+        empty[..., (layout.RANK, layout.SCALE)] = 0
         for slot in set(range(self.SLOTS)) - slots:
-            assert (self.store.tables[:, slot, layout.RANK] == 0).all()
-            assert (self.store.tables[:, slot, layout.A] == -1).all()
+            assert torch.equal(self.store.tables[:, slot :: self.SLOTS], empty)
 
     @invariant()
     def pinned_adapters_are_resident(self) -> None:

@@ -452,7 +452,7 @@ def test_programs_have_work(ranks: tuple[int, ...], tokens: int) -> None:
     table[:, layout.RANK] = torch.tensor([ranks[i % len(ranks)] for i in range(64)])
     table[:, layout.GAIN] = table[:, layout.SHIFT] = -1
     for adapters in (1, 8, min(tokens, 64)):
-        recipes = [((str(row % adapters), 1.0),) for row in range(adapters if tokens == 2048 else tokens)]
-        plan = torch.from_numpy(plan_words(recipes, int))
+        recipes = [((row % adapters, 1.0),) for row in range(adapters if tokens == 2048 else tokens)]
+        plan = torch.from_numpy(plan_words(recipes))
         for item in count.count_apply(plan, table, tokens, 4096, 4096, 2, config.Device(132, 90)):
             assert item.grid >= 128 and item.idle <= 0.05 * item.grid, (adapters, item)

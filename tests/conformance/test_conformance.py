@@ -110,6 +110,15 @@ def test_weighted(worlds: Any, verdicts: Any, spec: Spec, kind: str) -> None:
         worlds(kind).check([{spec: 0.6}, {spec: -0.5, first: 1.2}, {spec: 0.3, first: 0.4, second: 0.5}])
 
 
+@pytest.mark.parametrize("kind", ("llama", "gpt2", "conv"))
+def test_an_input_gain_and_an_output_gain_in_one_row(worlds: Any, kind: str) -> None:
+    """Weighted rows of IA3 and DoRA on the same modules, the last of which IA3 scales the inputs of: the base is wanted
+    of both u * x and x. Rows of either alone stand beside them."""
+    ia3, dora = (next(spec for spec in SPECS if spec.name == name) for name in ("IA3", "DoRA"))
+    entries = [{ia3: 1.0, dora: 1.0}, ia3, {dora: 1.5, ia3: 0.7}, None, dora, {ia3: -0.6, dora: 0.8}]
+    worlds(kind).check(entries, seed=3)
+
+
 @pytest.mark.parametrize("kind", sorted({spec.kind for spec in ON_LLAMA}))
 def test_mixed_within_a_type(worlds: Any, kind: str) -> None:
     specs = [spec for spec in ON_LLAMA if spec.kind == kind]
