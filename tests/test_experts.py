@@ -209,6 +209,23 @@ def test_half_precision_stays_within_pefts_own_error(tmp_path: Path, dtype: torc
     assert 0 < error <= 1.05 * allowed, f"{error:.3g} from the oracle, PEFT {allowed:.3g}"
 
 
+def test_weights_in_half_precision_are_rounded_once(tmp_path: Path) -> None:
+    base = build("qwen2moe", torch.bfloat16)
+    configs = {name: {**CONFIGS[name], "target_modules": []} for name in ("both", "down")}
+    folders = {
+        name: make_adapter(tmp_path / name, base, seed, dtype=torch.bfloat16, **config)
+        for seed, (name, config) in enumerate(configs.items())
+    }
+    model, mix = served(base, folders), {"both": 0.7, "down": -1.3}
+    layer = model.model.layers[1].mlp.experts
+    with model.mlora.use_adapters(mix):
+        ((recipe,), _) = layer._recipes(model.mlora._shared.local.plan, 1)
+        got = layer._weight("down_proj", recipe["down_proj"])
+    oracle = summed(copy.deepcopy(base).float(), {folders[name]: weight for name, weight in mix.items()})
+    want = oracle.model.layers[1].mlp.experts.down_proj.bfloat16()
+    assert (got != want).float().mean() < 0.01  # ties of the rounding
+
+
 @pytest.mark.parametrize("beams", (1, 2))
 def test_generate(world: World, beams: int) -> None:
     entries = ["both", None, "down"]
