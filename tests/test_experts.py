@@ -28,9 +28,11 @@ from conftest import (
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GptOssConfig, GptOssForCausalLM
+from typer.testing import CliRunner
 
 import mlora
 from mlora import errors
+from mlora.cli import app
 from mlora.layers import ExpertsLayer
 
 GATE, DOWN = "experts.gate_up_proj", "experts.down_proj"
@@ -385,6 +387,14 @@ def test_what_would_make_new_weights_is_refused(world: World) -> None:
         logits(
             model, inputs_for("qwen2moe", 1), adapter_names=[mlora.Merge(["down", "gate"], [1, 1], "ties", density=1)]
         )
+
+
+def test_command_line(world: World, tmp_path: Path) -> None:
+    both = str(world.folders["both"])
+    told = CliRunner().invoke(app, ["inspect", both])
+    assert told.exit_code == 0 and "options and tensors are known; pass --model" in told.output
+    made = CliRunner().invoke(app, ["merge", str(tmp_path / "out"), "--adapter", both])
+    assert made.exit_code and "target_parameters" in made.output and "merges" in made.output
 
 
 def test_rows_beside_something_folded_in(world: World, tmp_path: Path) -> None:
