@@ -241,7 +241,7 @@ def inspect(
                 out.print(f"served   {how}, {where}")
                 for name, error in sorted(info.errors.items(), key=lambda item: -item[1]):
                     out.print(f"error    {error:.1e} {name}")
-            elif set(linears) == set(names) and not adapter.config.get("use_bdlora"):
+            elif set(linears) == set(names) and not any(map(adapter.config.get, ("use_bdlora", "target_parameters"))):
                 _check_served(adapter, linears)
                 out.print("served   yes (pass --model to check that it fits a base model)")
             else:

@@ -69,6 +69,11 @@ def bases_of(adapters: Mapping[str, Adapter]) -> dict[str, BaseLinear]:
     widths: dict[str, Widths] = {}
     told: dict[tuple[str, int], str] = {}
     for adapter_name, adapter in adapters.items():
+        if adapter.config.get("target_parameters"):
+            raise errors.MergeError(
+                f"adapter {adapter_name!r} changes experts' weights (target_parameters), which are served in weighted "
+                f"entries, and not in merges that make a new adapter"
+            )
         for name, seen in widths_of(adapter).items():
             known = widths.get(name, (None, None))
             for side, (ours, theirs) in enumerate(zip(seen, known, strict=True)):

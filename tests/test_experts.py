@@ -28,9 +28,11 @@ from conftest import (
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GptOssConfig, GptOssForCausalLM
+from typer.testing import CliRunner
 
 import mlora
 from mlora import errors
+from mlora.cli import app
 from mlora.layers import ExpertsLayer
 
 GATE, DOWN = "experts.gate_up_proj", "experts.down_proj"
@@ -209,6 +211,23 @@ def test_half_precision_stays_within_pefts_own_error(tmp_path: Path, dtype: torc
     assert 0 < error <= 1.05 * allowed, f"{error:.3g} from the oracle, PEFT {allowed:.3g}"
 
 
+def test_weights_in_half_precision_are_rounded_once(tmp_path: Path) -> None:
+    base = build("qwen2moe", torch.bfloat16)
+    configs = {name: {**CONFIGS[name], "target_modules": []} for name in ("both", "down")}
+    folders = {
+        name: make_adapter(tmp_path / name, base, seed, dtype=torch.bfloat16, **config)
+        for seed, (name, config) in enumerate(configs.items())
+    }
+    model, mix = served(base, folders), {"both": 0.7, "down": -1.3}
+    layer = model.model.layers[1].mlp.experts
+    with model.mlora.use_adapters(mix):
+        ((recipe,), _) = layer._recipes(model.mlora._shared.local.plan, 1)
+        got = layer._weight("down_proj", recipe["down_proj"])
+    oracle = summed(copy.deepcopy(base).float(), {folders[name]: weight for name, weight in mix.items()})
+    want = oracle.model.layers[1].mlp.experts.down_proj.bfloat16()
+    assert (got != want).float().mean() < 0.01  # ties of the rounding
+
+
 @pytest.mark.parametrize("beams", (1, 2))
 def test_generate(world: World, beams: int) -> None:
     entries = ["both", None, "down"]
@@ -368,6 +387,14 @@ def test_what_would_make_new_weights_is_refused(world: World) -> None:
         logits(
             model, inputs_for("qwen2moe", 1), adapter_names=[mlora.Merge(["down", "gate"], [1, 1], "ties", density=1)]
         )
+
+
+def test_command_line(world: World, tmp_path: Path) -> None:
+    both = str(world.folders["both"])
+    told = CliRunner().invoke(app, ["inspect", both])
+    assert told.exit_code == 0 and "options and tensors are known; pass --model" in told.output
+    made = CliRunner().invoke(app, ["merge", str(tmp_path / "out"), "--adapter", both])
+    assert made.exit_code and "target_parameters" in made.output and "merges" in made.output
 
 
 def test_rows_beside_something_folded_in(world: World, tmp_path: Path) -> None:
