@@ -81,7 +81,7 @@ def main() -> None:
         measure(console, args, bare, cases, ids, adapter_bytes)
 
 
-def load(model: str | None, dtype: torch.dtype) -> Any:
+def load(model: str | None, dtype: torch.dtype = torch.bfloat16) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

@@ -55,7 +55,7 @@ def main() -> None:
 
     console = set_up(args)
     torch.manual_seed(0)
-    bare = tiny_llama() if args.smoke else load(args.model, torch.bfloat16)
+    bare = tiny_llama() if args.smoke else load(args.model)
     with tempfile.TemporaryDirectory() as temp:
         kinds = configs(args.rank)
         made = [

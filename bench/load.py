@@ -42,7 +42,7 @@ def main() -> None:
 
     console = set_up(args)
     torch.manual_seed(0)
-    bare = tiny_llama() if args.smoke else load(args.model, torch.bfloat16)
+    bare = tiny_llama() if args.smoke else load(args.model)
     with tempfile.TemporaryDirectory(dir=args.temp) as temp:
         folders = write(bare, Path(temp), args.adapters, args.rank)
         size = (folders[0] / WEIGHTS).stat().st_size

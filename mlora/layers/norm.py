@@ -71,9 +71,11 @@ class NormLayer(LoraLayer):
     """Mixed in before a norm's class: a gain and a shift of what it gives."""
 
     def forward(self, *args: Tensor, **named: Tensor) -> Tensor:  # type: ignore[override]
-        (x,) = (*args, *named.values())
         state = self._mlora
         shared = state.shared
+        if not shared.norms and state.outer is None:  # models have many norms, and few adapters change any
+            return cast(Tensor, super(LoraLayer, self).forward(*args, **named))  # the norm's own
+        (x,) = (*args, *named.values())
         if torch.compiler.is_compiling():
             if not shared.norms:
                 return self._base(x)
