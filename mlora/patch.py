@@ -29,7 +29,7 @@ from .layers import (
     swap_class,
     swap_forward,
 )
-from .ops.rows import check_rows
+from .ops.checks import check_rows
 from .runtime import Runtime
 from .store import Store
 from .takeover import has_peft, take_over

@@ -356,7 +356,7 @@ def test_mixed_gains_evaluate_the_base_twice(net: Any, folders: dict[str, Path],
 
 
 def test_warmup_knows_their_widths(served: Any) -> None:
-    launch = pytest.importorskip("mlora.kernels.launch")
+    launch = pytest.importorskip("mlora.kernels.launch", reason="Triton is not installed")
     assert [launch._widths(served.get_submodule(name)) for name in ("groups", "volume")] == [(36, 8), (12, 4)]
 
 

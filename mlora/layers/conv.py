@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import dispatch, reference
-from ..ops.rows import check_rows
+from ..ops.checks import check_rows
 from ..routing import Plan
-from ..store import BOTH, IN_GAIN, LORA
+from ..store import LORA
 from .linear import LoraLayer
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -67,13 +67,7 @@ class ConvLayer(LoraLayer):
             return self._routed(x[None], words, touches)[0]
         state = self._mlora
         arena, table = state.shared.arena, state.table
-        source = None
-        if touches & IN_GAIN:
-            if touches & BOTH:
-                source = self._base(x)
-            y = self._base(self._scaled(x, words))
-        else:
-            y = self._base(x)
+        y, source = self._bases(x, words, touches)
         # (rows, positions, out): y itself where its memory format is channels_last, else a copy. One for all pieces:
         # turning a few lines at a time costs several times as much.
         tokens = y.flatten(2).transpose(1, 2).contiguous()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ops import dispatch, reference
-from ..ops.rows import check_rows
+from ..ops.checks import check_rows
 from .linear import LoraLayer
 
 

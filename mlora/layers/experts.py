@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from .. import errors
 from ..lowering import BaseLinear
 from ..ops import reference
+from ..ops.checks import check_experts
 from ..ops.reference import Term
 from ..routing import Plan
 from .dense import is_dense
@@ -21,27 +22,6 @@ from .state import LayerState, Shared
 from .swap import twin_of
 
 _LINEARS = (nn.Linear, Conv1D, nn.modules.conv._ConvNd)
-
-LIBRARY = torch.library.Library("mlora", "FRAGMENT")
-# Declared to write the plan so that no compiler drops the call as one without an effect.
-LIBRARY.define("check_experts_(Tensor(a!) plan) -> ()")
-
-
-def _check(plan: Tensor) -> None:
-    if int(plan[5]):
-        raise errors.UnsupportedAdapterError(
-            "the active routing has an adapter with target_parameters, for which experts run once for each recipe of "
-            "the batch; under torch.compile, where what is run is fixed, it is not served"
-        )
-
-
-def _fake(plan: Tensor) -> None:
-    return None
-
-
-LIBRARY.impl("check_experts_", _check, "CompositeExplicitAutograd")
-torch.library.register_fake("mlora::check_experts_", _fake, lib=LIBRARY)
-check_experts = torch.ops.mlora.check_experts_.default
 
 
 class Stack(NamedTuple):

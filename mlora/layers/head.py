@@ -10,12 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import errors
-
-LIBRARY = torch.library.Library("mlora", "FRAGMENT")
-# Declared to write the plan so that no compiler drops the call as one without an effect.
-LIBRARY.define("check_heads_(Tensor(a!) plan) -> ()")
-
 
 class Head(NamedTuple):
     """Where a resident adapter keeps its own head, in elements of the arena: `weight` (width, in) and `bias` (width,),
@@ -49,20 +43,3 @@ def answer(
             mine = torch.tensor([row for row, own in enumerate(heads) if own == head], device=x.device)
             out[mine, :, : head.width] = F.linear(rows[mine], weight, bias)
     return out.view(*x.shape[:-1], -1)
-
-
-def _check(plan: Tensor) -> None:
-    if int(plan[4]):
-        raise errors.UnsupportedAdapterError(
-            "the active routing has an adapter with a head of another size than the model's, whose output has another "
-            "width; under torch.compile, where widths are fixed, it is not served"
-        )
-
-
-def _fake(plan: Tensor) -> None:
-    return None
-
-
-LIBRARY.impl("check_heads_", _check, "CompositeExplicitAutograd")
-torch.library.register_fake("mlora::check_heads_", _fake, lib=LIBRARY)
-check_heads = torch.ops.mlora.check_heads_.default

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from .. import errors
 from ..ops import dispatch, reference
-from ..ops.rows import check_rows
+from ..ops.checks import check_heads, check_rows
 from ..routing import Plan, Siblings
 from ..store import BOTH, GAIN, HEAD, IN_GAIN, LORA
-from .head import answer, check_heads
+from .head import answer
 from .state import LayerState
 from .swap import refuse_copy, refuse_move
 
@@ -106,23 +106,28 @@ class LoraLayer(nn.Module):
         return self._mlora.kblock(self, tokens)
 
     def _routed(self, x: Tensor, words: Tensor, touches: int) -> Tensor:
-        """The base, then one op. With input gains the base reads u * x, and a row that also takes an output gain from
-        another adapter needs base(x) beside it: deltas add without a cross term."""
-        state = self._mlora
-        arena, table = state.shared.arena, state.table
-        source = None
-        if touches & IN_GAIN:
-            if touches & BOTH:
-                source = self._base(x)
-            recorded = x.requires_grad and torch.is_grad_enabled()
-            scale = reference.scale_input if recorded else dispatch.scale_input
-            y = self._base(scale(x, arena, table, words))
-        else:
-            y = self._base(x)
+        """The base, then one op."""
+        arena, table = self._mlora.shared.arena, self._mlora.table
+        y, source = self._bases(x, words, touches)
         if y.requires_grad or (x.requires_grad and torch.is_grad_enabled()):
             return reference.apply(y, source, x, arena, table, words)
         dispatch.apply_(y, source, x, arena, table, words)
         return y
+
+    def _bases(self, x: Tensor, words: Tensor, touches: int) -> tuple[Tensor, Tensor | None]:
+        """The base's output. With input gains the base reads u * x, and where a row also takes an output gain from
+        another adapter base(x) is wanted beside it: deltas add without a cross term."""
+        if not touches & IN_GAIN:
+            return self._base(x), None
+        source = self._base(x) if touches & BOTH else None
+        return self._base(self._scaled(x, words)), source
+
+    def _scaled(self, x: Tensor, words: Tensor) -> Tensor:
+        """u * x."""
+        state = self._mlora
+        recorded = x.requires_grad and torch.is_grad_enabled()
+        scale = reference.scale_input if recorded else dispatch.scale_input
+        return scale(x, state.shared.arena, state.table, words)
 
     def _compiled(self, x: Tensor) -> Tensor:
         """What a compiled graph runs: always the same ops, whose inputs only change their contents."""

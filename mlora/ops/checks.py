@@ -1,0 +1,65 @@
+"""What compiled code must refuse when it runs: operators that read the plan's header and raise.
+
+They are declared to write the plan, so that no compiler drops the calls as ones without an effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import errors
+
+LIBRARY = torch.library.Library("mlora", "FRAGMENT")
+
+
+def _define(schema: str, check: Callable[..., None], key: str) -> Any:
+    name = schema.partition("(")[0]
+    LIBRARY.define(f"{schema} -> ()")
+    LIBRARY.impl(name, check, key)
+    torch.library.register_fake(f"mlora::{name}", lambda *args: None, lib=LIBRARY)
+    return getattr(torch.ops.mlora, name).default
+
+
+def _check_rows(plan: Tensor, rows: int) -> None:
+    planned, routes, _, expansion = plan[:4].tolist()
+    if routes and planned != 1 and rows not in (planned, planned * expansion):
+        raise errors.AttributionError(
+            f"the active routing has {planned} entries; compiled code got a batch of {rows} rows"
+        )
+
+
+def _check_heads(plan: Tensor) -> None:
+    if int(plan[4]):
+        raise errors.UnsupportedAdapterError(
+            "the active routing has an adapter with a head of another size than the model's, whose output has another "
+            "width; under torch.compile, where widths are fixed, it is not served"
+        )
+
+
+def _check_experts(plan: Tensor) -> None:
+    if int(plan[5]):
+        raise errors.UnsupportedAdapterError(
+            "the active routing has an adapter with target_parameters, for which experts run once for each recipe of "
+            "the batch; under torch.compile, where what is run is fixed, it is not served"
+        )
+
+
+_rows = _define("check_rows_(Tensor(a!) plan, SymInt rows)", _check_rows, "CPU")
+
+# Of a plan on another device these wait for it; layers call them only once an adapter was loaded that needs them.
+check_heads = _define("check_heads_(Tensor(a!) plan)", _check_heads, "CompositeExplicitAutograd")
+check_experts = _define("check_experts_(Tensor(a!) plan)", _check_experts, "CompositeExplicitAutograd")
+
+
+def check_rows(plan: Tensor, rows: int) -> None:
+    """Raise `AttributionError` unless `plan` routes batches of `rows` rows; one entry for all routes any.
+
+    The plan is read on the host, so this is for plans in host memory; on other devices the caller's own
+    check of the batch has to do.
+    """
+    if plan.device.type == "cpu":
+        _rows(plan, rows)
