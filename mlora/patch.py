@@ -34,6 +34,12 @@ from .runtime import Runtime
 from .store import Store
 from .takeover import has_peft, take_over
 
+# The arguments that may be a model's main input. A decoder's come last: with the encoder's beside them, those count.
+_INPUTS = (
+    "input_ids", "inputs", "inputs_embeds", "pixel_values", "input_values", "input_features", "decoder_input_ids",
+    "decoder_inputs_embeds",
+)  # fmt: skip
+
 PLAN_WORDS = 1 << 16  # the plan buffer of compiled code: room for batches of some ten thousand rows
 
 
@@ -218,7 +224,7 @@ def _default_memory(model: nn.Module, device: torch.device) -> int:
 
 def _input_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
     """The shape of a model call's main input, `()` if it has none."""
-    for name in ("input_ids", "inputs", "inputs_embeds", "pixel_values", "input_values", "input_features"):
+    for name in _INPUTS:
         if isinstance(kwargs.get(name), Tensor):
             return tuple(kwargs[name].shape)
     for value in (*args, *kwargs.values()):
