@@ -299,13 +299,13 @@ def in_thread(work: Callable[[], Any]) -> Callable[[], Any]:
     return result
 
 
-def paused_fold(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], None]) -> None:
-    """From now on the second weight that is folded waits for meanwhile(), with the first one changed already."""
+def paused_fold(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], None], after: int = 1) -> None:
+    """Folding calls meanwhile() when it has changed `after` weights."""
     merge_, calls = dispatch.merge_, []
 
     def hooked(*args: Any) -> None:
         calls.append(args)
-        if len(calls) == 2:
+        if len(calls) == after + 1:
             meanwhile()
         merge_(*args)
 
@@ -356,14 +356,18 @@ def test_a_lowering_never_reads_a_half_folded_weight(
 ) -> None:
     """DoRA's norm is of the base, whenever its weight is read."""
     want, loads = logits(model, batch, adapter_names="dora1"), []
-    done = threading.Event()
+    name = model.mlora.adapters["dora1"].modules[0]
+    base, has_read = model.mlora.bases[name], threading.Event()
+    monkeypatch.setitem(model.mlora.bases, name, replace(base, weight=lambda: (base.weight(), has_read.set())[0]))
+    before = model.get_submodule(name).weight.clone()
 
     def load() -> None:
-        loads.append(in_thread(lambda: (model.mlora.load_adapter(folders["dora1"], "again"), done.set())))
-        assert not done.wait(PATIENCE)
+        assert not torch.equal(model.get_submodule(name).weight, before)
+        loads.append(in_thread(lambda: model.mlora.load_adapter(folders["dora1"], "again")))
+        assert not has_read.wait(PATIENCE)
 
-    paused_fold(monkeypatch, load)
-    model.mlora.merge_adapter({"r3": 5.0}, safe=False)
+    paused_fold(monkeypatch, load, after=5)
+    model.mlora.merge_adapter("rs16", safe=False)
     loads[0]()
     model.mlora.unmerge_adapter()
     assert torch.equal(logits(model, batch, adapter_names="again"), want)
@@ -385,7 +389,7 @@ def test_a_weight_that_a_lowering_has_read_does_not_change(
     monkeypatch.setitem(model.mlora.bases, name, replace(base, weight=weight))
     loaded = in_thread(lambda: model.mlora.load_adapter(folders["dora1"], "again"))
     assert has_read.wait(60)
-    model.mlora.merge_adapter({"r3": 5.0})
+    model.mlora.merge_adapter("rs16")
     proceed.set()
     loaded()
     model.mlora.unmerge_adapter()
