@@ -370,6 +370,8 @@ class Runtime:
         """
         if keep not in KEEPS:
             raise errors.MergeError(f"keep is {keep!r}; it must be one of {', '.join(KEEPS)}")
+        if not routing.is_single(entry):
+            raise errors.EntryError(f"merge_adapter takes one entry for the whole model, not {entry!r}")
         with self._resolved(entry) as entry:
             self._check_idle("merge_adapter")
             self._folded.replace(self._recipes(entry)[0], keep, checkpoint, safe)

@@ -271,6 +271,13 @@ def test_rows_keep_to_themselves_with_a_folded_adapter(model: Any, batch: Any) -
         assert_close(mixed[row : row + 1], logits(model, row_of(batch, row), adapter_names=name))
 
 
+@pytest.mark.parametrize("entry", [["r3", "rs16"], ["r3"], []])
+def test_a_list_of_entries_is_not_folded(model: Any, entry: Any) -> None:
+    with pytest.raises(errors.EntryError, match="one entry for the whole model"):
+        model.mlora.merge_adapter(entry)
+    assert model.mlora.merged == {}
+
+
 # Beside other threads
 
 PATIENCE = 0.5  # seconds given to what must not happen
