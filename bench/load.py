@@ -1,8 +1,14 @@
 """Time to load adapters from disk, as a ratio to reading the same files with safetensors alone.
 
-Both read each file once, in turns, from a warm page cache: `load_file`, which maps the file and makes its tensors, and
-`Runtime.load_adapter`, which also checks and lowers them, packs them and copies them to the arena while there is room.
-Before any timing, rows of two adapters are checked against PEFT serving each alone.
+Each file is opened in turns, from a warm page cache, in three ways:
+
+    mapped   `load_file`, which makes the tensors and reads nothing but the header: their bytes stay in the file
+    read     `load_file` and a copy of every tensor, kept: the bytes are in memory of one's own
+    loaded   `Runtime.load_adapter`, which checks the tensors, lowers them, packs them in memory of its own, and copies
+             them to the arena while there is room
+
+What is read and what is loaded stays alive to the end, so that both need as much fresh memory; how fast that comes is
+printed beside them. Before any timing, rows of two adapters are checked against PEFT serving each alone.
 
     python bench/load.py --out bench/results/load.jsonl
 """
@@ -11,8 +17,8 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +26,7 @@ import torch
 from common import Log, add_arguments, machine, quantiles, seconds, set_up
 from generate import check, load, make_adapter, patched, tiny_llama, twin
 from rich.progress import track
+from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 import mlora
@@ -70,32 +77,38 @@ def write(bare: Any, root: Path, count: int, rank: int) -> list[Path]:
 def measure(console: Any, args: argparse.Namespace, model: Any, folders: list[Path], size: int) -> None:
     log = Log(args.out, benchmark="load", adapters=len(folders), rank=args.rank, file_bytes=size, **machine())
     runtime = mlora.patch(model)
-    read, loaded = [], []
-    for folder in track(folders, "Loading adapters", transient=True):
-        read.append(seconds(lambda folder=folder: load_file(folder / WEIGHTS)))
-        loaded.append(seconds(lambda folder=folder: runtime.load_adapter(folder)))
-    ratio, low, high = quantiles([mine / its for mine, its in zip(loaded, read, strict=True)])
-    part = max(len(folders) // 10, 2)
-    first, last = statistics.median(loaded[:part]), statistics.median(loaded[-part:])
+    kept: list[object] = []
+    ways: dict[str, Callable[[Path], object]] = {
+        "mapped": lambda folder: load_file(folder / WEIGHTS),
+        "read": lambda folder: kept.append({k: t.clone() for k, t in load_file(folder / WEIGHTS).items()}),
+        "loaded": lambda folder: runtime.load_adapter(folder),
+        "fresh": lambda folder: kept.append(torch.ones(size, dtype=torch.uint8)),
+    }
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for number, folder in enumerate(track(folders, "Loading adapters", transient=True)):
+        order = list(ways) if number % 2 else list(ways)[::-1]
+        for way in order:
+            times[way].append(seconds(lambda call=ways[way], folder=folder: call(folder)))
     modules = len(next(iter(runtime.adapters.values())).modules)
-    console.print(
-        f"{len(folders)} adapters of rank {args.rank}, {modules} modules and {size / 2**20:.1f} MiB each\n"
-        f"load_file {statistics.median(read) * 1e3:.2f} ms, load_adapter {statistics.median(loaded) * 1e3:.2f} ms: "
-        f"{ratio:.2f} times as long ({low:.2f}-{high:.2f})\n"
-        f"the first {part}: {first * 1e3:.2f} ms each; the last {part}: {last * 1e3:.2f} ms, {last / first:.2f} of that"
-    )
-    log.write(
-        ratio=ratio,
-        ratio_q20=low,
-        ratio_q80=high,
-        read_seconds=quantiles(read),
-        seconds=quantiles(loaded),
-        total_ratio=sum(loaded) / sum(read),
-        modules=modules,
-        first_seconds=first,
-        last_seconds=last,
-        growth=last / first,
-    )
+    table = Table(title=f"Rank {args.rank}, {modules} modules, {size / 2**20:.1f} MiB (ms, medians)")
+    for column in ("adapters", "mapped", "read", "loaded", "loaded / mapped", "loaded / read", "fresh memory, GB/s"):
+        table.add_column(column, justify="right")
+    step = max(len(folders) // 10, 2)
+    for start in range(0, len(folders), step):
+        part = slice(start, start + step)
+        found = {way: quantiles(spent[part]) for way, spent in times.items()}
+        ratios = {
+            way: quantiles([mine / its for mine, its in zip(times["loaded"][part], times[way][part], strict=True)])
+            for way in ("mapped", "read")
+        }
+        log.write(first=start, seconds=found, ratios=ratios, modules=modules)
+        table.add_row(
+            f"{start + 1}-{min(start + step, len(folders))}",
+            *(f"{found[way][0] * 1e3:.2f}" for way in ("mapped", "read", "loaded")),
+            *(f"{ratio:.2f} ({low:.2f}-{high:.2f})" for ratio, low, high in ratios.values()),
+            f"{size / found['fresh'][0] / 1e9:.2f}",
+        )
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from mlora.routing import Terms, plan_words
 
 SCALE = 0.5
 DENSITY = 0.5
+COPY_SPEED = 0.7  # the share of a copy's speed that merging in place is measured against
 
 
 def main() -> None:
@@ -140,7 +141,23 @@ class Layer:
         refuse("PEFT's merge", rms(self.peft.base_layer.weight[picks] - exact), moved / 2)
 
 
+def multiply_adds(repeats: int = 9) -> float:
+    """Multiply-adds of bf16 with fp32 sums that torch's threads do in a second: the best of products whose operands
+    stay in the caches."""
+    best = 0.0
+    for size in (256, 384, 512, 768):
+        left, right = (torch.ones(size, size, dtype=torch.bfloat16) for _ in range(2))
+        product = torch.empty_like(left)
+        torch.mm(left, right, out=product)
+        best = max(
+            best,
+            size**3 / min(seconds(lambda a=left, b=right, c=product: torch.mm(a, b, out=c)) for _ in range(repeats)),
+        )
+    return best
+
+
 def measure_in_place(console: Console, log: Log, args: argparse.Namespace) -> None:
+    peak = multiply_adds()
     table = Table(title=f"In place, bf16, rank {args.rank} (ms, medians)")
     for column in (
         "out x in",
@@ -151,6 +168,9 @@ def measure_in_place(console: Console, log: Log, args: argparse.Namespace) -> No
         "PEFT",
         "of copy's speed",
         "PEFT / merge_",
+        "arithmetic",
+        "bound",
+        "of bound's speed",
     ):
         table.add_column(column, justify="right")
     for outputs, inputs in ((96, 64), (160, 96)) if args.smoke else ((4096, 4096), (11008, 4096)):
@@ -160,13 +180,21 @@ def measure_in_place(console: Console, log: Log, args: argparse.Namespace) -> No
             calls = {"copy": layer.copy, "merge": layer.merge, "merge_from": layer.merge_from, "peft": layer.merge_peft}
             found = in_turns(calls, args.repeats)
             speed, times = found["copy"][0] / found["merge"][0], found["peft"][0] / found["merge"][0]
+            arithmetic = outputs * inputs * adapters * args.rank / peak
+            bound = max(arithmetic, found["copy"][0] / COPY_SPEED)
             log.write(
                 group="in place", outputs=outputs, inputs=inputs, adapters=adapters, dtype="bfloat16",
-                seconds=found, copy_speed_ratio=speed, peft_ratio=times,
+                seconds=found, copy_speed_ratio=speed, peft_ratio=times, arithmetic_seconds=arithmetic,
+                bound_seconds=bound, multiply_adds_per_second=peak,
             )  # fmt: skip
             shown = [f"{found[name][0] * 1e3:.2f}" for name in calls]
-            table.add_row(f"{outputs}x{inputs}", str(adapters), *shown, f"{speed:.0%}", f"{times:.1f}")
+            bounds = [f"{arithmetic * 1e3:.2f}", f"{bound * 1e3:.2f}", f"{bound / found['merge'][0]:.0%}"]
+            table.add_row(f"{outputs}x{inputs}", str(adapters), *shown, f"{speed:.0%}", f"{times:.1f}", *bounds)
     console.print(table)
+    console.print(
+        f"arithmetic: the recipe's multiply-adds at {peak / 1e9:.0f} G a second, the best of bf16 matrix products in "
+        f"the caches; bound: that, or a copy at {COPY_SPEED:.0%} of its speed, whichever takes longer"
+    )
 
 
 # TIES

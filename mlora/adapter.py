@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,13 +44,13 @@ class Adapter:
             raise errors.AdapterError(f"adapter from {self.source}: its config has no 'peft_type'")
         if not self.tensors:
             raise errors.AdapterError(f"adapter from {self.source}: it has no tensors")
-        for key, tensor in self.tensors.items():
-            if tensor.is_floating_point() and not all_finite(tensor):
-                bad = int((~torch.isfinite(tensor)).sum())
-                raise errors.AdapterError(
-                    f"adapter from {self.source}: {key} has {bad} values that are NaN or infinite, "
-                    f"of {tensor.numel()}; all must be finite"
-                )
+        floats = {key: tensor for key, tensor in self.tensors.items() if tensor.is_floating_point()}
+        if not all(map(all_finite, _vectors(floats.values()))):
+            key, bad = next((k, int((~torch.isfinite(t)).sum())) for k, t in floats.items() if not all_finite(t))
+            raise errors.AdapterError(
+                f"adapter from {self.source}: {key} has {bad} values that are NaN or infinite, "
+                f"of {floats[key].numel()}; all must be finite"
+            )
         tensors = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in self.tensors.items()}
         if len(tensors) != len(self.tensors):
             raise errors.AdapterError(
@@ -126,6 +126,25 @@ def all_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite. The sum, which takes a tenth of the time, shows it unless it overflows; of
     8-bit floats there is none."""
     return (tensor.itemsize > 1 and math.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
+def _vectors(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The same values: tensors that follow one another in memory, as a file's do, joined into one vector."""
+    runs: list[list[Tensor]] = []
+    follows: tuple[torch.dtype, int] | None = None
+    for tensor in tensors:
+        dense, start = tensor.is_contiguous(), tensor.data_ptr()
+        if dense and follows == (tensor.dtype, start):
+            runs[-1].append(tensor)
+        else:
+            runs.append([tensor])
+        follows = (tensor.dtype, start + tensor.nbytes) if dense else None
+    for run in runs:
+        first, last = run[0], run[-1]
+        if len(run) > 1 and first.untyped_storage().data_ptr() == last.untyped_storage().data_ptr():
+            yield first.as_strided((sum(tensor.numel() for tensor in run),), (1,))
+        else:
+            yield from run
 
 
 def _to_json(value: Any) -> Any:

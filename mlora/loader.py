@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +124,22 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
     sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
     data = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
     data = data[data.numel() - sum(sizes) :]
+    keys = [key for key, _ in parts]
     if len(set(dtypes)) == 1 and data.storage_offset() % dtypes[0].itemsize == 0:  # as good as always
-        flat = data.view(dtypes[0]).split([size // dtypes[0].itemsize for size in sizes])
-    else:
-        flat = [part.clone().view(dtype) for part, dtype in zip(data.split(sizes), dtypes, strict=True)]
-    return {key: part.view(shape) for (key, _), part, shape in zip(parts, flat, shapes, strict=True)}
+        flat = data.view(dtypes[0])
+        starts = accumulate((size // flat.itemsize for size in sizes), initial=flat.storage_offset())
+        return {
+            key: flat.as_strided(shape, _strides(tuple(shape)), start)
+            for key, shape, start in zip(keys, shapes, starts, strict=False)
+        }
+    parted = zip(keys, data.split(sizes), dtypes, shapes, strict=True)
+    return {key: part.clone().view(dtype).view(shape) for key, part, dtype, shape in parted}
+
+
+@lru_cache
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a contiguous tensor."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def _check_size(path: Path) -> None:

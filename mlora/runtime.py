@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -92,18 +93,28 @@ class Runtime:
         self._modules.update({indices[name]: (name, stack.module) for name, stack in stacks.items()})
         self._stacks = [indices[name] for name in stacks]
         self._folded = Folded(model, store, self._modules)
-        self.bases: Mapping[str, BaseLinear] = {
+        bases = {
             **base_linears(model, paths, lambda name: self._folded.originals(indices[name])),
             **{name: stack.base(name) for name, stack in stacks.items()},
+        }
+        self.bases: Mapping[str, BaseLinear] = {
+            name: replace(base, weight=partial(self._settled, base.weight), bias=partial(self._settled, base.bias))
+            for name, base in bases.items()
         }
         self._default_entry: Entry = None
         self._loaded: dict[str, _Loaded] = {}
         self._merges: OrderedDict[str, None] = OrderedDict()  # results for entries, least recently used first
         self._max_merges = max_merges
         self._bridges: set[str] = set()  # adapters made to undo what is folded in, for rows that name others
-        self._active = 0
-        self._lock = threading.RLock()  # guards the adapters' registry and the count above
+        self._active = 0  # calls and `use_adapters` that read the weights
+        self._lock = threading.RLock()  # guards the adapters' registry, the count above, and the weights as they change
         self._merging = threading.Lock()  # never taken under the lock above
+
+    def _settled(self, read: Callable[[], Any]) -> Any:
+        """read() of a weight of the base, not while another thread is folding something in: lowerings run without the
+        lock, and read the base through this."""
+        with self._lock:
+            return read()
 
     @property
     def model(self) -> nn.Module:
@@ -359,6 +370,8 @@ class Runtime:
         """
         if keep not in KEEPS:
             raise errors.MergeError(f"keep is {keep!r}; it must be one of {', '.join(KEEPS)}")
+        if not routing.is_single(entry):
+            raise errors.EntryError(f"merge_adapter takes one entry for the whole model, not {entry!r}")
         with self._resolved(entry) as entry:
             self._check_idle("merge_adapter")
             self._folded.replace(self._recipes(entry)[0], keep, checkpoint, safe)
@@ -452,11 +465,17 @@ class Runtime:
         """
         if not routing.is_single(entry):
             raise errors.EntryError(f"set_adapter takes one entry for all rows, not {entry!r}")
-        plan = self._acquire(entry, 1, 1)
-        with self._resolved(entry) as entry:
-            previous, self._shared.default = self._shared.default, None if entry is None else plan
-            self._default_entry = entry
-            self._release(previous)
+        while True:
+            with self._lock:
+                version = self._folded.version
+            plan = self._acquire(entry, 1, 1)
+            with self._resolved(entry) as resolved:
+                if version == self._folded.version:  # or the plan is for weights that another thread has changed
+                    previous, self._shared.default = self._shared.default, None if resolved is None else plan
+                    self._default_entry = resolved
+                    self._release(previous)
+                    break
+            self._release(plan)
         self._publish()
 
     @contextmanager
@@ -469,20 +488,29 @@ class Runtime:
     @contextmanager
     def _route(self, entries: Any, rows: int, expansion: int) -> Iterator[None]:
         local = self._shared.local
-        plan = self._acquire(entries, rows, expansion)
-        previous = local.plan, local.entries
-        local.plan, local.entries = plan, entries
+        with self._reading_weights():
+            plan = self._acquire(entries, rows, expansion)
+            previous = local.plan, local.entries
+            local.plan, local.entries = plan, entries
+            self._publish()
+            try:
+                yield
+            finally:
+                local.plan, local.entries = previous
+                self._publish()
+                self._release(plan)
+
+    @contextmanager
+    def _reading_weights(self) -> Iterator[None]:
+        """Nothing is folded in or out inside: begins when another thread's folding has ended. A plan holds for the
+        weights as they are, so it is made inside."""
         with self._lock:
             self._active += 1
-        self._publish()
         try:
             yield
         finally:
             with self._lock:
                 self._active -= 1
-            local.plan, local.entries = previous
-            self._publish()
-            self._release(plan)
 
     @contextmanager
     def _forward(self, entries: Any, shape: tuple[int, ...]) -> Iterator[None]:
@@ -509,19 +537,20 @@ class Runtime:
     def _default(self) -> Iterator[None]:
         """Keep to the default of now, and keep its adapters, though another thread may set a new one."""
         local = self._shared.local
-        if local.plan is not None or self._shared.default is None:
-            yield
-            return
-        with self._lock:
-            plan = self._shared.default
-            if plan is not None:
-                self._store.acquire(plan.names)
-        local.plan = plan
-        try:
-            yield
-        finally:
-            local.plan = None
-            self._release(plan)
+        with self._reading_weights():
+            if local.plan is not None or self._shared.default is None:
+                yield
+                return
+            with self._lock:
+                plan = self._shared.default
+                if plan is not None:
+                    self._store.acquire(plan.names)
+            local.plan = plan
+            try:
+                yield
+            finally:
+                local.plan = None
+                self._release(plan)
 
     @contextmanager
     def _generation(self, entries: Any, shape: tuple[int, ...], expansion: int) -> Iterator[None]:

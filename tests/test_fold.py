@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import torch
 from conftest import assert_close, build, inputs_for, logits, make_adapter, peft_alone, row_of, served, state_hash
 
 import mlora
-from mlora import errors
+from mlora import errors, fold
 from mlora.ops import dispatch
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -266,3 +269,154 @@ def test_rows_keep_to_themselves_with_a_folded_adapter(model: Any, batch: Any) -
     mixed = logits(model, batch, adapter_names=["rs16", None, "r3", "rs16"])
     for row, name in enumerate(["rs16", "__base__", "r3", "rs16"]):
         assert_close(mixed[row : row + 1], logits(model, row_of(batch, row), adapter_names=name))
+
+
+@pytest.mark.parametrize("entry", [["r3", "rs16"], ["r3"], []])
+def test_a_list_of_entries_is_not_folded(model: Any, entry: Any) -> None:
+    with pytest.raises(errors.EntryError, match="one entry for the whole model"):
+        model.mlora.merge_adapter(entry)
+    assert model.mlora.merged == {}
+
+
+# Beside other threads
+
+PATIENCE = 0.5  # seconds given to what must not happen
+
+
+def in_thread(work: Callable[[], Any]) -> Callable[[], Any]:
+    """Start `work` in a thread; the returned function waits for its result, or raises what it raised."""
+    found: list[Any] = []
+
+    def run() -> None:
+        try:
+            found.append(work())
+        except BaseException as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+
+    def result() -> Any:
+        thread.join(60)
+        assert not thread.is_alive()
+        if isinstance(found[0], BaseException):
+            raise found[0]
+        return found[0]
+
+    return result
+
+
+def paused_fold(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], None], after: int = 1) -> None:
+    """Folding calls meanwhile() when it has changed `after` weights."""
+    merge_, calls = dispatch.merge_, []
+
+    def hooked(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == after + 1:
+            meanwhile()
+        merge_(*args)
+
+    monkeypatch.setattr(fold.dispatch, "merge_", hooked)
+
+
+@pytest.mark.parametrize("default", [None, "r3"])
+@pytest.mark.parametrize("what", ["merge_adapter", "unmerge_adapter", "merge_and_unload"])
+def test_nothing_is_folded_under_a_running_call(model: Any, batch: Any, default: str | None, what: str) -> None:
+    """Also one that names no adapters, with and without a default."""
+    model.mlora.set_adapter(default)
+    want, before = logits(model, batch), state_hash(model)
+    inside, proceed = threading.Event(), threading.Event()
+    hook = model.model.layers[0].register_forward_hook(lambda *_: (inside.set(), proceed.wait(60), None)[-1])
+    running = in_thread(lambda: logits(model, batch))
+    assert inside.wait(60)
+    with pytest.raises(errors.AdapterInUseError, match=what):
+        getattr(model.mlora, what)(*(["rs16"] if what != "unmerge_adapter" else []))
+    proceed.set()
+    assert torch.equal(running(), want)
+    assert state_hash(model) == before
+    hook.remove()
+    model.mlora.merge_adapter("rs16")
+
+
+@pytest.mark.parametrize("default", [None, "r3"])
+def test_a_call_waits_for_the_end_of_a_fold(
+    model: Any, batch: Any, default: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.mlora.merge_adapter("rs16")
+    model.mlora.set_adapter(default)
+    want = logits(model, batch)
+    model.mlora.unmerge_adapter()
+    reached, calls = threading.Event(), []
+    model.model.layers[0].register_forward_pre_hook(lambda *_: reached.set())
+
+    def call() -> None:
+        calls.append(in_thread(lambda: logits(model, batch)))
+        assert not reached.wait(PATIENCE)
+
+    paused_fold(monkeypatch, call)
+    model.mlora.merge_adapter("rs16", safe=False)
+    assert torch.equal(calls[0](), want)
+
+
+def test_a_lowering_never_reads_a_half_folded_weight(
+    model: Any, batch: Any, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DoRA's norm is of the base, whenever its weight is read."""
+    want, loads = logits(model, batch, adapter_names="dora1"), []
+    name = model.mlora.adapters["dora1"].modules[0]
+    base, has_read = model.mlora.bases[name], threading.Event()
+    monkeypatch.setitem(model.mlora.bases, name, replace(base, weight=lambda: (base.weight(), has_read.set())[0]))
+    before = model.get_submodule(name).weight.clone()
+
+    def load() -> None:
+        assert not torch.equal(model.get_submodule(name).weight, before)
+        loads.append(in_thread(lambda: model.mlora.load_adapter(folders["dora1"], "again")))
+        assert not has_read.wait(PATIENCE)
+
+    paused_fold(monkeypatch, load, after=5)
+    model.mlora.merge_adapter("rs16", safe=False)
+    loads[0]()
+    model.mlora.unmerge_adapter()
+    assert torch.equal(logits(model, batch, adapter_names="again"), want)
+
+
+def test_a_weight_that_a_lowering_has_read_does_not_change(
+    model: Any, batch: Any, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = logits(model, batch, adapter_names="dora1")
+    name = model.mlora.adapters["dora1"].modules[0]
+    base, has_read, proceed = model.mlora.bases[name], threading.Event(), threading.Event()
+
+    def weight() -> torch.Tensor:
+        found = base.weight()
+        has_read.set()
+        proceed.wait(60)
+        return found
+
+    monkeypatch.setitem(model.mlora.bases, name, replace(base, weight=weight))
+    loaded = in_thread(lambda: model.mlora.load_adapter(folders["dora1"], "again"))
+    assert has_read.wait(60)
+    model.mlora.merge_adapter("rs16")
+    proceed.set()
+    loaded()
+    model.mlora.unmerge_adapter()
+    assert torch.equal(logits(model, batch, adapter_names="again"), want)
+
+
+def test_a_default_is_not_set_for_weights_that_have_changed(
+    model: Any, batch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the making of its plan and its setting another thread folds something in."""
+    want = logits(model, batch, adapter_names="r3")
+    acquire, folded = model.mlora._acquire, []
+
+    def hooked(*args: Any) -> Any:
+        plan = acquire(*args)
+        if not folded:
+            folded.append(True)
+            in_thread(lambda: model.mlora.merge_adapter("rs16"))()
+        return plan
+
+    monkeypatch.setattr(model.mlora, "_acquire", hooked)
+    model.mlora.set_adapter("r3")
+    assert_close(logits(model, batch), want)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import mlora
 from mlora import errors
-from mlora.adapter import all_finite
+from mlora.adapter import Adapter, _vectors, all_finite
 from mlora.loader import map_tensors
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -509,3 +509,23 @@ def test_finite(dtype: torch.dtype, bad: float) -> None:
     assert not all_finite(large)
     large[600] = -bad
     assert not all_finite(large)
+
+
+def test_tensors_side_by_side_are_checked_as_one_vector() -> None:
+    """What lies side by side is one vector; what does not is by itself, and nothing is left out or read twice."""
+    data = torch.arange(1.0, 61.0)
+    tensors = [data[:6].view(2, 3), data[6:10], data[10:16].view(2, 3).t(), data[16:20], data[24:30], data[30:30]]
+    tensors += [data[30:40].bfloat16(), torch.arange(100.0, 104.0), data[40:60].view(4, 5)]
+    vectors = list(_vectors(tensors))
+    assert [len(vector.flatten()) for vector in vectors] == [10, 6, 4, 6, 0, 10, 4, 20]
+    want = torch.cat([tensor.flatten().float() for tensor in tensors])
+    assert torch.cat([vector.flatten().float() for vector in vectors]).equal(want)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_tensor_that_is_not_finite_is_named(number: int) -> None:
+    data = torch.zeros(40)
+    tensors = {f"layers.{i}": data[10 * i : 10 * i + 10].view(2, 5) for i in range(4)}
+    tensors[f"layers.{number}"][1, 2] = float("nan")
+    with pytest.raises(errors.AdapterError, match=rf"layers\.{number} has 1 values that are NaN .* of 10"):
+        Adapter({"peft_type": "LORA"}, tensors)

@@ -105,7 +105,7 @@ def _base_conv(name: str, module: nn.Module, originals: Callable[[], Mapping[str
 
 
 def _dense(name: str, module: nn.Module, originals: Callable[[], Mapping[str, Tensor]]) -> Tensor:
-    """The weight as the module keeps it, dense, in fp32 on the CPU."""
+    """The weight as the module keeps it, dense, in fp32 on the CPU: a copy, since folding changes it in place."""
     tensor = originals().get("weight", getattr(module, "weight", None))
     if any(t.is_meta for t in tensors_of(module)):
         raise errors.UnsupportedAdapterError(
@@ -114,12 +114,12 @@ def _dense(name: str, module: nn.Module, originals: Callable[[], Mapping[str, Te
         )
     if not is_dense(tensor):
         tensor = dequantize(name, module)
-    return cast(Tensor, tensor).detach().to("cpu", torch.float32)
+    return cast(Tensor, tensor).detach().to("cpu", torch.float32, copy=True)
 
 
 def _bias(module: nn.Module, originals: Callable[[], Mapping[str, Tensor]]) -> Tensor | None:
     tensor = originals().get("bias", getattr(module, "bias", None))
-    return tensor.detach().to("cpu", torch.float32) if isinstance(tensor, Tensor) else None
+    return tensor.detach().to("cpu", torch.float32, copy=True) if isinstance(tensor, Tensor) else None
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

@@ -21,6 +21,7 @@ are plain LoRAs of twice the rank; unconverted they are refused.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -155,35 +156,38 @@ def _kasa(module: Module, a: Tensor, b: Tensor, scale: float) -> Delta:
 
 def _factors(module: Module) -> tuple[Tensor, Tensor]:
     """A, (r, in), and B, (out, r), in the file's dtype."""
-    base, parts = module.base, dict(module.parts)
+    base, parts = module.base, module.parts
     if (blocked := _blocked(module)) in parts:
         count, factor = _blocks(module), parts[blocked]
         if factor.dim() != 2 or factor.shape[0] % count:
             raise errors.AdapterError(
                 f"{module.where}: {blocked} has shape {tuple(factor.shape)}, not of {count} diagonal blocks"
             )
-        parts[blocked] = torch.block_diag(*factor.chunk(count))
-    point = (1,) * len(base.kernel)
-    for part, axis, width, kernel in (
-        ("lora_A", 1, base.channels, base.kernel), ("lora_B", 0, base.out_features, point)
-    ):  # fmt: skip
-        if part not in parts:
-            raise errors.AdapterError(f"{module.where}: {part} is missing")
-        shape = tuple(parts[part].shape)
-        if len(shape) < 2 or shape[2:] != kernel:
-            wanted = f"of a convolution with kernel {kernel}" if kernel else "a matrix"
-            raise errors.AdapterError(f"{module.where}: {part} has shape {shape}; it must be {wanted}")
-        if shape[axis] != width:
-            axis_name = "columns" if axis == 1 else "rows"
-            raise errors.AdapterError(f"{module.where}: {part} has {shape[axis]} {axis_name}, the module takes {width}")
-        parts[part] = parts[part].flatten(1)
-    a, b = parts["lora_A"], spread(parts["lora_B"], base.groups)
+        parts = {**parts, blocked: torch.block_diag(*factor.chunk(count))}
+    a = _factor(module, parts, "lora_A", 1, base.channels, base.kernel)
+    b = spread(_factor(module, parts, "lora_B", 0, base.out_features, (1,) * len(base.kernel)), base.groups)
     if a.shape[0] != b.shape[1] or a.shape[0] == 0:
         raise errors.AdapterError(
             f"{module.where}: lora_A has rank {a.shape[0]}, lora_B has rank {b.shape[1]}; "
             "they must be equal and positive"
         )
     return a, b
+
+
+def _factor(
+    module: Module, parts: Mapping[str, Tensor], part: str, axis: int, width: int, kernel: tuple[int, ...]
+) -> Tensor:
+    """A factor as a matrix, whose `axis` is as wide as the module; a convolution's file has it with its kernel."""
+    if part not in parts:
+        raise errors.AdapterError(f"{module.where}: {part} is missing")
+    shape = parts[part].shape
+    if len(shape) < 2 or tuple(shape[2:]) != kernel:
+        wanted = f"of a convolution with kernel {kernel}" if kernel else "a matrix"
+        raise errors.AdapterError(f"{module.where}: {part} has shape {tuple(shape)}; it must be {wanted}")
+    if shape[axis] != width:
+        axis_name = "columns" if axis == 1 else "rows"
+        raise errors.AdapterError(f"{module.where}: {part} has {shape[axis]} {axis_name}, the module takes {width}")
+    return parts[part].flatten(1)
 
 
 def _check_conv(module: Module) -> None:
