@@ -88,6 +88,11 @@ class Folded:
                     f"module {self._modules[index][0]}: adapter {name!r} has a head of another size there, which "
                     f"cannot be folded into the model's; serve it unmerged"
                 )
+            if self._store[name].invocation:
+                raise errors.MergeError(
+                    f"adapter {name!r} is an aLoRA, which applies to a part of the tokens (alora_invocation_tokens): "
+                    f"it cannot be folded into the weights; serve it unmerged"
+                )
         touched = {index for name, _ in recipe for index in np.flatnonzero(self._store[name].touches).tolist()}
         for path, module in (self._modules[index] for index in sorted(touched)):
             if isinstance(module, ExpertsLayer):

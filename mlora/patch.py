@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import errors
 from .adapter import Adapter
+from .call import Call
 from .layers import (
     ExpertsState,
     LayerState,
@@ -49,16 +50,14 @@ class PatchedModel(nn.Module):
                     "adapter_names= cannot be given inside torch.compile, where every new list of names would be a "
                     "new graph; route with `with runtime.use_adapters(names):` around the compiled call"
                 )
-            if shape := _input_shape(args, kwargs):
+            if shape := Call(args, kwargs).shape:
                 check_rows(self.mlora._shared.plan, shape[0])
             return super().__call__(*args, **kwargs)
-        shape = _input_shape(args, kwargs)
-        with self.mlora._forward(adapter_names, shape):
+        with self.mlora._forward(adapter_names, Call(args, kwargs)):
             return super().__call__(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
-        shape = _input_shape(args, kwargs)
-        with self.mlora._generation(adapter_names, shape, _expansion(self, args, kwargs)):
+        with self.mlora._generation(adapter_names, Call(args, kwargs), _expansion(self, args, kwargs)):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -214,17 +213,6 @@ def _default_memory(model: nn.Module, device: torch.device) -> int:
 
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else weights
     return max(1, min(max(weights // 2, 64 << 20), free // 2))
-
-
-def _input_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
-    """The shape of a model call's main input, `()` if it has none."""
-    for name in ("input_ids", "inputs", "inputs_embeds", "pixel_values", "input_values", "input_features"):
-        if isinstance(kwargs.get(name), Tensor):
-            return tuple(kwargs[name].shape)
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.dim():
-            return tuple(value.shape)
-    return ()
 
 
 def _expansion(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

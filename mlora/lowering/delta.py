@@ -27,6 +27,8 @@ class Delta:
         shift: (out,), c.
         error: |D - B^T A| / |D| (Frobenius) where B^T A approximates a dense D; 0 where it is exact.
         replaces: of a head of another size: y = A x + c, of width `rank`, in place of all of the above; `b` is absent.
+        invocation: of an activated LoRA: the delta applies to a row's tokens from the last place on where it has these,
+            and to none where it has not; empty: to all of them.
     """
 
     a: Tensor | None = None
@@ -37,6 +39,7 @@ class Delta:
     shift: Tensor | None = None
     error: float = 0.0
     replaces: bool = False
+    invocation: tuple[int, ...] = ()
 
     @property
     def rank(self) -> int:

@@ -48,11 +48,20 @@ def _check_experts(plan: Tensor) -> None:
         )
 
 
+def _check_tails(plan: Tensor) -> None:
+    if int(plan[6]):
+        raise errors.UnsupportedAdapterError(
+            "the active routing has an aLoRA (alora_invocation_tokens), whose tokens are looked for in each batch; "
+            "under torch.compile it is not served"
+        )
+
+
 _rows = _define("check_rows_(Tensor(a!) plan, SymInt rows)", _check_rows, "CPU")
 
 # Of a plan on another device these wait for it; layers call them only once an adapter was loaded that needs them.
 check_heads = _define("check_heads_(Tensor(a!) plan)", _check_heads, "CompositeExplicitAutograd")
 check_experts = _define("check_experts_(Tensor(a!) plan)", _check_experts, "CompositeExplicitAutograd")
+check_tails = _define("check_tails_(Tensor(a!) plan)", _check_tails, "CompositeExplicitAutograd")
 
 
 def check_rows(plan: Tensor, rows: int) -> None:
