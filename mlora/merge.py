@@ -239,8 +239,8 @@ def merge_module(deltas: Sequence[Delta | None], how: Merge, base: BaseLinear) -
     """
     if base.experts:
         raise errors.MergeError(
-            f"parameter {base.name}: experts' weights (target_parameters) are served in weighted entries, and not in "
-            f"merges that make a new adapter"
+            f"parameter {base.name}: experts' weights and other parameters (target_parameters) are served in weighted "
+            f"entries, and not in merges that make a new adapter"
         )
     if any(d is not None and d.replaces for d in deltas):
         raise errors.MergeError(

@@ -13,9 +13,9 @@ from . import errors
 from .adapter import Adapter
 from .call import Call
 from .layers import (
-    ExpertsState,
     LayerState,
     LoraLayer,
+    ParametersState,
     Shared,
     compute_dtype,
     find_layers,
@@ -149,7 +149,7 @@ def patch(
             dtype = getattr(module, next(iter(own))).dtype
             tables = {name: (index, store.tables[index]) for name, index in own.items()}
             modules[id(module)] = owner, module
-            states[id(module)] = ExpertsState(owner, shared, module, dtype, tables)
+            states[id(module)] = ParametersState(owner, shared, module, dtype, tables)
 
     for key, (_, module) in modules.items():
         if states[key].outer is not None:

@@ -69,7 +69,7 @@ TARGETS = ["q_proj", "down_proj"]
         "option",
         "trained-parts",
         "norms",
-    ),  # fmt: skip
+    ),
 )
 def test_inspect(
     model: None, tmp_path: Path, config: Any, options: tuple[str, ...], code: int, wanted: tuple[str, ...]

@@ -114,8 +114,10 @@ class BaseLinear:
         aliases: the other paths of the same module. `tied`: those of other modules that hold its very weight.
         head: whether it gives the model's answer, so that another size is no matter to any other module.
         conv: what it is if it is a convolution.
-        experts: of a parameter that holds the matrices of that many experts, of the widths above each; 0 of others. Its
-            delta has as many rank rows for each of them, those of the first expert first.
+        experts: of a parameter that holds the matrices of that many experts, of the widths above each, or one matrix; 0
+            of what is no parameter. Its delta has as many rank rows for each of them, those of the first expert first.
+        turned: of a module whose `weight` is a plain parameter which it does nothing with but to multiply or look up:
+            whether that lies as (in, out), as GPT-2's `Conv1D`'s and embeddings' do. None of others.
     """
 
     name: str
@@ -131,6 +133,7 @@ class BaseLinear:
     head: bool = False
     conv: Conv | None = None
     experts: int = 0
+    turned: bool | None = None
 
     @property
     def kernel(self) -> tuple[int, ...]:

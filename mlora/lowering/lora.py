@@ -9,7 +9,7 @@
     aLoRA   LoRA, on the tokens from the invocation on   (Greenewald et al., arXiv:2504.12397)
     convolutions  A is a convolution like the base's to r channels, B one of 1x1 with the base's groups, so A reads the
                   channels of all groups; PEFT gives A neither dilation nor a padding mode
-    parameters of fused experts  see `experts.py`
+    parameters  see `parameters.py`
     embeddings  y = embed_scale (W[ids] + s (B A[:, ids])^T), with `lora_embedding_A` (r, vocab) and
                 `lora_embedding_B` (out, r); under DoRA g times that, with g = m / |W^T + s B A|
 
@@ -29,8 +29,8 @@ from torch import Tensor
 
 from .. import errors
 from .delta import Delta, spread
-from .experts import expert_delta
 from .module import TOKENS, Format, Lowering, Module, scaling
+from .parameters import parameter_delta
 
 _REWRITTEN = (
     "this initialisation rewrites the base weights; save the adapter with PEFT's "
@@ -76,8 +76,8 @@ def delta(module: Module) -> Delta:
     config, base = module.config, module.base
     _check_config(module)
     invocation = _invocation(module)
-    if base.experts:
-        return expert_delta(module)
+    if base.experts or module.parameter:
+        return parameter_delta(module)
     if base.embed_scale is not None:
         return _embedding(module, base.embed_scale)
     for option, part in (("lora_bias", "bias"), ("use_dora", "magnitude"), ("kasa_config", "diagonal")):
@@ -242,7 +242,7 @@ def _invocation(module: Module) -> tuple[int, ...]:
             f"{option} with bias {config['bias']!r}: trained biases apply to all tokens, the rest of a module to some"
         )
     base = module.base
-    if base.experts or base.conv is not None or base.embed_scale is not None:
+    if base.experts or module.parameter or base.conv is not None or base.embed_scale is not None:
         raise errors.UnsupportedAdapterError(f"{option} on {base.name}: PEFT defines it for linears only")
     return tuple(tokens)
 

@@ -92,6 +92,7 @@ class Module:
         config: the adapter's config. `parts`: its tensors. `shared`: the adapter's own tensors.
         base: the linear that it changes. `peers`: those of the whole adapter.
         source: of the adapter, for messages.
+        parameter: the path of its weight where it is that which `target_parameters` names, else "".
     """
 
     config: Mapping[str, Any]
@@ -100,6 +101,7 @@ class Module:
     base: BaseLinear
     peers: tuple[BaseLinear, ...]
     source: str
+    parameter: str = ""
 
     @property
     def where(self) -> str:
@@ -147,7 +149,7 @@ class Module:
         table = self.config.get(patterns) or {}
         if not isinstance(table, dict):
             raise errors.AdapterError(f"adapter from {self.source}: {patterns} must be an object")
-        return pattern_value(table, self.base.name, value)
+        return pattern_value(table, self.parameter or self.base.name, value)
 
     def expect(self, what: str, seen: int, wanted: int) -> None:
         """Refuse a tensor whose size is not what the config says."""
@@ -219,7 +221,7 @@ def modules_of(adapter: Adapter, lowering: Lowering, bases: Mapping[str, BaseLin
         if len(set(named.values())) != len(modules):
             raise errors.AdapterError(f"adapter from {adapter.source}: several of its modules are one of this model's")
         modules = {named[name]: parts for name, parts in modules.items()}
-    modules = _with_parameters(adapter, modules, bases)
+    modules, weights = _with_parameters(adapter, modules, bases)
     beside = BASE_NAMES if lowering.tied else BASE_NAMES | {TOKENS}
     targeted = {name for name, parts in modules.items() if not parts.keys() <= beside}
     if unsaved := [name for name in bases if _is_saved(adapter, name) and "saved weight" not in modules.get(name, ())]:
@@ -227,7 +229,7 @@ def modules_of(adapter: Adapter, lowering: Lowering, bases: Mapping[str, BaseLin
             f"adapter from {adapter.source}: its modules_to_save {adapter.config['modules_to_save']!r} name "
             f"{_some(unsaved)}, for which it has no weights"
         )
-    _check_targets(adapter, modules, targeted, bases, lowering)
+    _check_targets(adapter, modules, targeted, weights.keys(), bases, lowering)
     if adapter.config.get("trainable_token_indices") and not any(TOKENS in parts for parts in modules.values()):
         raise errors.AdapterError(
             f"adapter from {adapter.source}: its trainable_token_indices name tokens, for which it has no weights"
@@ -235,13 +237,18 @@ def modules_of(adapter: Adapter, lowering: Lowering, bases: Mapping[str, BaseLin
     _follow(modules, bases)
     peers = tuple(bases[name] for name in sorted(targeted))
     for name, parts in modules.items():
-        yield Module(adapter.config, parts, shared, bases[name], peers, adapter.source)
+        yield Module(adapter.config, parts, shared, bases[name], peers, adapter.source, weights.get(name, ""))
 
 
 def _with_parameters(
     adapter: Adapter, modules: dict[str, dict[str, Tensor]], bases: Mapping[str, BaseLinear]
-) -> dict[str, dict[str, Tensor]]:
-    """`modules` with the layers that PEFT puts around fused experts under the paths of their parameters."""
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    """What `target_parameters` names.
+
+    Returns:
+        `modules` with the layers that PEFT puts around fused experts, routers and their like under the paths of their
+        parameters; and the modules of which the weight is named: path -> that of the weight.
+    """
     if named := [name for name in modules if name in bases and bases[name].experts]:
         raise errors.AdapterError(
             f"adapter from {adapter.source}: it has weights for {_some(named)} as if it were a module; it is a "
@@ -249,23 +256,28 @@ def _with_parameters(
         )
     targets = adapter.config.get("target_parameters")
     if not targets:
-        return modules
+        return modules, {}
     if isinstance(targets, str) or not all(isinstance(target, str) for target in targets):
         raise errors.AdapterError(
             f"adapter from {adapter.source}: target_parameters is {targets!r}; it must be a list of names"
         )
-    wrapped, unknown = parameters_of(targets, [name for name, base in bases.items() if base.experts])
+    held = {name if base.experts else f"{name}.weight": name for name, base in bases.items()}
+    wrapped, unknown = parameters_of(targets, held)
+    found = {path: bases[held[path]] for path in wrapped.values()}
+    unknown += [path for path, base in found.items() if not base.experts and base.turned is None]
     if unknown:
         raise errors.UnsupportedAdapterError(
-            f"adapter from {adapter.source}: its target_parameters name {_some(unknown)}; served are those that "
-            f"hold the matrices of several experts, and this model has none of that name"
+            f"adapter from {adapter.source}: its target_parameters name {_some(unknown)}; served are the weights of "
+            f"plain linears and token embeddings, and the matrices, or experts' stacks of them, that other modules "
+            f"hold themselves, and this model has none of that name"
         )
     if lacking := [path for name, path in wrapped.items() if name not in modules]:
         raise errors.AdapterError(
             f"adapter from {adapter.source}: its target_parameters {sorted(targets)!r} name {_some(lacking)}, for "
             f"which it has no weights"
         )
-    return {wrapped.get(name, name): parts for name, parts in modules.items()}
+    weights = {base.name: path for path, base in found.items() if not base.experts}
+    return {held.get(wrapped.get(name, ""), name): parts for name, parts in modules.items()}, weights
 
 
 def module_names(adapter: Adapter, lowering: Lowering) -> list[str]:
@@ -354,6 +366,7 @@ def _check_targets(
     adapter: Adapter,
     modules: Mapping[str, Any],
     targeted: Set[str],
+    weights: Set[str],
     bases: Mapping[str, BaseLinear],
     lowering: Lowering,
 ) -> None:
@@ -377,7 +390,12 @@ def _check_targets(
     unless = set() if lowering.norms else {name for name, base in bases.items() if base.offset is not None} - targeted
     wanted = targets_of(config, bases) - unless - experts
     along = {n for name in wanted for n in (*bases[name].aliases, *bases[name].tied)} if lowering.tied else set()
-    if left := sorted(targeted - wanted - along - experts):
+    if both := sorted(wanted & weights):
+        raise errors.AdapterError(
+            f"adapter from {adapter.source}: both its target_modules {targets!r} and its target_parameters name "
+            f"{_some(both)}"
+        )
+    if left := sorted(targeted - wanted - along - experts - weights):
         raise errors.AdapterError(
             f"adapter from {adapter.source}: it has weights for {_some(left)}, which its target_modules "
             f"{targets!r} do not name"

@@ -43,8 +43,8 @@ def _check_heads(plan: Tensor) -> None:
 def _check_experts(plan: Tensor) -> None:
     if int(plan[5]):
         raise errors.UnsupportedAdapterError(
-            "the active routing has an adapter with target_parameters, for which experts run once for each recipe of "
-            "the batch; under torch.compile, where what is run is fixed, it is not served"
+            "the active routing has an adapter with target_parameters, whose modules run once for each recipe of the "
+            "batch; under torch.compile, where what is run is fixed, it is not served"
         )
 
 
