@@ -54,6 +54,10 @@ class AttributionError(MloraError, RuntimeError):
     """A module got tokens that cannot be attributed to the rows of the batch."""
 
 
+class TokenError(MloraError, IndexError):
+    """A row has a token that the embedding of its adapter does not have."""
+
+
 class AdapterInUseError(MloraError, RuntimeError):
     """The adapter is used by a routing that is still active."""
 

@@ -85,8 +85,8 @@ class Folded:
         for name, _ in recipe:
             for index in self._store[name].heads:
                 raise errors.MergeError(
-                    f"module {self._modules[index][0]}: adapter {name!r} has a head of another size there, which "
-                    f"cannot be folded into the model's; serve it unmerged"
+                    f"module {self._modules[index][0]}: adapter {name!r} has weights of another size there, "
+                    f"which cannot be folded into the model's; serve it unmerged"
                 )
             if self._store[name].invocation:
                 raise errors.MergeError(

@@ -244,8 +244,8 @@ def merge_module(deltas: Sequence[Delta | None], how: Merge, base: BaseLinear) -
         )
     if any(d is not None and d.replaces for d in deltas):
         raise errors.MergeError(
-            f"module {base.name}: an adapter has a head of another size there, in place of the model's: there is "
-            f"nothing that it could be merged with"
+            f"module {base.name}: an adapter has weights of another size there, in place of the model's: there is "
+            f"nothing that they could be merged with"
         )
     if any(d is not None and d.invocation for d in deltas):
         raise errors.MergeError(
@@ -290,7 +290,7 @@ def relative(recipe: Sequence[tuple[Delta, float]], folded: Sequence[tuple[Delta
     """
     if any(d.replaces for d, _ in (*recipe, *folded)):
         raise errors.MergeError(
-            f"module {where}: a head of another size is no sum with what is folded in; unmerge_adapter first"
+            f"module {where}: weights of another size are no sum with what is folded in; unmerge_adapter first"
         )
     if any(d.invocation for d, _ in recipe):
         raise errors.MergeError(

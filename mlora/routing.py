@@ -42,7 +42,8 @@ class Plan:
         rows: batch rows, or 1 if one recipe serves every row of any batch.
         row_counts: the leading sizes that a module's input may have: `rows`, and `rows` times the
             expansion of `generate` (beams, returned sequences), entries repeated in place.
-        heads: module number -> the head of another size of each row, None for rows that keep the model's.
+        heads: module number -> the head or token embedding of another size of each row, None for rows that keep the
+            model's.
         recipes: of each row. `invocations`: aLoRAs among its adapters -> the tokens from which on each applies; see
             `mlora.activation`.
     """

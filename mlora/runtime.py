@@ -621,7 +621,7 @@ class Runtime:
         return Plan(tensor, touches.tobytes(), names, rows, counts, fixed, tuple(recipes), invocations)
 
     def _headed(self, recipe: Recipe) -> dict[int, str]:
-        """Module number -> the adapter of `recipe` whose head of another size answers there."""
+        """Module number -> the adapter of `recipe` whose head or embedding of another size serves there."""
         found: dict[int, str] = {}
         for name, weight in recipe:
             for index in self._store[name].heads:
@@ -629,7 +629,7 @@ class Runtime:
                 if weight != 1 or beside:
                     with_what = f"with {', '.join(map(repr, beside))}" if beside else f"at a weight of {weight}"
                     raise errors.EntryError(
-                        f"adapter {name!r} has a head of another size at {self._modules[index][0]}, which takes the "
+                        f"adapter {name!r} has weights of another size at {self._modules[index][0]}, which take the "
                         f"place of the model's: there is no sum {with_what}"
                     )
                 found[index] = name

@@ -91,8 +91,8 @@ class Packed:
         rows: int64 (modules, 2, TABLE_WIDTH), offsets relative to the blob's start: the adapter's own row of each
             module's table, and that of the rests of its gains.
         touches: one byte a module: LORA | GAIN | IN_GAIN | SHIFT | HEAD | TAIL.
-        heads: module number -> (offset of its weight, of its bias or -1, width) of a head of another size, relative to
-            the blob's start; the module's row in `rows` is empty.
+        heads: module number -> (offset of its weight, of its bias or -1, width) of a head or token embedding of another
+            size, relative to the blob's start; the module's row in `rows` is empty.
         rests: whether any of the latter has a part.
         invocation: of an aLoRA, see `Delta`; it is that of every module with TAIL.
         slot, offset: where it is resident, or -1.

@@ -155,6 +155,22 @@ def build(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     return model.to(dtype)
 
 
+def resized(base: Any, size: int) -> Any:
+    """The same model with another number of tokens, or of labels where it has a `classifier`; what is new is random."""
+    model = copy.deepcopy(base)
+    generator = torch.Generator().manual_seed(size)
+    with torch.no_grad():
+        if isinstance(getattr(model, "classifier", None), nn.Linear):
+            model.classifier = nn.Linear(HIDDEN, size)
+            for parameter in model.classifier.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * HIDDEN**-0.5)
+            return model.eval()
+        model.resize_token_embeddings(size, mean_resizing=False)
+        for module in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
+            module.weight[VOCAB:] = torch.randn(module.weight[VOCAB:].shape, generator=generator) * HIDDEN**-0.5
+    return model.eval()
+
+
 def inputs_for(
     kind: str, rows: int, seed: int = 1, length: int = 7, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ class Shared:
         groups: first layer's number -> the layers that read the same input after it (q, k, v; gate, up), learned as
             calls come; None where serving several modules in one call gains nothing.
         in_gains, norms, embeddings, experts: whether an adapter was ever loaded that has input gains, changes norms,
-            embeddings or parameters; `heads`: numbers of the modules for which one brought a head of another size;
+            embeddings or parameters; `heads`: numbers of the modules for which one brought another size;
             `tails`: of those that an aLoRA changes. Until then compiled code leaves their ops out.
     """
 

@@ -26,7 +26,8 @@ class Delta:
         in_gain: (in,), u - 1.
         shift: (out,), c.
         error: |D - B^T A| / |D| (Frobenius) where B^T A approximates a dense D; 0 where it is exact.
-        replaces: of a head of another size: y = A x + c, of width `rank`, in place of all of the above; `b` is absent.
+        replaces: of a head or a token embedding of another size, in place of all of the above: y = A x + c of width
+            `rank`, or y = A[ids], for `rank` tokens, before an embedding's own scale; `b` is absent.
         invocation: of an activated LoRA: the delta applies to a row's tokens from the last place on where it has these,
             and to none where it has not; empty: to all of them.
     """

@@ -35,8 +35,8 @@ def _check_rows(plan: Tensor, rows: int) -> None:
 def _check_heads(plan: Tensor) -> None:
     if int(plan[4]):
         raise errors.UnsupportedAdapterError(
-            "the active routing has an adapter with a head of another size than the model's, whose output has another "
-            "width; under torch.compile, where widths are fixed, it is not served"
+            "the active routing has an adapter with a head or a token embedding of another size than the model's; "
+            "under torch.compile, where sizes are fixed, it is not served"
         )
 
 

@@ -20,8 +20,9 @@ The store gives each adapter two rows, the second for the rests of its gains (`S
 E terms (a route is a distinct recipe; a term is one weighted slot of a recipe):
 
     [0:8]            header: R, P, E, X, H, F, L, 0, where X is how often `generate` repeats a row, and H is 1 where
-                     one has a head of another size, F where one changes parameters (`target_parameters`), L where one
-                     is an aLoRA, which applies to some of a row's tokens; compiled code must refuse all three
+                     one has a head or an embedding of another size, F where one changes parameters
+                     (`target_parameters`), L where one is an aLoRA, which applies to some of a row's tokens; compiled
+                     code must refuse all three
     row_start  P+1   rows of route p are row_order[row_start[p] : row_start[p+1]]
     row_order  R     rows sorted by route; those that take no adapter come last, after row_start[P]
     term_start P+1   terms of route p are [term_start[p], term_start[p+1])
