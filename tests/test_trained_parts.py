@@ -347,6 +347,50 @@ def test_generating_with_a_larger_vocabulary(tmp_path: Path, llama: Any, beams: 
     assert (got[[0, 3], ids.shape[1] :] >= VOCAB).any()
 
 
+@pytest.mark.parametrize("kind", ("llama", "tied"))
+@pytest.mark.parametrize("tokens", (VOCAB + 5, VOCAB - 3, VOCAB))
+def test_embedding_layers_that_are_saved_along(tmp_path: Path, kind: str, tokens: int) -> None:
+    """As PEFT does of itself where the vocabulary was resized: it puts them into the base."""
+    base = build(kind)
+    made = resized(base, tokens)
+    with torch.no_grad():
+        for module in (made.model.embed_tokens, made.lm_head):
+            module.weight[2] += 1.0
+    config = lora(target_modules=["q_proj"])
+    folder = saved(tmp_path / "plain", made, 1, config)
+    wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(made), folder)
+    wrapped.save_pretrained(tmp_path / "along", save_embedding_layers=True)
+    along = tmp_path / "along"
+    if kind == "tied":  # one of the two is enough
+        along = rewrite(
+            along, tmp_path / "one", {}, lambda state: {k: t for k, t in state.items() if "lm_head" not in k}
+        )
+    model = copy.deepcopy(base)
+    runtime = mlora.patch(model)
+    info = runtime.load_adapter(along, "along")
+    assert {"model.embed_tokens", "lm_head"} <= set(info.modules)
+    batch = inputs_for(kind, 3)
+    batch["input_ids"] = batch["input_ids"].clamp(max=min(tokens, VOCAB) - 1)
+    batch["input_ids"][1:, 2] = torch.tensor([2, tokens - 1])
+    batch.pop("attention_mask")
+    entries = ["along", None, "along"]
+    got = logits(model, batch, adapter_names=entries)
+    alone = peft_alone(made, along)
+    for row, name in enumerate(entries):
+        want = logits(base if name is None else alone, row_of(batch, row))
+        assert_close(got[row : row + 1, :, : want.shape[-1]], want)
+
+
+def test_an_embedding_that_was_saved_untrained_costs_nothing(tmp_path: Path, llama: Any) -> None:
+    wrapped = peft.get_peft_model(copy.deepcopy(llama), lora(target_modules=["q_proj"]))
+    wrapped.save_pretrained(tmp_path / "plain")
+    wrapped.save_pretrained(tmp_path / "along", save_embedding_layers=True)
+    model = copy.deepcopy(llama)
+    mlora.patch(model)
+    sizes = [model.mlora.load_adapter(tmp_path / name, name).bytes for name in ("plain", "along")]
+    assert sizes[0] == sizes[1]
+
+
 def test_an_embedding_of_another_size_needs_a_head_of_it(tmp_path: Path, llama: Any) -> None:
     wide = resized(llama, VOCAB + 5)
     folder = saved(tmp_path / "wide", wide, 1, lora(modules_to_save=["embed_tokens"]))

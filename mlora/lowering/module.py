@@ -32,7 +32,8 @@ _NEUTRAL = {
 }  # fmt: skip
 
 # Beside a type's own tensors, files may hold the base's: PEFT adds the weight of a targeted lm_head, with
-# `bias` the trained biases, and with `modules_to_save` whole modules that were trained.
+# `bias` the trained biases, with `modules_to_save` whole modules that were trained, and with `save_embedding_layers`,
+# which it sets itself where a vocabulary was resized, the embedding and the head; loading puts them into the base.
 BASE_PARTS = {
     "base_layer.weight": "copy",
     "base_layer.bias": "base bias",
@@ -41,6 +42,9 @@ BASE_PARTS = {
 }
 
 BASE_NAMES = frozenset(BASE_PARTS.values())
+
+# What PEFT calls the modules that it saves with `save_embedding_layers`, in most models.
+EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
 
 # The part that holds replaced rows of an embedding, in whichever type.
 TOKENS = "trained tokens"
@@ -213,7 +217,8 @@ def modules_of(adapter: Adapter, lowering: Lowering, bases: Mapping[str, BaseLin
         AdapterError: it does not fit the model.
     """
     check_options(adapter, lowering.format)
-    modules, shared = _group(adapter, lowering.format)
+    vocabulary = {name for name, base in bases.items() if base.embed_scale is not None or base.head}
+    modules, shared = _group(adapter, lowering.format, vocabulary)
     if not modules:
         raise errors.AdapterError(f"adapter from {adapter.source}: it has no weights of any module")
     if lowering.names is not None:
@@ -234,7 +239,7 @@ def modules_of(adapter: Adapter, lowering: Lowering, bases: Mapping[str, BaseLin
         raise errors.AdapterError(
             f"adapter from {adapter.source}: its trainable_token_indices name tokens, for which it has no weights"
         )
-    _follow(modules, bases)
+    _follow(adapter, modules, bases)
     peers = tuple(bases[name] for name in sorted(targeted))
     for name, parts in modules.items():
         yield Module(adapter.config, parts, shared, bases[name], peers, adapter.source, weights.get(name, ""))
@@ -283,7 +288,7 @@ def _with_parameters(
 def module_names(adapter: Adapter, lowering: Lowering) -> list[str]:
     """The modules that the files of `adapter` change, as they name them; raises as `modules_of` does."""
     check_options(adapter, lowering.format)
-    return sorted(_group(adapter, lowering.format)[0])
+    return sorted(_group(adapter, lowering.format, None)[0])
 
 
 def check_options(adapter: Adapter, format: Format) -> None:
@@ -304,8 +309,11 @@ def check_options(adapter: Adapter, format: Format) -> None:
         )
 
 
-def _group(adapter: Adapter, format: Format) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Module path -> its tensors by part, and the adapter's own tensors; every key must be understood."""
+def _group(
+    adapter: Adapter, format: Format, vocabulary: Set[str] | None
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Module path -> its tensors by part, and the adapter's own tensors; every key must be understood. `vocabulary` are
+    the embeddings of tokens and the heads; where no model tells, those that have the usual names."""
     modules: dict[str, dict[str, Tensor]] = {}
     shared: dict[str, Tensor] = {}
     suffixes = {**format.parts, **BASE_PARTS}
@@ -318,12 +326,14 @@ def _group(adapter: Adapter, format: Format) -> tuple[dict[str, dict[str, Tensor
             shared[part] = tensor
         else:
             suffix = _suffix(key, endings)
-            if suffix is None or (suffix == "weight" and not (tied or _is_saved(adapter, key[: -len(".weight")]))):
+            name = "" if suffix is None else key[: -len(suffix) - 1]
+            known = name in vocabulary if vocabulary is not None else name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES
+            if suffix is None or (suffix == "weight" and not (tied or known or _is_saved(adapter, name))):
                 raise errors.UnsupportedAdapterError(
                     f"adapter from {adapter.source}: tensor {key!r} is left over ({_guess(key)}); it is not served"
                 )
             part = suffixes[suffix]
-            parts = modules.setdefault(key[: -len(suffix) - 1], {})
+            parts = modules.setdefault(name, {})
             if part in parts:
                 raise errors.AdapterError(f"adapter from {adapter.source}: {key} is there under two names")
             parts[part] = tensor
@@ -407,9 +417,13 @@ def _check_targets(
         )
 
 
-def _follow(modules: dict[str, dict[str, Tensor]], bases: Mapping[str, BaseLinear]) -> None:
-    """Trained tokens of an embedding are those of all that holds its weight and has none of its own."""
+def _follow(adapter: Adapter, modules: dict[str, dict[str, Tensor]], bases: Mapping[str, BaseLinear]) -> None:
+    """Trained tokens of an embedding are those of all that holds its weight and has none of its own; and so is a weight
+    that was saved along, which no `modules_to_save` names."""
     for name, parts in list(modules.items()):
+        if "saved weight" in parts and not _is_saved(adapter, name):
+            for other in bases[name].tied:
+                modules.setdefault(other, {}).setdefault("saved weight", parts["saved weight"])
         if TOKENS in parts and bases[name].embed_scale is not None:
             for other in (*bases[name].aliases, *bases[name].tied):
                 modules.setdefault(other, {}).setdefault(TOKENS, parts[TOKENS])

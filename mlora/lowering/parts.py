@@ -52,6 +52,8 @@ def lower_module(module: Module, lowering: Lowering) -> Delta | Dense:
     if "saved weight" in parts:
         if parts.keys() - BASE_NAMES:
             raise errors.AdapterError(f"{module.where}: modules_to_save names it and the adapter targets it as well")
+        if len(parts) == 1 and _is_copy(parts["saved weight"], base):  # saved, and not trained
+            return Delta()
         return saved(module, "saved weight", "base bias")
     if TOKENS in parts and parts.keys() != {TOKENS}:
         raise errors.UnsupportedAdapterError(
