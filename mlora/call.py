@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 _CACHES = ("cache", "past_key_values", "cache_params", "past_buckets_states", "mems", "state", "past")  # of any version
-_INPUTS = ("input_ids", "inputs", "inputs_embeds", "pixel_values", "input_values", "input_features")
+# The arguments that may be a model's main input. A decoder's come last: with the encoder's beside them, those count.
+_INPUTS = (
+    "input_ids", "inputs", "inputs_embeds", "pixel_values", "input_values", "input_features", "decoder_input_ids",
+    "decoder_inputs_embeds",
+)  # fmt: skip
 
 
 class Call(NamedTuple):

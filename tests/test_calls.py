@@ -163,6 +163,32 @@ def test_wrong_number_of_rows_inside_use_adapters(patched: Any, batch: dict[str,
             patched.model(**batch)
 
 
+class Decoder(torch.nn.Module):
+    """Called as transformers calls a decoder whose encoder has run: other tensors may come before its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = torch.nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, cache_position: Tensor, decoder_inputs_embeds: Tensor) -> Tensor:
+        return self.q_proj(decoder_inputs_embeds + cache_position[:, None])
+
+
+def test_rows_are_those_of_a_decoders_input() -> None:
+    model = Decoder()
+    given = {"cache_position": torch.zeros(1), "decoder_inputs_embeds": torch.randn(3, 1, HIDDEN)}
+    bare = model(**given)
+    runtime = mlora.patch(model)
+    a, b = torch.randn(2, HIDDEN), torch.randn(HIDDEN, 2)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    tensors = {"q_proj.lora_A.weight": a, "q_proj.lora_B.weight": b}
+    runtime.add_adapter("one", mlora.Adapter(config, tensors))
+    with runtime.use_adapters([None, "one", None]):
+        got = model(**given)
+    assert torch.equal(got[0::2], bare[0::2])
+    assert_close(got[1], bare[1] + given["decoder_inputs_embeds"][1] @ a.t() @ b.t())
+
+
 def test_a_batch_that_needs_more_than_the_arena(model: Any, folders: dict[str, Path], batch: Any) -> None:
     sizes = {}
     probe = mlora.patch(model, memory=1 << 20)

@@ -1,0 +1,5 @@
+"""`python -m mlora`: the command `mlora`."""
+
+from .cli import app
+
+app()
