@@ -220,9 +220,7 @@ def inspect(
         out = Console(soft_wrap=True, highlight=False, markup=False)
         adapter = Adapter.from_pretrained(folder)
         linears = _linears(adapter.tensors)
-        copied = any(
-            key.endswith("base_layer.weight") for key in adapter.tensors
-        )  # of the base, to be compared with it
+        copied = any(key.endswith("base_layer.weight") for key in adapter.tensors)  # to be compared with the base
         ranks = sorted({rank for rank, _, _ in linears.values()})
         options = {
             key: value for key, value in sorted(adapter.config.items()) if value not in (None, False, {}, [], "", 0.0)
