@@ -195,6 +195,10 @@ def _check_line(line: Any, known: set[str]) -> dict[str, Any]:
     return line
 
 
+# Options whose tensors do not tell the widths of what they change.
+_FROM_BASE = ("use_bdlora", "target_parameters")
+
+
 @app.command()
 def inspect(
     folder: Annotated[str, typer.Argument(help="A PEFT adapter folder, a .safetensors file, a URL or a hub id.")],
@@ -216,6 +220,7 @@ def inspect(
         out = Console(soft_wrap=True, highlight=False, markup=False)
         adapter = Adapter.from_pretrained(folder)
         linears = _linears(adapter.tensors)
+        copied = any(key.endswith("base_layer.weight") for key in adapter.tensors)  # to be compared with the base
         ranks = sorted({rank for rank, _, _ in linears.values()})
         options = {
             key: value for key, value in sorted(adapter.config.items()) if value not in (None, False, {}, [], "", 0.0)
@@ -241,7 +246,7 @@ def inspect(
                 out.print(f"served   {how}, {where}")
                 for name, error in sorted(info.errors.items(), key=lambda item: -item[1]):
                     out.print(f"error    {error:.1e} {name}")
-            elif set(linears) == set(names) and not any(map(adapter.config.get, ("use_bdlora", "target_parameters"))):
+            elif set(linears) == set(names) and not (copied or any(map(adapter.config.get, _FROM_BASE))):
                 _check_served(adapter, linears)
                 out.print("served   yes (pass --model to check that it fits a base model)")
             else:

@@ -51,7 +51,12 @@ class ConfigError(MloraError, ValueError):
 
 
 class AttributionError(MloraError, RuntimeError):
-    """A module got tokens that cannot be attributed to the rows of the batch."""
+    """A module got tokens that cannot be attributed to the rows of the batch, or to the part of a row that an adapter
+    applies to."""
+
+
+class TokenError(MloraError, IndexError):
+    """A row has a token that the embedding of its adapter does not have."""
 
 
 class AdapterInUseError(MloraError, RuntimeError):

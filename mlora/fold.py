@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import errors, routing
-from .layers import ExpertsLayer
+from .layers import ParametersLayer
 from .ops import dispatch, layout, reference
 from .originals import Checkpoint, Copies, Keeper, Target, keeper_of, matrix_of, shared_storages, target_of
 from .routing import Recipe
@@ -85,15 +85,20 @@ class Folded:
         for name, _ in recipe:
             for index in self._store[name].heads:
                 raise errors.MergeError(
-                    f"module {self._modules[index][0]}: adapter {name!r} has a head of another size there, which "
-                    f"cannot be folded into the model's; serve it unmerged"
+                    f"module {self._modules[index][0]}: adapter {name!r} has weights of another size there, "
+                    f"which cannot be folded into the model's; serve it unmerged"
+                )
+            if self._store[name].invocation:
+                raise errors.MergeError(
+                    f"adapter {name!r} is an aLoRA, which applies to a part of the tokens (alora_invocation_tokens): "
+                    f"it cannot be folded into the weights; serve it unmerged"
                 )
         touched = {index for name, _ in recipe for index in np.flatnonzero(self._store[name].touches).tolist()}
         for path, module in (self._modules[index] for index in sorted(touched)):
-            if isinstance(module, ExpertsLayer):
+            if isinstance(module, ParametersLayer):
                 raise errors.MergeError(
-                    f"parameter {path}: nothing is folded into fused experts' weights (target_parameters); serve it "
-                    f"unmerged"
+                    f"{path}: nothing is folded into experts' weights and other parameters (target_parameters); serve "
+                    f"it unmerged"
                 )
         targets = [
             target_of(*self._modules[index], index, self._store.tables[index], shared) for index in sorted(touched)

@@ -239,13 +239,18 @@ def merge_module(deltas: Sequence[Delta | None], how: Merge, base: BaseLinear) -
     """
     if base.experts:
         raise errors.MergeError(
-            f"parameter {base.name}: experts' weights (target_parameters) are served in weighted entries, and not in "
-            f"merges that make a new adapter"
+            f"parameter {base.name}: experts' weights and other parameters (target_parameters) are served in weighted "
+            f"entries, and not in merges that make a new adapter"
         )
     if any(d is not None and d.replaces for d in deltas):
         raise errors.MergeError(
-            f"module {base.name}: an adapter has a head of another size there, in place of the model's: there is "
-            f"nothing that it could be merged with"
+            f"module {base.name}: an adapter has weights of another size there, in place of the model's: there is "
+            f"nothing that they could be merged with"
+        )
+    if any(d is not None and d.invocation for d in deltas):
+        raise errors.MergeError(
+            f"module {base.name}: an aLoRA applies to a part of the tokens (alora_invocation_tokens), so there is no "
+            f"merge with it; it is served in weighted entries"
         )
     total = sum(how.weights) if how.normalize else 1.0
     present = [(d, w / total, n) for d, w, n in zip(deltas, how.weights, how.adapters, strict=True) if d is not None]
@@ -285,7 +290,12 @@ def relative(recipe: Sequence[tuple[Delta, float]], folded: Sequence[tuple[Delta
     """
     if any(d.replaces for d, _ in (*recipe, *folded)):
         raise errors.MergeError(
-            f"module {where}: a head of another size is no sum with what is folded in; unmerge_adapter first"
+            f"module {where}: weights of another size are no sum with what is folded in; unmerge_adapter first"
+        )
+    if any(d.invocation for d, _ in recipe):
+        raise errors.MergeError(
+            f"module {where}: an aLoRA (alora_invocation_tokens) is served beside something folded in only where none "
+            f"of the adapters has gains, as DoRA and IA3 do; unmerge_adapter first"
         )
     want, have = _sum(recipe), _sum(folded)
     ratios: dict[str, Tensor] = {}

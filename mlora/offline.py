@@ -71,8 +71,8 @@ def bases_of(adapters: Mapping[str, Adapter]) -> dict[str, BaseLinear]:
     for adapter_name, adapter in adapters.items():
         if adapter.config.get("target_parameters"):
             raise errors.MergeError(
-                f"adapter {adapter_name!r} changes experts' weights (target_parameters), which are served in weighted "
-                f"entries, and not in merges that make a new adapter"
+                f"adapter {adapter_name!r} changes parameters (target_parameters), which without their base model are "
+                f"not known, and served in weighted entries, and not in merges that make a new adapter"
             )
         for name, seen in widths_of(adapter).items():
             known = widths.get(name, (None, None))

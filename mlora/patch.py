@@ -7,14 +7,15 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import errors
 from .adapter import Adapter
+from .call import Call
 from .layers import (
-    ExpertsState,
     LayerState,
     LoraLayer,
+    ParametersState,
     Shared,
     compute_dtype,
     find_layers,
@@ -34,12 +35,6 @@ from .runtime import Runtime
 from .store import Store
 from .takeover import has_peft, take_over
 
-# The arguments that may be a model's main input. A decoder's come last: with the encoder's beside them, those count.
-_INPUTS = (
-    "input_ids", "inputs", "inputs_embeds", "pixel_values", "input_values", "input_features", "decoder_input_ids",
-    "decoder_inputs_embeds",
-)  # fmt: skip
-
 PLAN_WORDS = 1 << 16  # the plan buffer of compiled code: room for batches of some ten thousand rows
 
 
@@ -55,16 +50,14 @@ class PatchedModel(nn.Module):
                     "adapter_names= cannot be given inside torch.compile, where every new list of names would be a "
                     "new graph; route with `with runtime.use_adapters(names):` around the compiled call"
                 )
-            if shape := _input_shape(args, kwargs):
+            if shape := Call(args, kwargs).shape:
                 check_rows(self.mlora._shared.plan, shape[0])
             return super().__call__(*args, **kwargs)
-        shape = _input_shape(args, kwargs)
-        with self.mlora._forward(adapter_names, shape):
+        with self.mlora._forward(adapter_names, Call(args, kwargs)):
             return super().__call__(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
-        shape = _input_shape(args, kwargs)
-        with self.mlora._generation(adapter_names, shape, _expansion(self, args, kwargs)):
+        with self.mlora._generation(adapter_names, Call(args, kwargs), _expansion(self, args, kwargs)):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -156,7 +149,7 @@ def patch(
             dtype = getattr(module, next(iter(own))).dtype
             tables = {name: (index, store.tables[index]) for name, index in own.items()}
             modules[id(module)] = owner, module
-            states[id(module)] = ExpertsState(owner, shared, module, dtype, tables)
+            states[id(module)] = ParametersState(owner, shared, module, dtype, tables)
 
     for key, (_, module) in modules.items():
         if states[key].outer is not None:
@@ -220,17 +213,6 @@ def _default_memory(model: nn.Module, device: torch.device) -> int:
 
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else weights
     return max(1, min(max(weights // 2, 64 << 20), free // 2))
-
-
-def _input_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
-    """The shape of a model call's main input, `()` if it has none."""
-    for name in _INPUTS:
-        if isinstance(kwargs.get(name), Tensor):
-            return tuple(kwargs[name].shape)
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.dim():
-            return tuple(value.shape)
-    return ()
 
 
 def _expansion(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from torch import Tensor
 from . import errors
 from .merge import Merge
 from .ops import layout
+
+if TYPE_CHECKING:
+    from .activation import Activation, Prompt
 
 BASE = "__base__"
 
@@ -39,7 +42,10 @@ class Plan:
         rows: batch rows, or 1 if one recipe serves every row of any batch.
         row_counts: the leading sizes that a module's input may have: `rows`, and `rows` times the
             expansion of `generate` (beams, returned sequences), entries repeated in place.
-        heads: module number -> the head of another size of each row, None for rows that keep the model's.
+        heads: module number -> the head or token embedding of another size of each row, None for rows that keep the
+            model's.
+        recipes: of each row. `invocations`: aLoRAs among its adapters -> the tokens from which on each applies; see
+            `mlora.activation`.
     """
 
     tensor: Tensor
@@ -48,6 +54,8 @@ class Plan:
     rows: int
     row_counts: tuple[int, ...]
     heads: Mapping[int, tuple[Any, ...]] = field(default_factory=dict)
+    recipes: tuple[Recipe, ...] = ()
+    invocations: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def uniform(self) -> bool:
@@ -73,12 +81,15 @@ class Siblings:
 
 class Local(threading.local):
     """Per thread: the active plan, the entries it came from, the sequence length of the forward that is
-    running (0 if none), and what its layers left for their siblings."""
+    running (0 if none), what its layers left for their siblings, to what aLoRAs apply in it, and the prompt of the
+    `generate` that is running if it has some."""
 
     plan: Plan | None = None
     entries: Any = None
     length: int = 0
     siblings: Siblings | None = None
+    activation: Activation | None = None
+    prompt: Prompt | None = None
 
 
 def resolve_entry(entry: Any, exists: Callable[[str], bool]) -> Recipe:
@@ -131,20 +142,27 @@ def resolve(entries: Any, exists: Callable[[str], bool]) -> list[Recipe]:
     return [resolve_entry(entry, exists) for entry in entries]
 
 
-def plan_words(recipes: Sequence[Terms], expansion: int = 1, heads: bool = False, experts: bool = False) -> np.ndarray:
-    """The plan of `recipes`, one a row, as int32 words in the layout of `mlora.ops.layout`."""
+def plan_words(
+    recipes: Sequence[Terms],
+    expansion: int = 1,
+    heads: bool = False,
+    experts: bool = False,
+    tails: bool = False,
+    runs: Sequence[int] | None = None,
+) -> np.ndarray:
+    """The plan of `recipes` as int32 words in the layout of `mlora.ops.layout`; each is that of the next row, or of as
+    many of the next rows as `runs` says."""
     routes: dict[Terms, list[int]] = {}
-    base = []
-    for row, recipe in enumerate(recipes):
-        if recipe:
-            routes.setdefault(recipe, []).append(row)
-        else:
-            base.append(row)
+    base: list[int] = []
+    rows = 0
+    for recipe, run in zip(recipes, [1] * len(recipes) if runs is None else runs, strict=True):
+        (routes.setdefault(recipe, []) if recipe else base).extend(range(rows, rows + run))
+        rows += run
     terms = [term for recipe in routes for term in recipe]
-    header = [len(recipes), len(routes), len(terms), expansion, int(heads), int(experts)]
+    header = [rows, len(routes), len(terms), expansion, int(heads), int(experts), int(tails)]
     header += [0] * (layout.PLAN_HEADER - len(header))
     row_start = np.cumsum([0, *map(len, routes.values())])
-    row_order = [row for rows in [*routes.values(), base] for row in rows]
+    row_order = [row for own in [*routes.values(), base] for row in own]
     term_start = np.cumsum([0, *map(len, routes)])
     weights = np.array([weight for _, weight in terms], dtype=np.float32).view(np.int32)
     slots = [slot for slot, _ in terms]

@@ -15,7 +15,9 @@ import numpy as np
 from torch import nn
 
 from . import errors, routing
+from .activation import activation_of, prompt_of
 from .adapter import Adapter
+from .call import Call
 from .fold import Folded
 from .layers import Head, Shared, Stack, base_linears
 from .lowering import BaseLinear, Delta, lower, to_adapter
@@ -23,7 +25,7 @@ from .lowering.delta import kernel_major
 from .merge import Merge, as_merge, merge_adapters, relative
 from .originals import KEEPS
 from .routing import Entries, Entry, Plan, Recipe
-from .store import BOTH, GAIN, IN_GAIN, Packed, Store
+from .store import BOTH, GAIN, IN_GAIN, TAIL, Packed, Store
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,11 @@ class Runtime:
                     f"names: {', '.join(sorted({name, *self.bases[name].aliases} & deltas.keys()))}"
                 )
         packed = self._store.pack(by_index, f"adapter {adapter_name!r}")
+        if packed.invocation and getattr(getattr(self._model, "config", None), "is_encoder_decoder", False):
+            raise errors.UnsupportedAdapterError(
+                f"adapter {adapter_name!r}: option alora_invocation_tokens is not served on a model with an encoder, "
+                f"whose decoder reads other tokens than input_ids"
+            )
         ranks = tuple(sorted({delta.rank // (self.bases[name].experts or 1) for name, delta in deltas.items()}))
         info = AdapterInfo(
             adapter_name, adapter.source, adapter.peft_type, _variant(adapter), ranks[-1], ranks, tuple(deltas),
@@ -230,6 +237,7 @@ class Runtime:
         shared.embeddings |= any(self.bases[name].embed_scale is not None for name in touched)
         shared.experts |= any(self.bases[name].experts for name in touched)
         shared.heads = shared.heads.union(packed.heads)
+        shared.tails = shared.tails.union(np.flatnonzero(packed.touches & TAIL).tolist())
 
     @contextmanager
     def _resolved(self, entries: Any) -> Iterator[Any]:
@@ -513,13 +521,15 @@ class Runtime:
                 self._active -= 1
 
     @contextmanager
-    def _forward(self, entries: Any, shape: tuple[int, ...]) -> Iterator[None]:
-        """A call of the model with a main input of `shape`."""
-        local = self._shared.local
-        previous, local.length = local.length, shape[1] if len(shape) > 1 else 0
+    def _forward(self, entries: Any, call: Call) -> Iterator[None]:
+        """A call of the model."""
+        local, shape = self._shared.local, call.shape
+        previous = local.length, local.activation
+        local.length, local.activation = shape[1] if len(shape) > 1 else 0, None
         try:
             if entries is not None:
                 with self._route(entries, shape[0] if shape else 1, 1):
+                    self._activate(call)
                     yield
             else:
                 plan = local.plan
@@ -529,9 +539,29 @@ class Runtime:
                         f"the active routing has {plan.rows} entries; the model was called with {shape[0]} rows"
                     )
                 with self._default():
+                    self._activate(call)
                     yield
         finally:
-            local.length, local.siblings = previous, None
+            (local.length, local.activation), local.siblings = previous, None
+
+    def _activate(self, call: Call) -> None:
+        """Find out to which tokens of a forward the aLoRAs of the active plan apply."""
+        local = self._shared.local
+        plan, prompt = local.plan, local.prompt
+        if plan is not None and plan.invocations:
+            prompt = prompt if prompt is not None and prompt.plan is plan else None
+            local.activation = activation_of(plan, call, prompt, self._store.terms)
+
+    @contextmanager
+    def _prompted(self, call: Call) -> Iterator[None]:
+        """A `generate` under the active plan."""
+        local = self._shared.local
+        plan, previous = local.plan, local.prompt
+        local.prompt = prompt_of(plan, call) if plan is not None and plan.invocations else None
+        try:
+            yield
+        finally:
+            local.prompt = previous
 
     @contextmanager
     def _default(self) -> Iterator[None]:
@@ -553,16 +583,16 @@ class Runtime:
                 self._release(plan)
 
     @contextmanager
-    def _generation(self, entries: Any, shape: tuple[int, ...], expansion: int) -> Iterator[None]:
+    def _generation(self, entries: Any, call: Call, expansion: int) -> Iterator[None]:
         """A `generate` that repeats each row `expansion` times."""
         local = self._shared.local
         if entries is None:
             entries = local.entries
         if entries is None:
-            with self._default():
+            with self._default(), self._prompted(call):
                 yield
             return
-        with self._route(entries, shape[0] if shape else 1, expansion):
+        with self._route(entries, call.shape[0] if call.shape else 1, expansion), self._prompted(call):
             yield
 
     def _acquire(self, entries: Any, rows: int, expansion: int) -> Plan:
@@ -611,13 +641,16 @@ class Runtime:
             of_row[(of_row & (GAIN | IN_GAIN)) == (GAIN | IN_GAIN)] |= BOTH
             touches |= of_row
         terms = [self._store.terms(recipe) for recipe in recipes]
-        words = routing.plan_words(terms, expansion, bool(heads), bool(touches[self._stacks].any()))
+        invocations = {name: found for name in names if (found := self._store[name].invocation)}
+        experts = bool(touches[self._stacks].any())
+        words = routing.plan_words(terms, expansion, bool(heads), experts, bool(invocations))
         tensor = routing.to_device(words, self._store.arena.device)
         fixed = {index: tuple(found) for index, found in heads.items()}
-        return Plan(tensor, touches.tobytes(), names, rows, (rows, rows * expansion), fixed)
+        counts = (rows, rows * expansion)
+        return Plan(tensor, touches.tobytes(), names, rows, counts, fixed, tuple(recipes), invocations)
 
     def _headed(self, recipe: Recipe) -> dict[int, str]:
-        """Module number -> the adapter of `recipe` whose head of another size answers there."""
+        """Module number -> the adapter of `recipe` whose head or embedding of another size serves there."""
         found: dict[int, str] = {}
         for name, weight in recipe:
             for index in self._store[name].heads:
@@ -625,7 +658,7 @@ class Runtime:
                 if weight != 1 or beside:
                     with_what = f"with {', '.join(map(repr, beside))}" if beside else f"at a weight of {weight}"
                     raise errors.EntryError(
-                        f"adapter {name!r} has a head of another size at {self._modules[index][0]}, which takes the "
+                        f"adapter {name!r} has weights of another size at {self._modules[index][0]}, which take the "
                         f"place of the model's: there is no sum {with_what}"
                     )
                 found[index] = name
@@ -683,4 +716,6 @@ def _variant(adapter: Adapter) -> str:
     config = adapter.config
     if config.get("use_dora"):
         return "DoRA"
+    if config.get("alora_invocation_tokens"):
+        return "aLoRA"
     return "rsLoRA" if config.get("use_rslora") else ""

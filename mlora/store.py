@@ -28,6 +28,7 @@ ALIGNMENT = 64  # bytes: a cache line, and a multiple of every vector load of th
 # What an adapter does to a module, as bits of a byte.
 LORA, GAIN, IN_GAIN, SHIFT, HEAD = 1, 2, 4, 8, 16
 BOTH = 32  # in a plan: some row takes an output gain and an input gain there
+TAIL = 64  # on a row's last tokens only, from its invocation on (aLoRA)
 
 _TURNED_BYTES = 1 << 18
 
@@ -92,10 +93,11 @@ class Packed:
         blob: 1-D host tensor in the arena's dtype.
         rows: int64 (modules, 2, TABLE_WIDTH), offsets relative to the blob's start: the adapter's own row of each
             module's table, and that of the rests of its gains.
-        touches: one byte a module: LORA | GAIN | IN_GAIN | SHIFT | HEAD.
-        heads: module number -> (offset of its weight, of its bias or -1, width) of a head of another size, relative to
-            the blob's start; the module's row in `rows` is empty.
+        touches: one byte a module: LORA | GAIN | IN_GAIN | SHIFT | HEAD | TAIL.
+        heads: module number -> (offset of its weight, of its bias or -1, width) of a head or token embedding of another
+            size, relative to the blob's start; the module's row in `rows` is empty.
         rests: whether any of the latter has a part.
+        invocation: of an aLoRA, see `Delta`; it is that of every module with TAIL.
         slot, offset: where it is resident, or -1.
         pins: how many active routings use it.
     """
@@ -105,6 +107,7 @@ class Packed:
     touches: np.ndarray
     heads: Mapping[int, tuple[int, int, int]] = field(default_factory=dict)
     rests: bool = field(default=False)
+    invocation: tuple[int, ...] = ()
     slot: int = field(default=-1)
     offset: int = field(default=-1)
     pins: int = field(default=0)
@@ -190,6 +193,8 @@ class Store:
 
         for index, delta in deltas.items():
             row, rest_row = rows[index]
+            if delta.invocation:
+                touches[index] |= TAIL
             if delta.replaces and delta.a is not None:
                 heads[index] = number(delta.a), -1 if delta.shift is None else number(delta.shift), delta.rank
                 touches[index] |= HEAD
@@ -221,7 +226,8 @@ class Store:
                 "dtype=torch.float32 or torch.bfloat16"
             )
         rests = bool((rows[:, 1, (layout.GAIN, layout.IN_GAIN)] >= 0).any())
-        packed = Packed(blob, rows, touches, heads, rests)
+        invocation = next((delta.invocation for delta in deltas.values() if delta.invocation), ())
+        packed = Packed(blob, rows, touches, heads, rests, invocation)
         if packed.nbytes > self.capacity:
             raise errors.CapacityError(
                 f"{label} needs {packed.nbytes:,} bytes; the arena has {self.capacity:,} (patch(memory=...))"

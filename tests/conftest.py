@@ -155,6 +155,22 @@ def build(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     return model.to(dtype)
 
 
+def resized(base: Any, size: int) -> Any:
+    """The same model with another number of tokens, or of labels where it has a `classifier`; what is new is random."""
+    model = copy.deepcopy(base)
+    generator = torch.Generator().manual_seed(size)
+    with torch.no_grad():
+        if isinstance(getattr(model, "classifier", None), nn.Linear):
+            model.classifier = nn.Linear(HIDDEN, size)
+            for parameter in model.classifier.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * HIDDEN**-0.5)
+            return model.eval()
+        model.resize_token_embeddings(size, mean_resizing=False)
+        for module in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
+            module.weight[VOCAB:] = torch.randn(module.weight[VOCAB:].shape, generator=generator) * HIDDEN**-0.5
+    return model.eval()
+
+
 def inputs_for(
     kind: str, rows: int, seed: int = 1, length: int = 7, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
@@ -516,7 +532,8 @@ _TITLE = (
     "Written by `pytest tests/conformance --conformance-table docs/conformance.md`. *exact*: a row gets what a fresh",
     "PEFT model with that adapter alone gives it, in fp32 within 1e-5 of the largest value; in the column bf16, no",
     "further from fp32 than twice PEFT's own bf16. *refused*: loading fails with an error that says why;",
-    "*approximate=r* serves it at a rank. The first five columns are a tiny Llama, the others the models they name.",
+    "*approximate=r* serves it at a rank. The first five columns are a tiny Llama, the others the models they name;",
+    "these are *exact or refused* where an adapter brings weights of another size, of which there is no weighted sum.",
     "",
 )
 

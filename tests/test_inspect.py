@@ -34,6 +34,7 @@ TARGETS = ["q_proj", "down_proj"]
     (
         (peft.LoraConfig(r=3, target_modules=TARGETS), (), 0, ("LORA", "4 (down_proj, q_proj)", "ranks    3", "yes")),
         (peft.LoHaConfig(r=3, target_modules=TARGETS), (), 0, ("LOHA", "4 (down_proj, q_proj)", "pass --model")),
+        (peft.LoraConfig(r=3, target_modules=["lm_head"]), (), 0, ("LORA", "1 (lm_head)", "pass --model")),
         (peft.LoHaConfig(r=3, target_modules=TARGETS), ("--model", "x"), 0, ("exactly, on 4 modules of x",)),
         (peft.HiraConfig(r=3, target_modules=TARGETS), ("--model", "x"), 1, ("served   no", "HIRA", "full rank")),
         (peft.PeanutConfig(target_modules=TARGETS), (), 1, ("served   no", "'PEANUT'")),
@@ -57,7 +58,18 @@ TARGETS = ["q_proj", "down_proj"]
             ("LN_TUNING", "exactly, on 1 modules of x"),
         ),
     ),
-    ids=("lora", "loha", "loha-fits", "refused", "no-such-type", "approximate", "option", "trained-parts", "norms"),
+    ids=(
+        "lora",
+        "loha",
+        "head",
+        "loha-fits",
+        "refused",
+        "no-such-type",
+        "approximate",
+        "option",
+        "trained-parts",
+        "norms",
+    ),
 )
 def test_inspect(
     model: None, tmp_path: Path, config: Any, options: tuple[str, ...], code: int, wanted: tuple[str, ...]

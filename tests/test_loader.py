@@ -186,7 +186,6 @@ TENSORS: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("missing-b", edit(lora_B=None), ("layers.0.self_attn.q_proj", "lora_B is missing")),
     ("missing-module", edit(lora_A=None, lora_B=None), ("layers.0.self_attn.q_proj", "no weights")),
     ("left-over-key", add(f"{Q0}.other.weight", torch.ones(2)), ("q_proj.other.weight", "left over")),
-    ("trained-head", add(f"{ROOT}.lm_head.weight", torch.ones(67, 32)), ("lm_head.weight", "left over")),
     ("embedding", add(f"{ROOT}.model.embed_tokens.lora_embedding_A", torch.ones(3, 67)), ("tokens", "target_modules")),
     ("unasked-bias", add(f"{Q0}.lora_B.bias", torch.ones(32)), ("q_proj", "lora_bias", "bias")),
     ("unasked-magnitude", add(f"{Q0}.lora_magnitude_vector", torch.ones(32)), ("use_dora", "magnitude")),

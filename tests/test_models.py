@@ -237,11 +237,17 @@ def test_mixed_dtypes_stay_within_twice_pefts_own_error(
             assert 0 < error <= 2 * allowed, f"{length} tokens: {error:.3g} from the oracle, PEFT {allowed:.3g}"
 
 
-def test_an_adapter_of_a_routers_weight_is_refused_by_name(cases: Any, tmp_path: Path) -> None:
+def test_all_linears_of_a_mixture_of_experts(cases: Any, tmp_path: Path) -> None:
+    """By which PEFT means its routers and experts too, as target_parameters."""
     case = cases("mixtral")
-    folder = make_adapter(tmp_path / "all", case.base, 1, r=2, target_modules="all-linear")  # which has its routers
-    with pytest.raises(mlora.errors.UnsupportedAdapterError, match=r"target_parameters name gate\.weight"):
-        case.runtime.load_adapter(folder, "all")
+    folder = make_adapter(tmp_path / "all", case.base, 1, r=2, target_modules="all-linear")
+    info = case.runtime.load_adapter(folder, "all")
+    assert {"model.layers.0.mlp.gate.weight", "model.layers.0.mlp.experts.down_proj"} <= set(info.modules)
+    batch = inputs_for("mixtral", 3)
+    got = logits(case.model, batch, adapter_names=["all", None, "all"])
+    for row, oracle in enumerate((peft_alone(case.base, folder), case.base, peft_alone(case.base, folder))):
+        assert_close(got[row : row + 1], logits(oracle, row_of(batch, row)))
+    case.runtime.delete_adapter("all")
 
 
 # Generation. The oracle runs the whole batch under one adapter and keeps that adapter's rows, so that

@@ -71,6 +71,14 @@ def test_plans_decode_to_what_was_written(batch: list[Any], expansion: int) -> N
     assert torch.equal(to_device(words, torch.device("cpu")), torch.from_numpy(words))
 
 
+@given(batch=st.lists(st.tuples(entries, st.integers(1, 4)), max_size=20))
+def test_a_recipe_of_several_rows_is_written_once_for_each(batch: list[Any]) -> None:
+    recipes = [tuple(sorted(expected(entry).items())) for entry, _ in batch]
+    runs = [run for _, run in batch]
+    each = [recipe for recipe, run in zip(recipes, runs, strict=True) for _ in range(run)]
+    assert np.array_equal(plan_words(recipes, runs=runs), plan_words(each))
+
+
 @given(batch=st.lists(entries, min_size=1, max_size=12), data=st.data())
 def test_a_row_keeps_its_recipe_when_rows_are_shuffled(batch: list[Any], data: st.DataObject) -> None:
     order = data.draw(st.permutations(range(len(batch))))

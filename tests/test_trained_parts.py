@@ -22,6 +22,7 @@ from conftest import (
     logits,
     peft_alone,
     refused,
+    resized,
     rewrite,
     row_of,
 )
@@ -252,6 +253,165 @@ def test_a_vocabulary_of_another_size(tmp_path: Path, llama: Any) -> None:
     assert torch.equal(out[1:, : alone.shape[1]], alone)
 
 
+def grown(base: Any, tokens: int) -> Any:
+    """`resized` of the vocabulary, also where it is a classifier that gives the answer."""
+    model = copy.deepcopy(base)
+    model.resize_token_embeddings(tokens, mean_resizing=False)
+    return model if hasattr(model, "classifier") else resized(base, tokens)
+
+
+VOCABULARIES = {"wide": VOCAB + 5, "other": VOCAB + 2, "narrow": VOCAB - 4, "same": VOCAB}
+
+
+@pytest.mark.parametrize("kind", ("llama", "tied", "gemma3", "bert"))
+def test_vocabularies_of_several_sizes_in_one_batch(tmp_path: Path, kind: str) -> None:
+    base = build(kind)
+    options = {
+        "llama": {"modules_to_save": ["embed_tokens", "lm_head"]},
+        "bert": {"modules_to_save": ["word_embeddings"], "target_modules": ["query"]},
+    }.get(kind, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True})
+    made = {name: grown(base, tokens) for name, tokens in VOCABULARIES.items()}
+    folders = {
+        name: saved(tmp_path / name, made[name], seed, lora(**options)) for seed, name in enumerate(VOCABULARIES)
+    }
+    embedding = "word_embeddings" if kind == "bert" else "embed_tokens"
+    plain = {"target_modules": [*options.get("target_modules", ["q_proj"]), embedding]}
+    made["plain"], folders["plain"] = base, saved(tmp_path / "plain", base, 7, lora(**plain))
+    model = copy.deepcopy(base)
+    runtime = mlora.patch(model)
+    for name, folder in folders.items():
+        runtime.load_adapter(folder, name)
+    entries = ["wide", None, "narrow", "plain", "other", "same", "wide", "plain"]
+    batch = inputs_for(kind, len(entries))
+    ids = batch["input_ids"] = torch.randint(
+        2, VOCAB - 4, (len(entries), 7), generator=torch.Generator().manual_seed(3)
+    )
+    batch.pop("attention_mask")
+    ids[0, 2], ids[6, 5], ids[4, 1], ids[1, 1], ids[3, 3] = VOCAB + 4, VOCAB, VOCAB + 1, VOCAB - 1, VOCAB - 2
+
+    def check(entries: list[Any], rows: list[int]) -> None:
+        part = {key: value[rows] for key, value in batch.items()}
+        got = logits(model, part, adapter_names=[entries[row] for row in rows])
+        for at, row in enumerate(rows):
+            name = entries[row]
+            want = logits(base if name is None else peft_alone(made[name], folders[name]), row_of(batch, row))
+            assert_close(got[at : at + 1, ..., : want.shape[-1]], want)
+            assert (got[at, ..., want.shape[-1] :] == -torch.inf).all()
+
+    check(entries, list(range(len(entries))))
+    check(entries, [0, 6])
+    got = logits(model, row_of(batch, 0), adapter_names="wide")  # one entry for all rows
+    assert_close(got, logits(peft_alone(made["wide"], folders["wide"]), row_of(batch, 0)))
+    name = "model.embed_tokens" if kind != "bert" else "word_embeddings"
+    for names, wanted in (
+        (["wide", "wide", "wide", "wide", None], ("row 4", str(VOCAB + 1), name, f"{VOCAB} tokens in the model")),
+        (["wide", "narrow"], ("row 1", str(VOCAB - 1), name, f"{VOCAB - 4} tokens in the adapter of that row")),
+        (["other", None], ("row 0", str(VOCAB + 4), f"{VOCAB + 2} tokens in the adapter of that row")),
+    ):
+        with refused(model, errors.TokenError, *wanted):
+            model(**{key: value[: len(names)] for key, value in batch.items()}, adapter_names=names)
+    with refused(model, errors.EntryError, "'wide'", "another size"):
+        model(**row_of(batch, 0), adapter_names={"wide": 0.5})
+    with refused(model, errors.MergeError, "'wide'", "another size"):
+        runtime.merge_adapter("wide")
+    with refused(model, errors.MergeError, "another size"):
+        runtime.add_weighted_adapter(["wide", "plain"], [1.0, 1.0], "sum")
+    runtime.save_adapter("wide", tmp_path / "again")
+    assert_close(got, logits(peft_alone(made["wide"], tmp_path / "again"), row_of(batch, 0)))
+    for name in folders:
+        runtime.delete_adapter(name)
+    mlora.unpatch(model)
+
+
+@pytest.mark.parametrize("beams", (1, 3))
+def test_generating_with_a_larger_vocabulary(tmp_path: Path, llama: Any, beams: int) -> None:
+    """New tokens are read, written, and read again."""
+    wide = resized(llama, VOCAB + 5)
+    folder = saved(tmp_path / "wide", wide, 1, lora(modules_to_save=["embed_tokens", "lm_head"]))
+    model = copy.deepcopy(llama)
+    mlora.patch(model).load_adapter(folder, "wide")
+    ids = inputs_for("llama", 4, 5)["input_ids"].clamp(2)
+    ids[0, 3], ids[3, 1] = VOCAB + 4, VOCAB
+    names = ["wide", None, None, "wide"]
+
+    def prefer(_: Tensor, scores: Tensor) -> Tensor:  # the tokens that only one of them has
+        bonus = torch.zeros_like(scores)
+        bonus[:, VOCAB:] = 2.0
+        return scores + bonus
+
+    options = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams, "logits_processor": [prefer]}
+    got = model.generate(ids, **options, adapter_names=names)
+    for row, name in enumerate(names):
+        oracle = llama if name is None else peft_alone(wide, folder)
+        assert torch.equal(got[row : row + 1], oracle.generate(input_ids=ids[row : row + 1], **options))
+    assert (got[[0, 3], ids.shape[1] :] >= VOCAB).any()
+
+
+@pytest.mark.parametrize("kind", ("llama", "tied"))
+@pytest.mark.parametrize("tokens", (VOCAB + 5, VOCAB - 3, VOCAB))
+def test_embedding_layers_that_are_saved_along(tmp_path: Path, kind: str, tokens: int) -> None:
+    """As PEFT does of itself where the vocabulary was resized: it puts them into the base."""
+    base = build(kind)
+    made = resized(base, tokens)
+    with torch.no_grad():
+        for module in (made.model.embed_tokens, made.lm_head):
+            module.weight[2] += 1.0
+    config = lora(target_modules=["q_proj"])
+    folder = saved(tmp_path / "plain", made, 1, config)
+    wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(made), folder)
+    wrapped.save_pretrained(tmp_path / "along", save_embedding_layers=True)
+    along = tmp_path / "along"
+    if kind == "tied":  # one of the two is enough
+        along = rewrite(
+            along, tmp_path / "one", {}, lambda state: {k: t for k, t in state.items() if "lm_head" not in k}
+        )
+    model = copy.deepcopy(base)
+    runtime = mlora.patch(model)
+    info = runtime.load_adapter(along, "along")
+    assert {"model.embed_tokens", "lm_head"} <= set(info.modules)
+    batch = inputs_for(kind, 3)
+    batch["input_ids"] = batch["input_ids"].clamp(max=min(tokens, VOCAB) - 1)
+    batch["input_ids"][1:, 2] = torch.tensor([2, tokens - 1])
+    batch.pop("attention_mask")
+    entries = ["along", None, "along"]
+    got = logits(model, batch, adapter_names=entries)
+    alone = peft_alone(made, along)
+    for row, name in enumerate(entries):
+        want = logits(base if name is None else alone, row_of(batch, row))
+        assert_close(got[row : row + 1, :, : want.shape[-1]], want)
+
+
+def test_an_embedding_that_was_saved_untrained_costs_nothing(tmp_path: Path, llama: Any) -> None:
+    wrapped = peft.get_peft_model(copy.deepcopy(llama), lora(target_modules=["q_proj"]))
+    wrapped.save_pretrained(tmp_path / "plain")
+    wrapped.save_pretrained(tmp_path / "along", save_embedding_layers=True)
+    model = copy.deepcopy(llama)
+    mlora.patch(model)
+    sizes = [model.mlora.load_adapter(tmp_path / name, name).bytes for name in ("plain", "along")]
+    assert sizes[0] == sizes[1]
+
+
+def test_an_embedding_of_another_size_needs_a_head_of_it(tmp_path: Path, llama: Any) -> None:
+    wide = resized(llama, VOCAB + 5)
+    folder = saved(tmp_path / "wide", wide, 1, lora(modules_to_save=["embed_tokens"]))
+    model = copy.deepcopy(llama)
+    mlora.patch(model)
+    with refused(model, errors.UnsupportedAdapterError, f"{VOCAB + 5} tokens", "lm_head", "embed_tokens"):
+        model.mlora.load_adapter(folder, "wide")
+
+
+def test_compiled_vocabularies_are_refused(tmp_path: Path, llama: Any) -> None:
+    torch._dynamo.reset()
+    folder = saved(tmp_path / "w", resized(llama, VOCAB + 5), 1, lora(modules_to_save=["embed_tokens", "lm_head"]))
+    model, batch = copy.deepcopy(llama), inputs_for("llama", 2)
+    mlora.patch(model).load_adapter(folder, "wide")
+    compiled = torch.compile(model.model.embed_tokens, fullgraph=True, backend="aot_eager")
+    refusal = pytest.raises(errors.UnsupportedAdapterError, match=r"another size.*torch\.compile")
+    with torch.no_grad(), model.mlora.use_adapters(["wide", None]), refusal:
+        compiled(batch["input_ids"])
+    torch._dynamo.reset()
+
+
 def test_compiled_heads_are_refused(tmp_path: Path) -> None:
     base, _, folders = heads(tmp_path, "bert")
     model = copy.deepcopy(base)
@@ -394,7 +554,7 @@ def altered(folder: Path, target: Path, suffix: str, make: Any, **config: Any) -
     ("config", "suffix", "make", "options", "error", "wanted"),
     (
         ({"modules_to_save": ["embed_tokens"]}, "embed_tokens.weight", lambda t: t[:-1], {},
-         errors.UnsupportedAdapterError, ("66 tokens", "resize_token_embeddings")),
+         errors.UnsupportedAdapterError, ("66 tokens", "lm_head", "resize_token_embeddings")),
         ({"modules_to_save": ["norm"]}, "model.norm.weight", lambda t: t[:-1], {},
          errors.AdapterError, ("model.norm", "(31,)")),
         ({"modules_to_save": ["lm_head"]}, "lm_head.weight", lambda t: t[:, :-1], {},

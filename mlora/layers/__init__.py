@@ -8,11 +8,11 @@ from .base import base_linear, base_linears
 from .conv import CONVS, ConvLayer
 from .dense import compute_dtype, is_dense, model_dtype
 from .embedding import EmbeddingLayer
-from .experts import ExpertsLayer, ExpertsState, Stack
 from .find import INNER, find_layers, find_stacks, inner_module, mixin_of
 from .head import Head
 from .linear import LoraLayer
 from .norm import NormLayer, is_norm_like, norm_offset
+from .parameters import ParametersLayer, ParametersState, Stack
 from .state import LayerState, Shared
 from .swap import guard_moves, refuse_copy, refuse_move, restore_class, swap_class, swap_forward
 
@@ -21,12 +21,12 @@ __all__ = [
     "INNER",
     "ConvLayer",
     "EmbeddingLayer",
-    "ExpertsLayer",
-    "ExpertsState",
     "Head",
     "LayerState",
     "LoraLayer",
     "NormLayer",
+    "ParametersLayer",
+    "ParametersState",
     "Shared",
     "Stack",
     "base_linear",

@@ -79,9 +79,17 @@ def base_linear(name: str, module: nn.Module, originals: Callable[[], Mapping[st
         return dense
 
     offset = norm_offset(module) if norm else None
+    plain = is_dense(getattr(module, "weight", None)) and (embed_scale is not None or _is_plain(module))
     return BaseLinear(
-        name, in_features, out_features, weight, lambda: _bias(module, originals), embed_scale, _dtype(module), offset
-    )
+        name, in_features, out_features, weight, lambda: _bias(module, originals), embed_scale, _dtype(module), offset,
+        turned=transposed if plain else None,
+    )  # fmt: skip
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether it is a linear that does nothing else."""
+    forward = twin_of(module)[1].forward
+    return forward is nn.Linear.forward or forward is Conv1D.forward
 
 
 def _base_conv(name: str, module: nn.Module, originals: Callable[[], Mapping[str, Tensor]]) -> BaseLinear:

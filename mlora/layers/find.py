@@ -12,9 +12,9 @@ from transformers.pytorch_utils import Conv1D
 from .conv import CONVS, ConvLayer, is_conv
 from .dense import is_dense, tensors_of
 from .embedding import EmbeddingLayer
-from .experts import ExpertsLayer, Stack, is_experts, stacks_of
 from .linear import LoraLayer
 from .norm import NormLayer, is_norm_like, norm_offset
+from .parameters import ParametersLayer, Stack, stacks_of
 from .swap import bound_forwards
 
 # Where PEFT's layers, and its copies of whole modules, keep the model's own.
@@ -31,7 +31,9 @@ def mixin_of(module: nn.Module) -> type[LoraLayer]:
         return ConvLayer
     if is_norm_like(module):
         return NormLayer
-    return ExpertsLayer if is_experts(module) and not is_packed_linear(module) else LoraLayer
+    if isinstance(module, MODULE_CLASSES) or is_packed_linear(module):
+        return LoraLayer
+    return ParametersLayer
 
 
 def find_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -64,14 +66,14 @@ def find_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def find_stacks(model: nn.Module) -> dict[str, Stack]:
-    """Dotted path -> every parameter of fused experts, in the order in which modules register them. A shared module
-    comes once, as it does in PEFT; one whose `forward` somebody has replaced, so that it cannot be called under other
-    weights, does not."""
+    """Dotted path -> every parameter of fused experts, and every matrix that a module which is not patched otherwise
+    holds itself, in the order in which modules register them. A shared module comes once, as it does in PEFT; one whose
+    `forward` somebody has replaced, so that it cannot be called under other weights, does not."""
     return {
         f"{path}.{name}": Stack(module, name)
         for path, module in model.named_modules()
         if path
-        and mixin_of(module) is ExpertsLayer
+        and mixin_of(module) is ParametersLayer
         and ("forward" not in module.__dict__ or bound_forwards(module, type(module).forward))
         for name in stacks_of(module)
     }

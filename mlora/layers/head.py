@@ -1,4 +1,4 @@
-"""Heads of another size than the model's: rows of one batch with outputs of several widths."""
+"""Heads and token embeddings of another size than the model's: rows of one batch with several of them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import errors
+
 
 class Head(NamedTuple):
     """Where a resident adapter keeps its own head, in elements of the arena: `weight` (width, in) and `bias` (width,),
-    -1 if it has none."""
+    -1 if it has none. Of an embedding `width` is the number of tokens, and `in` what it gives."""
 
     weight: int
     bias: int
@@ -43,3 +45,47 @@ def answer(
             mine = torch.tensor([row for row, own in enumerate(heads) if own == head], device=x.device)
             out[mine, :, : head.width] = F.linear(rows[mine], weight, bias)
     return out.view(*x.shape[:-1], -1)
+
+
+def look_up(
+    ids: Tensor,
+    heads: tuple[Head | None, ...],
+    arena: Tensor,
+    base: Callable[[Tensor], Tensor],
+    under: Callable[[Tensor, Tensor], Tensor],
+    tokens: int,
+    features: int,
+    name: str,
+) -> Tensor:
+    """What each row's embedding has for its ids.
+
+    Args:
+        heads: of each of the plan's rows, each as many of the rows of `ids` as the others; None is the model's own.
+        base: the model's own, with what adapters add to it, on all rows; those that have another are given id 0.
+            Not called where every row has another.
+        under: the embedding under another weight, (tokens, features).
+        tokens: of the model's own. `name`: the module's.
+
+    Raises:
+        TokenError: an id that the row's embedding does not have.
+    """
+    rows, parts = ids.reshape(len(heads), -1), []
+    for head in dict.fromkeys(heads):
+        mine = torch.tensor([row for row, own in enumerate(heads) if own == head], device=ids.device)
+        width, own = tokens if head is None else head.width, rows[mine]
+        if (beyond := (own < 0) | (own >= width)).any():
+            row, column = (int(index) for index in beyond.nonzero()[0])
+            raise errors.TokenError(
+                f"row {int(mine[row])} has token {int(own[row, column])}; {name} has {width} tokens "
+                f"{'in the model' if head is None else 'in the adapter of that row'}"
+            )
+        if head is None:
+            known = torch.zeros_like(rows).index_copy(0, mine, own)
+            found = base(known.view(ids.shape)).reshape(len(heads), rows.shape[1], -1)[mine]
+        else:
+            found = under(arena[head.weight :][: head.width * features].view(head.width, features), own)
+        parts.append((mine, found))
+    out = parts[0][1].new_empty(*rows.shape, features)
+    for mine, found in parts:
+        out = out.index_copy(0, mine, found)
+    return out.view(*ids.shape, features)

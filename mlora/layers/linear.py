@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import errors
+from ..activation import Activation
 from ..ops import dispatch, reference
-from ..ops.checks import check_heads, check_rows
+from ..ops.checks import check_heads, check_rows, check_tails
 from ..routing import Plan, Siblings
-from ..store import BOTH, GAIN, HEAD, IN_GAIN, LORA
+from ..store import BOTH, GAIN, HEAD, IN_GAIN, LORA, TAIL
 from .head import answer
 from .state import LayerState
 from .swap import refuse_copy, refuse_move
@@ -41,6 +42,8 @@ class LoraLayer(nn.Module):
             if state.fused and (kblock := self._fusable(x)):
                 return dispatch.linear(x, self.weight, self.bias, shared.arena, state.table, shared.blank, kblock)
             return self._base(x)
+        if touches & TAIL:
+            plan = self._by_token(x, local.activation)
         if (seen := local.siblings) is not None and seen.input is x and seen.plan is plan:
             ready = seen.results.pop(state.index, None)
             if ready is not None and seen.version == x._version:
@@ -55,6 +58,16 @@ class LoraLayer(nn.Module):
             if shared.groups is not None and not torch.is_grad_enabled() and not x.is_inference():
                 return self._with_siblings(x, plan)
         return self._routed(x, plan.tensor, touches)
+
+    def _by_token(self, x: Tensor, activation: Activation | None) -> Plan:
+        """The plan of what aLoRAs do to x's tokens."""
+        state = self._mlora
+        if activation is None:
+            raise errors.AttributionError(
+                f"{state.name} runs outside of a call of the patched model, so that an aLoRA's invocation cannot be "
+                f"looked for; call the model itself"
+            )
+        return activation.plan_of(x, state.name, state.gathered)
 
     def _with_siblings(self, x: Tensor, plan: Plan) -> Tensor:
         """`_routed`, and in the same call what the layers that read `x` after this one will return. Not for inference
@@ -79,6 +92,8 @@ class LoraLayer(nn.Module):
             touches = plan.touches[its.index]
             if touches and not touches & (IN_GAIN | HEAD) and not its.gathered and its.outer is None:
                 if "forward" in layer.__dict__:  # somebody's, set since
+                    continue
+                if (touches ^ plan.touches[index]) & TAIL:  # it reads another plan
                     continue
                 results[its.index] = output = layer._base(x)
                 outputs.append(output)
@@ -138,6 +153,8 @@ class LoraLayer(nn.Module):
             check_rows(shared.plan, 0)  # only one entry for all rows may pass
         if state.index in shared.heads:
             check_heads(shared.plan)
+        if state.index in shared.tails:
+            check_tails(shared.plan)
         touches = LORA | IN_GAIN | BOTH if shared.in_gains else LORA | GAIN
         return self._routed(x, shared.plan, touches)
 

@@ -32,8 +32,8 @@ class Shared:
         groups: first layer's number -> the layers that read the same input after it (q, k, v; gate, up), learned as
             calls come; None where serving several modules in one call gains nothing.
         in_gains, norms, embeddings, experts: whether an adapter was ever loaded that has input gains, changes norms,
-            embeddings or fused experts; `heads`: numbers of the modules for which one brought a head of another size.
-            Until then compiled code leaves their ops out.
+            embeddings or parameters; `heads`: numbers of the modules for which one brought another size;
+            `tails`: of those that an aLoRA changes. Until then compiled code leaves their ops out.
     """
 
     def __init__(self, arena: Tensor, plan: Tensor, fused: bool) -> None:
@@ -45,6 +45,7 @@ class Shared:
         self.fused = fused
         self.in_gains = self.norms = self.embeddings = self.experts = False
         self.heads: frozenset[int] = frozenset()
+        self.tails: frozenset[int] = frozenset()
         grouped = dispatch.backend(arena.device, arena.dtype) in dispatch.GROUPING
         self.groups: dict[int, tuple[LoraLayer, ...]] | None = {} if grouped else None
 

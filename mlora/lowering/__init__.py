@@ -76,7 +76,23 @@ def lower(adapter: Adapter, bases: Mapping[str, BaseLinear], approximately: int 
                 )
             delta = approximate(delta, approximately)
         deltas[module.base.name] = delta
+    _check_vocabularies(deltas, bases, adapter.source)
     return deltas
+
+
+def _check_vocabularies(deltas: Mapping[str, Delta], bases: Mapping[str, BaseLinear], source: str) -> None:
+    """Refuse an embedding of another number of tokens without the head of as many that its model had."""
+    for name, delta in deltas.items():
+        if not delta.replaces or bases[name].embed_scale is None:
+            continue
+        heads = [base for base in bases.values() if base.head and base.out_features == bases[name].in_features]
+        if lacking := [base.name for base in heads if base.name not in deltas or deltas[base.name].rank != delta.rank]:
+            raise errors.UnsupportedAdapterError(
+                f"adapter from {source}, module {name}: it was saved with {delta.rank} tokens and this model has "
+                f"{bases[name].in_features}, which is served beside a saved {lacking[0]} of {delta.rank}, that the "
+                f"file does not have: what its model answers for the others is not known. Resize the model first "
+                f"(resize_token_embeddings)"
+            )
 
 
 def _lowering_of(adapter: Adapter) -> Lowering:

@@ -26,7 +26,10 @@ class Delta:
         in_gain: (in,), u - 1.
         shift: (out,), c.
         error: |D - B^T A| / |D| (Frobenius) where B^T A approximates a dense D; 0 where it is exact.
-        replaces: of a head of another size: y = A x + c, of width `rank`, in place of all of the above; `b` is absent.
+        replaces: of a head or a token embedding of another size, in place of all of the above: y = A x + c of width
+            `rank`, or y = A[ids], for `rank` tokens, before an embedding's own scale; `b` is absent.
+        invocation: of an activated LoRA: the delta applies to a row's tokens from the last place on where it has these,
+            and to none where it has not; empty: to all of them.
     """
 
     a: Tensor | None = None
@@ -37,6 +40,7 @@ class Delta:
     shift: Tensor | None = None
     error: float = 0.0
     replaces: bool = False
+    invocation: tuple[int, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -111,8 +115,10 @@ class BaseLinear:
         aliases: the other paths of the same module. `tied`: those of other modules that hold its very weight.
         head: whether it gives the model's answer, so that another size is no matter to any other module.
         conv: what it is if it is a convolution.
-        experts: of a parameter that holds the matrices of that many experts, of the widths above each; 0 of others. Its
-            delta has as many rank rows for each of them, those of the first expert first.
+        experts: of a parameter that holds the matrices of that many experts, of the widths above each, or one matrix; 0
+            of what is no parameter. Its delta has as many rank rows for each of them, those of the first expert first.
+        turned: of a module whose `weight` is a plain parameter which it does nothing with but to multiply or look up:
+            whether that lies as (in, out), as GPT-2's `Conv1D`'s and embeddings' do. None of others.
     """
 
     name: str
@@ -128,6 +134,7 @@ class BaseLinear:
     head: bool = False
     conv: Conv | None = None
     experts: int = 0
+    turned: bool | None = None
 
     @property
     def kernel(self) -> tuple[int, ...]:

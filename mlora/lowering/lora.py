@@ -1,4 +1,4 @@
-"""LoRA with rsLoRA, DoRA, KaSA, BdLoRA, rank and alpha patterns and `lora_bias`.
+"""LoRA with rsLoRA, DoRA, KaSA, BdLoRA, aLoRA, rank and alpha patterns and `lora_bias`.
 
     LoRA    dW = s B A, s = alpha / r          (Hu et al., arXiv:2106.09685)
     rsLoRA  s = alpha / sqrt(r)                (Kalajdzievski, arXiv:2312.03732)
@@ -6,9 +6,10 @@
     KaSA    W' = W_r + s B diag(d) A           (Wang et al., arXiv:2412.06071), W_r = W without its r
                                                smallest singular triplets
     BdLoRA  A or B is block-diagonal
+    aLoRA   LoRA, on the tokens from the invocation on   (Greenewald et al., arXiv:2504.12397)
     convolutions  A is a convolution like the base's to r channels, B one of 1x1 with the base's groups, so A reads the
                   channels of all groups; PEFT gives A neither dilation nor a padding mode
-    parameters of fused experts  see `experts.py`
+    parameters  see `parameters.py`
     embeddings  y = embed_scale (W[ids] + s (B A[:, ids])^T), with `lora_embedding_A` (r, vocab) and
                 `lora_embedding_B` (out, r); under DoRA g times that, with g = m / |W^T + s B A|
 
@@ -29,8 +30,8 @@ from torch import Tensor
 
 from .. import errors
 from .delta import Delta, spread
-from .experts import expert_delta
 from .module import TOKENS, Format, Lowering, Module, scaling
+from .parameters import parameter_delta
 
 _REWRITTEN = (
     "this initialisation rewrites the base weights; save the adapter with PEFT's "
@@ -55,6 +56,7 @@ FORMAT = Format(
     honoured={
         "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias",
         "init_lora_weights", "kasa_config", "use_bdlora", "trainable_token_indices", "target_parameters",
+        "alora_invocation_tokens",
     },
     neutral={
         "lora_dropout", "megatron_core", "runtime_config", "eva_config", "corda_config", "loftq_config",
@@ -62,7 +64,6 @@ FORMAT = Format(
         "ensure_weight_tying",
     },
     notes={
-        "alora_invocation_tokens": "it applies from a token in the text on, not to whole rows",
         "layer_replication": "it changes the number of layers",
         "arrow_config": "it routes each token by itself among other adapters",
     },
@@ -75,8 +76,9 @@ def delta(module: Module) -> Delta:
     """The delta of one module; see the formulas above."""
     config, base = module.config, module.base
     _check_config(module)
-    if base.experts:
-        return expert_delta(module)
+    invocation = _invocation(module)
+    if base.experts or module.parameter:
+        return parameter_delta(module)
     if base.embed_scale is not None:
         return _embedding(module, base.embed_scale)
     for option, part in (("lora_bias", "bias"), ("use_dora", "magnitude"), ("kasa_config", "diagonal")):
@@ -98,7 +100,7 @@ def delta(module: Module) -> Delta:
     if "diagonal" in module.parts:
         return _kasa(module, a.float(), b.float(), scale)
     shift = module.part("bias", base.out_features) * scale if "bias" in module.parts else None
-    return Delta(a, b.t(), scale, shift=shift)
+    return Delta(a, b.t(), scale, shift=shift, invocation=invocation)
 
 
 def _embedding(module: Module, embed_scale: float) -> Delta:
@@ -227,6 +229,28 @@ def _blocks(module: Module) -> int:
     return replace(module, config=module.config["use_bdlora"]).integer("nblocks", 1)
 
 
+def _invocation(module: Module) -> tuple[int, ...]:
+    """The tokens that activate an aLoRA, () of other LoRAs."""
+    config, tokens = module.config, module.config.get("alora_invocation_tokens")
+    if not tokens:
+        return ()
+    if not isinstance(tokens, (list, tuple)) or not all(type(token) is int and token >= 0 for token in tokens):
+        raise errors.AdapterError(
+            f"adapter from {module.source}: alora_invocation_tokens is {tokens!r}; it must be a list of token ids"
+        )
+    option = f"adapter from {module.source}: option alora_invocation_tokens={tokens!r} is not served"
+    if (task := config.get("task_type")) is None or str(getattr(task, "value", task)) != "CAUSAL_LM":
+        raise errors.UnsupportedAdapterError(f"{option} with task_type {task!r}: PEFT applies it in CAUSAL_LM only")
+    if config.get("bias", "none") != "none":
+        raise errors.UnsupportedAdapterError(
+            f"{option} with bias {config['bias']!r}: trained biases apply to all tokens, the rest of a module to some"
+        )
+    base = module.base
+    if base.experts or module.parameter or base.conv is not None or base.embed_scale is not None:
+        raise errors.UnsupportedAdapterError(f"{option} on {base.name}: PEFT defines it for linears only")
+    return tuple(tokens)
+
+
 def _check_config(module: Module) -> None:
     config = module.config
     init = config.get("init_lora_weights", True)
@@ -234,8 +258,10 @@ def _check_config(module: Module) -> None:
         raise errors.UnsupportedAdapterError(
             f"adapter from {module.source}: option init_lora_weights={init!r} is not served: {_REWRITTEN}"
         )
-    chosen = [option for option in ("use_dora", "kasa_config", "use_bdlora") if config.get(option)]
-    if len(chosen) > 1 or (chosen and config.get("lora_bias")):
+    chosen = [
+        option for option in ("use_dora", "kasa_config", "use_bdlora", "alora_invocation_tokens") if config.get(option)
+    ]
+    if len(chosen) > 1 or (chosen and chosen != ["alora_invocation_tokens"] and config.get("lora_bias")):
         both = [*chosen, "lora_bias"][:2]
         raise errors.UnsupportedAdapterError(
             f"adapter from {module.source}: option {both[1]} is not served together with {both[0]}, "

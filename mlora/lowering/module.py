@@ -32,7 +32,8 @@ _NEUTRAL = {
 }  # fmt: skip
 
 # Beside a type's own tensors, files may hold the base's: PEFT adds the weight of a targeted lm_head, with
-# `bias` the trained biases, and with `modules_to_save` whole modules that were trained.
+# `bias` the trained biases, with `modules_to_save` whole modules that were trained, and with `save_embedding_layers`,
+# which it sets itself where a vocabulary was resized, the embedding and the head; loading puts them into the base.
 BASE_PARTS = {
     "base_layer.weight": "copy",
     "base_layer.bias": "base bias",
@@ -41,6 +42,9 @@ BASE_PARTS = {
 }
 
 BASE_NAMES = frozenset(BASE_PARTS.values())
+
+# What PEFT calls the modules that it saves with `save_embedding_layers`, in most models.
+EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
 
 # The part that holds replaced rows of an embedding, in whichever type.
 TOKENS = "trained tokens"
@@ -92,6 +96,7 @@ class Module:
         config: the adapter's config. `parts`: its tensors. `shared`: the adapter's own tensors.
         base: the linear that it changes. `peers`: those of the whole adapter.
         source: of the adapter, for messages.
+        parameter: the path of its weight where it is that which `target_parameters` names, else "".
     """
 
     config: Mapping[str, Any]
@@ -100,6 +105,7 @@ class Module:
     base: BaseLinear
     peers: tuple[BaseLinear, ...]
     source: str
+    parameter: str = ""
 
     @property
     def where(self) -> str:
@@ -147,7 +153,7 @@ class Module:
         table = self.config.get(patterns) or {}
         if not isinstance(table, dict):
             raise errors.AdapterError(f"adapter from {self.source}: {patterns} must be an object")
-        return pattern_value(table, self.base.name, value)
+        return pattern_value(table, self.parameter or self.base.name, value)
 
     def expect(self, what: str, seen: int, wanted: int) -> None:
         """Refuse a tensor whose size is not what the config says."""
@@ -211,7 +217,8 @@ def modules_of(adapter: Adapter, lowering: Lowering, bases: Mapping[str, BaseLin
         AdapterError: it does not fit the model.
     """
     check_options(adapter, lowering.format)
-    modules, shared = _group(adapter, lowering.format)
+    vocabulary = {name for name, base in bases.items() if base.embed_scale is not None or base.head}
+    modules, shared = _group(adapter, lowering.format, vocabulary)
     if not modules:
         raise errors.AdapterError(f"adapter from {adapter.source}: it has no weights of any module")
     if lowering.names is not None:
@@ -219,7 +226,7 @@ def modules_of(adapter: Adapter, lowering: Lowering, bases: Mapping[str, BaseLin
         if len(set(named.values())) != len(modules):
             raise errors.AdapterError(f"adapter from {adapter.source}: several of its modules are one of this model's")
         modules = {named[name]: parts for name, parts in modules.items()}
-    modules = _with_parameters(adapter, modules, bases)
+    modules, weights = _with_parameters(adapter, modules, bases)
     beside = BASE_NAMES if lowering.tied else BASE_NAMES | {TOKENS}
     targeted = {name for name, parts in modules.items() if not parts.keys() <= beside}
     if unsaved := [name for name in bases if _is_saved(adapter, name) and "saved weight" not in modules.get(name, ())]:
@@ -227,21 +234,26 @@ def modules_of(adapter: Adapter, lowering: Lowering, bases: Mapping[str, BaseLin
             f"adapter from {adapter.source}: its modules_to_save {adapter.config['modules_to_save']!r} name "
             f"{_some(unsaved)}, for which it has no weights"
         )
-    _check_targets(adapter, modules, targeted, bases, lowering)
+    _check_targets(adapter, modules, targeted, weights.keys(), bases, lowering)
     if adapter.config.get("trainable_token_indices") and not any(TOKENS in parts for parts in modules.values()):
         raise errors.AdapterError(
             f"adapter from {adapter.source}: its trainable_token_indices name tokens, for which it has no weights"
         )
-    _follow(modules, bases)
+    _follow(adapter, modules, bases)
     peers = tuple(bases[name] for name in sorted(targeted))
     for name, parts in modules.items():
-        yield Module(adapter.config, parts, shared, bases[name], peers, adapter.source)
+        yield Module(adapter.config, parts, shared, bases[name], peers, adapter.source, weights.get(name, ""))
 
 
 def _with_parameters(
     adapter: Adapter, modules: dict[str, dict[str, Tensor]], bases: Mapping[str, BaseLinear]
-) -> dict[str, dict[str, Tensor]]:
-    """`modules` with the layers that PEFT puts around fused experts under the paths of their parameters."""
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    """What `target_parameters` names.
+
+    Returns:
+        `modules` with the layers that PEFT puts around fused experts, routers and their like under the paths of their
+        parameters; and the modules of which the weight is named: path -> that of the weight.
+    """
     if named := [name for name in modules if name in bases and bases[name].experts]:
         raise errors.AdapterError(
             f"adapter from {adapter.source}: it has weights for {_some(named)} as if it were a module; it is a "
@@ -249,29 +261,34 @@ def _with_parameters(
         )
     targets = adapter.config.get("target_parameters")
     if not targets:
-        return modules
+        return modules, {}
     if isinstance(targets, str) or not all(isinstance(target, str) for target in targets):
         raise errors.AdapterError(
             f"adapter from {adapter.source}: target_parameters is {targets!r}; it must be a list of names"
         )
-    wrapped, unknown = parameters_of(targets, [name for name, base in bases.items() if base.experts])
+    held = {name if base.experts else f"{name}.weight": name for name, base in bases.items()}
+    wrapped, unknown = parameters_of(targets, held)
+    found = {path: bases[held[path]] for path in wrapped.values()}
+    unknown += [path for path, base in found.items() if not base.experts and base.turned is None]
     if unknown:
         raise errors.UnsupportedAdapterError(
-            f"adapter from {adapter.source}: its target_parameters name {_some(unknown)}; served are those that "
-            f"hold the matrices of several experts, and this model has none of that name"
+            f"adapter from {adapter.source}: its target_parameters name {_some(unknown)}; served are the weights of "
+            f"plain linears and token embeddings, and the matrices, or experts' stacks of them, that other modules "
+            f"hold themselves, and this model has none of that name"
         )
     if lacking := [path for name, path in wrapped.items() if name not in modules]:
         raise errors.AdapterError(
             f"adapter from {adapter.source}: its target_parameters {sorted(targets)!r} name {_some(lacking)}, for "
             f"which it has no weights"
         )
-    return {wrapped.get(name, name): parts for name, parts in modules.items()}
+    weights = {base.name: path for path, base in found.items() if not base.experts}
+    return {held.get(wrapped.get(name, ""), name): parts for name, parts in modules.items()}, weights
 
 
 def module_names(adapter: Adapter, lowering: Lowering) -> list[str]:
     """The modules that the files of `adapter` change, as they name them; raises as `modules_of` does."""
     check_options(adapter, lowering.format)
-    return sorted(_group(adapter, lowering.format)[0])
+    return sorted(_group(adapter, lowering.format, None)[0])
 
 
 def check_options(adapter: Adapter, format: Format) -> None:
@@ -292,8 +309,11 @@ def check_options(adapter: Adapter, format: Format) -> None:
         )
 
 
-def _group(adapter: Adapter, format: Format) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Module path -> its tensors by part, and the adapter's own tensors; every key must be understood."""
+def _group(
+    adapter: Adapter, format: Format, vocabulary: Set[str] | None
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Module path -> its tensors by part, and the adapter's own tensors; every key must be understood. `vocabulary` are
+    the embeddings of tokens and the heads; where no model tells, those that have the usual names."""
     modules: dict[str, dict[str, Tensor]] = {}
     shared: dict[str, Tensor] = {}
     suffixes = {**format.parts, **BASE_PARTS}
@@ -306,12 +326,14 @@ def _group(adapter: Adapter, format: Format) -> tuple[dict[str, dict[str, Tensor
             shared[part] = tensor
         else:
             suffix = _suffix(key, endings)
-            if suffix is None or (suffix == "weight" and not (tied or _is_saved(adapter, key[: -len(".weight")]))):
+            name = "" if suffix is None else key[: -len(suffix) - 1]
+            known = name in vocabulary if vocabulary is not None else name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES
+            if suffix is None or (suffix == "weight" and not (tied or known or _is_saved(adapter, name))):
                 raise errors.UnsupportedAdapterError(
                     f"adapter from {adapter.source}: tensor {key!r} is left over ({_guess(key)}); it is not served"
                 )
             part = suffixes[suffix]
-            parts = modules.setdefault(key[: -len(suffix) - 1], {})
+            parts = modules.setdefault(name, {})
             if part in parts:
                 raise errors.AdapterError(f"adapter from {adapter.source}: {key} is there under two names")
             parts[part] = tensor
@@ -354,6 +376,7 @@ def _check_targets(
     adapter: Adapter,
     modules: Mapping[str, Any],
     targeted: Set[str],
+    weights: Set[str],
     bases: Mapping[str, BaseLinear],
     lowering: Lowering,
 ) -> None:
@@ -377,7 +400,12 @@ def _check_targets(
     unless = set() if lowering.norms else {name for name, base in bases.items() if base.offset is not None} - targeted
     wanted = targets_of(config, bases) - unless - experts
     along = {n for name in wanted for n in (*bases[name].aliases, *bases[name].tied)} if lowering.tied else set()
-    if left := sorted(targeted - wanted - along - experts):
+    if both := sorted(wanted & weights):
+        raise errors.AdapterError(
+            f"adapter from {adapter.source}: both its target_modules {targets!r} and its target_parameters name "
+            f"{_some(both)}"
+        )
+    if left := sorted(targeted - wanted - along - experts - weights):
         raise errors.AdapterError(
             f"adapter from {adapter.source}: it has weights for {_some(left)}, which its target_modules "
             f"{targets!r} do not name"
@@ -389,9 +417,13 @@ def _check_targets(
         )
 
 
-def _follow(modules: dict[str, dict[str, Tensor]], bases: Mapping[str, BaseLinear]) -> None:
-    """Trained tokens of an embedding are those of all that holds its weight and has none of its own."""
+def _follow(adapter: Adapter, modules: dict[str, dict[str, Tensor]], bases: Mapping[str, BaseLinear]) -> None:
+    """Trained tokens of an embedding are those of all that holds its weight and has none of its own; and so is a weight
+    that was saved along, which no `modules_to_save` names."""
     for name, parts in list(modules.items()):
+        if "saved weight" in parts and not _is_saved(adapter, name):
+            for other in bases[name].tied:
+                modules.setdefault(other, {}).setdefault("saved weight", parts["saved weight"])
         if TOKENS in parts and bases[name].embed_scale is not None:
             for other in (*bases[name].aliases, *bases[name].tied):
                 modules.setdefault(other, {}).setdefault(TOKENS, parts[TOKENS])

@@ -31,7 +31,8 @@ _NORM_PARTS = {"saved weight", "base bias", "trained weight", "trained bias", "d
 def lower_module(module: Module, lowering: Lowering) -> Delta | Dense:
     """The module's delta, with the shift from the base's bias to a saved one."""
     parts, base = module.parts, module.base
-    if base.embed_scale is not None and (unserved := sorted(parts.keys() - _EMBEDDING_PARTS)):
+    allowed = _EMBEDDING_PARTS | ({"lora_A", "lora_B"} if module.parameter else set())
+    if base.embed_scale is not None and (unserved := sorted(parts.keys() - allowed)):
         raise errors.UnsupportedAdapterError(
             f"{module.where}: an embedding is served with LoRA only, or trained tokens; the file has its "
             f"{', '.join(unserved)}"
@@ -51,6 +52,8 @@ def lower_module(module: Module, lowering: Lowering) -> Delta | Dense:
     if "saved weight" in parts:
         if parts.keys() - BASE_NAMES:
             raise errors.AdapterError(f"{module.where}: modules_to_save names it and the adapter targets it as well")
+        if len(parts) == 1 and _is_copy(parts["saved weight"], base):  # saved, and not trained
+            return Delta()
         return saved(module, "saved weight", "base bias")
     if TOKENS in parts and parts.keys() != {TOKENS}:
         raise errors.UnsupportedAdapterError(

@@ -5,6 +5,7 @@ arXiv:2312.11420), which trains copies of norms.
     embedding  y = embed_scale W'[ids]   the same, of one-hot inputs
     norm       y = n (w' + k) + b'       g = (w' + k) / (w + k), c = b' - g b, since the base gives n (w + k) + b
     head       y = W' x + b'             of another size: in place of the base's
+    tokens     y = embed_scale W'[ids]   of another number: in place of the base's
 """
 
 from __future__ import annotations
@@ -40,12 +41,8 @@ def saved(module: Module, weight: str, bias: str) -> Delta:
     if base.offset is not None:
         return _norm(module, base.offset, weight, bias)
     if base.embed_scale is not None:
-        rows = module.parts[weight].shape[0] if module.parts[weight].dim() else 0
-        if rows != base.in_features:
-            raise errors.UnsupportedAdapterError(
-                f"{module.where}: it was saved with {rows} tokens; this model has {base.in_features}. Resize the model "
-                f"first (resize_token_embeddings)"
-            )
+        if module.parts[weight].shape[:1] != (base.in_features,):
+            return Delta(module.part(weight, None, base.out_features), replaces=True)
         trained = module.part(weight, base.in_features, base.out_features).double().t() * base.embed_scale
         return whole(trained - base.weight().double())
     if base.head and module.parts[weight].shape[:1] != (base.out_features,):

@@ -35,16 +35,24 @@ def _check_rows(plan: Tensor, rows: int) -> None:
 def _check_heads(plan: Tensor) -> None:
     if int(plan[4]):
         raise errors.UnsupportedAdapterError(
-            "the active routing has an adapter with a head of another size than the model's, whose output has another "
-            "width; under torch.compile, where widths are fixed, it is not served"
+            "the active routing has an adapter with a head or a token embedding of another size than the model's; "
+            "under torch.compile, where sizes are fixed, it is not served"
         )
 
 
 def _check_experts(plan: Tensor) -> None:
     if int(plan[5]):
         raise errors.UnsupportedAdapterError(
-            "the active routing has an adapter with target_parameters, for which experts run once for each recipe of "
-            "the batch; under torch.compile, where what is run is fixed, it is not served"
+            "the active routing has an adapter with target_parameters, whose modules run once for each recipe of the "
+            "batch; under torch.compile, where what is run is fixed, it is not served"
+        )
+
+
+def _check_tails(plan: Tensor) -> None:
+    if int(plan[6]):
+        raise errors.UnsupportedAdapterError(
+            "the active routing has an aLoRA (alora_invocation_tokens), whose tokens are looked for in each batch; "
+            "under torch.compile it is not served"
         )
 
 
@@ -53,6 +61,7 @@ _rows = _define("check_rows_(Tensor(a!) plan, SymInt rows)", _check_rows, "CPU")
 # Of a plan on another device these wait for it; layers call them only once an adapter was loaded that needs them.
 check_heads = _define("check_heads_(Tensor(a!) plan)", _check_heads, "CompositeExplicitAutograd")
 check_experts = _define("check_experts_(Tensor(a!) plan)", _check_experts, "CompositeExplicitAutograd")
+check_tails = _define("check_tails_(Tensor(a!) plan)", _check_tails, "CompositeExplicitAutograd")
 
 
 def check_rows(plan: Tensor, rows: int) -> None:

@@ -19,8 +19,10 @@ The store gives each adapter two rows, the second for the rests of its gains (`S
 **Plan**, one per forward: int32, one dimension, refreshed by one copy. With R rows, P routes and
 E terms (a route is a distinct recipe; a term is one weighted slot of a recipe):
 
-    [0:8]            header: R, P, E, X, H, F, 0, 0, where X is how often `generate` repeats a row, and H is 1 where
-                     one has a head of another size, F where one changes fused experts; compiled code must refuse both
+    [0:8]            header: R, P, E, X, H, F, L, 0, where X is how often `generate` repeats a row, and H is 1 where
+                     one has a head or an embedding of another size, F where one changes parameters
+                     (`target_parameters`), L where one is an aLoRA, which applies to some of a row's tokens; compiled
+                     code must refuse all three
     row_start  P+1   rows of route p are row_order[row_start[p] : row_start[p+1]]
     row_order  R     rows sorted by route; those that take no adapter come last, after row_start[P]
     term_start P+1   terms of route p are [term_start[p], term_start[p+1])
@@ -31,8 +33,8 @@ Example: rows `["sql", None, "sql", {"sql": .5, "chat": .5}]` with sql in slot 0
 give R=4, P=2, E=3, row_start [0, 2, 3], row_order [0, 2, 3, 1], term_start [0, 1, 3],
 term_slot [0, 0, 3], term_weight [1, .5, .5].
 
-An input of T tokens holds T / R consecutive tokens for each row. Capacity beyond the last entry is
-ignored; a header of zeros routes nothing.
+An input of T tokens holds T / R consecutive tokens for each row; where recipes differ from token to token, every token
+is a row of its own. Capacity beyond the last entry is ignored; a header of zeros routes nothing.
 """
 
 from __future__ import annotations

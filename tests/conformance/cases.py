@@ -10,14 +10,14 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from conftest import VOCAB, build, peft_alone
+from conftest import VOCAB, build, peft_alone, resized
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -38,6 +38,8 @@ class Spec:
         strength: of the random numbers, so that the adapter changes the answer and does not swamp it.
         rewritten: values put into the config afterwards, for what cannot be made offline.
         models: beside Llama. `llama`: whether on Llama at all.
+        size: of the vocabulary, or the number of labels, of the base that it is made on, where that is another than the
+            served one's; such adapters are in no sums.
     """
 
     name: str
@@ -49,10 +51,20 @@ class Spec:
     rewritten: Mapping[str, Any] = field(default_factory=dict)
     models: tuple[str, ...] = ()
     llama: bool = True
+    size: int = 0
 
     @property
     def id(self) -> str:
         return self.name.lower().replace(",", "").replace(" ", "-")
+
+    @property
+    def invocation(self) -> list[int]:
+        """The tokens that activate an aLoRA; none of other adapters."""
+        return list(self.options.get("alora_invocation_tokens", ()))
+
+    def on(self, base: Any) -> Any:
+        """The base that it is made on."""
+        return resized(base, self.size) if self.size else base
 
 
 # Modules that keep, widen and narrow, by model.
@@ -91,9 +103,12 @@ EMBEDDINGS = {
     "qwen2moe": "embed_tokens",
 }
 EMBEDDING = "the model's embedding"
+
 TOKENS = list(range(2, VOCAB, 2))
 
 _LORA = {"r": 3, "lora_alpha": 7}
+_WEIGHTS = ["q_proj.weight", "mlp.down_proj.weight", "embed_tokens.weight"]
+_ALORA = {**_LORA, "task_type": "CAUSAL_LM", "alora_invocation_tokens": [5, 9]}
 _ONE_BLOCK = {"boft_block_size": 0, "boft_block_num": 1}
 
 
@@ -154,9 +169,25 @@ SPECS: tuple[Spec, ...] = (
     _rewritten("CorDA", "init_lora_weights='corda'", init_lora_weights="corda"),
     _rewritten("LoftQ", "init_lora_weights='loftq'", init_lora_weights="loftq"),
     _rewritten("LoRA-GA", "init_lora_weights='lora_ga'", init_lora_weights="lora_ga"),
-    _rewritten("aLoRA", "alora_invocation_tokens", alora_invocation_tokens=[5]),
     _rewritten("Arrow", "arrow_config", arrow_config={"top_k": 2}),
     _rewritten("LoRA with layer_replication", "layer_replication", layer_replication=[[0, 2], [0, 2]]),
+    Spec("aLoRA", "LoraConfig", _ALORA, models=("gpt2", "qwen2")),
+    _lora("aLoRA with lora_bias", **_ALORA, use_rslora=True, lora_bias=True),
+    Spec(
+        "LoRA with a classifier of another size",
+        "LoraConfig",
+        {**_LORA, "modules_to_save": ["classifier"]},
+        models=("bert", "vit"),
+        llama=False,
+        size=7,
+    ),
+    Spec(
+        "LoRA with a vocabulary of another size",
+        "LoraConfig",
+        {**_LORA, "modules_to_save": ["embed_tokens", "lm_head"]},
+        models=("qwen2",),
+        size=VOCAB + 5,
+    ),
     Spec("LoRA with trained tokens", "LoraConfig", {**_LORA, "trainable_token_indices": TOKENS}, models=TEXTS),
     Spec(
         "LoRA with other trained tokens in the head",
@@ -235,7 +266,13 @@ SPECS: tuple[Spec, ...] = (
         APPROXIMATE,
         "wave",
     ),
-    Spec("WaveFT without transform", "WaveFTConfig", {"n_frequency": 30, "use_idwt": False}, APPROXIMATE, "sparse"),
+    Spec(
+        "WaveFT without transform",
+        "WaveFTConfig",
+        {"n_frequency": 30, "use_idwt": False, "scaling": 5.0},
+        APPROXIMATE,
+        "sparse",
+    ),
     Spec("C3A", "C3AConfig", {"block_size": 8}, APPROXIMATE, "circulant", strength=4.0, models=("bert",)),
     Spec("SHiRA", "ShiraConfig", {"r": 2}, APPROXIMATE, "sparse"),
     Spec("HiRA", "HiraConfig", {"r": 3}, APPROXIMATE, "elementwise", strength=1.0, models=("conv",)),
@@ -251,6 +288,14 @@ SPECS: tuple[Spec, ...] = (
         models=("qwen2moe",),
         llama=False,
     ),
+    Spec(
+        "LoRA with a router among its target parameters",
+        "LoraConfig",
+        {**_LORA, "target_parameters": ["mlp.gate.weight", "experts.down_proj"]},
+        models=("qwen2moe",),
+        llama=False,
+    ),
+    _lora("LoRA with linears' weights as target parameters", target_modules=["v_proj"], target_parameters=_WEIGHTS),
 )  # fmt: skip
 
 FULL_RANK = 64  # from here on `approximate` is exact on all of the tiny models
@@ -261,7 +306,7 @@ _NO_FAN_IN = ("RandLoraConfig", "VeraConfig", "LNTuningConfig", "TrainableTokens
 
 def make(folder: Path, spec: Spec, model: str, seed: int) -> Path:
     """Save the adapter of `spec` for a model of conftest's, with every trainable tensor random."""
-    base = build(model)
+    base = spec.on(build(model))
     options = {key: _named(value, EMBEDDINGS.get(model, "")) for key, value in spec.options.items()}
     if spec.kind == "LNTuningConfig":
         options["target_modules"] = NORMS[model]
@@ -344,6 +389,19 @@ def untied(model: nn.Module) -> nn.Module:
                 module.weight = nn.Parameter(weight.detach().clone())
             seen.add(id(module.weight))
     return model
+
+
+def planted(ids: Tensor, entries: Sequence[Any]) -> Tensor:
+    """Token ids with what the rows of some adapters need in them: an aLoRA's invocation in the middle, twice, or later;
+    and a token that only an adapter with a larger vocabulary has."""
+    ids = ids.clone()
+    for row, entry in enumerate(entries):
+        for spec in entry if isinstance(entry, Mapping) else [entry]:
+            if spec is not None and spec.size > VOCAB:
+                ids[row, 1] = spec.size - 1
+            for at in ((2,), (0, 3), (3,))[row % 3] if spec is not None and spec.invocation else ():
+                ids[row, at : at + len(spec.invocation)] = torch.tensor(spec.invocation)
+    return ids
 
 
 def merged(base: nn.Module, mix: Mapping[Path, float]) -> nn.Module:

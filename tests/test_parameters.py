@@ -1,9 +1,11 @@
-"""LoRA of fused experts' parameters (`target_parameters`), per row. Oracles: PEFT alone, or a loop over experts."""
+"""LoRA of parameters (`target_parameters`), per row: experts', routers' and other modules' own, and linears' weights.
+Oracles: PEFT alone, or a loop over experts."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from typer.testing import CliRunner
 import mlora
 from mlora import errors
 from mlora.cli import app
-from mlora.layers import ExpertsLayer
+from mlora.layers import ParametersLayer
 
 GATE, DOWN = "experts.gate_up_proj", "experts.down_proj"
 LINEARS = ["q_proj", "shared_expert.down_proj"]
@@ -166,7 +168,7 @@ def test_layers_without_such_adapters_run_the_base(world: World, monkeypatch: py
     def fail(*_: Any) -> None:
         raise AssertionError("divided")
 
-    monkeypatch.setattr(ExpertsLayer, "_divided", fail)
+    monkeypatch.setattr(ParametersLayer, "_divided", fail)
     batch = inputs_for("qwen2moe", 2)
     logits(world.model, batch, adapter_names=["plain", None])
     assert torch.equal(logits(world.model, batch), logits(world.base, batch))
@@ -336,8 +338,15 @@ def reshaped(part: str, cut: Any) -> Any:
 
 FILES: dict[str, Files] = {
     "unknown": (
-        {"target_parameters": [GATE, DOWN, "gate.weight"]}, None, errors.UnsupportedAdapterError,
-        ("target_parameters", "gate.weight"),
+        {"target_parameters": [GATE, DOWN, "gate.bias"]}, None, errors.UnsupportedAdapterError,
+        ("target_parameters", "gate.bias"),
+    ),
+    "a norm's": (
+        {"target_parameters": [GATE, DOWN, "input_layernorm.weight"]}, None, errors.UnsupportedAdapterError,
+        ("target_parameters", "input_layernorm.weight"),
+    ),
+    "a router without weights": (
+        {"target_parameters": [GATE, DOWN, "gate.weight"]}, None, errors.AdapterError, ("mlp.gate.weight",),
     ),
     "a text": ({"target_parameters": GATE}, None, errors.AdapterError, ("target_parameters", "list")),
     "one too few": ({"target_parameters": [DOWN]}, None, errors.AdapterError, ("experts.base_layer",)),
@@ -432,3 +441,247 @@ def test_live_models_with_them_are_refused(world: World) -> None:
     model, batch = copy.deepcopy(world.base), inputs_for("qwen2moe", 2)
     mlora.patch(model).add_adapter("copied", adapter)
     assert_close(logits(model, batch, adapter_names="copied"), logits(live, batch))
+
+
+# Matrices: routers, linears' weights, any module's own.
+
+MATRIX = {"r": 2, "lora_alpha": 5, "target_modules": []}
+MATRICES: dict[str, dict[str, dict[str, Any]]] = {
+    "qwen2moe": {
+        "router": {**MATRIX, "target_parameters": ["mlp.gate.weight"], "use_rslora": True},
+        "all": {**MATRIX, "target_parameters": ["gate.weight", DOWN, GATE], "target_modules": ["q_proj"]},
+    },
+    "mixtral": {"router": {**MATRIX, "target_parameters": ["layers.1.mlp.gate.weight"]}},
+    "gpt_oss": {
+        "router": {**MATRIX, "target_parameters": ["router.weight"], "rank_pattern": {"router.weight": 3, "router": 1}},
+        "biases": {**MATRIX, "target_parameters": ["gate_up_proj_bias", "down_proj", "down_proj_bias"]},
+    },
+    "llama": {
+        "linears": {
+            **MATRIX, "target_parameters": ["q_proj.weight", "mlp.down_proj.weight"],
+            "rank_pattern": {"q_proj.weight": 3, "q_proj": 4}, "alpha_pattern": {"down_proj.weight": 9},
+        },
+        "ends": {
+            **MATRIX, "target_parameters": ["embed_tokens.weight", "lm_head.weight"], "target_modules": ["v_proj"],
+        },
+    },
+    "gpt2": {
+        "linears": {**MATRIX, "target_parameters": ["c_attn.weight", "mlp.c_proj.weight"]},
+        "tied": {**MATRIX, "target_parameters": ["wte.weight"]},
+    },
+    "gemma": {"scaled": {**MATRIX, "target_parameters": ["embed_tokens.weight"]}},
+}  # fmt: skip
+
+
+class Matrices:
+    """A bare model, its patched copy, and the adapters of `MATRICES`."""
+
+    def __init__(self, kind: str, root: Path) -> None:
+        self.kind = kind
+        self.base = gpt_oss() if kind == "gpt_oss" else build(kind)
+        self.folders = {
+            name: make_adapter(root / name, self.base, seed, **config)
+            for seed, (name, config) in enumerate(MATRICES[kind].items(), start=2)
+        }
+        self.model = served(self.base, self.folders)
+        self.names = [None, *self.folders]
+        self.batch = inputs_for(kind, 2 * len(self.names))
+
+    def alone(self, name: str | None) -> Any:
+        return self.base if name is None else peft_alone(self.base, self.folders[name])
+
+
+@pytest.fixture(scope="module")
+def matrices(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return cache(lambda kind: Matrices(kind, tmp_path_factory.mktemp(f"matrices-{kind}")))
+
+
+@pytest.mark.parametrize("kind", MATRICES)
+def test_matrices_per_row(matrices: Any, kind: str) -> None:
+    world = matrices(kind)
+    entries = [*world.names[::-1], *world.names]
+    got = logits(world.model, world.batch, adapter_names=entries)
+    for row, name in enumerate(entries):
+        one = row_of(world.batch, row)
+        assert_close(got[row : row + 1], logits(world.alone(name), one))
+        assert name is None or (got[row] - logits(world.base, one)[0]).abs().max() > 1e-3
+    name = world.names[1]
+    assert_close(logits(world.model, world.batch, adapter_names=name), logits(world.alone(name), world.batch))
+
+
+def added(base: Any, mix: Mapping[Path, float]) -> Any:
+    """The base with the weighted sum of the deltas of matrices that are alone in their modules, in fp64."""
+    model = copy.deepcopy(base)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for folder, weight in mix.items():
+        config = peft.LoraConfig.from_pretrained(folder)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        for path, held in parameters.items():
+            if path.endswith(tuple(config.target_parameters)):
+                key = f"base_model.model.{path.rpartition('.')[0]}"
+                a, b = (tensors[f"{key}.lora_{part}.weight"].double() for part in "AB")
+                alpha = next((v for k, v in config.alpha_pattern.items() if path.endswith(k)), config.lora_alpha)
+                scale = weight * alpha / (len(a) ** 0.5 if config.use_rslora else len(a))
+                held.data = (held.double() + scale * b @ a).float()
+    return model
+
+
+@pytest.mark.parametrize(("kind", "name"), (("qwen2moe", "router"), ("gpt2", "linears"), ("llama", "linears")))
+def test_matrices_at_a_weight(matrices: Any, kind: str, name: str) -> None:
+    world = matrices(kind)
+    mixes: list[Any] = [{name: 0.6}, None, {name: -1.5}, name]
+    batch = inputs_for(kind, len(mixes), 3)
+    got = logits(world.model, batch, adapter_names=mixes)
+    for row, mix in enumerate(mixes):
+        mix = {name: 1.0} if mix == name else mix or {}
+        oracle = added(world.base, {world.folders[n]: weight for n, weight in mix.items()})
+        assert_close(got[row : row + 1], logits(oracle, row_of(batch, row)))
+
+
+def test_routers_generate_and_tell_what_they_chose(matrices: Any) -> None:
+    world = matrices("qwen2moe")
+    names = ["router", None, "all"]
+    ids = torch.randint(2, VOCAB, (3, 5), generator=torch.Generator().manual_seed(2))
+    options = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2}
+    got = world.model.generate(ids, **options, adapter_names=names)
+    with torch.no_grad():
+        told = world.model(ids, adapter_names=names, output_router_logits=True).router_logits
+    for row, name in enumerate(names):
+        alone = world.alone(name)
+        assert torch.equal(got[row : row + 1], alone.generate(input_ids=ids[row : row + 1], **options))
+        with torch.no_grad():
+            want = alone(input_ids=ids[row : row + 1], output_router_logits=True).router_logits
+        for mine, theirs in zip(told, want, strict=True):
+            assert_close(mine.view(3, 5, -1)[row], theirs)
+
+
+def test_weights_of_linears_merge_and_fold_and_those_of_routers_do_not(matrices: Any) -> None:
+    world = matrices("llama")
+    model, runtime = world.model, world.model.mlora
+    want = logits(world.alone("linears"), world.batch)
+    runtime.merge_adapter("linears")
+    assert_close(logits(model, world.batch), want)
+    runtime.unmerge_adapter()
+    runtime.add_weighted_adapter(["linears", "ends"], [1.0, 0.0], "merged", "cat")
+    assert_close(logits(model, world.batch, adapter_names="merged"), want)
+    runtime.delete_adapter("merged")
+    model, runtime = matrices("qwen2moe").model, matrices("qwen2moe").model.mlora
+    with refused(model, errors.MergeError, "mlp.gate", "target_parameters"):
+        runtime.merge_adapter("router")
+    with refused(model, errors.MergeError, "mlp.gate.weight", "target_parameters"):
+        runtime.add_weighted_adapter(["router", "router"], [0.5, 0.5], "merged")
+
+
+def test_compiled_routers_are_refused_and_compiled_weights_served(matrices: Any) -> None:
+    torch._dynamo.reset()
+    refusal = pytest.raises(errors.UnsupportedAdapterError, match=r"target_parameters.*torch\.compile")
+    for kind, name in (("qwen2moe", "router"), ("llama", "linears")):
+        world = matrices(kind)
+        compiled = torch.compile(world.model, backend="eager")
+        with world.model.mlora.use_adapters(name):
+            if kind == "llama":
+                assert_close(logits(compiled, world.batch), logits(world.model, world.batch))
+                continue
+            with refusal:
+                logits(compiled, world.batch)
+    torch._dynamo.reset()
+
+
+class Mixing(nn.Module):
+    """A module with a matrix of its own that takes and gives other things than hidden states."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(5, HIDDEN))
+        self.kind = kind
+        if kind == "layers":
+            self.inner = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Any:
+        y = x @ self.matrix.t()
+        if self.kind == "layers":
+            y = self.inner(y)
+        return (y, None, y.sum(-1)) if self.kind == "several" else y
+
+
+class Owner(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.up, self.own, self.kind = nn.Linear(HIDDEN, HIDDEN), Mixing(kind), kind
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.up(x)
+        return self.own(x, other=torch.ones(x.shape[0])) if self.kind == "arguments" else self.own(x)
+
+
+@pytest.mark.parametrize("kind", ("plain", "several", "layers", "arguments"))
+def test_a_matrix_of_any_module(tmp_path: Path, kind: str) -> None:
+    """Where it cannot be divided by recipe it is served under one entry."""
+    base = Owner(kind)
+    folder = make_adapter(tmp_path / "own", base, 3, r=2, target_modules=["up"], target_parameters=["own.matrix"])
+    model, x = served(base, {"own": folder}), torch.randn(4, 3, HIDDEN)
+    alone = peft_alone(base, folder)
+
+    def check(got: Any, want: Any) -> None:
+        for mine, theirs in zip(*((v if isinstance(v, tuple) else (v,)) for v in (got, want)), strict=True):
+            assert mine is theirs if theirs is None else assert_close(mine, theirs) is None
+
+    with torch.no_grad():
+        check(model(x, adapter_names="own"), alone(x))
+        check(model(x, adapter_names=["own"] * 4), alone(x))
+        if kind in ("plain", "several"):
+            got = model(x, adapter_names=["own", None, "own", {"own": 0.0}])
+            outputs = got if kind == "several" else (got,)
+            for row, oracle in enumerate((alone, base, alone, base)):
+                check(tuple(v if v is None else v[row : row + 1] for v in outputs), oracle(x[row : row + 1]))
+            return
+    with refused(model, errors.AttributionError, "own", "inside" if kind == "layers" else "other inputs"):
+        model(x, adapter_names=["own", None, "own", None])
+
+
+class Router(nn.Linear):
+    """A linear that does something else besides, as some routers do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).softmax(-1)
+
+
+class Routed(nn.Module):
+    def __init__(self, shared: bool = False) -> None:
+        super().__init__()
+        self.up, self.router, self.positions = nn.Linear(HIDDEN, HIDDEN), Router(HIDDEN, 4), nn.Embedding(9, HIDDEN)
+        self.attention = nn.MultiheadAttention(HIDDEN, 2)
+        self.again = self.up
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.router(self.again(self.up(x)))
+
+
+@pytest.mark.parametrize("name", ("router.weight", "positions.weight", "attention.in_proj_weight", "up.weight"))
+def test_matrices_that_are_not_served(name: str) -> None:
+    """What its module does with them is not known; or PEFT changes one of a module's places."""
+    model = Routed()
+    mlora.patch(model, memory=1 << 16)
+    path = name.rpartition(".")[0]
+    tensors = {f"{path}.lora_A.weight": torch.ones(2, HIDDEN), f"{path}.lora_B.weight": torch.ones(HIDDEN, 2)}
+    if name == "up.weight":
+        tensors |= {key.replace("up.", "again."): tensor for key, tensor in tensors.items()}
+    targets = ["up.weight", "again.weight"] if name == "up.weight" else [name]
+    adapter = mlora.Adapter({"peft_type": "LORA", "r": 2, "target_parameters": targets}, tensors)
+    with refused(
+        model, errors.UnsupportedAdapterError, name.rpartition(".")[0], "not served" if path == "up" else name
+    ):
+        model.mlora.add_adapter("own", adapter)
+
+
+def test_a_weight_that_is_named_twice(llama: Any, tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "q", llama, 1, r=2, target_modules=["q_proj"])
+    model = copy.deepcopy(llama)
+    mlora.patch(model)
+    bad = rewrite(folder, tmp_path / "bad", {"target_parameters": ["q_proj.weight"]})
+    with refused(model, errors.AdapterError, "target_modules", "target_parameters", "q_proj"):
+        model.mlora.load_adapter(bad, "bad")
+    bias = rewrite(folder, tmp_path / "bias", {"target_parameters": ["q_proj.weight"], "target_modules": [],
+                                               "use_dora": True})  # fmt: skip
+    with refused(model, errors.UnsupportedAdapterError, "use_dora", "target_parameters"):
+        model.mlora.load_adapter(bias, "bias")
