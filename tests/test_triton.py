@@ -323,9 +323,10 @@ COMPILE = """
 import json, re, sys, torch
 from mlora.kernels import aot, launch
 from mlora.kernels.config import Device
+from mlora.ops import layout
 capability = int(sys.argv[1])
 device, dtype = Device(132, capability), torch.bfloat16
-arena, table = torch.empty(1024, dtype=dtype), torch.empty(64, 8, dtype=torch.int64)
+arena, table = torch.empty(1024, dtype=dtype), torch.empty(64, layout.TABLE_WIDTH, dtype=torch.int64)
 plan = torch.empty(1024, dtype=torch.int32)
 weight = torch.empty(4096, 4096, dtype=dtype)
 found = []
@@ -334,7 +335,8 @@ for tokens in (16, 2048) if capability == 90 else (2048,):
     launches = launch.apply_launches(y, None, x, arena, table, plan, device)
     launches += launch.linear_launches(y, x, weight, None, arena, table, plan, device)[1:]
     if tokens == 2048:
-        launches += launch.scale_input_launches(y, x, arena, table, plan, device)
+        launches += launch.turn_launches(y, x, None, arena, table, plan, device)
+        launches += launch.turn_launches(y, x, y, arena, table, plan, device)
         launches += launch.merge_launches(weight, weight, arena, table, plan)
     for item in launches:
         code = aot.compile_launch(item, capability)
@@ -376,7 +378,7 @@ def test_the_table_and_plan_columns_are_those_of_the_layout() -> None:
     """The kernels copy the numbers when they are imported."""
     from mlora.kernels import work
 
-    for name in ("A", "B", "RANK", "SCALE", "GAIN", "IN_GAIN", "SHIFT", "TABLE_WIDTH"):
+    for name in ("A", "B", "RANK", "SCALE", "GAIN", "IN_GAIN", "SHIFT", "TURN", "IN_TURN", "TABLE_WIDTH"):
         assert getattr(work, name).value == getattr(layout, name)
 
 
