@@ -123,10 +123,10 @@ def turned(turn: Tensor, stride: int, x: Tensor) -> Tensor:
     """The fp64 loop of T - I, as a matrix."""
     size, width = turn.shape
     matrix = torch.zeros(width, width, dtype=torch.float64)
-    for n in range(width):
-        span, within = divmod(n, size * stride)
-        for j in range(size):
-            matrix[n, span * size * stride + j * stride + within % stride] = turn[j, n]
+    n = torch.arange(width)
+    first = n - n % (size * stride) + n % stride  # of each one's block
+    for j in range(size):
+        matrix[n, first + j * stride] = turn[j].double()
     return x.double() @ matrix.t()
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import build, inputs_for
-from test_ops import DTYPES, MIX, PARTS, A, B, Case, check, sentinel
+from test_ops import DTYPES, MIX, PARTS, A, B, Case, check, sentinel, turned
 from torch import Tensor
 
 from mlora.ops import layout, reference
@@ -203,6 +203,36 @@ def test_scale_input(dtype: torch.dtype, width: int) -> None:
                 oracle[t] += float(np.float32(weight)) * case.adapters[slot]["in_gain"] * x[t].double()
     check(got, oracle, reference.scale_input(x, case.arena, case.table, plan))
     assert torch.equal(got[3:6], x[3:6]) and torch.equal(got[9:], x[9:])
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(
+    ("width", "shapes"), [(5, ((1, 5), None, (5, 1))), (96, ((4, 1), (2, 16), (96, 1))), (300, ((2, 150), None, (3, 4)))]
+)
+def test_turns(dtype: torch.dtype, width: int, shapes: Any) -> None:
+    case = Case((1, 0, 3), width, width, dtype, in_gains=True, turns=shapes)
+    recipes = [A, [], MIX, B]
+    x, y = sentinel(12, width, dtype)[0], sentinel(12, width, dtype)[0]
+    x.copy_(case.randn(12, width))
+    y.copy_(case.randn(12, width))
+    tensors = (case.arena, case.table, case.plan(recipes))
+    inputs, outputs = x.double().clone(), y.double().clone()
+    for t in range(12):
+        for slot, weight in recipes[t // 3]:
+            adapter, weight = case.adapters[slot], float(np.float32(weight))
+            if "in_gain" in adapter:
+                inputs[t] += weight * adapter["in_gain"] * x[t].double()
+            if "turn" in adapter:
+                inputs[t] += weight * turned(adapter["in_turn"], adapter["shape"][1], x[t])
+                outputs[t] += weight * turned(adapter["turn"], adapter["shape"][1], x[t])
+    got = launch.scale_input(x, *tensors)
+    check(got, inputs, reference.scale_input(x, *tensors))
+    assert torch.equal(got[3:6], x[3:6])
+    got = launch.turn_output(y, x, *tensors)
+    check(got, outputs, reference.turn_output(y, x, *tensors))
+    assert torch.equal(got[3:6], y[3:6])
+    assert torch.equal(launch.turn_output(x, None, *tensors), launch.turn_output(x, x, *tensors))
 
 
 @interpreted
