@@ -74,10 +74,12 @@ def traced_layer(touches: int, tokens: int) -> Trace:
         (LORA | INPUT, {"apply_": 1, "scale_input": 1}),
         (GAIN | INPUT, {"apply_": 1, "scale_input": 1}),
         (GAIN | INPUT | BOTH, {"apply_": 1, "scale_input": 1}),
-        (TURN, {"apply_": 1, "turn_output": 1}),
-        (TURN | INPUT | BOTH, {"apply_": 1, "scale_input": 1, "turn_output": 1}),
+        (INPUT, {"apply_": 0, "scale_input": 1, "turn_output": 0}),
+        (TURN, {"apply_": 0, "scale_input": 0, "turn_output": 1}),
+        (LORA | TURN, {"apply_": 1, "scale_input": 0, "turn_output": 1}),
+        (TURN | INPUT | BOTH, {"apply_": 0, "scale_input": 1, "turn_output": 1}),
     ],
-    ids=["base", "lora", "gain", "input", "either", "both", "turn", "turn_and_input"],
+    ids=["base", "lora", "gain", "input", "either", "both", "input_alone", "turn", "lora_and_turn", "both_turns"],
 )
 def test_a_layer_makes_one_call_and_never_waits(touches: int, calls: dict[str, int], tokens: int) -> None:
     trace = traced_layer(touches, tokens)

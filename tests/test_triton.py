@@ -208,7 +208,8 @@ def test_scale_input(dtype: torch.dtype, width: int) -> None:
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize(
-    ("width", "shapes"), [(5, ((1, 5), None, (5, 1))), (96, ((4, 1), (2, 16), (96, 1))), (300, ((2, 150), None, (3, 4)))]
+    ("width", "shapes"),
+    [(5, ((1, 5), None, (5, 1))), (96, ((4, 1), (2, 16), (96, 1))), (300, ((2, 150), None, (3, 4)))],
 )
 def test_turns(dtype: torch.dtype, width: int, shapes: Any) -> None:
     case = Case((1, 0, 3), width, width, dtype, in_gains=True, turns=shapes)

@@ -13,7 +13,7 @@ from .. import errors
 from ..ops import dispatch, reference
 from ..ops.checks import check_heads, check_rows
 from ..routing import Plan, Siblings
-from ..store import BOTH, GAIN, HEAD, INPUT, LORA, TURN
+from ..store import BOTH, GAIN, HEAD, INPUT, LORA, SHIFT, TURN
 from .head import answer
 from .state import LayerState
 from .swap import refuse_copy, refuse_move
@@ -109,6 +109,8 @@ class LoraLayer(nn.Module):
         """The base, then one op."""
         arena, table = self._mlora.shared.arena, self._mlora.table
         y, source = self._bases(x, words, touches)
+        if not touches & (LORA | GAIN | SHIFT):  # nothing is added to what the base gave, turned or not
+            return y
         if y.requires_grad or (x.requires_grad and torch.is_grad_enabled()):
             return reference.apply(y, source, x, arena, table, words)
         dispatch.apply_(y, source, x, arena, table, words)
