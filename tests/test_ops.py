@@ -599,6 +599,29 @@ def test_a_damaged_plan_or_table_is_refused(name):
     assert torch.equal(y, before)
 
 
+@pytest.mark.parametrize(
+    ("of", "value", "message"),
+    [
+        ("", 10**6, "outside of the arena"),
+        ("_SHAPE", -1, "turns blocks"),
+        ("_SHAPE", layout.turn_shape(0, 1), "turns blocks of 0"),
+        ("_SHAPE", layout.turn_shape(1, 0), "1 elements, 0 apart"),
+        ("_SHAPE", layout.turn_shape(7, 1), "7 elements, 1 apart, of (20|33)"),
+        ("_SHAPE", layout.turn_shape(1, 2**31 - 1), "turns blocks of 1"),
+    ],
+)
+def test_a_damaged_turn_is_refused(of, value, message):
+    for side, call in {
+        "TURN": lambda op, case, x, y, plan: op.turn_output(y, None, case.arena, case.table, plan),
+        "IN_TURN": lambda op, case, x, y, plan: op.scale_input(x, case.arena, case.table, plan),
+    }.items():
+        case, x, y, plan = small()
+        case.table[0, getattr(layout, side + of)] = value
+        for op in (dispatch, reference):
+            with pytest.raises(RuntimeError, match=message):
+                call(op, case, x, y, plan)
+
+
 @needs_native
 def test_wrong_tensors_are_refused():
     case, x, y, plan = small()
@@ -627,6 +650,16 @@ def test_wrong_tensors_are_refused():
     if NATIVE:  # a GPU's plan cannot be read here
         with pytest.raises(RuntimeError, match="1 tokens do not divide"):
             merge_(weight, None, case.arena, case.table, plan)
+        with pytest.raises(RuntimeError, match="turns are folded by"):
+            merge_(weight, None, case.arena, case.table, one)
+    turn_output = torch.ops.mlora.turn_output
+    for args, message in [
+        ((y, y[:2], case.arena, case.table, plan), "base must have y's shape"),
+        ((y, y.half(), case.arena, case.table, plan), "one dtype"),
+        ((y.half(), None, case.arena, case.table, plan), "one dtype"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            turn_output(*args)
 
 
 def run_python(code: str, **env: str) -> str:
