@@ -107,6 +107,7 @@ def triton(smoke: bool) -> list[dict[str, Any]]:
 
     from mlora.kernels import aot, launch
     from mlora.kernels.config import Device
+    from mlora.ops import layout
 
     records = []
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -114,7 +115,7 @@ def triton(smoke: bool) -> list[dict[str, Any]]:
         if smoke and short != "bf16":
             continue
         arena, plan = torch.empty(1024, dtype=dtype), torch.empty(1024, dtype=torch.int32)
-        table, weight = torch.empty(64, 8, dtype=torch.int64), torch.empty(4096, 4096, dtype=dtype)
+        table, weight = torch.empty(64, layout.TABLE_WIDTH, dtype=torch.int64), torch.empty(4096, 4096, dtype=dtype)
         for capability in ARCHITECTURES:
             device = Device(132, capability)
             for form, tokens in (("decode", 16), ("prefill", 2048)):
@@ -123,7 +124,7 @@ def triton(smoke: bool) -> list[dict[str, Any]]:
                 launches += launch.linear_launches(y, x, weight, None, arena, table, plan, device)[1:]
                 named = [(f"triton {item.name} {form}", item) for item in launches]
                 if form == "prefill":
-                    launches = launch.scale_input_launches(y, x, arena, table, plan, device)
+                    launches = launch.turn_launches(y, x, None, arena, table, plan, device)
                     launches += launch.merge_launches(weight, weight, arena, table, plan)
                     named += [(f"triton {item.name}", item) for item in launches]
                 for name, item in named:

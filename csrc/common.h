@@ -6,7 +6,13 @@
 namespace mlora {
 
 // Columns of a table row; offsets are in elements of the arena, -1 where the part is absent.
-enum Column : int { kA, kB, kRank, kScale, kGain, kInGain, kShift, kUnused, kTableWidth };
+enum Column : int {
+  kA, kB, kRank, kScale, kGain, kInGain, kShift, kWhole, kTurn, kTurnShape, kInTurn, kInTurnShape, kTableWidth
+};
+
+// What a table's word says of a turn.
+inline constexpr int64_t turn_size(int64_t shape) { return shape & 0xffffffff; }
+inline constexpr int64_t turn_stride(int64_t shape) { return shape >> 32; }
 
 constexpr int64_t kPlanHeader = 8;
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import errors, routing
 from .layers import ParametersLayer
-from .ops import dispatch, layout, reference
+from .ops import layout, reference
 from .originals import Checkpoint, Copies, Keeper, Target, keeper_of, matrix_of, shared_storages, target_of
 from .routing import Recipe
 from .store import Store
@@ -147,7 +147,7 @@ class Fold:
                 bias = _folded_bias(target, source, arena, plan)
                 original, matrix = source.get(f"{target.name}.weight"), target.matrix
                 original = None if original is None else matrix_of(original)
-                dispatch.merge_(matrix, original, arena, target.table, plan)
+                target.merge(matrix, original, arena, plan)
                 target.write(matrix)
                 changed.append(target)
                 if bias is not None and target.bias is not None:
@@ -177,7 +177,7 @@ class Fold:
 def _refuse_infinite(target: Target, source: dict[str, Tensor], arena: Tensor, plan: Tensor) -> None:
     trial = torch.empty_like(target.matrix)
     original = matrix_of(source.get(f"{target.name}.weight", target.weight))
-    dispatch.merge_(trial, original, arena, target.table, plan)
+    target.merge(trial, original, arena, plan)
     bias = _folded_bias(target, source, arena, plan)
     if not torch.isfinite(trial).all() or (bias is not None and not torch.isfinite(bias).all()):
         raise errors.MergeError(
@@ -187,7 +187,7 @@ def _refuse_infinite(target: Target, source: dict[str, Tensor], arena: Tensor, p
 
 
 def _folded_bias(target: Target, source: dict[str, Tensor], arena: Tensor, plan: Tensor) -> Tensor | None:
-    """b * (1 + gains) + shifts, rounded once; None where nothing changes it.
+    """b * (1 + gains) + shifts, and what turns make of b, rounded once; None where nothing changes it.
 
     Raises MergeError if there is something to add and no bias.
     """
@@ -204,6 +204,11 @@ def _folded_bias(target: Target, source: dict[str, Tensor], arena: Tensor, plan:
                 if offset >= 0 and scale is not None:
                     total += term.weight * arena[offset : offset + width].double().cpu() * scale
                     changed = True
+            if term.turn >= 0 and old is not None:
+                size, stride = layout.size_and_stride(term.turn_shape)
+                turn = arena[term.turn : term.turn + size * width].double().cpu().view(size, width)
+                total += term.weight * reference.turned(old, turn, stride)
+                changed = True
     if not changed and source.get(f"{target.name}.bias") is None:
         return None
     if old is None or target.bias is None:

@@ -1,9 +1,9 @@
 """Several adapters -> one: `Merge`, which says how, and the strategies, pure functions of tensors.
 
 Delta space, the default, works on the true change of a weight, D_i = gain_i * W + W * in_gain_i + scale_i B_i^T A_i,
-and returns the result at a rank, with its relative error; `linear` and `cat` are exact there, by concatenation of rank
-rows. Factor space works on A and B separately, as PEFT's `add_weighted_adapter` does where its type does not end in
-`_svd`, number for number; a mixture of factors is not the mixture of the deltas.
+and (T - I) W or W (T - I) of turns, and returns the result at a rank, with its relative error; `linear` and `cat` are
+exact there, by concatenation of rank rows. Factor space works on A and B separately, as PEFT's `add_weighted_adapter`
+does where its type does not end in `_svd`, number for number; a mixture of factors is not the mixture of the deltas.
 
 Strategies: task arithmetic (`linear`; Ilharco et al., arXiv 2212.04089), TIES (Yadav et al., arXiv 2306.01708), DARE
 (Yu et al., arXiv 2311.03099), and pruning by magnitude.
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from . import errors
 from .lowering.delta import BaseLinear, Delta
+from .lowering.turn import Turn
 
 STRATEGIES = ("linear", "cat", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 COMBINATION_TYPES = (*STRATEGIES, "svd", *(s + "_svd" for s in STRATEGIES[2:]))
@@ -255,7 +256,7 @@ def merge_module(deltas: Sequence[Delta | None], how: Merge, base: BaseLinear) -
     total = sum(how.weights) if how.normalize else 1.0
     present = [(d, w / total, n) for d, w, n in zip(deltas, how.weights, how.adapters, strict=True) if d is not None]
     if how.is_sum:
-        return _sum([(d, w) for d, w, _ in present])
+        return _sum([(d, w) for d, w, _ in present], base.name)
     seeds = [zlib.crc32(f"{how.seed}/{base.name}/{name}".encode()) for _, _, name in present]
     if how.in_factors:
         return _in_factors([(d, w) for d, w, _ in present], how, base, seeds)
@@ -266,14 +267,15 @@ def merge_module(deltas: Sequence[Delta | None], how: Merge, base: BaseLinear) -
         zero = torch.zeros(base.out_features)
         gains = [partial(_copy, zero if d.gain is None else d.gain) for d, _, _ in present]
         result, gain = Delta(), combine(gains, weights, how, seeds)
-    elif how.prunes or any(d.gain is not None or d.in_gain is not None for d, _, _ in present):
+    elif how.prunes or any(_scales(d) for d, _, _ in present):
         dense = combine([partial(_dense, d, base) for d, _, _ in present], weights, how, seeds)
         result = _truncate(dense, [d for d, _, _ in present], _rank(how, present), how.svd_clamp)
     else:
-        result = _truncate_sum(_sum([(d, w) for d, w, _ in present]), _rank(how, present), how.svd_clamp)
-    if any(d.shift is not None for d, _, _ in present):
+        result = _truncate_sum(_sum([(d, w) for d, w, _ in present], base.name), _rank(how, present), how.svd_clamp)
+    shifted = [d.shift if base.offset is not None else _bias_change(d, base) for d, _, _ in present]
+    if any(shift is not None for shift in shifted):
         none = torch.zeros(base.out_features)
-        shifts = [partial(_copy, none if d.shift is None else d.shift) for d, _, _ in present]
+        shifts = [partial(_copy, none if shift is None else shift) for shift in shifted]
         result = replace(result, shift=combine(shifts, weights, how, [seed + 1 for seed in seeds]))
     return result if gain is None else replace(result, gain=gain)
 
@@ -281,12 +283,13 @@ def merge_module(deltas: Sequence[Delta | None], how: Merge, base: BaseLinear) -
 def relative(recipe: Sequence[tuple[Delta, float]], folded: Sequence[tuple[Delta, float]], where: str) -> Delta:
     """What to add to a module that has `folded` in its weight, so that it does what `recipe` would do alone.
 
-    Let f, g and u be the folded sum's low-rank part with its shift, its gain and its input gain, G and V the recipe's
-    gains. The module gives y'(x) = g * base(u * x) + f(x), so that
-        G * base(x) = (G / g) * (y'(x) - f(x))   and   base(V * x) = y'((V / u) * x) - f((V / u) * x).
+    Let f, G' and U' be the folded sum's low-rank part with its shift, and what it does to outputs and inputs by gains
+    and turns; G and U what the recipe does to them. The module gives y'(x) = G' base(U' x) + f(x), so that
+        G base(x) = G G'^-1 (y'(x) - f(x))   and   base(U x) = y'(U'^-1 U x) - f(U'^-1 U x).
 
     Raises:
-        MergeError: a folded gain is 0, or gains meet input gains.
+        MergeError: what is folded in has no inverse, or changes of outputs meet those of inputs, or turns of blocks of
+            different sizes each other.
     """
     if any(d.replaces for d, _ in (*recipe, *folded)):
         raise errors.MergeError(
@@ -297,38 +300,91 @@ def relative(recipe: Sequence[tuple[Delta, float]], folded: Sequence[tuple[Delta
             f"module {where}: an aLoRA (alora_invocation_tokens) is served beside something folded in only where none "
             f"of the adapters has gains, as DoRA and IA3 do; unmerge_adapter first"
         )
-    want, have = _sum(recipe), _sum(folded)
-    ratios: dict[str, Tensor] = {}
-    for part in ("gain", "in_gain"):
-        ours, theirs = getattr(want, part), getattr(have, part)
-        if ours is None and theirs is None:
-            continue
-        below = torch.ones(1, dtype=torch.float64) if theirs is None else 1 + theirs.double()
-        if (below == 0).any():
-            raise errors.MergeError(f"module {where}: a gain of 0 is folded in, which nothing undoes")
-        ratios[part] = (1 if ours is None else 1 + ours.double()) / below
-    if len(ratios) > 1:
+    want, have = _sum(recipe, where), _sum(folded, where)
+    if not folded:
+        return want
+    if any(getattr(d, gain) is not None for d in (want, have) for gain in ("gain", "turn")) and any(
+        getattr(d, gain) is not None for d in (want, have) for gain in ("in_gain", "in_turn")
+    ):
         raise errors.MergeError(f"module {where}: gains and input gains, of which one is folded in, do not combine")
     minus = Delta(have.a, have.b, -1.0, shift=None if have.shift is None else -have.shift)
-    if (ratio := ratios.get("gain")) is not None:
-        minus = replace(minus, b=_scaled(minus.b, ratio), shift=_scaled(minus.shift, ratio))
-    if (ratio := ratios.get("in_gain")) is not None:
-        minus = replace(minus, a=_scaled(minus.a, ratio))
-    total = _sum([(replace(want, gain=None, in_gain=None), 1.0), (minus, 1.0)])
-    gains = {part: (ratio - 1).float() for part, ratio in ratios.items()}
-    return replace(total, gain=gains.get("gain"), in_gain=gains.get("in_gain"))
+    made: dict[str, Any] = {}
+    for gain, turn in (("gain", "turn"), ("in_gain", "in_turn")):
+        ours, theirs = ((getattr(d, gain), getattr(d, turn)) for d in (want, have))
+        if all(part is None for part in (*ours, *theirs)):
+            continue
+        if ours[1] is None and theirs[1] is None:
+            ratio: Tensor | Turn = (scales := _ratio(ours[0], theirs[0], where))
+            made[gain] = (scales - 1).float()
+        else:
+            ratio = turned = _turn_ratio(ours, theirs, gain, where)
+            made[turn] = Turn(turned.values.float(), turned.stride)
+        if gain == "gain":
+            minus = replace(minus, b=_scaled(minus.b, ratio), shift=_scaled(minus.shift, ratio))
+        else:
+            minus = replace(minus, a=_scaled(minus.a, ratio, transposed=True))
+    rest = replace(want, gain=None, in_gain=None, turn=None, in_turn=None)
+    return replace(_sum([(rest, 1.0), (minus, 1.0)], where), **made)
 
 
-def _scaled(tensor: Tensor | None, by: Tensor) -> Tensor | None:
-    return None if tensor is None else (tensor.double() * by).float()
+def _ratio(ours: Tensor | None, theirs: Tensor | None, where: str) -> Tensor:
+    """Of a gain to that which is folded in, as 1 + what `Delta` has of either."""
+    below = torch.ones(1, dtype=torch.float64) if theirs is None else 1 + theirs.double()
+    if (below == 0).any():
+        raise errors.MergeError(f"module {where}: a gain of 0 is folded in, which nothing undoes")
+    return (1 if ours is None else 1 + ours.double()) / below
+
+
+def _turn_ratio(ours: Any, theirs: Any, gain: str, where: str) -> Turn:
+    """The same of turns, each with the gain beside it: T T'^-1 of outputs, T'^-1 T of inputs."""
+    shapes = {turn.shape for _, turn in (ours, theirs) if turn is not None}
+    if len(shapes) > 1:
+        raise errors.MergeError(
+            f"module {where}: turns of blocks of different sizes, of which one is folded in, do not combine"
+        )
+    ((size, stride),) = shapes
+    eye = torch.eye(size, dtype=torch.float64)
+
+    def blocks(scale: Tensor | None, turn: Turn | None) -> Tensor:
+        found = eye if turn is None else eye + turn.blocks().double()
+        return found if scale is None else found + _in_blocks(scale.double(), size, stride).diag_embed()
+
+    mine, folded = blocks(*ours), blocks(*theirs)
+    inverse, info = torch.linalg.inv_ex(folded)
+    if info.any():
+        raise errors.MergeError(f"module {where}: a turn is folded in that has no inverse: nothing undoes it")
+    ratio = mine @ inverse if gain == "gain" else inverse @ mine
+    return Turn.of_blocks(ratio - eye, stride)
+
+
+def _in_blocks(vector: Tensor, size: int, stride: int) -> Tensor:
+    """(blocks, size) of (width,)."""
+    return vector.reshape(-1, size, stride).transpose(1, 2).reshape(-1, size)
+
+
+def _scaled(tensor: Tensor | None, by: Tensor | Turn, transposed: bool = False) -> Tensor | None:
+    """by x along the last dimension; `transposed`: by^T x, where that is no gain."""
+    if tensor is None:
+        return None
+    wide = tensor.double()
+    return ((wide + by.times(wide, transposed)) if isinstance(by, Turn) else wide * by).float()
 
 
 def _rank(how: Merge, present: Sequence[tuple[Delta, float, str]]) -> int:
     return how.svd_rank or max(1, *(d.rank for d, _, _ in present))
 
 
-def _sum(terms: Sequence[tuple[Delta, float]]) -> Delta:
-    """The exact weighted sum, by concatenation. The weights go to A, as in PEFT's `cat`."""
+def _scales(delta: Delta) -> bool:
+    """Whether it is more than what it adds."""
+    return any(getattr(delta, part) is not None for part in ("gain", "in_gain", "turn", "in_turn"))
+
+
+def _sum(terms: Sequence[tuple[Delta, float]], where: str) -> Delta:
+    """The exact weighted sum, by concatenation. The weights go to A, as in PEFT's `cat`.
+
+    Raises:
+        MergeError: turns of blocks of different sizes, whose sum is no turn.
+    """
     ranked = [(d, w) for d, w in terms if d.a is not None and d.b is not None]
     a = torch.cat([d.a.float() * w * d.scale for d, w in ranked if d.a is not None]) if ranked else None
     b = torch.cat([d.b.float() for d, _ in ranked if d.b is not None]) if ranked else None
@@ -337,17 +393,27 @@ def _sum(terms: Sequence[tuple[Delta, float]]) -> Delta:
         found = [w * getattr(d, part).float() for d, w in terms if getattr(d, part) is not None]
         return torch.stack(found).sum(0) if found else None
 
+    def turned(part: str) -> Turn | None:
+        found = [(turn, w) for d, w in terms if (turn := getattr(d, part)) is not None]
+        if len({turn.shape for turn, _ in found}) > 1:
+            raise errors.MergeError(
+                f"module {where}: turns of blocks of different sizes are served in weighted entries, and not in one "
+                f"adapter"
+            )
+        return Turn(sum(w * turn.values.float() for turn, w in found), found[0][0].stride) if found else None
+
     # A sum's relative error is bounded by its terms': what is known of it.
     error = max((d.error for d, _ in terms), default=0.0)
-    return Delta(a, b, gain=weighted("gain"), in_gain=weighted("in_gain"), shift=weighted("shift"), error=error)
+    gains: dict[str, Any] = {part: weighted(part) for part in ("gain", "in_gain", "shift")}
+    return Delta(a, b, **gains, turn=turned("turn"), in_turn=turned("in_turn"), error=error)
 
 
 def _in_factors(terms: Sequence[tuple[Delta, float]], how: Merge, base: BaseLinear, seeds: Sequence[int]) -> Delta:
     for d, _ in terms:
-        if d.a is None or d.gain is not None or d.in_gain is not None or d.shift is not None:
+        if d.a is None or _scales(d) or d.shift is not None:
             raise errors.MergeError(
-                f"module {base.name}: factor space merges plain LoRA only; one of the adapters has a gain or a bias. "
-                f"Use space='delta'"
+                f"module {base.name}: factor space merges plain LoRA only; one of the adapters has a gain, a turn or a "
+                f"bias. Use space='delta'"
             )
     ranks = sorted({d.rank for d, _ in terms})
     if len(ranks) > 1:
@@ -373,7 +439,7 @@ def _dense(delta: Delta, base: BaseLinear) -> Tensor:
         dense = delta.b.float().t() @ (delta.a.float() * delta.scale)
     else:
         dense = torch.zeros(base.out_features, base.in_features)
-    if (delta.gain is not None or delta.in_gain is not None) and base.conv is not None and not base.conv.zero_padded:
+    if _scales(delta) and base.conv is not None and not base.conv.zero_padded:
         raise errors.MergeError(
             f"module {base.name}: it is a convolution that does not pad with zeros, where a gain is no change of the "
             f"weight that adapters add to; use combination_type='linear'"
@@ -382,7 +448,22 @@ def _dense(delta: Delta, base: BaseLinear) -> Tensor:
         dense += delta.gain.float()[:, None] * base.weight()
     if delta.in_gain is not None:
         dense += delta.in_gain.float() * base.weight()
+    if delta.turn is not None:
+        dense += delta.turn.times(base.weight().t()).t()
+    if delta.in_turn is not None:
+        dense += delta.in_turn.times(base.weight(), transposed=True)
     return dense
+
+
+def _bias_change(delta: Delta, base: BaseLinear) -> Tensor | None:
+    """The true change of the bias, (out,), which gains and turns of outputs change too."""
+    shift = delta.shift
+    if (delta.gain is None and delta.turn is None) or (bias := base.bias()) is None:
+        return shift
+    total = torch.zeros(base.out_features) if shift is None else shift.float()
+    if delta.gain is not None:
+        total = total + delta.gain.float() * bias
+    return total if delta.turn is None else total + delta.turn.times(bias)
 
 
 def combine(

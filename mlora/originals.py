@@ -37,6 +37,17 @@ class Target:
     table: Tensor
     transposed: bool
 
+    def merge(self, into: Tensor, source: Tensor | None, arena: Tensor, plan: Tensor) -> None:
+        """`ops.reference.merge_` of a matrix as `matrix` gives it. Turns are the reference's."""
+        terms = [t for route in reference.routes(plan, self.table, 1) for t in route.terms]
+        if all(t.turn < 0 and t.in_turn < 0 for t in terms):
+            dispatch.merge_(into, source, arena, self.table, plan)
+        elif self.transposed:  # turns have a side of their own
+            source = None if source is None else source.t()
+            reference.merge_(into.t(), source, arena, _exchanged(self.table), plan)
+        else:
+            reference.merge_(into, source, arena, self.table, plan)
+
     @property
     def matrix(self) -> Tensor:
         """The weight in two dimensions, as the arena's parts go with it: itself, or a copy where it has a kernel."""
@@ -97,11 +108,15 @@ def target_of(name: str, module: nn.Module, index: int, table: Tensor, shared: s
         weight = weight[:, None]
     transposed = isinstance(module, (Conv1D, nn.Embedding))
     if transposed:  # W^T <- W^T + A^T B: the same with the parts' roles exchanged
-        table = table.clone()
-        pairs = ((layout.A, layout.B), (layout.GAIN, layout.IN_GAIN))
-        for one, other in pairs:
-            table[:, [one, other]] = table[:, [other, one]]
+        table = _exchanged(table)
     return Target(name, index, weight, bias.detach() if isinstance(bias, Tensor) else None, table, transposed)
+
+
+def _exchanged(table: Tensor) -> Tensor:
+    table = table.clone()
+    for one, other in ((layout.A, layout.B), (layout.GAIN, layout.IN_GAIN)):
+        table[:, [one, other]] = table[:, [other, one]]
+    return table
 
 
 def storage_of(tensor: Tensor) -> int:
@@ -202,13 +217,14 @@ class Corrections:
         self._biases: dict[str, Tensor] = {}
 
     def keep(self, target: Target, arena: Tensor, plan: Tensor) -> None:
-        if any(t.gain >= 0 or t.in_gain >= 0 for route in reference.routes(plan, target.table, 1) for t in route.terms):
+        terms = [t for route in reference.routes(plan, target.table, 1) for t in route.terms]
+        if any(max(t.gain, t.in_gain, t.turn, t.in_turn) >= 0 for t in terms):
             raise errors.MergeError(
                 f"module {target.name}: keep='corrections' takes recipes that only add to the weight; this one scales "
-                f"it (DoRA, IA3). Use keep='copy'"
+                f"or turns it (DoRA, IA3, OFT, RoAd). Use keep='copy'"
             )
         merged = torch.empty_like(target.matrix)
-        dispatch.merge_(merged, target.matrix, arena, target.table, plan)
+        target.merge(merged, target.matrix, arena, plan)
         distance = _ordered(target.matrix) - _ordered(self._subtracted(merged, target, arena, plan))
         far = (distance.abs() > 127).flatten().nonzero()[:, 0]
         byte = distance.clamp(-127, 127).to(torch.int8)
@@ -232,7 +248,7 @@ class Corrections:
         terms = int(plan[2])
         negative[plan.numel() - terms :] ^= -(2**31)  # the sign bits of the weights
         back = torch.empty_like(merged)
-        dispatch.merge_(back, merged, arena, target.table, negative)
+        target.merge(back, merged, arena, negative)
         return back
 
 

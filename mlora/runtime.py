@@ -25,7 +25,7 @@ from .lowering.delta import kernel_major
 from .merge import Merge, as_merge, merge_adapters, relative
 from .originals import KEEPS
 from .routing import Entries, Entry, Plan, Recipe
-from .store import BOTH, GAIN, IN_GAIN, TAIL, Packed, Store
+from .store import BOTH, GAIN, INPUT, TAIL, TURN, Packed, Store
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,8 @@ class Runtime:
     def _note(self, packed: Packed) -> None:
         """Tell compiled code which ops it needs from now on; each is one compilation more, once."""
         shared, touched = self._shared, [self._modules[index][0] for index in np.flatnonzero(packed.touches).tolist()]
-        shared.in_gains |= bool((packed.touches & IN_GAIN).any())
+        shared.inputs |= bool((packed.touches & INPUT).any())
+        shared.turns |= bool((packed.touches & TURN).any())
         shared.norms |= any(self.bases[name].offset is not None for name in touched)
         shared.embeddings |= any(self.bases[name].embed_scale is not None for name in touched)
         shared.experts |= any(self.bases[name].experts for name in touched)
@@ -427,7 +428,7 @@ class Runtime:
         folded = self._folded.recipe
         if not folded:
             return recipe
-        if not any((self._store[name].touches & (GAIN | IN_GAIN)).any() for name, _ in (*recipe, *folded)):
+        if not any((self._store[name].touches & (GAIN | TURN | INPUT)).any() for name, _ in (*recipe, *folded)):
             difference = dict(recipe)
             for name, weight in folded:
                 difference[name] = difference.get(name, 0.0) - weight
@@ -445,7 +446,7 @@ class Runtime:
         for path in {path for d in deltas.values() for path in d if self.bases[path].experts}:
             raise errors.MergeError(
                 f"parameter {path}: rows with target_parameters are served beside something folded in only where none "
-                f"of the adapters has gains, as DoRA and IA3 do; unmerge_adapter first"
+                f"of the adapters has gains or turns, as DoRA, IA3 and OFT do; unmerge_adapter first"
             )
         made = {
             path: relative(
@@ -638,7 +639,7 @@ class Runtime:
             of_row = np.zeros_like(touches)
             for name, _ in recipe:
                 of_row |= self._store[name].touches
-            of_row[(of_row & (GAIN | IN_GAIN)) == (GAIN | IN_GAIN)] |= BOTH
+            of_row[((of_row & INPUT) > 0) & ((of_row & (GAIN | TURN)) > 0)] |= BOTH
             touches |= of_row
         terms = [self._store.terms(recipe) for recipe in recipes]
         invocations = {name: found for name in names if (found := self._store[name].invocation)}

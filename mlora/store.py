@@ -20,19 +20,20 @@ from torch import Tensor
 
 from . import errors
 from .adapter import all_finite
-from .lowering import Delta
+from .lowering import Delta, Turn
 from .ops import layout
 
 ALIGNMENT = 64  # bytes: a cache line, and a multiple of every vector load of the kernels
 
 # What an adapter does to a module, as bits of a byte.
-LORA, GAIN, IN_GAIN, SHIFT, HEAD = 1, 2, 4, 8, 16
-BOTH = 32  # in a plan: some row takes an output gain and an input gain there
+LORA, GAIN, INPUT, SHIFT, HEAD = 1, 2, 4, 8, 16  # INPUT: a gain or a turn of what the base reads
+BOTH = 32  # in a plan: some row changes what the base reads, and has a gain or a turn of what it gives
 TAIL = 64  # on a row's last tokens only, from its invocation on (aLoRA)
+TURN = 128  # of the output
 
 _TURNED_BYTES = 1 << 18
 
-_OFFSETS = (layout.A, layout.B, layout.GAIN, layout.IN_GAIN, layout.SHIFT)
+_OFFSETS = (layout.A, layout.B, layout.GAIN, layout.IN_GAIN, layout.SHIFT, layout.TURN, layout.IN_TURN)
 
 
 class Allocator:
@@ -92,8 +93,8 @@ class Packed:
     Args:
         blob: 1-D host tensor in the arena's dtype.
         rows: int64 (modules, 2, TABLE_WIDTH), offsets relative to the blob's start: the adapter's own row of each
-            module's table, and that of the rests of its gains.
-        touches: one byte a module: LORA | GAIN | IN_GAIN | SHIFT | HEAD | TAIL.
+            module's table, and that of the rests of its gains and turns.
+        touches: one byte a module: LORA | GAIN | INPUT | SHIFT | HEAD | TAIL | TURN.
         heads: module number -> (offset of its weight, of its bias or -1, width) of a head or token embedding of another
             size, relative to the blob's start; the module's row in `rows` is empty.
         rests: whether any of the latter has a part.
@@ -135,8 +136,8 @@ class Store:
     and captured graphs outlive them. All methods are thread-safe.
 
     A gain far below 1 has few of its digits in a 16-bit g - 1. Where that matters, what rounding took off
-    is kept too, its rest, as the only part of a second row, `slots` rows on, which recipes name beside the
-    first: to kernels that sum the gains of a recipe's terms it is one more term.
+    is kept too, its rest (or a turn's), as the only part of a second row, `slots` rows on, which recipes name
+    beside the first: to kernels that sum the gains of a recipe's terms it is one more term.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, capacity: int, modules: int, slots: int) -> None:
@@ -207,7 +208,7 @@ class Store:
                     row[layout.WHOLE] = 1
             for column, bit, part in (
                 (layout.GAIN, GAIN, delta.gain),
-                (layout.IN_GAIN, IN_GAIN, delta.in_gain),
+                (layout.IN_GAIN, INPUT, delta.in_gain),
                 (layout.SHIFT, SHIFT, delta.shift),
             ):
                 if part is not None:
@@ -215,6 +216,13 @@ class Store:
                     touches[index] |= bit
                     if bit != SHIFT and (rest := _rest(part, self.arena.dtype)) is not None:
                         rest_row[column] = number(rest)
+            for column, bit, turn in ((layout.TURN, TURN, delta.turn), (layout.IN_TURN, INPUT, delta.in_turn)):
+                if turn is not None:
+                    row[column] = number(turn.values)
+                    row[column + 1] = layout.turn_shape(*turn.shape)
+                    touches[index] |= bit
+                    if (rest := _turn_rest(turn, self.arena.dtype)) is not None:
+                        rest_row[column], rest_row[column + 1] = number(rest), row[column + 1]
         blob, offsets = self._lay_out(parts)
         for column in _OFFSETS:
             rows[..., column] = offsets[rows[..., column]]
@@ -225,7 +233,7 @@ class Store:
                 f"{label}: some weights overflow {self.arena.dtype}, in which the model runs; patch with "
                 "dtype=torch.float32 or torch.bfloat16"
             )
-        rests = bool((rows[:, 1, (layout.GAIN, layout.IN_GAIN)] >= 0).any())
+        rests = bool((rows[:, 1, _OFFSETS] >= 0).any())
         invocation = next((delta.invocation for delta in deltas.values() if delta.invocation), ())
         packed = Packed(blob, rows, touches, heads, rests, invocation)
         if packed.nbytes > self.capacity:
@@ -365,6 +373,11 @@ def _rest(part: Tensor, dtype: torch.dtype) -> Tensor | None:
     rest = part - part.to(dtype).to(part.dtype)
     beyond = rest.abs() > torch.finfo(dtype).eps / 2 * (1 + part).abs()
     return rest if beyond.any() else None
+
+
+def _turn_rest(turn: Turn, dtype: torch.dtype) -> Tensor | None:
+    """The same of a turn's values, off the diagonal of which it never is."""
+    return None if _rest(turn.diagonal, dtype) is None else turn.values - turn.values.to(dtype).to(turn.values.dtype)
 
 
 def _copy_alike(parts: list[Tensor], to: Tensor, align: int) -> None:

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlora
 from mlora.layers import LoraLayer
-from mlora.ops import dispatch
-from mlora.store import BOTH, GAIN, IN_GAIN, LORA
+from mlora.ops import dispatch, layout
+from mlora.store import BOTH, GAIN, INPUT, LORA, TURN
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -71,11 +71,15 @@ def traced_layer(touches: int, tokens: int) -> Trace:
         (0, {"apply_": 0, "scale_input": 0}),
         (LORA, {"apply_": 1, "scale_input": 0}),
         (LORA | GAIN, {"apply_": 1, "scale_input": 0}),
-        (LORA | IN_GAIN, {"apply_": 1, "scale_input": 1}),
-        (GAIN | IN_GAIN, {"apply_": 1, "scale_input": 1}),
-        (GAIN | IN_GAIN | BOTH, {"apply_": 1, "scale_input": 1}),
+        (LORA | INPUT, {"apply_": 1, "scale_input": 1}),
+        (GAIN | INPUT, {"apply_": 1, "scale_input": 1}),
+        (GAIN | INPUT | BOTH, {"apply_": 1, "scale_input": 1}),
+        (INPUT, {"apply_": 0, "scale_input": 1, "turn_output": 0}),
+        (TURN, {"apply_": 0, "scale_input": 0, "turn_output": 1}),
+        (LORA | TURN, {"apply_": 1, "scale_input": 0, "turn_output": 1}),
+        (TURN | INPUT | BOTH, {"apply_": 0, "scale_input": 1, "turn_output": 1}),
     ],
-    ids=["base", "lora", "gain", "in_gain", "either_gain", "both_gains"],
+    ids=["base", "lora", "gain", "input", "either", "both", "input_alone", "turn", "lora_and_turn", "both_turns"],
 )
 def test_a_layer_makes_one_call_and_never_waits(touches: int, calls: dict[str, int], tokens: int) -> None:
     trace = traced_layer(touches, tokens)
@@ -112,7 +116,7 @@ def test_launches_of_an_operator_depend_on_shapes_only() -> None:
     device = Device(132, 90)
     with FakeTensorMode():
         arena = torch.empty(1024, dtype=torch.bfloat16, device="cuda")
-        table = torch.empty(64, 8, dtype=torch.int64, device="cuda")
+        table = torch.empty(64, layout.TABLE_WIDTH, dtype=torch.int64, device="cuda")
         plan = torch.empty(512, dtype=torch.int32, device="cuda")
         weight = torch.empty(14336, 4096, dtype=torch.bfloat16, device="cuda")
         for tokens in (1, 16, 64, 2048, 8192):
@@ -121,7 +125,7 @@ def test_launches_of_an_operator_depend_on_shapes_only() -> None:
             with Trace() as trace:
                 apply_ = launch.apply_launches(y, None, x, arena, table, plan, device)
                 linear = launch.linear_launches(y, x, weight, None, arena, table, plan, device)
-                scale = launch.scale_input_launches(x, x, arena, table, plan, device)
+                scale = launch.turn_launches(x, x, None, arena, table, plan, device)
             assert [len(launches) for launches in (apply_, linear, scale)] == [2, 2, 1]
             assert set(trace.calls) <= {"aten::empty.memory_format", "aten::new_empty"} and not trace.waits
             assert all(item.grid <= 4 * device.processors for item in [*apply_, *linear, *scale])

@@ -382,7 +382,7 @@ def test_factor_space_refuses_what_it_cannot_hold() -> None:
     how = Merge(list("ab"), [1, 1], space="factor")
     with pytest.raises(errors.MergeError, match=r"module m: factor space needs equal ranks.*\[4, 5\]"):
         merge_module([lora(1, 4), lora(2, 5)], how, module())
-    with pytest.raises(errors.MergeError, match="a gain or a bias"):
+    with pytest.raises(errors.MergeError, match="a gain, a turn or a bias"):
         merge_module([lora(1), Delta(gain=torch.ones(OUT))], how, module())
 
 

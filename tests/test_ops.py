@@ -27,7 +27,8 @@ FUSED = [
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # half an ulp of 1
-PARTS = {"a": layout.A, "b": layout.B, "gain": layout.GAIN, "in_gain": layout.IN_GAIN, "shift": layout.SHIFT}
+PARTS = {"a": layout.A, "b": layout.B, "gain": layout.GAIN, "in_gain": layout.IN_GAIN, "shift": layout.SHIFT,
+         "turn": layout.TURN, "in_turn": layout.IN_TURN}  # fmt: skip
 
 
 def bits(value: float) -> int:
@@ -36,9 +37,11 @@ def bits(value: float) -> int:
 
 class Case:
     """Adapters of given ranks in an arena with junk between the parts, which start at multiples of `align`, and plans
-    for recipes of (slot, weight)."""
+    for recipes of (slot, weight). `turns`: (size, stride) of each adapter's turns of both sides, or None."""
 
-    def __init__(self, ranks, width_in, width_out, dtype, gains=False, shifts=False, in_gains=False, seed=0, align=1):
+    def __init__(
+        self, ranks, width_in, width_out, dtype, gains=False, shifts=False, in_gains=False, seed=0, align=1, turns=()
+    ):
         g = torch.Generator().manual_seed(seed)
         self.width_in, self.width_out, self.dtype, self.generator = width_in, width_out, dtype, g
         self.table = torch.full((len(ranks), layout.TABLE_WIDTH), -1, dtype=torch.int64)
@@ -60,6 +63,12 @@ class Case:
                 parts["shift"] = torch.randn(width_out, generator=g)
             if in_gains and slot % 2 == 0:
                 parts["in_gain"] = torch.randn(width_in, generator=g)
+            if turns and turns[slot]:
+                size, _ = turns[slot]
+                self.table[slot, [layout.TURN_SHAPE, layout.IN_TURN_SHAPE]] = layout.turn_shape(*turns[slot])
+                parts["turn"] = torch.randn(size, width_out, generator=g) / size**0.5
+                parts["in_turn"] = torch.randn(size, width_in, generator=g) / size**0.5
+                adapter["shape"] = turns[slot]
             for name, part in parts.items():
                 junk = torch.full((1 + slot % 3 + -(at + 1 + slot % 3) % align,), torch.nan)
                 part = part.to(dtype)
@@ -108,6 +117,17 @@ class Case:
                 if "shift" in adapter:
                     out[t] += weight * adapter["shift"]
         return out
+
+
+def turned(turn: Tensor, stride: int, x: Tensor) -> Tensor:
+    """The fp64 loop of T - I, as a matrix."""
+    size, width = turn.shape
+    matrix = torch.zeros(width, width, dtype=torch.float64)
+    n = torch.arange(width)
+    first = n - n % (size * stride) + n % stride  # of each one's block
+    for j in range(size):
+        matrix[n, first + j * stride] = turn[j].double()
+    return x.double() @ matrix.t()
 
 
 def side_by_side(cases: list[Case]) -> Tensor:
@@ -351,6 +371,60 @@ def test_scale_input(dtype, width):
     assert torch.equal(got[3:6], x[3:6]) and torch.equal(got[9:], x[9:])
 
 
+# Blocks of neighbours and of elements apart; shorter than a vector, as long, longer; of one element; of all.
+TURNS = {
+    "small": (24, ((4, 1), None, (2, 3))),
+    "one": (5, ((1, 5), None, (5, 1))),
+    "odd": (855, ((15, 1), (2 + 1, 5), (171, 5))),
+    "blocks": (576, ((32, 1), (64, 1), (576, 1))),
+    "pairs": (576, ((2, 32), (2, 288), (2, 1))),
+    "wide": (2048, ((32, 1), (2, 4), (8, 1))),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("of", TURNS)
+@pytest.mark.parametrize("length", [1, 7])
+def test_scale_input_and_turn_output_with_turns(of, dtype, length, in_threads):
+    """Also under any number of threads, and a row does not see its batch."""
+    width, shapes = TURNS[of]
+    case = Case((1, 0, 3), width, width, dtype, in_gains=True, turns=shapes)
+    recipes = [A, [], MIX, B]
+    tokens = length * len(recipes)
+    x, y = sentinel(tokens, width, dtype)[0], sentinel(tokens, width, dtype)[0]
+    x.copy_(case.randn(tokens, width))
+    y.copy_(case.randn(tokens, width))
+    tensors = (case.arena, case.table, case.plan(recipes))
+
+    def oracle(add: Tensor, name: str) -> Tensor:
+        out = add.double().clone()
+        for row, recipe in enumerate(recipes):
+            t = slice(row * length, (row + 1) * length)
+            for slot, weight in recipe:
+                weight, adapter = float(np.float32(weight)), case.adapters[slot]
+                if name == "in_turn" and "in_gain" in adapter:
+                    out[t] += weight * adapter["in_gain"] * x[t].double()
+                if name in adapter:
+                    out[t] += weight * turned(adapter[name], adapter["shape"][1], x[t])
+        return out
+
+    calls = {
+        "in_turn": (lambda op, t=slice(None), *rest: op.scale_input(x[t], *(rest or tensors)), x),
+        "turn": (lambda op, t=slice(None), *rest: op.turn_output(y[t], x[t], *(rest or tensors)), y),
+    }
+    for name, (call, added) in calls.items():
+        got = []
+        for threads in (1, 2):
+            in_threads(threads)
+            got.append(call(dispatch))
+        check(got[0], oracle(added, name), call(reference))
+        assert torch.equal(*got)
+        assert torch.equal(got[0][length : 2 * length], added[length : 2 * length]), "base rows keep their bits"
+        part = slice(2 * length, 3 * length)
+        assert torch.equal(call(dispatch, part, case.arena, case.table, case.plan([MIX])), got[0][part])
+    assert torch.equal(dispatch.turn_output(x, None, *tensors), dispatch.turn_output(x, x, *tensors))
+
+
 @pytest.mark.parametrize("in_place", [True, False], ids=["in place", "from source"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize(
@@ -428,7 +502,8 @@ def test_half_keeps_subnormals():
 
 
 def small(dtype=torch.float32):
-    case = Case((3, 2, 4), 20, 33, dtype, gains=True, shifts=True, in_gains=True)
+    turns = ((1, 1), None, (1, 1))  # that both widths have
+    case = Case((3, 2, 4), 20, 33, dtype, gains=True, shifts=True, in_gains=True, turns=turns)
     return case, case.randn(4, 20), case.randn(4, 33), case.plan([A, [], B, MIX])
 
 
@@ -440,6 +515,9 @@ def test_opcheck(prefix):
     torch.library.opcheck(getattr(ops, prefix + "apply_").default, (y, None, x, *tensors))
     torch.library.opcheck(getattr(ops, prefix + "apply_").default, (y, y.clone(), x, *tensors))
     torch.library.opcheck(getattr(ops, prefix + "scale_input").default, (x, *tensors))
+    torch.library.opcheck(getattr(ops, prefix + "turn_output").default, (y, None, *tensors))
+    torch.library.opcheck(getattr(ops, prefix + "turn_output").default, (y, y.clone(), *tensors))
+    case = Case((3, 2, 4), 20, 33, torch.float32, gains=True, in_gains=True)  # kernels fold no turns
     folded = (case.randn(33, 20), case.randn(33, 20), case.arena, case.table, case.plan([MIX], spare=0))
     torch.library.opcheck(getattr(ops, prefix + "merge_").default, folded)
     if prefix or BF16:
@@ -453,7 +531,7 @@ def test_compiles_in_one_graph():
 
     def step(y, x, plan):
         z = dispatch.scale_input(x, case.arena, case.table, plan) * 2
-        y = y + 1
+        y = dispatch.turn_output(y + 1, None, case.arena, case.table, plan)
         dispatch.apply_(y, None, z, case.arena, case.table, plan)
         return y * 3
 
@@ -464,12 +542,14 @@ def test_compiles_in_one_graph():
 
 
 def test_reference_is_differentiable():
-    case = Case((3, 2, 4), 5, 7, torch.float64, gains=True, shifts=True, in_gains=True)
+    turns = ((5, 1), None, (1, 5))
+    case = Case((3, 2, 4), 5, 5, torch.float64, gains=True, shifts=True, in_gains=True, turns=turns)
     plan = case.plan([A, [], B, MIX])
-    x, y, base = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((4, 5), (4, 7), (4, 7)))
+    x, y, base = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((4, 5), (4, 5), (4, 5)))
     tensors = (case.arena, case.table, plan)
     assert torch.autograd.gradcheck(lambda y, b, x: reference.apply(y, b, x, *tensors), (y, base, x))
     assert torch.autograd.gradcheck(lambda x: reference.scale_input(x, *tensors), (x,))
+    assert torch.autograd.gradcheck(lambda y, b: reference.turn_output(y, b, *tensors), (y, base))
 
 
 def damage_table(column, value):
@@ -519,6 +599,29 @@ def test_a_damaged_plan_or_table_is_refused(name):
     assert torch.equal(y, before)
 
 
+@pytest.mark.parametrize(
+    ("of", "value", "message"),
+    [
+        ("", 10**6, "outside of the arena"),
+        ("_SHAPE", -1, "turns blocks"),
+        ("_SHAPE", layout.turn_shape(0, 1), "turns blocks of 0"),
+        ("_SHAPE", layout.turn_shape(1, 0), "1 elements, 0 apart"),
+        ("_SHAPE", layout.turn_shape(7, 1), "7 elements, 1 apart, of (20|33)"),
+        ("_SHAPE", layout.turn_shape(1, 2**31 - 1), "turns blocks of 1"),
+    ],
+)
+def test_a_damaged_turn_is_refused(of, value, message):
+    for side, call in {
+        "TURN": lambda op, case, x, y, plan: op.turn_output(y, None, case.arena, case.table, plan),
+        "IN_TURN": lambda op, case, x, y, plan: op.scale_input(x, case.arena, case.table, plan),
+    }.items():
+        case, x, y, plan = small()
+        case.table[0, getattr(layout, side + of)] = value
+        for op in (dispatch, reference):
+            with pytest.raises(RuntimeError, match=message):
+                call(op, case, x, y, plan)
+
+
 @needs_native
 def test_wrong_tensors_are_refused():
     case, x, y, plan = small()
@@ -547,6 +650,16 @@ def test_wrong_tensors_are_refused():
     if NATIVE:  # a GPU's plan cannot be read here
         with pytest.raises(RuntimeError, match="1 tokens do not divide"):
             merge_(weight, None, case.arena, case.table, plan)
+        with pytest.raises(RuntimeError, match="turns are folded by"):
+            merge_(weight, None, case.arena, case.table, one)
+    turn_output = torch.ops.mlora.turn_output
+    for args, message in [
+        ((y, y[:2], case.arena, case.table, plan), "base must have y's shape"),
+        ((y, y.half(), case.arena, case.table, plan), "one dtype"),
+        ((y.half(), None, case.arena, case.table, plan), "one dtype"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            turn_output(*args)
 
 
 def run_python(code: str, **env: str) -> str:
@@ -565,7 +678,7 @@ def test_lower_instruction_sets(isa):
     if names.index(isa) >= torch.ops.mlora.isa() or "MLORA_CPU_ISA" in os.environ:
         pytest.skip("not lower than what the tests above ran with")
     select = "fp64 and (20x855 or 2049x20) and (decode or prefill) or see_its_batch and 855"
-    select += " or scale_input or subnormals or merge and 20x855"
+    select += " or scale_input and not blocks or subnormals or merge and 20x855"
     code = f"""
 import sys, pytest, torch, mlora.ops.dispatch
 assert torch.ops.mlora.isa() == {names.index(isa)}

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from mlora import errors
-from mlora.lowering import Delta
+from mlora.lowering import Delta, Turn
 from mlora.ops import layout
-from mlora.store import GAIN, IN_GAIN, LORA, SHIFT, Allocator, Packed, Store
+from mlora.store import GAIN, INPUT, LORA, SHIFT, TURN, Allocator, Packed, Store
 
 CPU = torch.device("cpu")
 
@@ -88,11 +88,13 @@ class AllocatorMachine(RuleBasedStateMachine):
 TestAllocator = AllocatorMachine.TestCase
 TestAllocator.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
+PLAIN, GAINS = (layout.A, layout.B, layout.SHIFT), (layout.GAIN, layout.IN_GAIN)
+TURNS = (layout.TURN, layout.IN_TURN)
 WIDTHS = [(8, 5), (3, 33)]  # (in, out) of the store's two modules
 
 
 def deltas_of(seed: int, ranks: tuple[int, int], extras: int = 0) -> dict[int, Delta]:
-    """Random deltas for the two modules; bits of `extras` add gain, in_gain and shift to the second."""
+    """Random deltas for the two modules; bits of `extras` add gain, in_gain, shift and turns to the second."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
@@ -110,6 +112,8 @@ def deltas_of(seed: int, ranks: tuple[int, int], extras: int = 0) -> dict[int, D
                 gain=random(width_out) if more & 1 else None,
                 in_gain=random(width_in) if more & 2 else None,
                 shift=random(width_out) if more & 4 else None,
+                turn=Turn(random(3, width_out), 11) if more & 8 else None,
+                in_turn=Turn(random(3, width_in)) if more & 8 else None,
             )
     return deltas
 
@@ -126,9 +130,14 @@ def check_rows(store: Store, packed: Packed, deltas: dict[int, Delta]) -> None:
         delta = deltas.get(index)
         assert row[layout.RANK] == (delta.rank if delta else 0)
         parts = {layout.A: delta.a, layout.B: delta.b, layout.GAIN: delta.gain, layout.IN_GAIN: delta.in_gain,
-                 layout.SHIFT: delta.shift} if delta else {}  # fmt: skip
-        for column in (layout.A, layout.B, layout.GAIN, layout.IN_GAIN, layout.SHIFT):
+                 layout.SHIFT: delta.shift, layout.TURN: delta.turn, layout.IN_TURN: delta.in_turn
+                 } if delta else {}  # fmt: skip
+        for column in (*PLAIN, *GAINS, *TURNS):
             part = parts.get(column)
+            if isinstance(part, Turn):
+                assert row[column + 1] == layout.turn_shape(part.size, part.stride)
+                assert rest_row[column] == -1 or rest_row[column + 1] == row[column + 1]
+                part = part.values
             if part is None:
                 assert row[column] == rest_row[column] == -1
                 continue
@@ -136,10 +145,13 @@ def check_rows(store: Store, packed: Packed, deltas: dict[int, Delta]) -> None:
             held = arena[row[column] : row[column] + part.numel()].view(part.shape)
             assert torch.equal(held, part.to(arena.dtype))
             if rest_row[column] >= 0:
-                assert column in (layout.GAIN, layout.IN_GAIN) and packed.rests
-                rest = arena[rest_row[column] : rest_row[column] + len(part)]
+                assert column in (*GAINS, *TURNS) and packed.rests
+                rest = arena[rest_row[column] : rest_row[column] + part.numel()].view(part.shape)
                 assert torch.equal(rest, (part - held.float()).to(arena.dtype))
-            elif column in (layout.GAIN, layout.IN_GAIN):
+            elif column in TURNS:
+                eye = torch.arange(part.shape[1]) // parts[column].stride % len(part) == torch.arange(3)[:, None]
+                assert ((part - held.float()).abs() <= torch.finfo(arena.dtype).eps / 2 * (eye + part).abs()).all()
+            elif column in GAINS:
                 unit = torch.finfo(arena.dtype).eps / 2
                 assert ((part - held.float()).abs() <= unit * (1 + part).abs()).all()
         assert rest_row[layout.RANK] == 0 and rest_row[layout.A] == rest_row[layout.B] == -1
@@ -149,7 +161,7 @@ def check_rows(store: Store, packed: Packed, deltas: dict[int, Delta]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("extras", range(8))
+@pytest.mark.parametrize("extras", range(16))
 def test_parts_are_where_the_table_says(dtype: torch.dtype, extras: int) -> None:
     store = store_of(1 << 14, dtype=dtype)
     filler, deltas = deltas_of(1, (4, 0)), deltas_of(2, (3, 7), extras)
@@ -158,7 +170,8 @@ def test_parts_are_where_the_table_says(dtype: torch.dtype, extras: int) -> None
     store.register("x", packed)
     check_rows(store, packed, deltas)
     check_rows(store, store["filler"], filler)
-    wanted = LORA | (GAIN if extras & 1 else 0) | (IN_GAIN if extras & 2 else 0) | (SHIFT if extras & 4 else 0)
+    wanted = LORA | (GAIN if extras & 1 else 0) | (INPUT if extras & 10 else 0) | (SHIFT if extras & 4 else 0)
+    wanted |= TURN if extras & 8 else 0
     assert packed.touches.tolist() == [LORA, wanted]
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import build, inputs_for
-from test_ops import DTYPES, MIX, PARTS, A, B, Case, check, sentinel
+from test_ops import DTYPES, MIX, PARTS, A, B, Case, check, sentinel, turned
 from torch import Tensor
 
 from mlora.ops import layout, reference
@@ -207,6 +207,37 @@ def test_scale_input(dtype: torch.dtype, width: int) -> None:
 
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(
+    ("width", "shapes"),
+    [(5, ((1, 5), None, (5, 1))), (96, ((4, 1), (2, 16), (96, 1))), (300, ((2, 150), None, (3, 4)))],
+)
+def test_turns(dtype: torch.dtype, width: int, shapes: Any) -> None:
+    case = Case((1, 0, 3), width, width, dtype, in_gains=True, turns=shapes)
+    recipes = [A, [], MIX, B]
+    x, y = sentinel(12, width, dtype)[0], sentinel(12, width, dtype)[0]
+    x.copy_(case.randn(12, width))
+    y.copy_(case.randn(12, width))
+    tensors = (case.arena, case.table, case.plan(recipes))
+    inputs, outputs = x.double().clone(), y.double().clone()
+    for t in range(12):
+        for slot, weight in recipes[t // 3]:
+            adapter, weight = case.adapters[slot], float(np.float32(weight))
+            if "in_gain" in adapter:
+                inputs[t] += weight * adapter["in_gain"] * x[t].double()
+            if "turn" in adapter:
+                inputs[t] += weight * turned(adapter["in_turn"], adapter["shape"][1], x[t])
+                outputs[t] += weight * turned(adapter["turn"], adapter["shape"][1], x[t])
+    got = launch.scale_input(x, *tensors)
+    check(got, inputs, reference.scale_input(x, *tensors))
+    assert torch.equal(got[3:6], x[3:6])
+    got = launch.turn_output(y, x, *tensors)
+    check(got, outputs, reference.turn_output(y, x, *tensors))
+    assert torch.equal(got[3:6], y[3:6])
+    assert torch.equal(launch.turn_output(x, None, *tensors), launch.turn_output(x, x, *tensors))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize(("width_in", "width_out"), [(3, 1), (70, 100)])
 def test_merge_matches_fp64(dtype: torch.dtype, width_in: int, width_out: int) -> None:
     case = Case((16, 3, 40), width_in, width_out, dtype, gains=True, in_gains=True)
@@ -323,9 +354,10 @@ COMPILE = """
 import json, re, sys, torch
 from mlora.kernels import aot, launch
 from mlora.kernels.config import Device
+from mlora.ops import layout
 capability = int(sys.argv[1])
 device, dtype = Device(132, capability), torch.bfloat16
-arena, table = torch.empty(1024, dtype=dtype), torch.empty(64, 8, dtype=torch.int64)
+arena, table = torch.empty(1024, dtype=dtype), torch.empty(64, layout.TABLE_WIDTH, dtype=torch.int64)
 plan = torch.empty(1024, dtype=torch.int32)
 weight = torch.empty(4096, 4096, dtype=dtype)
 found = []
@@ -334,7 +366,8 @@ for tokens in (16, 2048) if capability == 90 else (2048,):
     launches = launch.apply_launches(y, None, x, arena, table, plan, device)
     launches += launch.linear_launches(y, x, weight, None, arena, table, plan, device)[1:]
     if tokens == 2048:
-        launches += launch.scale_input_launches(y, x, arena, table, plan, device)
+        launches += launch.turn_launches(y, x, None, arena, table, plan, device)
+        launches += launch.turn_launches(y, x, y, arena, table, plan, device)
         launches += launch.merge_launches(weight, weight, arena, table, plan)
     for item in launches:
         code = aot.compile_launch(item, capability)
@@ -376,7 +409,7 @@ def test_the_table_and_plan_columns_are_those_of_the_layout() -> None:
     """The kernels copy the numbers when they are imported."""
     from mlora.kernels import work
 
-    for name in ("A", "B", "RANK", "SCALE", "GAIN", "IN_GAIN", "SHIFT", "TABLE_WIDTH"):
+    for name in ("A", "B", "RANK", "SCALE", "GAIN", "IN_GAIN", "SHIFT", "TURN", "IN_TURN", "TABLE_WIDTH"):
         assert getattr(work, name).value == getattr(layout, name)
 
 

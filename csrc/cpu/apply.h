@@ -1,4 +1,4 @@
-// shrink, expand and scale_input. Every (token, rank) dot product is one chain over k, and every output element one
+// shrink and expand. Every (token, rank) dot product is one chain over k, and every output element one
 // chain over terms and rank rows, whatever the tile: a token's delta does not depend on what it is computed beside.
 #pragma once
 
@@ -393,35 +393,6 @@ void run(const Job* jobs, int64_t count) {
     } else {
       expand<T>(jobs[i], after);
     }
-  }
-}
-
-template <class T, bool Tail>
-MLORA_INLINE void scale_input_tile(const T* x, T* y, const Segment& s, int64_t k, int64_t left) {
-  Pair gain = {zero(), zero()};
-  for (const Term* term = s.terms; term != s.terms + s.term_count; ++term) {
-    if (!term->in_gain) continue;
-    const Pair u = load<Tail>(static_cast<const T*>(term->in_gain) + k, left);
-    gain.a = fma(set1(term->weight), u.a, gain.a);
-    gain.b = fma(set1(term->weight), u.b, gain.b);
-  }
-  const Pair v = load<Tail>(x + k, left);
-  store<Tail>(y + k, {fma(gain.a, v.a, v.a), fma(gain.b, v.b, v.b)}, left);
-}
-
-template <class T>
-void scale_input(const Problem& p, const Segment& s) {
-  constexpr int64_t step = 2 * W;
-  for (int t = 0; t < s.count; ++t) {
-    const T* x = static_cast<const T*>(p.x) + s.tokens[t] * p.x_stride;
-    T* y = static_cast<T*>(p.y) + s.tokens[t] * p.y_stride;
-    if (!s.has_in_gain) {
-      __builtin_memcpy(y, x, static_cast<size_t>(p.in) * sizeof(T));
-      continue;
-    }
-    int64_t k = 0;
-    for (; k + step <= p.in; k += step) scale_input_tile<T, false>(x, y, s, k, step);
-    if (k < p.in) scale_input_tile<T, true>(x, y, s, k, p.in - k);
   }
 }
 

@@ -12,6 +12,14 @@ struct fp16 {
   uint16_t bits;
 };
 
+// T - I of a block-diagonal T, [size, width]: in column n, what element n takes of each element of its block. Blocks are
+// `size` elements, `stride` apart.
+struct Turn {
+  const void* values;
+  int64_t size;
+  int64_t stride;
+};
+
 // One weighted slot of a recipe. Absent parts are null.
 struct Term {
   const void* a;        // [rank, in]
@@ -19,6 +27,8 @@ struct Term {
   const void* gain;     // [out], holds g - 1
   const void* in_gain;  // [in], holds u - 1
   const void* shift;    // [out]
+  Turn turn;            // of the output
+  Turn in_turn;
   int64_t rank;
   float weight;
   float scale;  // weight times the adapter's scaling
@@ -35,6 +45,8 @@ struct Segment {
   bool has_output;  // adds something to the output
   bool has_gain;
   bool has_in_gain;
+  int64_t turns;  // sizes of all turns of the output
+  int64_t in_turns;
 };
 
 constexpr int32_t kSegmentTokens = 64;
@@ -104,8 +116,10 @@ struct Kernels {
   // lie anywhere, and the hardware's prefetchers, which learn a stream and stop at its end, leave most of such a part
   // to be waited for.
   using Run = void (*)(const Job*, int64_t jobs);
-  // y = x * (1 + in_gain) for all columns; y has x's shape.
-  using ScaleInput = void (*)(const Problem&, const Segment&);
+  // Columns [from, to) of a segment's tokens, p.in wide: y = x * (1 + in_gain) + (in_turn - I) x.
+  using ScaleInput = void (*)(const Problem&, const Segment&, int64_t from, int64_t to);
+  // The same of y = base + (turn - I) x.
+  using TurnOutput = void (*)(const Problem&, const Segment&, int64_t from, int64_t to);
   // xt[tile, unit, t]: what lies in 32 bits of x along `in` of each tile of kLinearTokens tokens, a pair of bf16 or one
   // float, so that a unit's tokens adjoin. Tiles [from, to).
   using Pack = void (*)(const Problem&, uint32_t* xt, int64_t from, int64_t to);
@@ -120,6 +134,7 @@ struct Kernels {
 
   Run run[3];  // indexed by Type
   ScaleInput scale_input[3];
+  TurnOutput turn_output[3];
   Merge merge[3];
   Pack pack[3];  // null where linear is not offered
   Linear linear[3];

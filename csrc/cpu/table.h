@@ -4,6 +4,7 @@
 #include "apply.h"
 #include "linear.h"
 #include "merge.h"
+#include "turn.h"
 
 namespace mlora {
 
@@ -13,6 +14,7 @@ namespace mlora {
 const Kernels MLORA_TABLE(MLORA_ISA) = {
     {MLORA_ISA::run<float>, MLORA_ISA::run<fp16>, MLORA_ISA::run<bf16>},
     {MLORA_ISA::scale_input<float>, MLORA_ISA::scale_input<fp16>, MLORA_ISA::scale_input<bf16>},
+    {MLORA_ISA::turn_output<float>, MLORA_ISA::turn_output<fp16>, MLORA_ISA::turn_output<bf16>},
     {MLORA_ISA::merge<float>, MLORA_ISA::merge<fp16>, MLORA_ISA::merge<bf16>},
 #if MLORA_HAVE_BF16
     {MLORA_ISA::pack<float>, nullptr, MLORA_ISA::pack<bf16>},

@@ -124,6 +124,13 @@ struct Work {
                         " are outside of the arena of ", limit);
         return memory + offset * element;
       };
+      const auto turn = [&](Column column, Column shape, int64_t width) -> Turn {
+        if (row[column] == -1) return {};
+        const int64_t size = turn_size(row[shape]), stride = turn_stride(row[shape]);
+        STD_TORCH_CHECK(size > 0 && stride > 0 && stride <= INT32_MAX && width % (size * stride) == 0, "mlora: slot ", slot,
+                        " turns blocks of ", size, " elements, ", stride, " apart, of ", width);
+        return {part(column, checked(size, width, limit)), size, stride};
+      };
       Term term;
       term.rank = row[kRank];
       STD_TORCH_CHECK(term.rank >= 0 && term.rank <= limit, "mlora: slot ", slot, " has rank ", term.rank);
@@ -134,6 +141,8 @@ struct Work {
       term.gain = part(kGain, out);
       term.in_gain = part(kInGain, in);
       term.shift = part(kShift, out);
+      term.turn = turn(kTurn, kTurnShape, out);
+      term.in_turn = turn(kInTurn, kInTurnShape, in);
       term.weight = float_from_bits(term_weight[e]);
       term.scale = term.weight * float_from_bits(row[kScale]);
       terms.push_back(term);
@@ -165,6 +174,8 @@ struct Work {
       s.ranks += term.rank;
       s.has_gain = s.has_gain || term.gain;
       s.has_in_gain = s.has_in_gain || term.in_gain;
+      s.turns += term.turn.size;
+      s.in_turns += term.in_turn.size;
       s.has_output = s.has_output || term.rank || term.gain || term.shift;
     }
     s.terms = terms.data() + first_term;

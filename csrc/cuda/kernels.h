@@ -33,13 +33,15 @@ struct ApplyArgs {
   Sibling sibling[kSiblings];
 };
 
-struct ScaleInputArgs {
-  const void* x;  // [tokens, in]
-  void* y;        // [tokens, in], contiguous
+// scale_input and turn_output.
+struct TurnArgs {
+  const void* x;     // [tokens, width]: what is scaled or turned
+  const void* base;  // [tokens, width]: what turned outputs are added to
+  void* y;           // [tokens, width], contiguous
   const void* arena;
   const int64_t* table;
   const int32_t* plan;
-  int64_t plan_size, tokens, in, x_stride;
+  int64_t plan_size, tokens, width, x_stride, base_stride;
 };
 
 struct MergeArgs {
@@ -60,7 +62,8 @@ struct DeviceShape {
 
 cudaError_t device_shape(int device, DeviceShape* shape);
 cudaError_t launch_apply(Type type, const ApplyArgs& args, const DeviceShape& shape, cudaStream_t stream);
-cudaError_t launch_scale_input(Type type, const ScaleInputArgs& args, const DeviceShape& shape, cudaStream_t stream);
+cudaError_t launch_scale_input(Type type, const TurnArgs& args, const DeviceShape& shape, cudaStream_t stream);
+cudaError_t launch_turn_output(Type type, const TurnArgs& args, const DeviceShape& shape, cudaStream_t stream);
 cudaError_t launch_merge(Type type, const MergeArgs& args, cudaStream_t stream);
 
 }  // namespace mlora

@@ -154,21 +154,48 @@ void apply_group_(std::vector<Tensor> y, Tensor x, Tensor arena, std::vector<Ten
   apply(std::move(y), std::nullopt, x, arena, tables, plan);
 }
 
-Tensor scale_input(Tensor x, Tensor arena, Tensor table, Tensor plan) {
-  ScaleInputArgs args = {};
-  const Type type = type_of("x", x, arena);
-  x = take_input(x, arena, plan, &args.in, &args.tokens, &args.x_stride);
-  Tensor y = torch::stable::new_empty(x, x.sizes());
-  args.x = x.const_data_ptr();
+// What scale_input and turn_output share; `x` and `y` are to live as long as args are used.
+Tensor turn_args(const Tensor& x, const Tensor& y, const Tensor& arena, const Tensor& table, const Tensor& plan,
+                 TurnArgs* to) {
+  TurnArgs& args = *to;
+  const Tensor rows = take_input(x, arena, plan, &args.width, &args.tokens, &args.x_stride);
+  args.x = rows.const_data_ptr();
   args.y = y.mutable_data_ptr();
   args.arena = arena.const_data_ptr();
   args.table = table_of(arena, table);
   args.plan = static_cast<const int32_t*>(plan.const_data_ptr());
   args.plan_size = plan.numel();
-  if (args.tokens == 0) return y;
+  return rows;
+}
+
+Tensor scale_input(Tensor x, Tensor arena, Tensor table, Tensor plan) {
+  TurnArgs args = {};
+  const Type type = type_of("x", x, arena);
+  Tensor out = torch::stable::new_empty(x, x.sizes());
+  const Tensor rows = turn_args(x, out, arena, table, plan, &args);
+  if (args.tokens == 0) return out;
   const Launch launch(arena);
   check(launch_scale_input(type, args, launch.shape, launch.stream));
-  return y;
+  return out;
+}
+
+Tensor turn_output(Tensor y, std::optional<Tensor> base, Tensor arena, Tensor table, Tensor plan) {
+  TurnArgs args = {};
+  const Type type = type_of("y", y, arena);
+  if (base) {
+    STD_TORCH_CHECK(base->scalar_type() == arena.scalar_type(), "mlora: base and arena must have one dtype");
+    STD_TORCH_CHECK(base->dim() >= 1 && base->size(base->dim() - 1) == width_of("y", y) && base->numel() == y.numel(),
+                    "mlora: base must have y's shape");
+    STD_TORCH_CHECK(base->get_device_index() == arena.get_device_index(), "mlora: base and arena must be on one device");
+  }
+  Tensor out = torch::stable::new_empty(y, y.sizes());
+  const Tensor rows = turn_args(base ? *base : y, out, arena, table, plan, &args);
+  const Tensor added = rows_of(y, &args.base_stride);
+  args.base = added.const_data_ptr();
+  if (args.tokens == 0) return out;
+  const Launch launch(arena);
+  check(launch_turn_output(type, args, launch.shape, launch.stream));
+  return out;
 }
 
 void merge_(Tensor weight, std::optional<Tensor> source, Tensor arena, Tensor table, Tensor plan) {
@@ -215,5 +242,6 @@ STABLE_TORCH_LIBRARY_IMPL(mlora, MLORA_KEY, m) {
   m.impl("apply_", TORCH_BOX(&mlora::apply_));
   m.impl("apply_group_", TORCH_BOX(&mlora::apply_group_));
   m.impl("scale_input", TORCH_BOX(&mlora::scale_input));
+  m.impl("turn_output", TORCH_BOX(&mlora::turn_output));
   m.impl("merge_", TORCH_BOX(&mlora::merge_));
 }

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..ops import layout
-from . import config, gains, lora, merge, work
+from . import config, lora, merge, turn, work
 from . import linear as fused
 from .config import Device
 
@@ -182,15 +182,17 @@ def linear_launches(
     ]
 
 
-def scale_input_launches(
-    out: Tensor, x: Tensor, arena: Tensor, table: Tensor, plan: Tensor, device: Device
+def turn_launches(
+    out: Tensor, x: Tensor, base: Tensor | None, arena: Tensor, table: Tensor, plan: Tensor, device: Device
 ) -> list[Launch]:
-    """The launch of `scale_input` on x (tokens, in) and out, contiguous."""
+    """The launch of `scale_input` on x (tokens, width) and out, contiguous, or with a `base` that of `turn_output`."""
     tokens, width = x.shape
     bm, bn = 16, 256
     tiles = -(-tokens // bm) * -(-width // bn)
-    args = (out, x, arena, table, plan, tokens, width, x.stride(0))
-    return [Launch(gains.scale_input, min(device.processors * 4, tiles), args, {"BM": bm, "BN": bn})]
+    to = x if base is None else base
+    args = (out, x, to, arena, table, plan, tokens, width, x.stride(0), to.stride(0))
+    constants = {"OUTPUT": base is not None, "BM": bm, "BN": bn}
+    return [Launch(turn.turn, min(device.processors * 4, tiles), args, constants)]
 
 
 def merge_launches(weight: Tensor, source: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> list[Launch]:
@@ -247,7 +249,20 @@ def scale_input(x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> Tensor
     flat = _flat("x", x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if flat.shape[0]:
-        _run(scale_input_launches(out.view(flat.shape), flat, arena, table, plan, device_of(x)), x)
+        _run(turn_launches(out.view(flat.shape), flat, None, arena, table, plan, device_of(x)), x)
+    return out
+
+
+def turn_output(y: Tensor, base: Tensor | None, arena: Tensor, table: Tensor, plan: Tensor) -> Tensor:
+    """`reference.turn_output` in one launch."""
+    _check(arena, table, plan, y=y, base=base)
+    if base is not None and base.shape != y.shape:
+        raise RuntimeError(f"mlora: base must have y's shape {tuple(y.shape)}, is {tuple(base.shape)}")
+    rows = _flat("y", y)
+    turned = rows if base is None else _flat("base", base)
+    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    if rows.shape[0]:
+        _run(turn_launches(out.view(rows.shape), turned, rows, arena, table, plan, device_of(y)), y)
     return out
 
 
@@ -296,6 +311,9 @@ def warmup(model: torch.nn.Module, tokens: Sequence[int] = (1, config.DECODE_TOK
             apply_(y, None, x, arena, state.table, state.shared.blank)
             scale_input(x, arena, state.table, state.shared.blank)
             calls += 2
+            if state.shared.turns:
+                turn_output(y, None, arena, state.table, state.shared.blank)
+                calls += 1
     return calls
 
 

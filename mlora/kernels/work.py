@@ -21,6 +21,8 @@ SCALE = tl.constexpr(layout.SCALE)
 GAIN = tl.constexpr(layout.GAIN)
 IN_GAIN = tl.constexpr(layout.IN_GAIN)
 SHIFT = tl.constexpr(layout.SHIFT)
+TURN = tl.constexpr(layout.TURN)  # followed by their shapes
+IN_TURN = tl.constexpr(layout.IN_TURN)
 HEADER = tl.constexpr(layout.PLAN_HEADER)
 
 # What counts as a unit of work of a tile.

@@ -70,8 +70,8 @@ class ConvLayer(LoraLayer):
         y, source = self._bases(x, words, touches)
         # (rows, positions, out): y itself where its memory format is channels_last, else a copy. One for all pieces:
         # turning a few lines at a time costs several times as much.
-        tokens = y.flatten(2).transpose(1, 2).contiguous()
-        before = None if source is None else source.flatten(2).transpose(1, 2).contiguous()
+        tokens = _tokens(y).contiguous()
+        before = None if source is None else _tokens(source).contiguous()
         if y.requires_grad or (x.requires_grad and torch.is_grad_enabled()):
             tokens = reference.apply(tokens, before, self._patches(self._windows(x)), arena, table, words)
         elif touches & LORA:
@@ -88,8 +88,7 @@ class ConvLayer(LoraLayer):
                 dispatch.apply_(tokens[:, part], base, patches, arena, table, words)
         else:  # no term reads patches
             dispatch.apply_(tokens, before, tokens, arena, table, words)
-        out = tokens.transpose(1, 2).reshape(y.shape)
-        return out.contiguous() if y.is_contiguous() else out  # in the base's memory format
+        return _like(y, tokens)
 
     def _windows(self, x: Tensor) -> Tensor:
         """(rows, *positions, *kernel, in_channels): a view of the input, padded and with its channels last."""
@@ -108,10 +107,26 @@ class ConvLayer(LoraLayer):
         return windows.flatten(len(self.kernel_size) + 1).flatten(1, -2)
 
     def _scaled(self, x: Tensor, words: Tensor) -> Tensor:
-        """u * x. Input gains are kept for each place of a patch, as the algebra has them; those of a channel are
-        equal, so the first place's do."""
+        """U x. Input gains are kept for each place of a patch, as the algebra has them; those of a channel are equal,
+        so the first place's do. Turns there are of 1x1 kernels only."""
         state, taps = self._mlora, math.prod(self.kernel_size)
+        if taps == 1:
+            return _like(x, super()._scaled(_tokens(x), words))
         wide = torch.promote_types(x.dtype, torch.float32)
         ones = x.new_ones((x.shape[0], self.in_channels * taps), dtype=wide)
         factor = dispatch.scale_input(ones, state.shared.arena, state.table, words)[:, : self.in_channels]
         return (x * factor.reshape(*x.shape[:2], *[1] * len(self.kernel_size))).to(x.dtype)
+
+    def _turned(self, y: Tensor, base: Tensor | None, words: Tensor) -> Tensor:
+        return _like(y, super()._turned(_tokens(y), None if base is None else _tokens(base), words))
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """(rows, channels, *positions) as (rows, positions, channels)."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def _like(x: Tensor, tokens: Tensor) -> Tensor:
+    """Undo `_tokens`, in x's memory format."""
+    out = tokens.transpose(1, 2).reshape(x.shape)
+    return out.contiguous() if x.is_contiguous() else out

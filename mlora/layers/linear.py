@@ -14,7 +14,7 @@ from ..activation import Activation
 from ..ops import dispatch, reference
 from ..ops.checks import check_heads, check_rows, check_tails
 from ..routing import Plan, Siblings
-from ..store import BOTH, GAIN, HEAD, IN_GAIN, LORA, TAIL
+from ..store import BOTH, GAIN, HEAD, INPUT, LORA, SHIFT, TAIL, TURN
 from .head import answer
 from .state import LayerState
 from .swap import refuse_copy, refuse_move
@@ -52,7 +52,7 @@ class LoraLayer(nn.Module):
         if touches & HEAD:
             base = partial(self._routed, words=plan.tensor, touches=touches)
             return answer(x, plan.heads[state.index], shared.arena, base, self.out_features)
-        if not touches & IN_GAIN:
+        if not touches & (INPUT | TURN):
             if state.fused and (kblock := self._fusable(x)):
                 return dispatch.linear(x, self.weight, self.bias, shared.arena, state.table, plan.tensor, kblock)
             if shared.groups is not None and not torch.is_grad_enabled() and not x.is_inference():
@@ -90,7 +90,7 @@ class LoraLayer(nn.Module):
         for layer in groups.get(index, ()):
             its = layer._mlora
             touches = plan.touches[its.index]
-            if touches and not touches & (IN_GAIN | HEAD) and not its.gathered and its.outer is None:
+            if touches and not touches & (INPUT | TURN | HEAD) and not its.gathered and its.outer is None:
                 if "forward" in layer.__dict__:  # somebody's, set since
                     continue
                 if (touches ^ plan.touches[index]) & TAIL:  # it reads another plan
@@ -124,25 +124,39 @@ class LoraLayer(nn.Module):
         """The base, then one op."""
         arena, table = self._mlora.shared.arena, self._mlora.table
         y, source = self._bases(x, words, touches)
+        if not touches & (LORA | GAIN | SHIFT):  # nothing is added to what the base gave, turned or not
+            return y
         if y.requires_grad or (x.requires_grad and torch.is_grad_enabled()):
             return reference.apply(y, source, x, arena, table, words)
         dispatch.apply_(y, source, x, arena, table, words)
         return y
 
     def _bases(self, x: Tensor, words: Tensor, touches: int) -> tuple[Tensor, Tensor | None]:
-        """The base's output. With input gains the base reads u * x, and where a row also takes an output gain from
-        another adapter base(x) is wanted beside it: deltas add without a cross term."""
-        if not touches & IN_GAIN:
-            return self._base(x), None
-        source = self._base(x) if touches & BOTH else None
-        return self._base(self._scaled(x, words)), source
+        """The base's output, and base(x) where gains read that and it is something else. With input gains or turns the
+        base reads U x, and where a row also takes an output gain or turn from another adapter base(x) is wanted beside
+        it: deltas add without a cross term."""
+        source = None
+        if touches & INPUT:
+            source = self._base(x) if touches & BOTH else None
+            y = self._base(self._scaled(x, words))
+        else:
+            y = self._base(x)
+        if not touches & TURN:
+            return y, source
+        return self._turned(y, source, words), y if source is None else source
 
     def _scaled(self, x: Tensor, words: Tensor) -> Tensor:
-        """u * x."""
+        """U x."""
         state = self._mlora
         recorded = x.requires_grad and torch.is_grad_enabled()
         scale = reference.scale_input if recorded else dispatch.scale_input
         return scale(x, state.shared.arena, state.table, words)
+
+    def _turned(self, y: Tensor, base: Tensor | None, words: Tensor) -> Tensor:
+        """y with the output turns of `base`, or of y."""
+        state = self._mlora
+        turn = reference.turn_output if y.requires_grad else dispatch.turn_output
+        return turn(y, base, state.shared.arena, state.table, words)
 
     def _compiled(self, x: Tensor) -> Tensor:
         """What a compiled graph runs: always the same ops, whose inputs only change their contents."""
@@ -155,7 +169,7 @@ class LoraLayer(nn.Module):
             check_heads(shared.plan)
         if state.index in shared.tails:
             check_tails(shared.plan)
-        touches = LORA | IN_GAIN | BOTH if shared.in_gains else LORA | GAIN
+        touches = (LORA | INPUT | BOTH if shared.inputs else LORA | GAIN) | (TURN if shared.turns else 0)
         return self._routed(x, shared.plan, touches)
 
     def _check(self, x: Tensor, plan: Plan) -> None:

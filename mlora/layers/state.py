@@ -31,9 +31,10 @@ class Shared:
         fused: whether the base product may be computed by mlora's own kernel.
         groups: first layer's number -> the layers that read the same input after it (q, k, v; gate, up), learned as
             calls come; None where serving several modules in one call gains nothing.
-        in_gains, norms, embeddings, experts: whether an adapter was ever loaded that has input gains, changes norms,
-            embeddings or parameters; `heads`: numbers of the modules for which one brought another size;
-            `tails`: of those that an aLoRA changes. Until then compiled code leaves their ops out.
+        inputs, turns, norms, embeddings, experts: whether an adapter was ever loaded that changes what a base reads,
+            turns outputs, or changes norms, embeddings or parameters; `heads`: numbers of the modules for which one
+            brought another size; `tails`: of those that an aLoRA changes. Until then compiled code leaves their ops
+            out.
     """
 
     def __init__(self, arena: Tensor, plan: Tensor, fused: bool) -> None:
@@ -43,7 +44,7 @@ class Shared:
         self.default: Plan | None = None
         self.blank = torch.zeros(8, dtype=torch.int32, device=plan.device)
         self.fused = fused
-        self.in_gains = self.norms = self.embeddings = self.experts = False
+        self.inputs = self.turns = self.norms = self.embeddings = self.experts = False
         self.heads: frozenset[int] = frozenset()
         self.tails: frozenset[int] = frozenset()
         grouped = dispatch.backend(arena.device, arena.dtype) in dispatch.GROUPING

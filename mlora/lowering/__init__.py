@@ -10,7 +10,7 @@ from .adalora import ADALORA
 from .boft import BOFT
 from .delora import DELORA
 from .delta import BaseLinear, Conv, Delta, Dense, approximate
-from .dense import C3A, FOURIERFT, HIRA, OFT, SHIRA, WAVEFT
+from .dense import C3A, FOURIERFT, HIRA, SHIRA, WAVEFT
 from .gralora import GRALORA
 from .hra import HRA
 from .ia3 import IA3
@@ -22,11 +22,13 @@ from .miss import MISS
 from .module import Lowering, modules_of
 from .module import module_names as _module_names
 from .native import NATIVE, to_adapter
+from .oft import OFT
 from .parts import lower_module
 from .randlora import RANDLORA
 from .road import ROAD
 from .saved import LN_TUNING
 from .tokens import TRAINABLE_TOKENS
+from .turn import Turn
 from .vblora import VBLORA
 from .vera import VERA
 
@@ -115,4 +117,4 @@ def module_names(adapter: Adapter) -> list[str]:
     return _module_names(adapter, _lowering_of(adapter))
 
 
-__all__ = ["LOWERINGS", "REFUSED", "BaseLinear", "Conv", "Delta", "lower", "module_names", "to_adapter"]
+__all__ = ["LOWERINGS", "REFUSED", "BaseLinear", "Conv", "Delta", "Turn", "lower", "module_names", "to_adapter"]

@@ -2,7 +2,8 @@
 
 R = P_m D_m P_m^T ... P_1 D_1 P_1^T: each D is block-diagonal, its blocks the Cayley transforms of skew-symmetric
 matrices, and each P a permutation that brings halves of neighbouring blocks together. With one factor, which is all
-that PEFT trains without its CUDA extension, there is no P. W R^T has full rank; s is a gain.
+that PEFT trains without its CUDA extension, there is no P. W R^T has full rank; s is a gain. Unlike OFT's, R is no turn
+of the input beside it: s multiplies what W makes of the turned input, and deltas add without a cross term.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def delta(module: Module) -> Dense:
     bias = base.bias()
     return Dense(
         weight,
-        "it rotates the input of the base weight",
+        "it rotates the input of the base weight and scales what comes of it",
         gain=scale - 1,
         shift=None if bias is None else (1 - scale) * bias,
     )

@@ -9,14 +9,17 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from .turn import Turn
+
 
 @dataclass(frozen=True)
 class Delta:
     """What one adapter does to one module:
 
-        y = g * base(u * x) + scale * B^T (A x) + c
+        y = G base(U x) + scale * B^T (A x) + c
 
-    Absent parts are `None`. All tensors are on the CPU, in the dtype of the adapter or fp32.
+    where G is the sum of a gain g and of T - I for an output turn T, and U that of an input gain u and of an input
+    turn's. Absent parts are `None`. All tensors are on the CPU, in the dtype of the adapter or fp32.
 
     Args:
         a: (rank, in). `b`: (rank, out): rank row j adds `b[j] * (a[j] . x)`.
@@ -24,6 +27,7 @@ class Delta:
             storing `b` in 16 bits never rounds a scaled value.
         gain: (out,), g - 1. Stored as the difference to 1, where 16 bits are as exact as `b`'s.
         in_gain: (in,), u - 1.
+        turn, in_turn: T - I of a block-diagonal T of outputs, or of inputs.
         shift: (out,), c.
         error: |D - B^T A| / |D| (Frobenius) where B^T A approximates a dense D; 0 where it is exact.
         replaces: of a head or a token embedding of another size, in place of all of the above: y = A x + c of width
@@ -37,6 +41,8 @@ class Delta:
     scale: float = 1.0
     gain: Tensor | None = None
     in_gain: Tensor | None = None
+    turn: Turn | None = None
+    in_turn: Turn | None = None
     shift: Tensor | None = None
     error: float = 0.0
     replaces: bool = False

@@ -1,21 +1,18 @@
 """Types whose delta has full rank by design: refused, or approximated when asked for.
 
-OFT        W' = W R^T, R block-diagonal and orthogonal          (Qiu et al., arXiv:2306.07280)
 FourierFT  dW = s Re(ifft2(S)), S sparse                        (Gao et al., arXiv:2405.03003)
 C3A        dW = blocks, each circulant, / in                    (Chen et al., arXiv:2407.19342)
 SHiRA      dW sparse                                            (Bhardwaj et al., arXiv:2406.13175)
 HiRA       dW = W * (B A)                                       (Huang et al., ICLR 2025)
 WaveFT     dW = s S, S sparse, or its inverse wavelet transform (Bilican et al., arXiv:2505.12532)
 
-None has an exact form that is cheaper than a copy of the weight, which is what `approximate=min(in, out)` stores. OFT's
-blocks turn the input before W reads it and HiRA multiplies W itself, so neither is a sum beside base(x); FourierFT has
-as many waves as values; C3A's blocks are of low rank in the Fourier domain only. SHiRA is exact in as many rank rows as
-there are rows or columns with values in them: where those take less room than the weight it is served.
+None has an exact form that is cheaper than a copy of the weight, which is what `approximate=min(in, out)` stores. HiRA
+multiplies W itself, so it is no sum beside base(x); FourierFT has as many waves as values; C3A's blocks are of low rank
+in the Fourier domain only. SHiRA is exact in as many rank rows as there are rows or columns with values in them: where
+those take less room than the weight it is served.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 import torch.nn.functional as F
@@ -24,48 +21,6 @@ from torch import Tensor
 from .. import errors
 from .delta import Delta, Dense
 from .module import Format, Lowering, Module
-
-
-def _oft(module: Module) -> Dense:
-    base, size, r = module.base, module.integer("oft_block_size", 32, least=0), module.integer("r", 0, least=0)
-    if base.conv is not None and (math.prod(base.kernel) > 1 or not base.conv.zero_padded):
-        raise errors.UnsupportedAdapterError(
-            f"{module.where}: OFT is served on 1x1 convolutions padded with zeros only; of larger kernels PEFT adds "
-            f"the overlaps of the rotated patches up, which is no change of the weight"
-        )
-    if size == 0:
-        module.divides("r", max(r, 1), base.in_features)
-        size = base.in_features // max(r, 1)
-    module.divides("oft_block_size", size, base.in_features)
-    shared = bool(module.config.get("block_share"))
-    blocks = base.in_features // size
-    packed = module.part("oft_R", 1 if shared else blocks, size * (size - 1) // 2).double()
-    terms = module.integer("num_cayley_neumann_terms", 5) if module.config.get("use_cayley_neumann", True) else 0
-
-    def weight() -> Tensor:
-        rotation = _cayley(packed, size, terms).expand(blocks, size, size)
-        dense = base.weight().double().reshape(-1, blocks, size)
-        return (torch.einsum("obc,bkc->obk", dense, rotation) - dense).reshape(-1, base.in_features)
-
-    return Dense(weight, "it rotates the input of the base weight")
-
-
-def _cayley(packed: Tensor, size: int, terms: int) -> Tensor:
-    """(blocks, size, size): (I - Q)(I + Q)^-1 of the skew-symmetric Q whose upper triangles are `packed`; with
-    `terms`, PEFT's series I + 2Q + 2Q^2 + ... + Q^last, which is that of -Q, cut off."""
-    rows, columns = torch.triu_indices(size, size, 1)
-    q = torch.zeros(len(packed), size, size, dtype=packed.dtype)
-    q[:, rows, columns] = packed
-    q = q - q.transpose(1, 2)
-    eye = torch.eye(size, dtype=q.dtype)
-    if not terms:
-        return torch.linalg.solve(eye + q, eye - q, left=False)
-    result = power = eye.expand_as(q)
-    last = max(terms - 1, 3) if terms > 2 else terms - 1
-    for term in range(1, last + 1):
-        power = power @ q
-        result = result + power * (1 if terms > 2 and term == last else 2)
-    return result
 
 
 def _located(module: Module, part: str, count: int) -> Tensor:
@@ -166,16 +121,6 @@ def _hira(module: Module) -> Dense:
     )
 
 
-OFT = Lowering(
-    Format(
-        parts={"oft_R.weight": "oft_R"},
-        honoured={"r", "oft_block_size", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms"},
-        neutral={"module_dropout", "init_weights", "eps"},  # eps is for coft only
-        convs={2},
-        grouped=True,
-    ),
-    _oft,
-)
 FOURIERFT = Lowering(
     Format(
         parts={"fourierft_spectrum": "fourierft_spectrum"},

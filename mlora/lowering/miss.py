@@ -1,7 +1,9 @@
 """MiSS: dW[:, i] = M[i mod r]   (Kang & Yin, arXiv:2409.15371), M = `miss_block`, (r, out).
 
 A sums the inputs whose index is j modulo r, so it is of zeros and ones. `mini` repeats a narrower M along
-the outputs. `bat` (an r x r block M_o for each r outputs) makes dW = W_blocks M_o + M_o: of full rank.
+the outputs. `bat` (an r x r block M_o for each r outputs) adds W_oi M_o + M_o to every r x r block W_oi of W. Since M_o
+goes with the output's block and yet stands where the input comes in, it turns neither inputs nor outputs: each block of
+outputs would read an input of its own. So the change itself is stored, at the price of a copy of the weight.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .delta import Delta, Dense, compact
+from .delta import Delta, compact, whole
 from .module import Format, Lowering, Module
 
 FORMAT = Format(
@@ -19,13 +21,13 @@ FORMAT = Format(
 )
 
 
-def delta(module: Module) -> Delta | Dense:
+def delta(module: Module) -> Delta:
     """The delta of one module."""
     base, rank, form = module.base, module.integer("r", 64), module.config.get("init_weights", True)
     if form == "bat":
         module.divides("r", rank, base.in_features, base.out_features)
         blocks = module.part("miss_block", base.out_features // rank, rank, rank)
-        return Dense(lambda: _bat(base.weight(), blocks), "init_weights='bat' multiplies the base weight by blocks")
+        return whole(_bat(base.weight(), blocks))
     if form == "mini":
         width = module.integer("mini_r", 1)
         module.divides("mini_r", width, base.out_features)

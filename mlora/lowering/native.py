@@ -1,11 +1,13 @@
 """mlora's own type, DELTA: the algebra itself, for merged adapters that no PEFT type can hold.
 
-Per module `delta_A` (rank, in), `delta_B` (rank, out), `delta_gain` (out,), `delta_in_gain` (in,) and `delta_shift`
-(out,), each where there is one.
+Per module `delta_A` (rank, in), `delta_B` (rank, out), `delta_gain` (out,), `delta_in_gain` (in,), `delta_shift`
+(out,), and the `values` of turns, `delta_turn` (size, out) and `delta_in_turn` (size, in), with `delta_turn_stride` and
+`delta_in_turn_stride` (); each where there is one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,10 +17,17 @@ from .. import errors
 from ..adapter import Adapter
 from .delta import BaseLinear, Delta
 from .module import Format, Lowering, Module
+from .turn import Turn
 
 PARTS = {"a": "delta_A", "b": "delta_B", "gain": "delta_gain", "in_gain": "delta_in_gain", "shift": "delta_shift"}
+TURNS = {"turn": "delta_turn", "in_turn": "delta_in_turn"}
 
-FORMAT = Format(parts={key: key for key in PARTS.values()}, convs={1, 2, 3}, grouped=True)
+FORMAT = Format(
+    parts={key: key for key in (*PARTS.values(), *TURNS.values(), *(f"{key}_stride" for key in TURNS.values()))},
+    integers={f"{key}_stride" for key in TURNS.values()},
+    convs={1, 2, 3},
+    grouped=True,
+)
 
 
 def delta(module: Module) -> Delta:
@@ -31,9 +40,24 @@ def delta(module: Module) -> Delta:
     if "delta_A" in module.parts or "delta_B" in module.parts:
         parts["a"] = module.part("delta_A", None, base.in_features)
         parts["b"] = module.part("delta_B", parts["a"].shape[0], base.out_features)
+    for part, key in TURNS.items():
+        if key in module.parts:
+            parts[part] = _turn(module, key, base.out_features if part == "turn" else base.in_features)
+    if parts.get("in_turn") is not None and math.prod(base.kernel) > 1:
+        raise errors.AdapterError(f"{module.where}: inputs of a convolution are turned where its kernel is 1x1 only")
     if not parts:
         raise errors.AdapterError(f"{module.where}: it has no weights")
     return Delta(**parts)
+
+
+def _turn(module: Module, key: str, width: int) -> Turn:
+    values = module.part(key, None, width)
+    stride = int(module.part(f"{key}_stride"))
+    if stride < 1 or width % (len(values) * stride):
+        raise errors.AdapterError(
+            f"{module.where}: {key} has blocks of {len(values)} elements, {stride} apart, which do not divide {width}"
+        )
+    return Turn(values, stride)
 
 
 NATIVE = Lowering(FORMAT, delta)
@@ -41,12 +65,15 @@ NATIVE = Lowering(FORMAT, delta)
 
 def to_adapter(deltas: Mapping[str, Delta], source: str, bases: Mapping[str, BaseLinear]) -> Adapter:
     """The adapter that lowers to `deltas` (dotted path -> delta) on `bases`: a LoRA, which PEFT reads too, or a DELTA
-    where one of them has gains or no rank rows, or is of a convolution for which PEFT's LoRA has no such form."""
-    deltas = {name: d for name, d in deltas.items() if any(getattr(d, part) is not None for part in PARTS)}
+    where one of them has gains, turns or no rank rows, or is of a convolution for which PEFT's LoRA has no such
+    form."""
+    deltas = {name: d for name, d in deltas.items() if any(getattr(d, part) is not None for part in (*PARTS, *TURNS))}
     plain = all(
         d.a is not None
         and d.gain is None
         and d.in_gain is None
+        and d.turn is None
+        and d.in_turn is None
         and ((conv := bases[name].conv) is None or not (conv.dilated or conv.groups > 1))
         for name, d in deltas.items()
     )
@@ -57,6 +84,11 @@ def to_adapter(deltas: Mapping[str, Delta], source: str, bases: Mapping[str, Bas
             for part, key in PARTS.items()
             if (tensor := getattr(d, part)) is not None
         }
+        for name, d in deltas.items():
+            for part, key in TURNS.items():
+                if (turn := getattr(d, part)) is not None:
+                    tensors[f"{name}.{key}"] = turn.values
+                    tensors[f"{name}.{key}_stride"] = torch.tensor(turn.stride)
         return Adapter({"peft_type": "DELTA", "target_modules": sorted(deltas)}, tensors, source)
     tensors = {}
     with_bias = any(d.shift is not None for d in deltas.values())

@@ -1,17 +1,17 @@
 """RoAd: y = R (W x + b), R a 2-D rotation and scaling of pairs of outputs   (Liao & Monz, arXiv:2409.00119).
 
 Outputs pair up within groups: the first half of a group with its second. R y = f * y + s * (y rotated by a
-quarter turn), so f is a gain and the rest, which mixes outputs, is a dense product with W.
+quarter turn): a turn of blocks of two outputs, half a group apart.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from .. import errors
-from .delta import Dense
+from .delta import Delta
 from .module import Format, Lowering, Module
+from .turn import Turn
 
 FORMAT = Format(
     parts={"road_theta": "road_theta", "road_alpha": "road_alpha"},
@@ -22,7 +22,7 @@ FORMAT = Format(
 _SIZES = {"road_1": 0.5, "road_2": 1, "road_4": 2}  # parameters for each output
 
 
-def delta(module: Module) -> Dense:
+def delta(module: Module) -> Delta:
     """The delta of one module."""
     base, group, variant = module.base, module.integer("group_size", 64), module.config.get("variant", "road_1")
     if not isinstance(variant, str) or variant not in _SIZES:
@@ -37,20 +37,10 @@ def delta(module: Module) -> Dense:
     gain, cross = alpha * theta.cos(), alpha * theta.sin()
     if variant == "road_4":  # each group: first the parameters of f, then those of s
         gain, cross = gain.reshape(-1, 2, group)[:, 0].flatten(), cross.reshape(-1, 2, group)[:, 1].flatten()
-
-    def turned(y: Tensor) -> Tensor:
-        """cross * (y turned by a quarter), along dim 0."""
-        halves = y.double().reshape(-1, 2, group // 2, *y.shape[1:])
-        quarter = torch.stack((-halves[:, 1], halves[:, 0]), dim=1).reshape(y.shape)
-        return quarter * cross.reshape(-1, *[1] * (y.dim() - 1))
-
-    bias = base.bias()
-    return Dense(
-        lambda: turned(base.weight()),
-        "it mixes the outputs of the base weight in pairs",
-        gain=(gain - 1).float(),
-        shift=None if bias is None else turned(bias).float(),
-    )
+    gain, cross = ((t - one).reshape(-1, 2, group // 2) for t, one in ((gain, 1), (cross, 0)))
+    # The first output of a pair takes -s times the second, the second s times the first.
+    values = torch.stack((torch.stack((gain[:, 0], cross[:, 1]), 1), torch.stack((-cross[:, 0], gain[:, 1]), 1)))
+    return Delta(turn=Turn(values.reshape(2, -1).float(), group // 2))
 
 
 ROAD = Lowering(FORMAT, delta)

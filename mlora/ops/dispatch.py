@@ -70,10 +70,12 @@ _BY_SIZE = HAS_CUDA and HAS_TRITON and _FORCED is None
 
 _reference_apply_ = torch.ops.mlora.reference_apply_.default
 _reference_scale_input = torch.ops.mlora.reference_scale_input.default
+_reference_turn_output = torch.ops.mlora.reference_turn_output.default
 _reference_merge_ = torch.ops.mlora.reference_merge_.default
 _apply_ = getattr(torch.ops.mlora, _PREFIX + "apply_").default
 _linear = getattr(torch.ops.mlora, _PREFIX + "linear").default
 _scale_input = getattr(torch.ops.mlora, _PREFIX + "scale_input").default
+_turn_output = getattr(torch.ops.mlora, _PREFIX + "turn_output").default
 _apply_group_ = torch.ops.mlora.apply_group_.default
 _merge_ = getattr(torch.ops.mlora, _PREFIX + "merge_").default
 _embed_ = torch.ops.mlora.embed_.default
@@ -130,6 +132,13 @@ def scale_input(x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> Tensor
     if x.dtype is arena.dtype and arena.dtype in _KERNEL_DTYPES:
         return _scale_input(x, arena, table, plan)
     return _reference_scale_input(x, arena, table, plan)
+
+
+def turn_output(y: Tensor, base: Tensor | None, arena: Tensor, table: Tensor, plan: Tensor) -> Tensor:
+    """See `reference.turn_output`."""
+    if y.dtype is arena.dtype and arena.dtype in _KERNEL_DTYPES:
+        return _turn_output(y, base, arena, table, plan)
+    return _reference_turn_output(y, base, arena, table, plan)
 
 
 def apply_group_(y: list[Tensor], x: Tensor, arena: Tensor, tables: list[Tensor], plan: Tensor) -> None:

@@ -13,6 +13,13 @@ absent adapter is rank 0 with every part -1.
     IN_GAIN  (in,)  holding u - 1
     SHIFT    (out,) holding c
     WHOLE    1 where B is the identity, so that an embedding's A is looked up and nothing multiplied; else -1
+    TURN     (size, out) holding T - I of the output's block-diagonal T
+    IN_TURN  (size, in)  the same of the input's
+    TURN_SHAPE, IN_TURN_SHAPE   size in the low 32 bits, stride in the high ones
+
+A block is `size` elements, `stride` apart; blocks fill spans of size * stride elements. With k = n // stride % size,
+element n of T v is v[n] + sum_j turn[j, n] * v[n + (j - k) * stride]. A block-diagonal matrix has a stride of 1; RoAd's
+pairs are blocks of 2 elements, half a group apart.
 
 The store gives each adapter two rows, the second for the rests of its gains (`Store`).
 
@@ -39,7 +46,18 @@ is a row of its own. Capacity beyond the last entry is ignored; a header of zero
 
 from __future__ import annotations
 
-TABLE_WIDTH = 8
-A, B, RANK, SCALE, GAIN, IN_GAIN, SHIFT, WHOLE = range(8)
+TABLE_WIDTH = 12
+A, B, RANK, SCALE, GAIN, IN_GAIN, SHIFT, WHOLE, TURN, TURN_SHAPE, IN_TURN, IN_TURN_SHAPE = range(TABLE_WIDTH)
+
+
+def turn_shape(size: int, stride: int) -> int:
+    """Both in one word of a table."""
+    return size | stride << 32
+
+
+def size_and_stride(word: int) -> tuple[int, int]:
+    """Undo `turn_shape`."""
+    return word & 0xFFFFFFFF, word >> 32
+
 
 PLAN_HEADER = 8

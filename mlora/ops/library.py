@@ -24,6 +24,7 @@ _SCHEMAS = {
     "apply_": "(Tensor(a!) y, Tensor? base, Tensor x, Tensor arena, Tensor table, Tensor plan) -> ()",
     "linear": "(Tensor x, Tensor weight, Tensor? bias, Tensor arena, Tensor table, Tensor plan, int kblock) -> Tensor",
     "scale_input": "(Tensor x, Tensor arena, Tensor table, Tensor plan) -> Tensor",
+    "turn_output": "(Tensor y, Tensor? base, Tensor arena, Tensor table, Tensor plan) -> Tensor",
     "apply_group_": "(Tensor(a!)[] y, Tensor x, Tensor arena, Tensor[] tables, Tensor plan) -> ()",
     "merge_": "(Tensor(a!) weight, Tensor? source, Tensor arena, Tensor table, Tensor plan) -> ()",
 }
@@ -43,6 +44,10 @@ def _fake_scale_input(x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> 
     return x.new_empty(x.shape)
 
 
+def _fake_turn_output(y: Tensor, base: Tensor | None, arena: Tensor, table: Tensor, plan: Tensor) -> Tensor:
+    return y.new_empty(y.shape)
+
+
 def _fake_apply_group_(y: list[Tensor], x: Tensor, arena: Tensor, tables: list[Tensor], plan: Tensor) -> None:
     return None
 
@@ -55,6 +60,7 @@ _FAKES: dict[str, Any] = {
     "apply_": _fake_apply_,
     "linear": _fake_linear,
     "scale_input": _fake_scale_input,
+    "turn_output": _fake_turn_output,
     "apply_group_": _fake_apply_group_,
     "merge_": _fake_merge_,
 }
@@ -62,6 +68,7 @@ _REFERENCES: dict[str, Any] = {
     "apply_": reference.apply_,
     "linear": reference.linear,
     "scale_input": reference.scale_input,
+    "turn_output": reference.turn_output,
     "apply_group_": reference.apply_group_,
     "merge_": reference.merge_,
 }

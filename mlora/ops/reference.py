@@ -28,6 +28,10 @@ class Term(NamedTuple):
     in_gain: int
     shift: int
     whole: bool
+    turn: int
+    turn_shape: int
+    in_turn: int
+    in_turn_shape: int
 
 
 class Route(NamedTuple):
@@ -100,6 +104,10 @@ def routes(plan: Tensor, table: Tensor, tokens: int) -> list[Route]:
                 in_gain=row[layout.IN_GAIN],
                 shift=row[layout.SHIFT],
                 whole=row[layout.WHOLE] == 1,
+                turn=row[layout.TURN],
+                turn_shape=row[layout.TURN_SHAPE],
+                in_turn=row[layout.IN_TURN],
+                in_turn_shape=row[layout.IN_TURN_SHAPE],
             )
             if term.rank < 0 or (term.rank and min(term.a, term.b) < 0):
                 raise RuntimeError(f"mlora: slot {term.slot} has rank {term.rank} but no A or B")
@@ -116,6 +124,23 @@ def _part(arena: Tensor, offset: int, count: int, slot: int, dtype: torch.dtype)
             f"mlora: slot {slot}: elements {offset} to {offset + count} are outside of the arena of {arena.numel()}"
         )
     return arena[offset : offset + count].to(dtype)
+
+
+def turned(x: Tensor, turn: Tensor, stride: int, transposed: bool = False) -> Tensor:
+    """(T - I) x along the last dimension, or (T - I)^T x. Shapes: x (..., width), turn (size, width) as in `layout`."""
+    blocks = turn.reshape(len(turn), -1, len(turn), stride)  # [j, span, k, lane]
+    if transposed:
+        blocks = blocks.transpose(0, 2)
+    return torch.einsum("jskl,...sjl->...skl", blocks, x.unflatten(-1, blocks.shape[1:])).flatten(-3)
+
+
+def _turned(x: Tensor, arena: Tensor, offset: int, shape: int, t: Term, transposed: bool = False) -> Tensor:
+    """`turned` by a term's turn at `offset`."""
+    size, stride = layout.size_and_stride(shape)
+    width = x.shape[-1]
+    if min(size, stride) < 1 or width % (size * stride):
+        raise RuntimeError(f"mlora: slot {t.slot} turns blocks of {size} elements, {stride} apart, of {width}")
+    return turned(x, _part(arena, offset, size * width, t.slot, x.dtype).view(size, width), stride, transposed)
 
 
 def _sum(x: Tensor, y: Tensor, base: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> Tensor:
@@ -229,7 +254,8 @@ def linear(
 
 
 def scale_input(x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> Tensor:
-    """x * (1 + sum_i w_i in_gain_i) over the terms of each row's recipe, rounded once; differentiable.
+    """x * (1 + sum_i w_i in_gain_i) + sum_i w_i (in-turn_i - I) x over the terms of each row's recipe, rounded once;
+    differentiable.
 
     Shapes: x (..., in), arena (elements,), table and plan as in `layout`.
     """
@@ -239,11 +265,38 @@ def scale_input(x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> Tensor
         gains = [
             t.weight * _part(arena, t.in_gain, rows.shape[1], t.slot, out.dtype) for t in route.terms if t.in_gain >= 0
         ]
-        if gains:
-            factor = 1 + torch.stack(gains).sum(0)
-            out = out.index_copy(0, route.tokens, out[route.tokens] * factor)
+        turns = [t for t in route.terms if t.in_turn >= 0]
+        if not gains and not turns:
+            continue
+        old = rows[route.tokens].to(out.dtype)
+        new = old * (1 + torch.stack(gains).sum(0)) if gains else old
+        for t in turns:
+            new = new + t.weight * _turned(old, arena, t.in_turn, t.in_turn_shape, t)
+        out = out.index_copy(0, route.tokens, new)
     out = out.to(x.dtype).view(x.shape)
     return out.clone() if out.data_ptr() == x.data_ptr() else out
+
+
+def turn_output(y: Tensor, base: Tensor | None, arena: Tensor, table: Tensor, plan: Tensor) -> Tensor:
+    """y + sum_i w_i (turn_i - I) b over the terms of each row's recipe, rounded once, where b is `base`, or y if that
+    is None; differentiable with respect to both.
+
+    Shapes: y and base (..., out), arena (elements,), table and plan as in `layout`.
+    """
+    rows = _tokens("y", y)
+    if base is not None and base.shape != y.shape:
+        raise RuntimeError(f"mlora: base must have y's shape {tuple(y.shape)}, is {tuple(base.shape)}")
+    b = rows if base is None else _tokens("base", base)
+    out = rows.to(_wide(y.dtype))
+    for route in routes(plan, table, rows.shape[0]):
+        old = None
+        for t in route.terms:
+            if t.turn >= 0:
+                old = b[route.tokens].to(out.dtype) if old is None else old
+                added = t.weight * _turned(old, arena, t.turn, t.turn_shape, t)
+                out = out.index_copy(0, route.tokens, out[route.tokens] + added)
+    out = out.to(y.dtype).view(y.shape)
+    return out.clone() if out.data_ptr() == y.data_ptr() else out
 
 
 def apply_group_(y: list[Tensor], x: Tensor, arena: Tensor, tables: list[Tensor], plan: Tensor) -> None:
@@ -256,7 +309,8 @@ def merge_(weight: Tensor, source: Tensor | None, arena: Tensor, table: Tensor, 
     """Fold the recipe of the plan's one row into the weight of a linear, in place, with one rounding.
 
     Semantics: W <- S * (1 + sum_i w_i (gain_i[:, None] + in_gain_i[None, :])) + sum_i w_i scale_i B_i^T A_i, where S is
-    `source`, or W if that is None: base(x) becomes what the layer makes of it, apart from the bias.
+    `source`, or W if that is None: base(x) becomes what the layer makes of it, apart from the bias. With turns, also
+    + sum_i w_i ((turn_i - I) S + S (in-turn_i - I)), which is the reference's alone: kernels read W tile by tile.
     Shapes: weight and source (out, in), contiguous; table as in `layout`; plan of one row, without spare capacity.
     """
     dtype = _wide(weight.dtype)
@@ -273,4 +327,8 @@ def merge_(weight: Tensor, source: Tensor | None, arena: Tensor, table: Tensor, 
                 out += t.weight * _part(arena, t.gain, height, t.slot, dtype)[:, None] * base
             if t.in_gain >= 0:
                 out += t.weight * _part(arena, t.in_gain, width, t.slot, dtype) * base
+            if t.turn >= 0:
+                out += t.weight * _turned(base.t(), arena, t.turn, t.turn_shape, t).t()
+            if t.in_turn >= 0:
+                out += t.weight * _turned(base, arena, t.in_turn, t.in_turn_shape, t, transposed=True)
     weight.copy_(out)

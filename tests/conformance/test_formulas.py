@@ -257,6 +257,10 @@ def test_delta_is_the_formula(tmp_path: Path, spec: Spec) -> None:
             got += delta.gain.double()[:, None] * w
         if delta.in_gain is not None:
             got += delta.in_gain.double() * w
+        if delta.turn is not None:
+            got += delta.turn.times(w.t()).t()
+        if delta.in_turn is not None:
+            got += delta.in_turn.times(w, transposed=True)
         # Each factor is fp32: a product of two has a relative error of 2^-23 or so in each of its terms.
         error, size = (got - want).norm(), want.norm()
         assert size > 0 and error <= 5e-7 * size, f"{name}: off by {error / size:.2g}"
