@@ -39,7 +39,7 @@ class Plan:
         rows: batch rows, or 1 if one recipe serves every row of any batch.
         row_counts: the leading sizes that a module's input may have: `rows`, and `rows` times the
             expansion of `generate` (beams, returned sequences), entries repeated in place.
-        heads: module number -> the head of another size of each row, None for rows that keep the model's.
+        heads: module number -> which rows heads of another size answer (`layers.head.Heads`).
     """
 
     tensor: Tensor
@@ -47,7 +47,7 @@ class Plan:
     names: tuple[str, ...]
     rows: int
     row_counts: tuple[int, ...]
-    heads: Mapping[int, tuple[Any, ...]] = field(default_factory=dict)
+    heads: Mapping[int, Any] = field(default_factory=dict)
 
     @property
     def uniform(self) -> bool:

@@ -16,7 +16,7 @@ from torch import nn
 from . import errors, routing
 from .adapter import Adapter
 from .fold import Folded
-from .layers import Head, Shared, Stack, base_linears
+from .layers import Head, Shared, Stack, base_linears, group_heads
 from .lowering import BaseLinear, Delta, lower, to_adapter
 from .lowering.delta import kernel_major
 from .merge import Merge, as_merge, merge_adapters, relative
@@ -584,8 +584,8 @@ class Runtime:
         terms = [self._store.terms(recipe) for recipe in recipes]
         words = routing.plan_words(terms, expansion, bool(heads), bool(touches[self._stacks].any()))
         tensor = routing.to_device(words, self._store.arena.device)
-        fixed = {index: tuple(found) for index, found in heads.items()}
-        return Plan(tensor, touches.tobytes(), names, rows, (rows, rows * expansion), fixed)
+        grouped = {index: group_heads(found, tensor.device) for index, found in heads.items()}
+        return Plan(tensor, touches.tobytes(), names, rows, (rows, rows * expansion), grouped)
 
     def _headed(self, recipe: Recipe) -> dict[int, str]:
         """Module number -> the adapter of `recipe` whose head of another size answers there."""
