@@ -14,7 +14,8 @@ absent adapter is rank 0 with every part -1.
     SHIFT    (out,) holding c
     WHOLE    1 where B is the identity, so that an embedding's A is looked up and nothing multiplied; else -1
 
-The store gives each adapter two rows, the second for the rests of its gains (`Store`).
+The store puts parts at multiples of 64 bytes; the Triton kernels, which load 16 bytes at once, count on multiples of 8
+elements. The store gives each adapter two rows, the second for the rests of its gains (`Store`).
 
 **Plan**, one per forward: int32, one dimension, refreshed by one copy. With R rows, P routes and
 E terms (a route is a distinct recipe; a term is one weighted slot of a recipe):
