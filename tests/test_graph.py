@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -171,3 +172,28 @@ def test_warmup_runs_every_shape_once(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     assert calls == 4 * len(shapes) and ran.count("shrink") == ran.count("expand") == 2 * len(shapes)
     assert runtime is model.mlora and inputs_for("llama", 1)
+
+
+def test_no_two_launches_share_counters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches of one stream do; each captured launch has its own, until those that were cleared before are used up."""
+    from mlora.kernels import arrivals
+
+    now = SimpleNamespace(cuda_stream=1, synchronize=lambda: None, capturing=False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: now)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now.capturing)
+    monkeypatch.setattr(arrivals, "POOL", 200)
+    monkeypatch.setattr(arrivals, "_streams", {})
+    monkeypatch.setattr(arrivals, "_pools", {})
+    device = torch.device("cuda", 0)
+    with FakeTensorMode():
+        first = arrivals.counters(device, 16)
+        assert arrivals.counters(device, 1024) is first
+        more = arrivals.counters(device, 5000)
+        assert more.numel() == 5000 and arrivals.counters(device, 16) is more
+        now.cuda_stream = 2
+        assert arrivals.counters(device, 16) is not more
+        now.capturing = True
+        taken = [arrivals.counters(device, 90) for _ in range(3)]
+        assert [t.storage_offset() for t in taken] == [0, 96, 0] and all(t.numel() == 90 for t in taken)
+        assert taken[0]._typed_storage()._cdata == taken[1]._typed_storage()._cdata
+        assert taken[2]._typed_storage()._cdata != taken[0]._typed_storage()._cdata, "cleared in the graph"
