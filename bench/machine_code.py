@@ -1,5 +1,5 @@
 """What compiled kernels are made of: registers, spills, shared memory, occupancy, tensor-core instructions, widths of
-global accesses, global atomics. By the disassembler that Triton's wheel carries; needs no GPU."""
+global accesses, global atomics on floats. By the disassembler that Triton's wheel carries; needs no GPU."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def count(opcodes: Iterable[str]) -> Counter[str]:
             counts[f"{'store' if name == 'STG' else 'load'}{width}"] += 1
         elif name in ("LDL", "STL"):
             counts["spills"] += 1
-        elif name in ("ATOM", "ATOMG", "RED", "REDG"):
+        elif name in ("ATOM", "ATOMG", "RED", "REDG") and any(re.fullmatch(r"B?F\d+\S*", part) for part in parts):
             counts["atomics"] += 1
         elif name == "HMMA":
             counts["mma"] += 1
@@ -120,12 +120,15 @@ def triton(smoke: bool) -> list[dict[str, Any]]:
             device = Device(132, capability)
             for form, tokens in (("decode", 16), ("prefill", 2048)):
                 x, y = torch.empty(tokens, 4096, dtype=dtype), torch.empty(tokens, 4096, dtype=dtype)
-                launches = launch.apply_launches(y, None, x, arena, table, plan, device)
-                launches += launch.linear_launches(y, x, weight, None, arena, table, plan, device)[1:]
+                arrived = torch.empty(tokens, dtype=torch.int32)
+                launches = launch.apply_launches(y, None, x, arena, table, plan, arrived, device)
+                launches += launch.linear_launches(y, x, weight, None, arena, table, plan, device)
                 named = [(f"triton {item.name} {form}", item) for item in launches]
                 if form == "prefill":
                     launches = launch.turn_launches(y, x, None, arena, table, plan, device)
                     launches += launch.merge_launches(weight, weight, arena, table, plan)
+                    ids = torch.empty(tokens, dtype=torch.int64)
+                    launches += launch.embed_launches(y, ids, arena, table, plan, 32000, device)
                     named += [(f"triton {item.name}", item) for item in launches]
                 for name, item in named:
                     c = aot.compile_launch(item, capability)

@@ -42,8 +42,7 @@ class Plan:
         rows: batch rows, or 1 if one recipe serves every row of any batch.
         row_counts: the leading sizes that a module's input may have: `rows`, and `rows` times the
             expansion of `generate` (beams, returned sequences), entries repeated in place.
-        heads: module number -> the head or token embedding of another size of each row, None for rows that keep the
-            model's.
+        heads: module number -> which rows heads or token embeddings of another size answer (`layers.head.Heads`).
         recipes: of each row. `invocations`: aLoRAs among its adapters -> the tokens from which on each applies; see
             `mlora.activation`.
     """
@@ -53,7 +52,7 @@ class Plan:
     names: tuple[str, ...]
     rows: int
     row_counts: tuple[int, ...]
-    heads: Mapping[int, tuple[Any, ...]] = field(default_factory=dict)
+    heads: Mapping[int, Any] = field(default_factory=dict)
     recipes: tuple[Recipe, ...] = ()
     invocations: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 

@@ -19,7 +19,7 @@ from .activation import activation_of, prompt_of
 from .adapter import Adapter
 from .call import Call
 from .fold import Folded
-from .layers import Head, Shared, Stack, base_linears
+from .layers import Head, Shared, Stack, base_linears, group_heads
 from .lowering import BaseLinear, Delta, lower, to_adapter
 from .lowering.delta import kernel_major
 from .merge import Merge, as_merge, merge_adapters, relative
@@ -646,9 +646,9 @@ class Runtime:
         experts = bool(touches[self._stacks].any())
         words = routing.plan_words(terms, expansion, bool(heads), experts, bool(invocations))
         tensor = routing.to_device(words, self._store.arena.device)
-        fixed = {index: tuple(found) for index, found in heads.items()}
+        grouped = {index: group_heads(found, tensor.device) for index, found in heads.items()}
         counts = (rows, rows * expansion)
-        return Plan(tensor, touches.tobytes(), names, rows, counts, fixed, tuple(recipes), invocations)
+        return Plan(tensor, touches.tobytes(), names, rows, counts, grouped, tuple(recipes), invocations)
 
     def _headed(self, recipe: Recipe) -> dict[int, str]:
         """Module number -> the adapter of `recipe` whose head or embedding of another size serves there."""

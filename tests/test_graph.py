@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlora
-from mlora.layers import LoraLayer
+from mlora.layers import Head, LoraLayer, find, group_heads
+from mlora.layers.head import answer
 from mlora.ops import dispatch, layout
 from mlora.store import BOTH, GAIN, INPUT, LORA, TURN
 
@@ -26,7 +28,7 @@ WAITS = {
 
 
 class Trace(TorchDispatchMode):
-    """Names of the operators that ran, and of those that the host waits for."""
+    """Names of the operators that ran, and of those that the host waits for or that copy from its memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,8 +39,8 @@ class Trace(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func.name()
         self.calls.append(name)
-        moved = isinstance(out, torch.Tensor) and out.device.type == "cpu"
-        if name in WAITS or (moved and any(isinstance(a, torch.Tensor) and a.device.type == "cuda" for a in args)):
+        devices = {a.device.type for a in [*args, out] if isinstance(a, torch.Tensor)}
+        if name in WAITS or devices > {"cuda"} or (name.startswith("aten::lift") and "cpu" in devices):
             self.waits.append(name)
         return out
 
@@ -100,16 +102,43 @@ def test_without_clusters_triton_serves_every_size(monkeypatch: pytest.MonkeyPat
     assert traced_layer(LORA, 1).count("triton_apply_") == (not clusters)
 
 
-def test_the_trace_sees_waits() -> None:
+@pytest.mark.parametrize("run", [lambda x: x.cpu(), lambda x: torch.tensor([1], device=x.device)])
+def test_the_trace_sees_waits(run: Any) -> None:
     with FakeTensorMode():
         x = torch.ones(3, device="cuda")
         with Trace() as trace:
-            x.cpu()
+            run(x)
     assert trace.waits
 
 
+def test_an_embedding_makes_one_call_and_never_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(find, "is_dense", lambda tensor: tensor is not None)  # fake tensors do not look it
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = torch.nn.Sequential(torch.nn.Embedding(50, 96, device="cuda", dtype=torch.bfloat16))
+        model.get_input_embeddings = lambda: model[0]
+        runtime = mlora.patch(model, memory=1 << 16)
+        ids = torch.zeros(2, 7, dtype=torch.int64, device="cuda")
+        words = torch.zeros(64, dtype=torch.int32, device="cuda")
+        runtime._shared.local.plan = mlora.routing.Plan(words, bytes([LORA]), (), 1, (1,))
+        with torch.no_grad(), Trace() as trace:
+            model(ids)
+        runtime._shared.local.plan = None
+    assert trace.waits == [] and trace.count("embed_") == 1
+
+
+def test_heads_of_another_size_never_wait() -> None:
+    with FakeTensorMode():
+        arena = torch.empty(1 << 12, device="cuda")
+        x, weight = torch.empty(6, 5, 16, device="cuda"), torch.empty(10, 16, device="cuda")
+        own = [Head(0, 320, 20), None, Head(0, 320, 20), Head(400, -1, 7), None, None]
+        heads = group_heads(own, x.device)
+        with Trace() as trace:
+            out = answer(x, heads, arena, lambda x: x @ weight.T, 10)
+    assert out.shape == (6, 5, 20) and trace.waits == []
+
+
 def test_launches_of_an_operator_depend_on_shapes_only() -> None:
-    """Two launches for `apply_` and `linear`, one for `scale_input`; grids that never ask the plan."""
+    """Two launches for `apply_`, one for `linear` and `scale_input`; grids that never ask the plan."""
     from mlora.kernels import launch
     from mlora.kernels.config import Device
 
@@ -122,11 +151,12 @@ def test_launches_of_an_operator_depend_on_shapes_only() -> None:
         for tokens in (1, 16, 64, 2048, 8192):
             x = torch.empty(tokens, 4096, dtype=torch.bfloat16, device="cuda")
             y = torch.empty(tokens, 14336, dtype=torch.bfloat16, device="cuda")
+            arrived = torch.empty(tokens, dtype=torch.int32, device="cuda")
             with Trace() as trace:
-                apply_ = launch.apply_launches(y, None, x, arena, table, plan, device)
+                apply_ = launch.apply_launches(y, None, x, arena, table, plan, arrived, device)
                 linear = launch.linear_launches(y, x, weight, None, arena, table, plan, device)
                 scale = launch.turn_launches(x, x, None, arena, table, plan, device)
-            assert [len(launches) for launches in (apply_, linear, scale)] == [2, 2, 1]
+            assert [len(launches) for launches in (apply_, linear, scale)] == [2, 1, 1]
             assert set(trace.calls) <= {"aten::empty.memory_format", "aten::new_empty"} and not trace.waits
             assert all(item.grid <= 4 * device.processors for item in [*apply_, *linear, *scale])
 
@@ -146,3 +176,28 @@ def test_warmup_runs_every_shape_once(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     assert calls == 4 * len(shapes) and ran.count("shrink") == ran.count("expand") == 2 * len(shapes)
     assert runtime is model.mlora and inputs_for("llama", 1)
+
+
+def test_no_two_launches_share_counters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches of one stream do; each captured launch has its own, until those that were cleared before are used up."""
+    from mlora.kernels import arrivals
+
+    now = SimpleNamespace(cuda_stream=1, synchronize=lambda: None, capturing=False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: now)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now.capturing)
+    monkeypatch.setattr(arrivals, "POOL", 200)
+    monkeypatch.setattr(arrivals, "_streams", {})
+    monkeypatch.setattr(arrivals, "_pools", {})
+    device = torch.device("cuda", 0)
+    with FakeTensorMode():
+        first = arrivals.counters(device, 16)
+        assert arrivals.counters(device, 1024) is first
+        more = arrivals.counters(device, 5000)
+        assert more.numel() == 5000 and arrivals.counters(device, 16) is more
+        now.cuda_stream = 2
+        assert arrivals.counters(device, 16) is not more
+        now.capturing = True
+        taken = [arrivals.counters(device, 90) for _ in range(3)]
+        assert [t.storage_offset() for t in taken] == [0, 96, 0] and all(t.numel() == 90 for t in taken)
+        assert taken[0]._typed_storage()._cdata == taken[1]._typed_storage()._cdata
+        assert taken[2]._typed_storage()._cdata != taken[0]._typed_storage()._cdata, "cleared in the graph"

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 DECODE_TOKENS = 128
 WORKSPACE_BYTES = 64 << 20
 MAX_CAPACITY = 256  # rank rows of a recipe that `shrink` hands over to `expand`
-MIN_CAPACITY = 64  # what `expand` keeps for all columns: 2 * RANKS
-RANKS = 32  # rank rows at once in `expand` (RE): one number, since it orders sums
+MIN_CAPACITY = 64  # what `expand` keeps for all columns: 4 * RANKS
+RANKS = 16  # rank rows at once in `expand` and `linear` (RE): one number, since it orders sums
 SHRINK_STAGES = 3  # blocks of `in` in flight
 
 _LEAVES = 16  # at most, of the sum over `in`
-PART = 4  # leaves of a part; lora.LEAVES
+PART = 2  # leaves of a part
 
 
 @dataclass(frozen=True)
@@ -43,20 +43,18 @@ class Form:
     """Tiles of one form; names in the kernels are in brackets.
 
     Args:
-        split: whether each leaf of the sum has a slice of the workspace (SPLIT).
+        leaves: of the sum over `in` that make a slice of the workspace: 1, or PART (LEAVES).
         per_processor: programs a processor.
         shrink_tokens, expand_tokens: tokens of a tile (BM). columns: of a tile of `expand` (BN).
-        wide: WIDE. shrink_warps, expand_warps: of a program. shrink_registers: that a thread may take.
-        shrink_grain, expand_grain: rank rows or columns of a unit of work (GRAIN).
+        ranks: rank rows at once (RC). shrink_warps, expand_warps: of a program.
+        expand_grain: columns of a unit of work (GRAIN).
     """
 
-    split: bool
+    leaves: int
     per_processor: int
     shrink_tokens: int
-    shrink_grain: int
     shrink_warps: int
-    shrink_registers: int
-    wide: int
+    ranks: int
     expand_warps: int
     expand_tokens: int
     expand_grain: int
@@ -64,16 +62,15 @@ class Form:
 
 
 # Decode: a rank row and one sector of y are the smallest pieces that cost nothing to hand to another processor.
-DECODE = Form(True, 1, 16, 1, 4, 128, 16, 4, 32, 16, 32)
-PREFILL = Form(False, 2, 64, 16, 8, 255, 32, 8, 64, 64, 32)
+DECODE = Form(1, 1, 16, 4, 32, 4, 32, 16, 32)
+PREFILL = Form(PART, 2, 64, 8, 32, 8, 64, 64, 32)
 
-# The base product: (BM, BN, BK for 16-bit types, warps, stages). Shared memory per block is 99 KiB on sm_86, sm_89 and
-# sm_120, 163 KiB on sm_80, 227 KiB on sm_90 and sm_100; a stage takes (BM + BN) * BK * 2 bytes. fp32 has no tensor
-# cores here and wants small tiles.
-_LINEAR = {80: (128, 64, 32, 8, 4), 90: (128, 64, 64, 8, 3), 100: (128, 64, 64, 8, 3)}
-_LINEAR_SMALL = (128, 64, 32, 8, 3)
-_LINEAR_DECODE = (16, 64, 64, 4, 4)
-_LINEAR_FP32 = (16, 32, 32, 8, 3)
+# The base product: (BM, BN, BK, warps, stages), so that no thread needs more than 128 registers. fp32 has no tensor
+# cores here and wants small tiles. sm_86, sm_89 and sm_120 have 99 KiB of shared memory a block.
+_LINEAR = {80: (128, 64, 32, 8, 3), 90: (64, 64, 64, 16, 3), 100: (128, 64, 32, 8, 3)}
+_LINEAR_SMALL = (128, 64, 32, 8, 2)
+_LINEAR_DECODE = (16, 64, 32, 4, 3)
+_LINEAR_FP32 = (16, 32, 16, 8, 3)
 
 
 def form(tokens: int) -> Form:
@@ -85,27 +82,38 @@ def leaf(width: int) -> int:
     return max(128, -(-width // (_LEAVES * 128)) * 128)
 
 
+def shrink_registers(device: Device, f: Form, itemsize: int) -> int:
+    """Registers that a thread of `shrink` may take: where they suffice 80, which leave room for 38% of the threads."""
+    tight = _family(device.capability), itemsize
+    return 96 if tight == (120, 4) or (f is PREFILL and tight in ((80, 2), (100, 4))) else 80
+
+
+def expand_warps(f: Form, itemsize: int) -> int:
+    """Warps of a program of `expand`: twice as many for tiles of 4 bytes an element."""
+    return f.expand_warps * (2 if itemsize == 4 else 1)
+
+
 def block_k(itemsize: int) -> int:
     """Elements of `in` at once: 128 bytes."""
     return 128 // itemsize
 
 
-def slices(width: int, split: bool) -> int:
+def slices(width: int, leaves: int) -> int:
     """Slices of the workspace."""
-    return -(-width // (leaf(width) * (1 if split else PART)))
+    return -(-width // (leaf(width) * leaves))
 
 
-def capacity(tokens: int, width: int, split: bool) -> int:
+def capacity(tokens: int, width: int, leaves: int) -> int:
     """Rank rows that the workspace holds for each token: 256, or what fits into 64 MiB, but at least 64."""
-    fits = WORKSPACE_BYTES // (4 * tokens * slices(width, split))
+    fits = WORKSPACE_BYTES // (4 * tokens * slices(width, leaves))
     return max(MIN_CAPACITY, min(MAX_CAPACITY, fits // 32 * 32))
 
 
 def shrink_grid(device: Device, tokens: int, width: int) -> int:
     """Programs of `shrink`: as many as have work if every row takes one adapter, of rank 8 or more in decode."""
     f = form(tokens)
-    n = slices(width, f.split)
-    least = -(-tokens // f.shrink_tokens) * n if not f.split else tokens * n * 8
+    n = slices(width, f.leaves)
+    least = tokens * n * 8 if f is DECODE else -(-tokens // f.shrink_tokens) * n
     return max(1, min(device.processors * f.per_processor, least))
 
 
@@ -115,7 +123,7 @@ def expand_grid(device: Device, tokens: int, width_out: int) -> int:
     f = form(tokens)
     least = -(-tokens // f.expand_tokens) * -(-width_out // f.expand_grain)
     most = device.processors * f.per_processor
-    return max(1, min(most, least)) if f.split else -(-least // -(-least // most))
+    return max(1, min(most, least)) if f is DECODE else -(-least // -(-least // most))
 
 
 def linear_tiles(device: Device, tokens: int, itemsize: int) -> tuple[int, int, int, int, int]:

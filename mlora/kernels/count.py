@@ -53,10 +53,7 @@ def _pad(rank: int) -> int:
 def count_apply(
     plan: Tensor, table: Tensor, tokens: int, width: int, width_out: int, itemsize: int, device: Device
 ) -> list[Count]:
-    """The launches of `apply_` without `base`: plan and table as in `layout`, in host memory; `itemsize` in bytes.
-
-    Offsets in the table count as aligned.
-    """
+    """The launches of `apply_` without `base`: plan and table as in `layout`, in host memory; `itemsize` in bytes."""
     routes = reference.routes(plan, table, tokens)
     return [
         _count_shrink(routes, tokens, width, itemsize, device),
@@ -64,43 +61,71 @@ def count_apply(
     ]
 
 
+def _halves(total: int, grid: int) -> list[tuple[int, int]]:
+    """`work.share_halves` of every program."""
+    if total >= grid:
+        return [(2 * start, 2 * end) for start, end in _shares(total, grid)]
+    halves = 2 * min(grid - total, total)
+    starts = [min(i if i < halves else 2 * i - halves, 2 * total) for i in range(grid + 1)]
+    return list(itertools.pairwise(starts))
+
+
+def _half_start(h: int, grain: int) -> int:
+    return h // 2 * grain + h % 2 * ((grain + 1) // 2)
+
+
 def _count_shrink(routes: list[reference.Route], tokens: int, width: int, itemsize: int, device: Device) -> Count:
     f = config.form(tokens)
     result = Count("shrink", config.shrink_grid(device, tokens, width))
-    slices = config.slices(width, f.split)
-    length = config.leaf(width) * (1 if f.split else config.PART)
-    capacity = config.capacity(tokens, width, f.split)
-    blocks: list[tuple[int, int, list[int], int]] = []  # tokens, elements of `in`, ranks of the terms, units
+    slices = config.slices(width, f.leaves)
+    length = config.leaf(width) * f.leaves
+    capacity = config.capacity(tokens, width, f.leaves)
+    tiles: list[tuple[int, list[int]]] = []  # tokens, ranks of the terms
     for route in routes:
         ranks = [t.rank for t in route.terms]
-        units = sum(-(-rank // f.shrink_grain) for rank in ranks)
-        for start in range(0, len(route.tokens), f.shrink_tokens):
-            rows = min(f.shrink_tokens, len(route.tokens) - start)
-            blocks += [(rows, min(length, width - s * length), ranks, units) for s in range(slices)]
-    total = sum(units for *_, units in blocks)
+        tiles += [
+            (min(f.shrink_tokens, len(route.tokens) - start), ranks)
+            for start in range(0, len(route.tokens), f.shrink_tokens)
+        ]
+    wanted = -(-sum(sum(ranks) for _, ranks in tiles) * slices * 15 // (result.grid * 16))
+    grain = 1
+    while grain < wanted:
+        grain *= 2
+    blocks = [  # tokens, elements of `in`, ranks, half units
+        (rows, min(length, width - s * length), ranks, 2 * units)
+        for rows, ranks in tiles
+        if (units := sum(-(-rank // grain) for rank in ranks))
+        for s in range(slices)
+    ]
+    if slices > 1:
+        for rows, ranks in tiles:  # whoever is last adds them up
+            columns = min(capacity, sum(map(_pad, ranks)))
+            result.load("v", slices * rows * columns * 4)
+            result.store("v", rows * columns * 4)
     index, before = 0, 0
-    for u, end in _shares(total, result.grid):
-        result.idle += u == end
-        while u < end:
-            while u >= before + blocks[index][3]:
+    for h, end in _halves(sum(halves for *_, halves in blocks) // 2, result.grid):
+        worked = False
+        while h < end:
+            while h >= before + blocks[index][3]:
                 before += blocks[index][3]
                 index += 1
-            rows, elements, ranks, units = blocks[index]
-            q, q_end = u - before, min(units, end - before)
+            rows, elements, ranks, halves = blocks[index]
+            q, q_end = h - before, min(halves, end - before)
             passed = col = 0
             for rank in ranks:
-                r0 = max(q - passed, 0) * f.shrink_grain
-                r1 = (q_end - passed) * f.shrink_grain
+                r0 = _half_start(max(q - passed, 0), grain)
+                r1 = _half_start(max(q_end - passed, 0), grain)
                 if r1 >= rank:
                     r1 = _pad(rank)
                 if r0 < min(r1, rank):
-                    chunk = f.wide if r1 - r0 > 16 else 16
-                    result.load("x", -(-(r1 - r0) // chunk) * rows * elements * itemsize)
+                    worked = True
+                    result.load("x", -(-(r1 - r0) // f.ranks) * rows * elements * itemsize)
                     result.load("a", (min(r1, rank) - r0) * elements * itemsize)
                     result.store("v", max(0, min(col + r1, capacity) - col - r0) * rows * 4)
-                passed += -(-rank // f.shrink_grain)
+                passed += 2 * -(-rank // grain)
                 col += _pad(rank)
-            u += q_end - q
+            h += q_end - q
+        result.idle += not worked
     return result
 
 
@@ -109,20 +134,21 @@ def _count_expand(
 ) -> Count:
     f = config.form(tokens)
     result = Count("expand", config.expand_grid(device, tokens, width_out))
-    slices, capacity = config.slices(width, f.split), config.capacity(tokens, width, f.split)
+    capacity = config.capacity(tokens, width, f.leaves)
     grains = -(-width_out // f.expand_grain)
     tiles: list[tuple[int, list[int]]] = []
     for route in routes:
         if any(t.rank or t.gain >= 0 or t.shift >= 0 for t in route.terms):
             for start in range(0, len(route.tokens), f.expand_tokens):
                 tiles.append((min(f.expand_tokens, len(route.tokens) - start), [t.rank for t in route.terms]))
+    kept = 4 * config.RANKS
     for u, end in _shares(len(tiles) * grains, result.grid):
         result.idle += u == end
         while u < end:
             (rows, ranks), g = tiles[u // grains], u % grains
             g_end = min(grains, g + end - u)
             stop = min(g_end * f.expand_grain, width_out)
-            result.load("v", rows * min(2 * config.RANKS, _pad(ranks[0])) * slices * 4)
+            result.load("v", rows * min(kept, _pad(ranks[0])) * 4)
             for n in range(g * f.expand_grain, stop, f.columns):
                 columns = min(f.columns, stop - n)
                 result.load("y", rows * columns * itemsize)
@@ -130,15 +156,13 @@ def _count_expand(
                 result.load("b", sum(ranks) * columns * itemsize)
                 col = 0
                 for term, rank in enumerate(ranks):
-                    for r in range(0, rank, config.RANKS):
-                        if term == 0 and r < 2 * config.RANKS:
-                            continue
+                    for r in range(kept if term == 0 else 0, rank, config.RANKS):
                         if col + r + config.RANKS > capacity:  # `expand` computes these again
                             some = min(config.RANKS, rank - r)
                             result.load("x", rows * width * itemsize)
                             result.load("a", some * width * itemsize)
                         else:
-                            result.load("v", rows * min(config.RANKS, _pad(rank) - r) * slices * 4)
+                            result.load("v", rows * min(config.RANKS, _pad(rank) - r) * 4)
                     col += _pad(rank)
             u += g_end - g
     return result

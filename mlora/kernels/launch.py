@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..ops import layout
-from . import config, lora, merge, turn, work
+from . import arrivals, config, embed, lora, merge, turn, work
 from . import linear as fused
 from .config import Device
 
@@ -37,7 +37,7 @@ class Launch:
     constants: dict[str, Any] = field(default_factory=dict)
     warps: int = 4
     stages: int = 1
-    registers: int = 255
+    registers: int = 80
 
     @property
     def name(self) -> str:
@@ -101,49 +101,52 @@ def _check(arena: Tensor, table: Tensor, plan: Tensor, **tensors: Tensor | None)
 def _workspace(x: Tensor) -> tuple[Tensor, int]:
     """The v of `lora`, uninitialized, and its capacity."""
     tokens, width = x.shape
-    split = config.form(tokens).split
-    capacity = config.capacity(tokens, width, split)
-    return x.new_empty((config.slices(width, split), tokens, capacity), dtype=torch.float32), capacity
-
-
-def shrink_launch(v: Tensor, x: Tensor, arena: Tensor, table: Tensor, plan: Tensor, device: Device) -> Launch:
-    tokens, width = x.shape
-    f = config.form(tokens)
-    constants = {
-        "BM": f.shrink_tokens,
-        "WIDE": f.wide,
-        "BK": config.block_k(x.itemsize),
-        "LEAF": config.leaf(width),
-        "SPLIT": f.split,
-        "GRAIN": f.shrink_grain,
-    }
-    args = (v, x, arena, table, plan, tokens, width, x.stride(0), v.shape[2])
-    grid = config.shrink_grid(device, tokens, width)
-    return Launch(lora.shrink, grid, args, constants, f.shrink_warps, config.SHRINK_STAGES, f.shrink_registers)
+    leaves = config.form(tokens).leaves
+    capacity = config.capacity(tokens, width, leaves)
+    return x.new_empty((config.slices(width, leaves), tokens, capacity), dtype=torch.float32), capacity
 
 
 def apply_launches(
-    y: Tensor, base: Tensor | None, x: Tensor, arena: Tensor, table: Tensor, plan: Tensor, device: Device
+    y: Tensor,
+    base: Tensor | None,
+    x: Tensor,
+    arena: Tensor,
+    table: Tensor,
+    plan: Tensor,
+    arrived: Tensor,
+    device: Device,
 ) -> list[Launch]:
-    """The launches of `apply_` on y (tokens, out), base (tokens, out) or None, x (tokens, in)."""
+    """The launches of `apply_` on y (tokens, out), base (tokens, out) or None, x (tokens, in). `arrived` is int32,
+    (tokens,), zeros, and for no other launch at the same time."""
     tokens, width = x.shape
-    f = config.form(tokens)
+    f, leaf = config.form(tokens), config.leaf(width)
     v, capacity = _workspace(x)
     source = y if base is None else base
-    constants = {
+    shrink = {
+        "BM": f.shrink_tokens,
+        "RC": f.ranks,
+        "BK": config.block_k(x.itemsize),
+        "LEAF": leaf,
+        "LEAVES": f.leaves,
+        "PART": config.PART,
+    }
+    expand = {
         "BM": f.expand_tokens,
         "BN": f.columns,
         "RE": config.RANKS,
-        "LEAF": config.leaf(width),
-        "SPLIT": f.split,
+        "LEAF": leaf,
+        "PART": config.PART,
         "GRAIN": f.expand_grain,
     }
+    adapters = (arena, table, plan, tokens, width)
+    grids = config.shrink_grid(device, tokens, width), config.expand_grid(device, tokens, y.shape[1])
     strides = (x.stride(0), y.stride(0), source.stride(0))
-    args = (y, source, v, x, arena, table, plan, tokens, width, y.shape[1], *strides, capacity)
-    grid = config.expand_grid(device, tokens, y.shape[1])
+    registers = config.shrink_registers(device, f, x.itemsize)
+    first = (v, arrived, x, *adapters, x.stride(0), capacity)
+    second = (y, source, v, x, *adapters, y.shape[1], *strides, capacity)
     return [
-        shrink_launch(v, x, arena, table, plan, device),
-        Launch(lora.expand, grid, args, constants, f.expand_warps, 1),
+        Launch(lora.shrink, grids[0], first, shrink, f.shrink_warps, config.SHRINK_STAGES, registers),
+        Launch(lora.expand, grids[1], second, expand, config.expand_warps(f, x.itemsize), 1, 128),
     ]
 
 
@@ -157,29 +160,16 @@ def linear_launches(
     plan: Tensor,
     device: Device,
 ) -> list[Launch]:
-    """The launches of `linear` on y (tokens, out), contiguous, and x (tokens, in)."""
+    """The launch of `linear` on y (tokens, out), contiguous, and x (tokens, in)."""
     tokens, width = x.shape
-    f = config.form(tokens)
-    v, capacity = _workspace(x)
     bm, bn, bk, warps, depth = config.linear_tiles(device, tokens, x.itemsize)
-    constants = {
-        "HAS_BIAS": bias is not None,
-        "BM": bm,
-        "BN": bn,
-        "RE": config.RANKS,
-        "BK": bk,
-        "LEAF": config.leaf(width),
-        "SPLIT": f.split,
-    }
+    constants = {"HAS_BIAS": bias is not None, "BM": bm, "BN": bn, "RE": config.RANKS, "BK": bk}
     args = (
-        y, v, x, weight, weight if bias is None else bias, arena, table, plan, tokens, width, weight.shape[0],
-        x.stride(0), weight.stride(0), capacity,
+        y, x, weight, weight if bias is None else bias, arena, table, plan, tokens, width, weight.shape[0],
+        x.stride(0), weight.stride(0),
     )  # fmt: skip
     grid = config.linear_grid(device, tokens, weight.shape[0], bm, bn)
-    return [
-        shrink_launch(v, x, arena, table, plan, device),
-        Launch(fused.linear, grid, args, constants, warps, depth),
-    ]
+    return [Launch(fused.linear, grid, args, constants, warps, depth, 128)]
 
 
 def turn_launches(
@@ -195,13 +185,24 @@ def turn_launches(
     return [Launch(turn.turn, min(device.processors * 4, tiles), args, constants)]
 
 
+def embed_launches(
+    y: Tensor, ids: Tensor, arena: Tensor, table: Tensor, plan: Tensor, vocab: int, device: Device
+) -> list[Launch]:
+    """The launch of `embed_` on y (tokens, out) and ids (tokens,)."""
+    tokens, width_out = y.shape
+    bm, bn = 8, 128
+    tiles = -(-tokens // bm) * -(-width_out // bn)
+    args = (y, ids, arena, table, plan, tokens, vocab, width_out, y.stride(0))
+    return [Launch(embed.embed, min(device.processors * 4, tiles), args, {"BM": bm, "BN": bn})]
+
+
 def merge_launches(weight: Tensor, source: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> list[Launch]:
     """The launch of `merge_`: a program for each tile of the weight."""
     width_out, width = weight.shape
     bm, bn = 64, 64 if weight.itemsize == 2 else 32
     args = (weight, source, arena, table, plan, width_out, width, weight.stride(0), source.stride(0))
     grid = -(-width_out // bm) * -(-width // bn)
-    return [Launch(merge.merge, grid, args, {"BM": bm, "BN": bn, "RE": config.RANKS}, 8, 2, 128)]
+    return [Launch(merge.merge, grid, args, {"BM": bm, "BN": bn, "RE": config.RANKS}, 8, 2)]
 
 
 def apply_(y: Tensor, base: Tensor | None, x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> None:
@@ -215,7 +216,8 @@ def apply_(y: Tensor, base: Tensor | None, x: Tensor, arena: Tensor, table: Tens
     if rows.shape[0] == 0:
         return
     source = None if base is None else _flat("base", base)
-    _run(apply_launches(rows, source, flat, arena, table, plan, device_of(y)), y)
+    arrived = arrivals.counters(y.device, rows.shape[0])
+    _run(apply_launches(rows, source, flat, arena, table, plan, arrived, device_of(y)), y)
     if rows.data_ptr() != y.data_ptr():
         y.copy_(rows.view(y.shape))
 
@@ -229,7 +231,7 @@ def apply_group_(y: list[Tensor], x: Tensor, arena: Tensor, tables: list[Tensor]
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, arena: Tensor, table: Tensor, plan: Tensor, kblock: int
 ) -> Tensor:
-    """`reference.linear` in two launches. `kblock` is the CPU's and ignored."""
+    """`reference.linear` in one launch. `kblock` is the CPU's and ignored."""
     _check(arena, table, plan, x=x, weight=weight, bias=bias)
     flat = _flat("x", x)
     if weight.dim() != 2 or weight.shape[1] != flat.shape[1] or weight.stride(1) != 1:
@@ -266,6 +268,21 @@ def turn_output(y: Tensor, base: Tensor | None, arena: Tensor, table: Tensor, pl
     return out
 
 
+def embed_(y: Tensor, ids: Tensor, arena: Tensor, table: Tensor, plan: Tensor, vocab: int) -> None:
+    """`reference.embed_` in one launch; ids that are not in [0, vocab) are undefined."""
+    _check(arena, table, plan, y=y)
+    rows, picked = _flat("y", y), ids.reshape(-1)
+    if rows.shape[0] != picked.shape[0]:
+        raise RuntimeError(f"mlora: ids has {picked.shape[0]} tokens, y has {rows.shape[0]}")
+    if picked.dtype not in (torch.int32, torch.int64):
+        raise RuntimeError(f"mlora: ids must be int32 or int64, are {picked.dtype}")
+    if rows.shape[0] == 0:
+        return
+    _run(embed_launches(rows, picked.contiguous(), arena, table, plan, vocab, device_of(y)), y)
+    if rows.data_ptr() != y.data_ptr():
+        y.copy_(rows.view(y.shape))
+
+
 def merge_(weight: Tensor, source: Tensor | None, arena: Tensor, table: Tensor, plan: Tensor) -> None:
     """`reference.merge_` in one launch."""
     source = weight if source is None else source
@@ -296,7 +313,9 @@ def warmup(model: torch.nn.Module, tokens: Sequence[int] = (1, config.DECODE_TOK
     seen = set()
     for module in model.modules():
         state = getattr(module, "_mlora", None)
-        if state is None or isinstance(module, torch.nn.Embedding):  # those look up: no kernel
+        if state is None:
+            continue
+        if isinstance(module, torch.nn.Embedding) and not state.shared.embeddings:
             continue
         if isinstance(module, NormLayer) and not state.shared.norms:  # norms, which no adapter trains yet
             continue
@@ -306,6 +325,11 @@ def warmup(model: torch.nn.Module, tokens: Sequence[int] = (1, config.DECODE_TOK
             continue
         seen.add(shape)
         _, width, width_out = shape
+        if isinstance(module, torch.nn.Embedding):
+            y, ids = torch.zeros(1, shape[2], dtype=arena.dtype, device=arena.device), state.table.new_zeros(1)
+            embed_(y, ids, arena, state.table, state.shared.blank, shape[1])
+            calls += 1
+            continue
         for count in tokens:
             x, y = (torch.zeros(count, n, dtype=arena.dtype, device=arena.device) for n in (width, width_out))
             apply_(y, None, x, arena, state.table, state.shared.blank)
@@ -318,7 +342,7 @@ def warmup(model: torch.nn.Module, tokens: Sequence[int] = (1, config.DECODE_TOK
 
 
 def _widths(module: Any) -> tuple[int, int]:
-    """(in, out) of a linear, a Conv1D, a convolution or a norm."""
+    """(in, out) of a linear, a Conv1D, a convolution, an embedding or a norm."""
     if hasattr(module, "in_features"):
         return module.in_features, module.out_features
     if hasattr(module, "kernel_size"):

@@ -21,18 +21,22 @@ SCALE = tl.constexpr(layout.SCALE)
 GAIN = tl.constexpr(layout.GAIN)
 IN_GAIN = tl.constexpr(layout.IN_GAIN)
 SHIFT = tl.constexpr(layout.SHIFT)
+WHOLE = tl.constexpr(layout.WHOLE)
 TURN = tl.constexpr(layout.TURN)  # followed by their shapes
 IN_TURN = tl.constexpr(layout.IN_TURN)
 HEADER = tl.constexpr(layout.PLAN_HEADER)
 
 # What counts as a unit of work of a tile.
-RANKS = tl.constexpr(0)  # GRAIN rank rows of a term
+RANKS = tl.constexpr(0)  # `grain` rank rows of a term
 TOUCHED = tl.constexpr(1)  # 1 if the route changes the module's output at all
 ALL = tl.constexpr(2)  # 1, and the rows without a route are a segment of their own, the last
 
-SPAN = tl.constexpr(64)  # routes that are read at once
+# Routes that are read at once. A warp's: with more, sums over them go through shared memory and cost 40 registers.
+SPAN = tl.constexpr(32)
 RANK_ALIGN = tl.constexpr(16)  # each term's columns of v start at a multiple of this
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+if INTERPRET.value:  # which, as of Triton 3.8, takes any `tl.condition` for true
+    tl.condition.__bool__ = lambda self: bool(self.condition)
 
 
 @triton.jit
@@ -45,7 +49,7 @@ def header(plan, tokens):
 
 
 @triton.jit
-def measure(plan, table, p, rows, routes, length, BM: tl.constexpr, GRAIN: tl.constexpr, UNIT: tl.constexpr):
+def measure(plan, table, p, rows, routes, length, BM: tl.constexpr, grain, UNIT: tl.constexpr):
     """Of the segments p (a vector): how many tiles each has, and how many units a tile."""
     routed = p < routes
     known = tl.where(routes > 0, routes + 1, 0)  # a plan without routes may have no row_start
@@ -65,7 +69,7 @@ def measure(plan, table, p, rows, routes, length, BM: tl.constexpr, GRAIN: tl.co
             slot = tl.load(slots + t0 + t, mask=here, other=0).to(tl.int64)
             rank = tl.load(table + slot * TABLE_WIDTH + RANK, mask=here, other=0).to(tl.int32)
             if UNIT == RANKS:
-                units += (rank + GRAIN - 1) // GRAIN
+                units += (rank + grain - 1) // grain
             else:
                 gain = tl.load(table + slot * TABLE_WIDTH + GAIN, mask=here, other=-1)
                 shift = tl.load(table + slot * TABLE_WIDTH + SHIFT, mask=here, other=-1)
@@ -75,26 +79,26 @@ def measure(plan, table, p, rows, routes, length, BM: tl.constexpr, GRAIN: tl.co
 
 
 @triton.jit
-def total_units(plan, table, rows, routes, length, BM: tl.constexpr, GRAIN: tl.constexpr, UNIT: tl.constexpr):
+def total_units(plan, table, rows, routes, length, BM: tl.constexpr, grain, UNIT: tl.constexpr):
     """Tiles times units, over all segments."""
     total = 0
     for p0 in range(0, routes + (UNIT == ALL), SPAN):
         p = p0 + tl.arange(0, SPAN)
-        tiles, units = measure(plan, table, p, rows, routes, length, BM, GRAIN, UNIT)
+        tiles, units = measure(plan, table, p, rows, routes, length, BM, grain, UNIT)
         total += tl.sum(tiles * units, axis=0)
     return total
 
 
 @triton.jit
 def locate(
-    u, each, plan, table, rows, routes, length, BM: tl.constexpr, GRAIN: tl.constexpr, UNIT: tl.constexpr
+    u, each, plan, table, rows, routes, length, BM: tl.constexpr, grain, UNIT: tl.constexpr
 ):  # fmt: skip
     """Where unit u lies, if each tile has `each` times its units: segment, unit within it, its tiles, units a tile."""
     segment, within, tiles_there, units_there = 0, 0, 1, 1
     base = 0
     for p0 in range(0, routes + (UNIT == ALL), SPAN):
         lane = tl.arange(0, SPAN)
-        tiles, units = measure(plan, table, p0 + lane, rows, routes, length, BM, GRAIN, UNIT)
+        tiles, units = measure(plan, table, p0 + lane, rows, routes, length, BM, grain, UNIT)
         count = tiles * units * each
         ends = base + tl.cumsum(count, axis=0)
         here = tl.sum((ends <= u).to(tl.int32), axis=0)
@@ -114,6 +118,28 @@ def share(total):
     i, n = tl.program_id(0), tl.num_programs(0)
     each, more = total // n, total % n
     return each * i + tl.minimum(i, more), each * (i + 1) + tl.minimum(i + 1, more)
+
+
+@triton.jit
+def share_halves(total):
+    """The units of this program, in half units. Whole ones as long as there are enough of them; if there are fewer than
+    programs, as many as are missing are divided between two programs."""
+    i, n = tl.program_id(0), tl.num_programs(0)
+    if total >= n:
+        start, end = share(total)
+        start, end = 2 * start, 2 * end
+    else:
+        halves = 2 * tl.minimum(n - total, total)
+        start = tl.minimum(tl.where(i < halves, i, 2 * i - halves), 2 * total)
+        end = tl.minimum(tl.where(i < halves, i + 1, 2 * i + 2 - halves), 2 * total)
+    return start, end
+
+
+@triton.jit
+def tile_place(plan, segment, tile, routes, length, BM: tl.constexpr):
+    """Of a tile of a routed segment: how many tokens come before it in the order of the plan, and how many it has."""
+    first, last = tl.load(plan + HEADER + segment), tl.load(plan + HEADER + segment + 1)
+    return first * length + tile * BM, tl.minimum((last - first) * length - tile * BM, BM)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from .conv import CONVS, ConvLayer
 from .dense import compute_dtype, is_dense, model_dtype
 from .embedding import EmbeddingLayer
 from .find import INNER, find_layers, find_stacks, inner_module, mixin_of
-from .head import Head
+from .head import Head, group_heads
 from .linear import LoraLayer
 from .norm import NormLayer, is_norm_like, norm_offset
 from .parameters import ParametersLayer, ParametersState, Stack
@@ -34,6 +34,7 @@ __all__ = [
     "compute_dtype",
     "find_layers",
     "find_stacks",
+    "group_heads",
     "guard_moves",
     "inner_module",
     "is_dense",

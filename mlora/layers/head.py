@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,34 +22,44 @@ class Head(NamedTuple):
     width: int
 
 
-def answer(
-    x: Tensor, heads: tuple[Head | None, ...], arena: Tensor, base: Callable[[Tensor], Tensor], out_features: int
-) -> Tensor:
+class Heads(NamedTuple):
+    """Of a module in a plan: `rows` of the plan, and which of them each head answers, as indices on the device; the
+    model's own head is None."""
+
+    rows: int
+    answered: tuple[tuple[Head | None, Tensor], ...]
+
+
+def group_heads(heads: Sequence[Head | None], device: torch.device) -> Heads:
+    """By head: `heads` has one for each of the plan's rows. Copies to the device, so that `answer` need not."""
+    rows = {own: [row for row, head in enumerate(heads) if head == own] for own in heads}
+    return Heads(len(heads), tuple((head, torch.tensor(mine, device=device)) for head, mine in rows.items()))
+
+
+def answer(x: Tensor, heads: Heads, arena: Tensor, base: Callable[[Tensor], Tensor], out_features: int) -> Tensor:
     """What each row's head makes of x, (..., in): (..., widest), the rows of narrower heads filled up with -inf, which
     is a probability of 0. Where all heads have one width, that is the width.
 
     Args:
-        heads: of each of the plan's rows, each as many of x's rows as the others; None is the model's own.
+        heads: each of the plan's rows is as many of x's rows as the others.
         base: the model's own, on all of x; not called where every row has another.
     """
-    widths = [out_features if head is None else head.width for head in heads]
-    rows = x.reshape(len(heads), -1, x.shape[-1])
-    out = x.new_full((*rows.shape[:2], max(widths)), -math.inf)
-    if None in heads:
-        mine = torch.tensor([row for row, head in enumerate(heads) if head is None], device=x.device)
-        out[mine, :, :out_features] = base(x).reshape(len(heads), -1, out_features)[mine]
-    for head in dict.fromkeys(heads):
-        if head is not None:
+    rows = x.reshape(heads.rows, -1, x.shape[-1])
+    widest = max(out_features if head is None else head.width for head, _ in heads.answered)
+    out = x.new_full((*rows.shape[:2], widest), -math.inf)
+    for head, mine in heads.answered:
+        if head is None:
+            out[mine, :, :out_features] = base(x).reshape(heads.rows, -1, out_features)[mine]
+        else:
             weight = arena[head.weight : head.weight + head.width * x.shape[-1]].view(head.width, -1).to(x.dtype)
             bias = None if head.bias < 0 else arena[head.bias : head.bias + head.width].to(x.dtype)
-            mine = torch.tensor([row for row, own in enumerate(heads) if own == head], device=x.device)
             out[mine, :, : head.width] = F.linear(rows[mine], weight, bias)
     return out.view(*x.shape[:-1], -1)
 
 
 def look_up(
     ids: Tensor,
-    heads: tuple[Head | None, ...],
+    heads: Heads,
     arena: Tensor,
     base: Callable[[Tensor], Tensor],
     under: Callable[[Tensor, Tensor], Tensor],
@@ -60,7 +70,7 @@ def look_up(
     """What each row's embedding has for its ids.
 
     Args:
-        heads: of each of the plan's rows, each as many of the rows of `ids` as the others; None is the model's own.
+        heads: each of the plan's rows is as many of the rows of `ids` as the others; None is the model's own.
         base: the model's own, with what adapters add to it, on all rows; those that have another are given id 0.
             Not called where every row has another.
         under: the embedding under another weight, (tokens, features).
@@ -69,9 +79,8 @@ def look_up(
     Raises:
         TokenError: an id that the row's embedding does not have.
     """
-    rows, parts = ids.reshape(len(heads), -1), []
-    for head in dict.fromkeys(heads):
-        mine = torch.tensor([row for row, own in enumerate(heads) if own == head], device=ids.device)
+    rows, parts = ids.reshape(heads.rows, -1), []
+    for head, mine in heads.answered:
         width, own = tokens if head is None else head.width, rows[mine]
         if (beyond := (own < 0) | (own >= width)).any():
             row, column = (int(index) for index in beyond.nonzero()[0])
@@ -81,7 +90,7 @@ def look_up(
             )
         if head is None:
             known = torch.zeros_like(rows).index_copy(0, mine, own)
-            found = base(known.view(ids.shape)).reshape(len(heads), rows.shape[1], -1)[mine]
+            found = base(known.view(ids.shape)).reshape(*rows.shape, -1)[mine]
         else:
             found = under(arena[head.weight :][: head.width * features].view(head.width, features), own)
         parts.append((mine, found))

@@ -71,6 +71,7 @@ _BY_SIZE = HAS_CUDA and HAS_TRITON and _FORCED is None
 _reference_apply_ = torch.ops.mlora.reference_apply_.default
 _reference_scale_input = torch.ops.mlora.reference_scale_input.default
 _reference_turn_output = torch.ops.mlora.reference_turn_output.default
+_reference_embed_ = torch.ops.mlora.reference_embed_.default
 _reference_merge_ = torch.ops.mlora.reference_merge_.default
 _apply_ = getattr(torch.ops.mlora, _PREFIX + "apply_").default
 _linear = getattr(torch.ops.mlora, _PREFIX + "linear").default
@@ -78,7 +79,7 @@ _scale_input = getattr(torch.ops.mlora, _PREFIX + "scale_input").default
 _turn_output = getattr(torch.ops.mlora, _PREFIX + "turn_output").default
 _apply_group_ = torch.ops.mlora.apply_group_.default
 _merge_ = getattr(torch.ops.mlora, _PREFIX + "merge_").default
-_embed_ = torch.ops.mlora.embed_.default
+_embed_ = getattr(torch.ops.mlora, _PREFIX + "embed_").default
 _large_apply_ = torch.ops.mlora.triton_apply_.default if _BY_SIZE else _apply_
 
 
@@ -154,7 +155,10 @@ def apply_group_(y: list[Tensor], x: Tensor, arena: Tensor, tables: list[Tensor]
 
 def embed_(y: Tensor, ids: Tensor, arena: Tensor, table: Tensor, plan: Tensor, vocab: int) -> None:
     """See `reference.embed`; in place."""
-    _embed_(y, ids, arena, table, plan, vocab)
+    if y.dtype is arena.dtype and arena.dtype in _KERNEL_DTYPES:
+        _embed_(y, ids, arena, table, plan, vocab)
+    else:
+        _reference_embed_(y, ids, arena, table, plan, vocab)
 
 
 def merge_(weight: Tensor, source: Tensor | None, arena: Tensor, table: Tensor, plan: Tensor) -> None:

@@ -21,7 +21,8 @@ A block is `size` elements, `stride` apart; blocks fill spans of size * stride e
 element n of T v is v[n] + sum_j turn[j, n] * v[n + (j - k) * stride]. A block-diagonal matrix has a stride of 1; RoAd's
 pairs are blocks of 2 elements, half a group apart.
 
-The store gives each adapter two rows, the second for the rests of its gains (`Store`).
+The store puts parts at multiples of 64 bytes; the Triton kernels, which load 16 bytes at once, count on multiples of 8
+elements. The store gives each adapter two rows, the second for the rests of its gains (`Store`).
 
 **Plan**, one per forward: int32, one dimension, refreshed by one copy. With R rows, P routes and
 E terms (a route is a distinct recipe; a term is one weighted slot of a recipe):

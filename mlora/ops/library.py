@@ -26,6 +26,7 @@ _SCHEMAS = {
     "scale_input": "(Tensor x, Tensor arena, Tensor table, Tensor plan) -> Tensor",
     "turn_output": "(Tensor y, Tensor? base, Tensor arena, Tensor table, Tensor plan) -> Tensor",
     "apply_group_": "(Tensor(a!)[] y, Tensor x, Tensor arena, Tensor[] tables, Tensor plan) -> ()",
+    "embed_": "(Tensor(a!) y, Tensor ids, Tensor arena, Tensor table, Tensor plan, int vocab) -> ()",
     "merge_": "(Tensor(a!) weight, Tensor? source, Tensor arena, Tensor table, Tensor plan) -> ()",
 }
 
@@ -52,6 +53,10 @@ def _fake_apply_group_(y: list[Tensor], x: Tensor, arena: Tensor, tables: list[T
     return None
 
 
+def _fake_embed_(y: Tensor, ids: Tensor, arena: Tensor, table: Tensor, plan: Tensor, vocab: int) -> None:
+    return None
+
+
 def _fake_merge_(weight: Tensor, source: Tensor | None, arena: Tensor, table: Tensor, plan: Tensor) -> None:
     return None
 
@@ -62,6 +67,7 @@ _FAKES: dict[str, Any] = {
     "scale_input": _fake_scale_input,
     "turn_output": _fake_turn_output,
     "apply_group_": _fake_apply_group_,
+    "embed_": _fake_embed_,
     "merge_": _fake_merge_,
 }
 _REFERENCES: dict[str, Any] = {
@@ -70,6 +76,7 @@ _REFERENCES: dict[str, Any] = {
     "scale_input": reference.scale_input,
     "turn_output": reference.turn_output,
     "apply_group_": reference.apply_group_,
+    "embed_": reference.embed_,
     "merge_": reference.merge_,
 }
 
@@ -105,16 +112,6 @@ for _name, _schema in _SCHEMAS.items():
         torch.library.register_fake(f"mlora::{_prefix}{_name}", _FAKES[_name], lib=LIBRARY)
 LIBRARY.define("isa() -> int")
 
-
-def _fake_embed_(y: Tensor, ids: Tensor, arena: Tensor, table: Tensor, plan: Tensor, vocab: int) -> None:
-    return None
-
-
-# One lookup a forward: the reference serves it everywhere.
-LIBRARY.define("embed_(Tensor(a!) y, Tensor ids, Tensor arena, Tensor table, Tensor plan, int vocab) -> ()")
-LIBRARY.impl("embed_", reference.embed_, "CompositeExplicitAutograd")
-torch.library.register_fake("mlora::embed_", _fake_embed_, lib=LIBRARY)
-
 EMULATED = os.environ.get("MLORA_BACKEND") == "emulation"
 if EMULATED:
     torch.ops.load_library(os.environ["MLORA_EMULATION_LIBRARY"])
@@ -122,5 +119,5 @@ HAS_CPU = not EMULATED and _load("mlora._C")
 HAS_CUDA = torch.backends.cuda.is_built() and _load("mlora._C_cuda")
 if HAS_TRITON:
     for _name in _SCHEMAS:
-        if not HAS_CUDA or _name == "linear":  # the CUDA library has all but this one
+        if not HAS_CUDA or _name in ("embed_", "linear"):  # the CUDA library has all but these
             LIBRARY.impl(_name, _triton(_name), "CUDA")
