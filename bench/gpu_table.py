@@ -30,9 +30,10 @@ def systems() -> dict[str, list[Record]]:
         if r["kind"] == "run" and r["in"] == 4096 and r["outs"] in ([4096], [14336]) and r["cluster"] != 1:
             name = {"cuda": "mlora CUDA", "triton": "mlora Triton"}[r["path"]]
             found.setdefault(name, []).append({**r, "out": r["outs"][0], "narrowest": r["useful"]})
-        elif r["kind"] == "static" and r["kernel"] in ("cuda apply", "triton shrink decode", "triton expand decode"):
+        elif r["kind"] == "static" and r["kernel"].split()[1] in ("apply", "shrink", "expand"):
             name = {"cuda": "mlora CUDA", "triton": "mlora Triton"}[r["kernel"].split()[0]]
-            found.setdefault(name, []).append({"float_atomics": r["atomics"]})
+            code = {what: r[what] for what in ("registers", "occupancy", "spills")}
+            found.setdefault(name, []).append({**code, "float_atomics": r["atomics"]})
     return found
 
 
@@ -65,6 +66,9 @@ ROWS: dict[str, Callable[[list[Record]], str]] = {
         of(r, "idle", lambda record: 100 * record["idle"] / record["programs"]), "{:.0f}"
     ),
     "programs with work in the narrowest launch": lambda r: str(min(of(r, "narrowest"))),
+    "registers; occupancy, per cent; spilled instructions": lambda r: "; ".join(
+        filter(None, (span(of(r, name), "{}") for name in ("registers", "occupancy", "spills")))
+    ),
     "16 tokens, 1 adapter": lambda r: ratios(r, tokens=16, adapters=1),
     "64 tokens, 1 adapter": lambda r: ratios(r, tokens=64, adapters=1),
     "16 tokens, 8 and 16 adapters": lambda r: ratios(r, tokens=16, adapters=range(8, 17)),
