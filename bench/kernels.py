@@ -274,7 +274,7 @@ def main() -> None:
         args.repeats = 3
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
-    offered = gpu_workloads if "gpu" in (args.only, args.device.replace("cuda", "gpu")) else workloads
+    offered = gpu_workloads if args.device == "cuda" or args.only == "gpu" else workloads
     loads = [load for load in offered(args.smoke) if args.only in (None, load.group)]
     if not loads:
         parser.error(f"--only {args.only!r}: no such group")
