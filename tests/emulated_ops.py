@@ -20,6 +20,8 @@ from mlora.ops import dispatch, reference
 
 assert dispatch.backend("cpu", torch.float32) == "emulation"
 
+COUNTED = "asan" not in os.environ.get("LD_PRELOAD", "")  # AddressSanitizer's build leaves counts out
+
 ROUTINGS = {
     "one": ([A], 1),
     "decode": ([A, [], B, MIX, A], 1),
@@ -117,7 +119,7 @@ def test_as_many_clusters_as_run_at_once(device, gpcs, programs):
     oracle, ref = case.oracle(y, None, x, [A, MIX] * 20), reference.apply(y, None, x, case.arena, case.table, plan)
     counts()
     torch.ops.mlora.apply_(y, None, x, case.arena, case.table, plan)
-    assert counts()["programs"] == programs
+    assert not COUNTED or counts()["programs"] == programs
     check(y, oracle, ref)
 
 
@@ -214,8 +216,8 @@ def counts() -> dict[str, int]:
 
 def test_work_and_bytes(device):
     """One launch; every program has work; A, B, x and y are asked for once; all of it 16 bytes at a time."""
-    if "asan" in os.environ.get("LD_PRELOAD", ""):
-        pytest.skip("counts come with the checks that AddressSanitizer's build leaves out")
+    if not COUNTED:
+        pytest.skip("nothing is counted")
     device(16, 4)
     case = Case((16,) * 8, 512, 512, torch.bfloat16, align=32)
     x, y, plan = case.randn(16, 512), case.randn(16, 512), case.plan([[(i // 2, 1.0)] for i in range(16)])
