@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
-import gpu_table  # noqa: E402
 import kernels  # noqa: E402
 
 
@@ -30,11 +28,3 @@ def test_gpu_workloads_are_checked_against_fp64(load, monkeypatch):
     monkeypatch.setattr(buffers, "call", lambda i: buffers.ys[i])  # does nothing
     with pytest.raises(SystemExit, match="refused to report"):
         buffers.check()
-
-
-def test_every_system_is_counted_on_every_workload():
-    prefill = {batch for batch in kernels.GPU_BATCHES if batch[0] > 64}
-    for name, records in gpu_table.systems().items():
-        batches = set(kernels.GPU_BATCHES) - (prefill if name == "mlora CUDA" else set())
-        seen = {(r["out"], r["rank"], (r["tokens"], r["adapters"])) for r in records if "ratio" in r}
-        assert seen == set(itertools.product((4096, 14336), (16, 64, "mixed"), batches)), name
