@@ -1,16 +1,17 @@
-# make demo | test | lint | bench | clean. Everything is installed into .venv; PYTHON=... picks the interpreter.
+# make demo | test | lint | bench | gpu | clean. Everything is installed into .venv; PYTHON=... picks the interpreter.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS)
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test lint bench gpu clean
 help:
 	@echo "make demo    install, build, and answer one batch whose rows use different adapters"
 	@echo "make test    the test suite"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   the benchmarks, into bench/results (BENCH_FLAGS=--smoke for a quick look)"
+	@echo "make gpu     on a machine with a GPU: its tests, decoding in a CUDA graph, and the kernels' times"
 	@echo "make clean   remove .venv and what was built"
 
 $(VENV)/.tools:
@@ -47,6 +48,14 @@ lint: $(VENV)/.built
 
 bench: $(VENV)/.model
 	@$(BIN)/mlora bench $(BENCH_FLAGS)
+
+gpu: $(VENV)/.model
+	@echo "== pytest tests/gpu"
+	@$(BIN)/python -m pytest -rs tests/gpu $(PYTEST_FLAGS)
+	@echo "== examples/cuda_graph.py"
+	@$(BIN)/python examples/cuda_graph.py
+	@echo "== bench/kernels.py"
+	@$(BIN)/python bench/kernels.py --device cuda --out bench/results/gpu_kernels.jsonl $(BENCH_FLAGS)
 
 clean:
 	@echo "== Removing $(VENV) and build outputs"

@@ -50,9 +50,11 @@ def clock_name() -> str:
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Time of one call."""
+    """Time of one call, until the GPU has done it where there is one."""
     start = _clock()
     call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return _clock() - start
 
 
@@ -64,8 +66,11 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
     return statistics.median(values), cuts[0], cuts[3]
 
 
-def llc_bytes() -> int:
-    """Size of the last-level cache of CPU 0, from sysfs; 32 MiB where that does not say."""
+def llc_bytes(device: str = "cpu") -> int:
+    """Size of the GPU's second-level cache, or of the last-level cache of CPU 0, from sysfs; 32 MiB where that does not
+    say."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = []
     for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
         text = (index / "size").read_text().strip()
@@ -73,13 +78,13 @@ def llc_bytes() -> int:
     return max(sizes, default=32 * 2**20)
 
 
-def streaming_read(size: int, repeats: int = 9) -> float:
-    """Bytes per second at which torch's threads read `size` bytes over and over.
+def streaming_read(size: int, repeats: int = 9, device: str = "cpu") -> float:
+    """Bytes per second at which torch's threads, or a GPU, read `size` bytes over and over.
 
     The best time of two readers: a matrix-vector product and a sum, which write next to nothing.
     """
-    data = torch.ones(max(size // 4096, 1), 1024)
-    vector = torch.ones(1024)
+    data = torch.ones(max(size // 4096, 1), 1024, device=device)
+    vector = torch.ones(1024, device=device)
     best = 0.0
     for read in (lambda: torch.mv(data, vector), lambda: data.sum()):
         read()
@@ -87,8 +92,10 @@ def streaming_read(size: int, repeats: int = 9) -> float:
     return best
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str = "cpu") -> dict[str, Any]:
     """What a figure was measured on."""
+    if device == "cuda":
+        return {"gpu": torch.cuda.get_device_name(), "llc_bytes": llc_bytes(device), "torch": torch.__version__}
     names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
     return {
         "cpu": names[0] if names else "unknown",

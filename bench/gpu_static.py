@@ -6,9 +6,9 @@ From machine code, for every architecture: see machine_code.py. From running the
 the shape of a device of 132 multiprocessors: launches, programs and those that touch no data, and the 32-byte sectors
 that warps ask for over the lower bound T * in + sum over distinct adapters of r * (in + out) + 2 * T * out elements (a
 group counts x once). Sectors are those of each memory instruction, of plans and tables too. Of the Triton kernels the
-walk of mlora/kernels/count.py, which tests compare with the interpreter; plans and tables are left out. Beside these,
-the counts of other systems' kernels from bench/results/peers.jsonl (bench/peers.py): ratio and idle programs.
-`--against` fails if a kernel spills more or a figure is worse.
+walk of mlora/kernels/count.py, which tests compare with the interpreter; plans and tables are left out.
+bench/gpu_table.py puts these beside other systems' (bench/peers.py). `--against` fails if a kernel spills more or a
+figure is worse.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests"), str(ROOT)]
 
 import machine_code  # noqa: E402
 
-MULTIPROCESSORS = {16: 132, 1: 108}  # by cluster size: an H100's, an A100's
+GPCS = {16: "16,16,16,16,16,16,18,18", 1: "108"}  # multiprocessors of each, by cluster size: an H100's, an A100's
 SLOTS = 64
 RANKS = (8, 16, 32, 64, 96, 128)  # of a mixed batch, in turn
 DECODE = ((16, 1), (16, 8), (16, 16), (64, 1), (64, 8), (64, 16), (64, 64))  # tokens, adapters
@@ -84,7 +84,7 @@ def run_cuda(w: dict[str, Any]) -> dict[str, Any]:
     arena = torch.zeros(elements, dtype=torch.bfloat16)
     x = torch.zeros(w["tokens"], w["in"], dtype=torch.bfloat16)
     ys = [torch.zeros(w["tokens"], out, dtype=torch.bfloat16) for out in w["outs"]]
-    os.environ["MLORA_EMULATION_MULTIPROCESSORS"] = str(MULTIPROCESSORS[w["cluster"]])
+    os.environ["MLORA_EMULATION_MULTIPROCESSORS"] = GPCS[w["cluster"]]
     os.environ["MLORA_EMULATION_CLUSTER"] = str(w["cluster"])
     native = ctypes.CDLL(os.environ["MLORA_EMULATION_LIBRARY"])
     counts = (ctypes.c_int64 * 7)()
@@ -114,18 +114,6 @@ def run_triton(w: dict[str, Any]) -> dict[str, Any]:
         "idle": sum(c.idle for c in launches), "useful": min(c.grid - c.idle for c in launches), "narrow": 0,
         "ratio": round(moved / count.lower_bound(*shape), 4),
     }  # fmt: skip
-
-
-def peers() -> dict[tuple[Any, ...], dict[str, str]]:
-    """What bench/peers.py counted: by workload, a short text for each system."""
-    path = ROOT / "bench/results/peers.jsonl"
-    found: dict[tuple[Any, ...], dict[str, str]] = {}
-    for r in map(json.loads, path.read_text().splitlines() if path.exists() else ()):
-        if not r["system"].startswith("mlora"):
-            text = f"{r['ratio']:.2f} {100 * r['idle'] / r['programs']:.0f}%"
-            key = (r["in"], (r["out"],), r["rank"], r["tokens"], r["adapters"])
-            found.setdefault(key, {})[r["system"].split()[0]] = text
-    return found
 
 
 def key(record: dict[str, Any]) -> tuple[Any, ...]:
@@ -169,22 +157,17 @@ def main() -> int:
             f"{r['kernel']:22} {r['dtype']:5} {r['arch']:6} {r['threads']:7} {r['registers']:5} {r['spills']:7}"
             f" {r['shared']:7} {r['occupancy']:6}% {r['mma']:4} {r['wgmma']:6} {r['atomics']:8}  {loads:14}  {stores}"
         )
-    others = peers()
-    systems = sorted({name for texts in others.values() for name in texts})
     print(
         "\n  in -> out                    rank tokens adapters path      launches programs  idle useful narrow  ratio"
-        + "".join(f"  {name:>9}" for name in systems)
     )
     for w in workloads(args.smoke):
         r = run_cuda(w) if w["path"] == "cuda" else run_triton(w)
         records.append(r)
         name = f"{r['in']} -> {'+'.join(map(str, r['outs']))}"
         path = f"{r['path']} {r['cluster'] or ''}"
-        beside = others.get((r["in"], tuple(r["outs"]), r["rank"], r["tokens"], r["adapters"]), {})
         print(
             f"  {name:26} {r['rank']!s:>6} {r['tokens']:6} {r['adapters']:8} {path:9} {r['launches']:8}"
-            f" {r['programs']:8} {r['idle']:5} {r['useful']:6} {r['narrow']:6} {r['ratio']:6.3f}"
-            + "".join(f"  {beside.get(system, ''):>9}" for system in systems),
+            f" {r['programs']:8} {r['idle']:5} {r['useful']:6} {r['narrow']:6} {r['ratio']:6.3f}",
             flush=True,
         )
         if args.out:

@@ -6,6 +6,10 @@ not. The byte bound is the compulsory traffic (each distinct adapter once, x onc
 the streaming read that torch reaches on as many bytes, with the same threads, in the same run.
 
     python bench/kernels.py --out bench/results/kernels.jsonl
+    python bench/kernels.py --device cuda --out bench/results/gpu_kernels.jsonl
+
+On a GPU the workloads are those that bench/gpu_static.py counts, and a sweep through the working set is one CUDA graph,
+so that launching costs next to nothing.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ from torch import Tensor
 from mlora.ops import dispatch, layout
 from mlora.routing import Terms, plan_words
 
+MIXED = (8, 16, 32, 64, 96, 128)  # ranks, in turn
+GPU_BATCHES = ((16, 1), (16, 8), (16, 16), (64, 1), (64, 8), (64, 16), (64, 64), (2048, 1), (2048, 8))
 POPULARITIES = ("identical", "distinct", "uniform", "zipf-1.5")
 SCALE = 0.5
 
@@ -68,7 +74,7 @@ class Workload:
 class Buffers:
     """`copies` independent sets of tensors for one workload; `call(i)` runs the op on set i."""
 
-    def __init__(self, load: Workload, copies: int) -> None:
+    def __init__(self, load: Workload, copies: int, device: str = "cpu") -> None:
         self.load = load
         draw = torch.Generator().manual_seed(0)
         align = 64 // load.dtype.itemsize
@@ -101,6 +107,9 @@ class Buffers:
             if load.op == "linear":
                 self.kblock = dispatch.probe_kblock(load.inputs, load.outputs, False, load.tokens, load.dtype)
         self.copies = copies
+        if device != "cpu":
+            for name in ("arena", "tables", "x", "y", "plan"):
+                setattr(self, name, getattr(self, name).to(device))
         # Views made once: making them costs as much as a small call.
         self.xs, self.ys, self.rows = list(self.x), list(self.y), list(self.tables)
         self.weights = [] if self.weight is None else list(self.weight)
@@ -116,6 +125,16 @@ class Buffers:
     def sweep(self) -> None:
         for i in range(self.copies):
             self.call(i)
+
+    def captured(self) -> Callable[[], None]:
+        """`sweep` as one CUDA graph."""
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
+            self.sweep()  # nothing may be compiled during capture
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            self.sweep()
+        return graph.replay
 
     def expected(self, i: int, dtype: torch.dtype) -> Tensor:
         """What `call(i)` must give, computed in `dtype`."""
@@ -234,25 +253,40 @@ def fused_workloads(smoke: bool) -> Iterator[Workload]:
         yield Workload("fused", "library, no LoRA", inputs, outputs, 16, (None,) * 16, (), op="library")
 
 
+def gpu_workloads(smoke: bool) -> Iterator[Workload]:
+    for outputs in (128,) if smoke else (4096, 14336):
+        for rank in (16, 64, "mixed"):
+            for tokens, adapters in GPU_BATCHES:
+                ranks = tuple(MIXED[i % len(MIXED)] if rank == "mixed" else rank for i in range(adapters))
+                route = tuple(t * adapters // tokens for t in range(tokens))
+                label = f"{tokens} tokens, {adapters} adapters, r {rank}"
+                yield Workload("gpu", label, 128 if smoke else 4096, outputs, tokens, route, ranks, beyond=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="one group, e.g. bandwidth")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     add_arguments(parser)
     args = parser.parse_args()
     if args.smoke:
         args.repeats = 3
-    loads = [load for load in workloads(args.smoke) if args.only in (None, load.group)]
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    offered = gpu_workloads if args.device == "cuda" or args.only == "gpu" else workloads
+    loads = [load for load in offered(args.smoke) if args.only in (None, load.group)]
     if not loads:
         parser.error(f"--only {args.only!r}: no such group")
 
     console = set_up(args)
-    log = Log(args.out, bench="kernels", **machine())
-    llc = llc_bytes()
+    log = Log(args.out, bench="kernels", **machine(args.device))
+    llc = llc_bytes(args.device)
     inside, beyond = (1 << 20, 4 << 20) if args.smoke else (min(llc // 8, 32 << 20), 3 * llc)
-    stream = {size: streaming_read(size) for size in (inside, beyond)}
+    stream = {size: streaming_read(size, device=args.device) for size in (inside, beyond)}
+    reader = f"{torch.get_num_threads()} threads" if args.device == "cpu" else torch.cuda.get_device_name()
     for size, rate in stream.items():
-        console.print(f"streaming read of {size >> 20} MiB: {rate / 1e9:.1f} GB/s ({torch.get_num_threads()} threads)")
+        console.print(f"streaming read of {size >> 20} MiB: {rate / 1e9:.1f} GB/s ({reader})")
 
     table = Table(title="One call, bf16 (median, 20-80 % quantiles)")
     for column in ("group", "in x out", "workload", "us", "20-80 %", "bound us", "adapter GB/s", "of stream"):
@@ -260,12 +294,13 @@ def main() -> None:
     medians: dict[str, float] = {}
     for load in track(loads, "Kernels", console=Console(stderr=True), transient=True):
         size = beyond if load.beyond else inside
-        buffers = Buffers(load, max(1, min(size // max(load.bytes, 1), 4096)))
+        buffers = Buffers(load, max(1, min(size // max(load.bytes, 1), 4096)), args.device)
         if load.op == "linear" and not buffers.kblock:
             console.print(f"fused {load.inputs}x{load.outputs}: not offered here, left out")
             continue
         buffers.check()
-        median, low, high = time_sweeps(buffers.sweep, buffers.copies, args.repeats)
+        sweep = buffers.sweep if args.device == "cpu" else buffers.captured()
+        median, low, high = time_sweeps(sweep, buffers.copies, args.repeats)
         rate = stream[size]
         achieved = load.adapter_bytes / median
         medians[load.label] = median

@@ -1,28 +1,37 @@
-"""The LoRA kernels of other systems, counted as ours are: run in Triton's interpreter, by their own launchers.
+"""The LoRA kernels of other systems, counted: run in Triton's interpreter, by their own launchers.
 
-    python bench/peers.py FOLDER... [--smoke] [--out bench/results/peers.jsonl]
+    python bench/peers.py [--smoke] [--out bench/results/peers.jsonl]
 
-FOLDER: an unpacked wheel or source distribution of vllm, sglang or polylora. Of these only the kernels' own modules
-are imported; the platform, logging and environment modules that they import are replaced by constants. What is run:
+The packages are downloaded from PyPI into build/peers, 375 MB, and not installed: only the kernels' own modules are
+unpacked and imported; the platform, logging and environment modules that they import are replaced by constants.
 
 - vLLM: `lora_shrink` and `lora_expand` with `LoRAKernelMeta`, default configuration, 64 slots at the largest rank.
 - SGLang: the `csgmv` backend's chunked kernels, eager, segments of at most 16 tokens as by default, no tuned file.
 - PolyLoRA: `sgmv_lora_a_fwd` and `sgmv_lora_b_fwd`.
-- mlora: `mlora.kernels.launch.apply_`, on the shape of a device of 132 multiprocessors.
+
+Interpreting 4096 x 14336 for 64 slots and 2048 tokens would take hours. Every count of a launch is a polynomial, linear
+in each of the input's width (shrink) or the output's (expand), the number of slots, in prefill the tokens of an adapter
+and for vLLM, whose kernels know the largest rank alone, that rank, as long as these are multiples of the tiles. So
+small problems are interpreted, two values of each, and extended to the real ones. `--check` compares with whole
+problems, where every count must be equal.
 
 A ratio is that of sectors, metadata included, to x + y read and written + each adapter once at its true rank, in 16
-bits. bench/gpu_static.py prints the CUDA library's counts beside these.
+bits. bench/gpu_table.py prints mlora's counts beside these.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import os
+import subprocess
 import sys
 import types
+import zipfile
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -33,29 +42,35 @@ sys.path[:0] = [str(ROOT / "bench"), str(ROOT)]
 import torch  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
-from interpreted import Counts, counting  # noqa: E402
+from interpreted import Counts, Launch, counting  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+VERSIONS = {"vllm": "0.33.0", "sglang": "0.5.23", "polylora": "0.1.1"}
 SLOTS = 64
 RANKS = (8, 16, 32, 64, 96, 128)  # of a mixed batch, in turn
-SMOKE = ((4096, 16, 16, 8), (4096, 16, 64, 64))
-# out, rank, tokens, adapters; `in` is 4096. The interpreter takes seconds to minutes for each.
-WORKLOADS = [
-    (4096, rank, tokens, adapters)
-    for tokens, adapters in ((64, 1), (64, 64), (16, 8), (2048, 1), (2048, 8), (64, 8), (16, 1), (16, 16))
-    for rank in (16, 64, "mixed")
-]
+DECODE = ((16, 1), (16, 8), (16, 16), (64, 1), (64, 8), (64, 16), (64, 64))  # tokens, adapters
+PREFILL = ((2048, 1), (2048, 8))
+WIDTH, OUTS = 4096, (4096, 14336)
+SMALL = (256, 512)  # widths
+WORKLOADS = list(itertools.product((16, 64, "mixed"), (*DECODE, *PREFILL)))
+CHECKED = ((4096, 16, 64, 64), (14336, 64, 16, 1), (4096, "mixed", 16, 8), (4096, 16, 2048, 8))
+COLUMNS = ("in", "out", "rank", "tokens", "adapters", "launches", "torch_ops", "syncs", "programs", "idle", "narrowest")
+COLUMNS = (*COLUMNS, "float_atomics", "ratio")
 
 
 class Batch:
     """Tokens of a workload, sorted by adapter: token t has adapter t * adapters // tokens."""
 
-    def __init__(self, out: int, rank: Any, tokens: int, adapters: int) -> None:
-        self.width, self.out, self.tokens, self.adapters = 4096, out, tokens, adapters
-        self.ranks = [RANKS[i % len(RANKS)] if rank == "mixed" else rank for i in range(SLOTS)]
+    def __init__(self, width: int, out: int, rank: Any, tokens: int, adapters: int, slots: int = SLOTS) -> None:
+        self.width, self.out, self.tokens, self.adapters, self.slots = width, out, tokens, adapters, slots
+        self.ranks = [RANKS[i % len(RANKS)] if rank == "mixed" else rank for i in range(slots)]
         self.max_rank = max(RANKS) if rank == "mixed" else rank
         self.mapping = [t * adapters // tokens for t in range(tokens)]
         self.x, self.y = torch.ones(tokens, self.width).half(), torch.ones(tokens, out).half()
+
+    @property
+    def prefill(self) -> bool:
+        return self.tokens > 64
 
     @property
     def bound(self) -> int:
@@ -104,9 +119,9 @@ def vllm(folder: Path) -> Run:
     meta_class = importlib.import_module(ops + "lora_kernel_metadata").LoRAKernelMeta
 
     def run(b: Batch) -> Counts:
-        a = torch.zeros(SLOTS, 1, b.max_rank, b.width).half()
-        bs = torch.zeros(SLOTS, 1, b.out, b.max_rank).half()
-        meta = meta_class.make(SLOTS, b.tokens, "cpu")
+        a = torch.zeros(b.slots, 1, b.max_rank, b.width).half()
+        bs = torch.zeros(b.slots, 1, b.out, b.max_rank).half()
+        meta = meta_class.make(b.slots, b.tokens, "cpu")
         meta.prepare_tensors(torch.tensor(b.mapping, dtype=torch.int32))
         args = meta.meta_args(b.tokens, False)
         with counting([b.x, b.y, a, bs], host=[meta.no_lora_flag_cpu, meta.default_num_active_loras_cpu]) as counts:
@@ -144,11 +159,11 @@ def sglang(folder: Path) -> Run:
             max_len=chunk, num_segments=len(segments), use_cuda_graph=False,
             seg_indptr=torch.tensor(starts, dtype=torch.int32),
             weight_indices=torch.tensor([slot for slot, _ in segments], dtype=torch.int32),
-            lora_ranks=torch.tensor(b.ranks, dtype=torch.int32), scalings=torch.ones(SLOTS),
+            lora_ranks=torch.tensor(b.ranks, dtype=torch.int32), scalings=torch.ones(b.slots),
             permutation=torch.arange(b.tokens, dtype=torch.int32),
         )  # fmt: skip
-        a = torch.zeros(SLOTS, b.max_rank, b.width).half()
-        bs = torch.zeros(SLOTS, b.out, b.max_rank).half()
+        a = torch.zeros(b.slots, b.max_rank, b.width).half()
+        bs = torch.zeros(b.slots, b.out, b.max_rank).half()
         offsets = torch.tensor([0, b.out], dtype=torch.int32)
         with counting([b.x, b.y, a, bs]) as counts:
             v = shrink(b.x, a, info, 1)
@@ -163,10 +178,10 @@ def polylora(folder: Path) -> Run:
     sgmv = importlib.import_module("polylora.sgmv")
 
     def run(b: Batch) -> Counts:
-        rows = b.adapters if b.tokens == 2048 else b.tokens  # of the batch; a prefill is a row an adapter
-        a = torch.zeros(SLOTS, b.width, b.max_rank).half()
-        bs = torch.zeros(SLOTS, b.max_rank, b.out).half()
-        ranks, scales = torch.tensor(b.ranks, dtype=torch.int32), torch.ones(SLOTS)
+        rows = b.adapters if b.prefill else b.tokens  # of the batch; a prefill is a row an adapter
+        a = torch.zeros(b.slots, b.width, b.max_rank).half()
+        bs = torch.zeros(b.slots, b.max_rank, b.out).half()
+        ranks, scales = torch.tensor(b.ranks, dtype=torch.int32), torch.ones(b.slots)
         lengths = torch.full((rows,), b.tokens // rows, dtype=torch.int32)
         slots = torch.tensor(b.mapping[:: b.tokens // rows])
         x, y = b.x.view(rows, -1, b.width), b.y.view(rows, -1, b.out)
@@ -178,75 +193,123 @@ def polylora(folder: Path) -> Run:
     return run
 
 
-def mlora(b: Batch) -> Counts:
-    from mlora.kernels import launch
-    from mlora.kernels.config import Device
-    from mlora.ops import layout
-    from mlora.routing import plan_words
+SYSTEMS: dict[str, Callable[[Path], Run]] = {"vllm": vllm, "sglang": sglang, "polylora": polylora}
+PADDED = frozenset(("vllm",))  # systems whose kernels know the largest rank alone
 
-    table = torch.full((SLOTS, layout.TABLE_WIDTH), -1, dtype=torch.int64)
-    table[:, layout.RANK] = 0
-    at = 0
-    for slot, rank in enumerate(b.ranks[: b.adapters]):
-        table[slot, [layout.A, layout.B, layout.RANK]] = torch.tensor([at, at + rank * b.width, rank])
-        at += rank * (b.width + b.out)
-    arena = torch.zeros(at).half()
-    plan = torch.from_numpy(plan_words([((slot, 1.0),) for slot in b.mapping]))
-    launch.INTERPRETED = Device(132, 90)
-    with counting([b.x, b.y, arena]) as counts:
-        launch.apply_(b.y, None, b.x, arena, table, plan)
+
+def fetch(name: str) -> Path:
+    """A folder with the Python files of a system's wheel, which is downloaded where it is not there."""
+    folder = ROOT / "build/peers" / f"{name}-{VERSIONS[name]}"
+    if not folder.exists():
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder.parent)]
+        subprocess.run([*pip, f"{name}=={VERSIONS[name]}"], check=True)
+        with zipfile.ZipFile(next(folder.parent.glob(f"{name}-{VERSIONS[name]}-*.whl"))) as wheel:
+            wheel.extractall(folder, [file for file in wheel.namelist() if file.endswith(".py")])
+    return folder
+
+
+def once(run: Run) -> Run:
+    """`run`, which counts the same problem once."""
+    seen: dict[Any, Counts] = {}
+
+    def counted(b: Batch) -> Counts:
+        key = (b.width, b.out, *b.ranks, b.tokens, b.adapters)
+        if key not in seen:
+            seen[key] = run(b)
+        return seen[key]
+
+    return counted
+
+
+def extended(run: Run, padded: bool, rank: Any, tokens: int, adapters: int) -> Callable[[int], Counts]:
+    """What `run` counts of a workload, as a function of the output's width, from small problems; see above."""
+    prefill, most = tokens > 64, max(RANKS) if rank == "mixed" else rank
+    each = max(64, 128 // adapters)  # of prefill: vLLM has another form below 128 tokens
+    sizes = (
+        SMALL,
+        (adapters, adapters + 1) if adapters < SLOTS else (SLOTS,),
+        (each, each + 64) if prefill else (tokens // adapters,),
+        (16, 32) if padded and most > 16 else (rank,),
+    )
+    small = {
+        (width, slots, each, r): run(Batch(width, width, r, each * adapters, adapters, slots))
+        for width, slots, each, r in itertools.product(*sizes)
+    }
+
+    def counts(out: int) -> Counts:
+        total = Counts()
+        for size, part in small.items():
+            for i, launch in enumerate(part.launches):
+                goal = (WIDTH if i == 0 else out, SLOTS, tokens // adapters, most if padded else rank)
+                weight = Fraction(1)  # Lagrange's, of two points in each direction
+                for at, points, wanted in zip(size, sizes, goal, strict=True):
+                    for other in points:
+                        weight *= Fraction(wanted - other, at - other) if other != at else 1
+                if len(total.launches) == i:
+                    total.launches.append(Launch())
+                for name, value in vars(launch).items():
+                    setattr(total.launches[i], name, getattr(total.launches[i], name) + weight * value)
+            scale = Fraction(tokens, size[2] * adapters) * (Fraction(most, size[3]) if padded else 1)
+            filled = int(part.filled * scale)
+            total.filled, total.torch_ops, total.syncs = filled, part.torch_ops, part.syncs
+        assert len({(part.torch_ops, part.syncs) for part in small.values()}) == 1, "torch's part depends on the sizes"
+        for launch in total.launches:
+            for name, value in vars(launch).items():
+                assert value.denominator == 1
+                setattr(launch, name, int(value))
+        return total
+
     return counts
 
 
-SYSTEMS: dict[str, Callable[[Path], Run]] = {"vllm": vllm, "sglang": sglang, "polylora": polylora}
+def check(name: str, run: Run, padded: bool, out: int, rank: Any, tokens: int, adapters: int) -> None:
+    """Exit unless the whole problem counts as `extended` says."""
+    whole = run(Batch(WIDTH, out, rank, tokens, adapters))
+    said = extended(run, padded, rank, tokens, adapters)(out)
+    if whole != said:
+        sys.exit(f"{name} {out} {rank} {tokens} {adapters}: counted {whole}, extended to {said}")
+    print(f"{name}: {WIDTH} -> {out}, rank {rank}, {tokens} tokens, {adapters} adapters: exact", flush=True)
 
 
-def version(folder: Path, name: str) -> str:
-    """Of an unpacked wheel or source distribution, from its metadata."""
-    for path in sorted([*folder.glob(f"{name}-*.dist-info/METADATA"), folder / "PKG-INFO"]):
-        if path.exists():
-            return next(line[9:].strip() for line in path.read_text().splitlines() if line.startswith("Version: "))
-    return "unknown"
+def records(name: str, run: Run, padded: bool, rank: Any, tokens: int, adapters: int) -> list[dict[str, Any]]:
+    """Of one workload, one for each output width."""
+    counts, made = extended(run, padded, rank, tokens, adapters), []
+    for out in OUTS:
+        c, bound = counts(out), Batch(WIDTH, out, rank, tokens, adapters).bound
+        total = {n: sum(getattr(launch, n) for launch in c.launches) for n in vars(Launch())}
+        made.append(
+            {
+                "system": name, "in": WIDTH, "out": out, "rank": rank, "tokens": tokens, "adapters": adapters,
+                "launches": len(c.launches), "torch_ops": c.torch_ops, "syncs": c.syncs,
+                "programs": total["programs"], "idle": total["programs"] - total["useful"],
+                "narrowest": min(launch.useful for launch in c.launches), "float_atomics": total["float_atomics"],
+                "ratio": round(32 * (total["sectors"] + c.filled) / bound, 4),
+            }
+        )  # fmt: skip
+    return made
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", type=Path, nargs="*", metavar="FOLDER")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--smoke", action="store_true", help="two workloads")
+    parser.add_argument("--check", action="store_true", help="only compare with whole problems, which takes minutes")
     args = parser.parse_args()
-    systems: dict[str, Run] = {"mlora (Triton)": mlora}
-    for folder in args.folders:
-        for name, prepare in SYSTEMS.items():
-            if (folder / name).is_dir():
-                systems[f"{name} {version(folder, name)}"] = prepare(folder.resolve())
-    records = []
-    print(
-        "system            out    rank  tokens adapters  launches torch-ops syncs programs  idle narrowest  atomics",
-        end="",
-    )
-    print("  ratio")
-    for out, rank, tokens, adapters in SMOKE if args.smoke else WORKLOADS:
+    systems = {name: once(SYSTEMS[name](fetch(name))) for name in VERSIONS}
+    if args.check:
         for name, run in systems.items():
-            batch = Batch(out, rank, tokens, adapters)
-            c = run(batch)
-            records.append(
-                {
-                    "system": name, "in": batch.width, "out": out, "rank": rank, "tokens": tokens,
-                    "adapters": adapters, "launches": len(c.launches), "torch_ops": c.torch_ops, "syncs": c.syncs,
-                    "programs": c.programs, "idle": c.idle, "narrowest": min(c.useful),
-                    "float_atomics": c.float_atomics, "ratio": round(32 * c.sectors / batch.bound, 4),
-                }
-            )  # fmt: skip
-            r = records[-1]
-            print(
-                f"{name:16} {out:6} {rank!s:>6} {tokens:6} {adapters:8} {r['launches']:9} {r['torch_ops']:9}"
-                f" {r['syncs']:5} {r['programs']:8} {100 * r['idle'] / r['programs']:4.0f}% {r['narrowest']:9}"
-                f" {r['float_atomics']:8} {r['ratio']:6.3f}",
-                flush=True,
-            )
+            for case in CHECKED:
+                check(name, run, name in PADDED, *case)
+        return 0
+    done: list[dict[str, Any]] = []
+    print(" ".join(("system", *COLUMNS)))
+    for rank, (tokens, adapters) in itertools.product((16,), ((16, 8), (16, 16))) if args.smoke else WORKLOADS:
+        for name, run in systems.items():
+            for r in records(f"{name} {VERSIONS[name]}", run, name in PADDED, rank, tokens, adapters):
+                done.append(r)
+                print(name.ljust(14), *(f"{r[column]!s:>{len(column)}}" for column in COLUMNS), flush=True)
         if args.out:
-            args.out.write_text("".join(json.dumps(r) + "\n" for r in records))
+            args.out.write_text("".join(json.dumps(r) + "\n" for r in done))
     return 0
 
 

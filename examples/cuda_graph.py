@@ -4,18 +4,24 @@ Needs a GPU; no test or CI job of this project runs it. The addresses that the c
 arena, the tables and the plan buffer, none of which ever moves: loading, deleting and routing adapters changes their
 contents, by copies on the current stream, and the next replay sees them.
 
-    python examples/cuda_graph.py MODEL ADAPTER_FOLDER...
+    python examples/cuda_graph.py [MODEL ADAPTER_FOLDER...]
+
+By default the demo's model and the adapters beside this file.
 """
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
 
 import mlora
 from mlora import kernels
+from mlora.demo_model import resolve_model
+
+ADAPTERS = sorted(str(config.parent) for config in (Path(__file__).parent / "adapters").glob("*/adapter_config.json"))
 
 
 def main(name: str, folders: list[str]) -> None:
@@ -39,7 +45,7 @@ def main(name: str, folders: list[str]) -> None:
         with torch.cuda.graph(graph, stream=stream):
             logits = step(input_ids=tokens, use_cache=False).logits
 
-    for entries in ([names[0]] * rows, [None, *names][:1] * rows, [dict.fromkeys(names, 1.0 / len(names))] * rows):
+    for entries in ([names[0]] * rows, [None] * rows, [dict.fromkeys(names, 1.0 / len(names))] * rows):
         with runtime.use_adapters(entries):  # writes the plan buffer
             graph.replay()
             torch.cuda.synchronize()
@@ -49,4 +55,4 @@ def main(name: str, folders: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(sys.argv[1] if sys.argv[1:] else str(resolve_model(None)), sys.argv[2:] or ADAPTERS)

@@ -20,6 +20,8 @@ from mlora.ops import dispatch, reference
 
 assert dispatch.backend("cpu", torch.float32) == "emulation"
 
+COUNTED = "asan" not in os.environ.get("LD_PRELOAD", "")  # AddressSanitizer's build leaves counts out
+
 ROUTINGS = {
     "one": ([A], 1),
     "decode": ([A, [], B, MIX, A], 1),
@@ -39,7 +41,7 @@ SHAPES = {
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Any:
-    def set_shape(multiprocessors: int, cluster: int) -> None:
+    def set_shape(multiprocessors: int | str, cluster: int) -> None:
         monkeypatch.setenv("MLORA_EMULATION_MULTIPROCESSORS", str(multiprocessors))
         monkeypatch.setenv("MLORA_EMULATION_CLUSTER", str(cluster))
 
@@ -96,6 +98,29 @@ def test_any_device(device, multiprocessors, cluster):
         ref, oracle = reference.apply(y, None, x, case.arena, case.table, plan), case.oracle(y, None, x, recipes)
         torch.ops.mlora.apply_(y, None, x, case.arena, case.table, plan)
         check(y, oracle, ref)
+
+
+@pytest.mark.parametrize(
+    "gpcs, programs",
+    [
+        ("16,16,16,16,16,16,18,18", 128),
+        ("12,16,16,16,18,18,18,18", 112),  # seven clusters of 16
+        ("14,14,16,16,18,18,18,18", 112),  # six of 16 are less than three quarters; 14 of 8
+        ("18,18,18,18,20,18,18,20", 128),
+        ("6,6,6,6", 24),  # clusters of 2
+        ("7", 6),
+        ("1,1", 2),
+    ],
+)
+def test_as_many_clusters_as_run_at_once(device, gpcs, programs):
+    device(gpcs, 16)
+    case = Case((16, 3, 20), 1024, 136, torch.bfloat16, align=32)
+    x, y, plan = case.randn(40, 1024), case.randn(40, 136), case.plan([A, MIX] * 20)
+    oracle, ref = case.oracle(y, None, x, [A, MIX] * 20), reference.apply(y, None, x, case.arena, case.table, plan)
+    counts()
+    torch.ops.mlora.apply_(y, None, x, case.arena, case.table, plan)
+    assert not COUNTED or counts()["programs"] == programs
+    check(y, oracle, ref)
 
 
 def test_a_row_does_not_see_its_batch():
@@ -191,8 +216,8 @@ def counts() -> dict[str, int]:
 
 def test_work_and_bytes(device):
     """One launch; every program has work; A, B, x and y are asked for once; all of it 16 bytes at a time."""
-    if "asan" in os.environ.get("LD_PRELOAD", ""):
-        pytest.skip("counts come with the checks that AddressSanitizer's build leaves out")
+    if not COUNTED:
+        pytest.skip("nothing is counted")
     device(16, 4)
     case = Case((16,) * 8, 512, 512, torch.bfloat16, align=32)
     x, y, plan = case.randn(16, 512), case.randn(16, 512), case.plan([[(i // 2, 1.0)] for i in range(16)])

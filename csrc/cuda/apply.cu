@@ -5,7 +5,7 @@
 // memory, in the order of the slices, and share the output columns. So A, B and x of a tile are read once a cluster,
 // and A x never leaves the chip. A group of siblings is one list of rank rows over one x.
 //
-// The grid is one block a multiprocessor. With fewer tiles than clusters, clusters share a tile's columns and each
+// The grid is as many clusters as run at once, at most a block a multiprocessor. With fewer tiles than clusters, clusters share a tile's columns and each
 // repeats its shrink: for one tile on K clusters A and x are asked for K times, K - 1 of them from the second-level
 // cache, and every block has work. (To have both, A x would have to pass through global memory.) Without clusters
 // (sm_80) C is 1, the same holds block by block, and A and x are asked for once by each block that shares the tile.
@@ -451,20 +451,17 @@ __global__ void __launch_bounds__(kThreads, 1) apply_kernel(const __grid_constan
 
 template <class T>
 cudaError_t launch_typed(ApplyArgs args, const DeviceShape& shape, cudaStream_t stream) {
-  // A slice of fewer than kSlice features is not worth a block. Nothing here may follow the number of tokens: it
-  // would change the order of the sums.
-  int cluster = 1;
-  while (cluster * 2 <= shape.max_cluster && cluster * kSlice < args.in) cluster *= 2;
-  const int64_t clusters = shape.multiprocessors / cluster;
-  args.slice = (args.in + cluster * kSlice - 1) / (cluster * kSlice) * kSlice;
-  const int64_t grid = (clusters > 0 ? clusters : 1) * cluster;
-#ifndef MLORA_EMULATION
-  if (cluster > 8) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(apply_kernel<T>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (error != cudaSuccess) return error;
+  // A slice of fewer than kSlice features is not worth a block. A cluster lies within one GPC, and those of a chip
+  // have different numbers of multiprocessors: of large clusters fewer run at once than there is room for. More would
+  // be a second wave, and smaller ones read A more often, so a quarter of the multiprocessors may go without a block.
+  // Nothing here may follow the number of tokens: it would change the order of the sums.
+  int size = 0;
+  for (int i = 1; i < kClusterSizes && (int64_t{kSlice} << (i - 1)) < args.in; ++i) {
+    if (4 * (shape.clusters[i] << i) >= 3 * shape.multiprocessors) size = i;
   }
-#endif
+  const int cluster = 1 << size;
+  args.slice = (args.in + cluster * kSlice - 1) / (cluster * kSlice) * kSlice;
+  const int64_t grid = int64_t{shape.clusters[size]} * cluster;
   return launch(apply_kernel<T>, grid, kThreads, cluster, stream, args);
 }
 
@@ -476,30 +473,34 @@ cudaError_t launch_apply(Type type, const ApplyArgs& args, const DeviceShape& sh
 
 #ifndef MLORA_EMULATION
 cudaError_t device_shape(int device, DeviceShape* shape) {
-  int clusters = 0;
+  *shape = {};
+  int has_clusters = 0;
   cudaError_t error = cudaDeviceGetAttribute(&shape->multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device);
-  shape->max_cluster = 1;
-  if (error != cudaSuccess || !clusters) return error;
-  error = cudaFuncSetAttribute(apply_kernel<float>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&has_clusters, cudaDevAttrClusterLaunch, device);
   if (error != cudaSuccess) return error;
-  for (int size = 16; size > 1; size /= 2) {  // 16 where the device takes it
+  shape->clusters[0] = shape->multiprocessors;
+  if (!has_clusters) return error;
+  // Once a device, and of every type, since attributes are a function's: 16 blocks are more than is portable.
+  for (const void* kernel : {reinterpret_cast<const void*>(apply_kernel<float>),
+                             reinterpret_cast<const void*>(apply_kernel<f16>),
+                             reinterpret_cast<const void*>(apply_kernel<bf16>)}) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return error;
+  }
+  for (int i = 1; i < kClusterSizes; ++i) {
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(size));
+    config.gridDim = dim3(1u << i);
     config.blockDim = dim3(kThreads);
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = static_cast<unsigned>(size);
+    attribute.val.clusterDim.x = 1u << i;
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
     config.attrs = &attribute;
     config.numAttrs = 1;
-    int fit = 0;
-    if (cudaOccupancyMaxActiveClusters(&fit, apply_kernel<float>, &config) == cudaSuccess &&
-        fit >= shape->multiprocessors / size) {
-      shape->max_cluster = size;
-      break;
+    if (cudaOccupancyMaxActiveClusters(&shape->clusters[i], apply_kernel<float>, &config) != cudaSuccess) {
+      shape->clusters[i] = 0;  // more blocks than the device takes
+      (void)cudaGetLastError();
     }
-    (void)cudaGetLastError();
   }
   return cudaSuccess;
 }

@@ -55,9 +55,11 @@ struct MergeArgs {
   int32_t terms;
 };
 
-// What the shape of a launch follows from. `max_cluster` is 1 where there are no clusters.
+// What the shape of a launch follows from.
+constexpr int kClusterSizes = 5;  // 1, 2, 4, 8 and 16 blocks
 struct DeviceShape {
-  int multiprocessors, max_cluster;
+  int multiprocessors;
+  int clusters[kClusterSizes];  // how many clusters of 2^i blocks of `apply` run at once; 0 where there are none
 };
 
 cudaError_t device_shape(int device, DeviceShape* shape);

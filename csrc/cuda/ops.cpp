@@ -25,13 +25,22 @@ using torch::stable::Tensor;
 
 #ifdef MLORA_EMULATION
 
-// Small, so that tests see clusters share tiles and tiles share clusters; bench/gpu_static.py sets a real device's.
+// MLORA_EMULATION_MULTIPROCESSORS: those of each GPC, "16,18", which a cluster does not leave. MLORA_EMULATION_CLUSTER:
+// blocks of a cluster at most. Small if not set, so that tests see clusters share tiles and tiles share clusters.
 DeviceShape shape_of(int) {
-  const auto number = [](const char* name, int otherwise) {
+  const auto variable = [](const char* name, const char* otherwise) {
     const char* text = std::getenv(name);
-    return text && *text ? std::atoi(text) : otherwise;
+    return text && *text ? text : otherwise;
   };
-  return {number("MLORA_EMULATION_MULTIPROCESSORS", 9), number("MLORA_EMULATION_CLUSTER", 4)};
+  const int most = std::atoi(variable("MLORA_EMULATION_CLUSTER", "4"));
+  DeviceShape shape = {};
+  const char* next = variable("MLORA_EMULATION_MULTIPROCESSORS", "9");
+  for (char* end; *next; next = *end ? end + 1 : end) {
+    const int gpc = static_cast<int>(std::strtol(next, &end, 10));
+    shape.multiprocessors += gpc;
+    for (int i = 0; i < kClusterSizes && 1 << i <= most; ++i) shape.clusters[i] += gpc >> i;
+  }
+  return shape;
 }
 
 struct Launch {

@@ -1,6 +1,6 @@
 """What only a GPU can show: the kernels on the device, their capture in a graph, and that their time is no nonsense.
 
-python -m pytest tests/gpu
+python -m pytest tests/gpu, or `make gpu`
 """
 
 from __future__ import annotations
