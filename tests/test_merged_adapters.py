@@ -83,7 +83,7 @@ def test_a_merge_of_merges(model: Any, batch: Any) -> None:
         ({"combination_type": "average"}, errors.MergeError, "'average'"),
         ({"desnity": 0.5}, errors.MergeError, "desnity"),
         ({"space": "factor"}, errors.MergeError, r"equal ranks.*\[3, 16\]"),
-        ({"adapters": ["r3", "dora1"], "space": "factor"}, errors.MergeError, "a gain or a bias"),
+        ({"adapters": ["r3", "dora1"], "space": "factor"}, errors.MergeError, "a gain, a turn or a bias"),
     ],
 )
 def test_bad_merges_change_nothing(model: Any, change: dict[str, Any], error: Any, wanted: str) -> None:
