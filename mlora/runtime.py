@@ -575,12 +575,12 @@ class Runtime:
                 head = Head(packed.offset + weight, bias if bias < 0 else packed.offset + bias, width)
                 heads.setdefault(index, [None] * len(recipes))[row] = head
         touches = np.zeros(self._store.tables.shape[0], dtype=np.uint8)
-        for recipe in set(recipes):
-            of_row = np.zeros_like(touches)
-            for name, _ in recipe:
-                of_row |= self._store[name].touches
-            of_row[(of_row & (GAIN | IN_GAIN)) == (GAIN | IN_GAIN)] |= BOTH
-            touches |= of_row
+        for name in names:
+            touches |= self._store[name].touches
+        if (touches & IN_GAIN).any():  # few plans have any, and each one is made within a forward
+            for recipe in {recipe for recipe in recipes if recipe}:
+                of_row = np.bitwise_or.reduce([self._store[name].touches for name, _ in recipe])
+                touches[(of_row & (GAIN | IN_GAIN)) == (GAIN | IN_GAIN)] |= BOTH
         terms = [self._store.terms(recipe) for recipe in recipes]
         words = routing.plan_words(terms, expansion, bool(heads), bool(touches[self._stacks].any()))
         tensor = routing.to_device(words, self._store.arena.device)
