@@ -31,7 +31,7 @@ Terms: TypeAlias = tuple[tuple[int, float], ...]
 """A recipe as kernels read it: (slot, weight)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Plan:
     """The routing of one forward.
 

@@ -635,12 +635,12 @@ class Runtime:
                 head = Head(packed.offset + weight, bias if bias < 0 else packed.offset + bias, width)
                 heads.setdefault(index, [None] * len(recipes))[row] = head
         touches = np.zeros(self._store.tables.shape[0], dtype=np.uint8)
-        for recipe in set(recipes):
-            of_row = np.zeros_like(touches)
-            for name, _ in recipe:
-                of_row |= self._store[name].touches
-            of_row[((of_row & INPUT) > 0) & ((of_row & (GAIN | TURN)) > 0)] |= BOTH
-            touches |= of_row
+        for name in names:
+            touches |= self._store[name].touches
+        if (touches & INPUT).any():  # few plans have any, and each one is made within a forward
+            for recipe in {recipe for recipe in recipes if recipe}:
+                of_row = np.bitwise_or.reduce([self._store[name].touches for name, _ in recipe])
+                touches[((of_row & INPUT) > 0) & ((of_row & (GAIN | TURN)) > 0)] |= BOTH
         terms = [self._store.terms(recipe) for recipe in recipes]
         invocations = {name: found for name in names if (found := self._store[name].invocation)}
         experts = bool(touches[self._stacks].any())

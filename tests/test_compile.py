@@ -104,6 +104,32 @@ def test_a_bf16_model_compiles(folders: dict[str, Path]) -> None:
     assert counting.graphs == 1
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_linears_have_the_bits_of_eager_code(fused: bool) -> None:
+    """For every number of tokens, though one graph serves them all."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(576, 320), nn.Linear(320, 576, bias=False)).to(torch.bfloat16).eval()
+    bare = copy.deepcopy(model)
+    tensors = {
+        f"{n}.lora_{part}.weight": torch.randn(shape, dtype=torch.bfloat16)
+        for n, (out, width) in (("0", (320, 576)), ("1", (576, 320)))
+        for part, shape in (("A", (3, width)), ("B", (out, 3)))
+    }
+    runtime = mlora.patch(model, memory=1 << 18, fused=fused)
+    runtime.add_adapter("a", mlora.Adapter({"peft_type": "LORA", "r": 3, "target_modules": ["0", "1"]}, tensors))
+    counting = Counting("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counting, dynamic=True)
+    with torch.no_grad():
+        for rows in (2, 5, 16, 60):
+            x = torch.randn(rows, 3, 576, dtype=torch.bfloat16)
+            for entries in (None, "a", [None, "a"] + [{"a": 0.5}] * (rows - 2)):
+                with runtime.use_adapters(entries):
+                    got = compiled(x)
+                    assert torch.equal(got, model(x))
+            assert torch.equal(got[0], bare(x)[0]) and not torch.equal(got[1], bare(x)[1])
+    assert counting.graphs == 1
+
+
 def test_a_compiled_forward_inside_the_patched_model(patched: Any, llama: Any) -> None:
     batch = inputs_for("llama", 4)
     want = logits(patched, batch, adapter_names=MIXED)

@@ -113,6 +113,24 @@ def test_a_forward_that_somebody_put_on_a_linear_is_the_base(
     assert linear.__dict__["forward"] is mine and torch.equal(logits(model, batch), bare)
 
 
+@pytest.mark.parametrize("tensor", ("weight", "bias"))
+@pytest.mark.parametrize("fused", (True, False))
+def test_a_tensor_that_is_parametrized_after_the_patch(tensor: str, fused: bool) -> None:
+    model = nn.Sequential(nn.Linear(16, 16)).eval()
+    tensors = {"0.lora_A.weight": torch.ones(1, 16), "0.lora_B.weight": torch.ones(16, 1)}
+    runtime = mlora.patch(model, memory=1 << 16, fused=fused)
+    runtime.add_adapter("a", mlora.Adapter({"peft_type": "LORA", "r": 1, "target_modules": ["0"]}, tensors))
+    x = torch.randn(3, 16)
+    plain = {name: value.detach().clone() for name, value in model[0].named_parameters()}
+    nn.utils.parametrize.register_parametrization(model[0], tensor, nn.Softplus())
+    plain[tensor] = nn.functional.softplus(plain[tensor])
+    with torch.no_grad():
+        want = nn.functional.linear(x, **plain)
+        assert_close(model(x), want, 1e-6)
+        with runtime.use_adapters("a"):
+            assert_close(model(x), want + 8 * x.sum(-1, keepdim=True), 1e-6)  # lora_alpha / r is 8
+
+
 @pytest.mark.parametrize("when", ("before", "after"))
 def test_cpu_offload(llama: Any, model: Any, folders: dict[str, Path], batch: dict[str, Tensor], when: str) -> None:
     from accelerate import cpu_offload

@@ -260,6 +260,45 @@ def test_linear_base_rows_have_the_library_bits(width_in, width_out, bias, threa
         pytest.skip("this machine's library sums in another order")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_linear_by_the_library_is_its_product_and_then_apply(bias, dtype):
+    case = Case((16, 3, 20), 64, 96, dtype, gains=True, shifts=True)
+    weight, b = case.randn(96, 64), case.randn(96) if bias else None
+    padded = case.randn(5, 7, 70)
+    for x in (padded[..., 3:67], padded[..., 3:67].transpose(0, 1).contiguous().transpose(0, 1), padded[:, 0, :64]):
+        plan = case.plan([A, [], B, MIX, A])
+        want = F.linear(x, weight, b)
+        base = want.clone()
+        dispatch.apply_(want, None, x, case.arena, case.table, plan)
+        got = dispatch.linear(x, weight, b, case.arena, case.table, plan, dispatch.LIBRARY)
+        assert torch.equal(got, want) and torch.equal(got[1], base[1]) and not torch.equal(got[0], base[0])
+    none = x.new_empty(0, 64)
+    got = dispatch.linear(none, weight, b, case.arena, case.table, case.plan([A]), dispatch.LIBRARY)
+    assert got.shape == (0, 96)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("tokens", [0, 1, 5, 16, 65, 100])
+def test_a_probed_linear_asks_which_block(tokens, dtype, in_threads, monkeypatch):
+    """Once a shape and range of tokens; and whatever is said, base rows are the library's."""
+    monkeypatch.setattr(dispatch, "_FASTER", math.inf)  # the clock does not decide
+    dispatch._probe.cache_clear()
+    in_threads(2)
+    width = 192 + 2 * tokens + 2 * DTYPES.index(dtype)  # that no other test has asked about
+    case = Case((16, 3, 20), width, 96, dtype)
+    x, weight = case.randn(tokens, width), case.randn(96, width)
+    kblock = dispatch.probe_kblock(width, 96, False, tokens, dtype)
+    for plan in (case.plan([[]] + [A] * 4 if tokens % 5 == 0 else [A]), case.plan([[]])):
+        args = (x, weight, None, case.arena, case.table, plan)
+        assert torch.equal(dispatch.linear(*args, dispatch.PROBED), dispatch.linear(*args, kblock))
+    assert torch.equal(dispatch.linear(*args, dispatch.PROBED), F.linear(x, weight))
+    odd = weight.t().contiguous().t()  # no rows that the kernel could read
+    assert torch.equal(dispatch.linear(x, odd, *args[2:], dispatch.PROBED), F.linear(x, odd))
+    dispatch._probe.cache_clear()
+
+
 @pytest.mark.parametrize("dtype", FUSED)
 @pytest.mark.parametrize("tokens", [2, 9, 20, 50])
 def test_kblock_is_where_the_chain_is_cut(tokens, dtype):
@@ -309,29 +348,6 @@ def test_a_row_does_not_see_its_batch(dtype, width_in, width_out, in_threads):
         assert torch.equal(batch[prefill], run(prefill, [recipe])), "prefill"
     decode = everything[5::length]
     assert torch.equal(batch[decode], run(decode, recipes)), "decode"
-
-
-@needs_native
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("widths", [(300,), (64, 1030), (192, 1, 65, 128)], ids=str)
-def test_a_group_has_the_bits_of_its_modules(dtype, widths, in_threads):
-    cases = [Case((16, 3, 90), 200, out, dtype, gains=i == 1, shifts=True, seed=i) for i, out in enumerate(widths)]
-    arena, tables = side_by_side(cases), [case.table for case in cases]
-    for recipes, length in (([A], 1), ([[], []], 1), ([A, [], B, MIX, A] * 4, 1), ([A, [], B, MIX, A], 70)):
-        x, plan = cases[0].randn(len(recipes) * length, 200), cases[0].plan(recipes)
-        ys = [sentinel(len(x), case.width_out, dtype) for case in cases]
-        for (y, _), case in zip(ys, cases, strict=True):
-            y.copy_(case.randn(*y.shape))
-        expected = [buffer.clone() for _, buffer in ys]
-        in_threads(1)
-        for buffer, case in zip(expected, cases, strict=True):
-            torch.ops.mlora.apply_(buffer[1:-1, 3 : 3 + case.width_out], None, x, arena, case.table, plan)
-        in_threads(2)
-        torch.ops.mlora.apply_group_([y for y, _ in ys], x, arena, tables, plan)
-        for (_, buffer), want in zip(ys, expected, strict=True):
-            assert torch.equal(buffer.nan_to_num(7.0), want.nan_to_num(7.0))
-    with pytest.raises(RuntimeError, match="as many"):
-        torch.ops.mlora.apply_group_([ys[0][0]], x, arena, [*tables, tables[0]], plan)
 
 
 @pytest.mark.parametrize("dtype", FUSED)
@@ -520,9 +536,9 @@ def test_opcheck(prefix):
     case = Case((3, 2, 4), 20, 33, torch.float32, gains=True, in_gains=True)  # kernels fold no turns
     folded = (case.randn(33, 20), case.randn(33, 20), case.arena, case.table, case.plan([MIX], spare=0))
     torch.library.opcheck(getattr(ops, prefix + "merge_").default, folded)
-    if prefix or BF16:
-        case, x, y, plan = small(torch.bfloat16)
-        args = (x, case.randn(33, 20), case.randn(33), case.arena, case.table, plan, 512)
+    case, x, y, plan = small(torch.bfloat16)
+    for kblock in (dispatch.LIBRARY, dispatch.PROBED, *([512] if prefix or BF16 else [])):
+        args = (x, case.randn(33, 20), case.randn(33), case.arena, case.table, plan, kblock)
         torch.library.opcheck(getattr(ops, prefix + "linear").default, args)
 
 

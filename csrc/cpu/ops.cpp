@@ -4,9 +4,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <atomic>
 #include <cstdlib>
-#include <deque>
+#include <map>
 #include <optional>
 #include <string>
 #include <thread>
@@ -244,8 +245,8 @@ struct Jobs {
   }
 };
 
-// What the calling thread keeps between calls: a plan resolved for each module, and the jobs of each task.
-thread_local std::deque<Work> thread_works(1);
+// What the calling thread keeps between calls: a plan resolved for a module, and the jobs of each task.
+thread_local Work thread_work;
 thread_local std::vector<Piece> thread_pieces;
 thread_local std::vector<Jobs> thread_jobs;
 
@@ -254,34 +255,16 @@ std::vector<Jobs>& jobs_of(int64_t tasks) {
   return thread_jobs;
 }
 
-// The problem of one module of x's readers, and its work.
-Problem module_of(const Tensor& y, const Tensor& x, const Tensor& arena, const Tensor& table, const Tensor& plan,
-                  Work& work) {
-  Problem p = {};
-  p.in = width_of("x", x);
-  p.out = width_of("y", y);
-  p.tokens = x.numel() / p.in;
-  p.itemsize = static_cast<int64_t>(arena.element_size());
-  STD_TORCH_CHECK(y.scalar_type() == arena.scalar_type(), "mlora: y and arena must have one dtype");
-  STD_TORCH_CHECK(y.numel() == p.tokens * p.out, "mlora: x has ", p.tokens, " tokens, y has ", y.numel() / p.out);
-  work.build(arena, table, plan, p.tokens, p.in, p.out, false);
-  return p;
-}
-
-// Every module's shrink and expand. `problems` adjoin their Work in thread_works.
-void apply_all(const std::vector<Problem>& problems, Type type) {
+// The work's shrink and expand.
+void apply_all(const Problem& p, const Work& work, Type type) {
   std::vector<Piece>& pieces = thread_pieces;
   pieces.clear();
   int64_t shrink = 0, expand = 0, b_bytes = 0;
-  // All modules have the plan's segments. One segment's modules adjoin, as their parts do in the arena.
-  for (size_t i = 0; i < thread_works[0].segments.size(); ++i) {
-    for (size_t m = 0; m < problems.size(); ++m) {
-      const Segment& s = thread_works[m].segments[i];
-      pieces.push_back(piece_of(problems[m], s));
-      shrink += pieces.back().shrink;
-      expand += pieces.back().expand;
-      b_bytes += s.ranks * problems[m].out * problems[m].itemsize;
-    }
+  for (const Segment& s : work.segments) {
+    pieces.push_back(piece_of(p, s));
+    shrink += pieces.back().shrink;
+    expand += pieces.back().expand;
+    b_bytes += s.ranks * p.out * p.itemsize;
   }
   const int64_t total = shrink + expand, tasks = threads_for(total);
   if (total == 0) return;
@@ -301,51 +284,31 @@ void apply_all(const std::vector<Problem>& problems, Type type) {
       [&](int64_t task, int64_t) { run(jobs[task].second); });
 }
 
-void apply_modules(const std::vector<Tensor>& ys, const std::optional<Tensor>& base, Tensor x, const Tensor& arena,
-                   const std::vector<Tensor>& tables, const Tensor& plan) {
+void apply_(Tensor y, std::optional<Tensor> base, Tensor x, Tensor arena, Tensor table, Tensor plan) {
+  Problem p = {};
+  p.in = width_of("x", x);
+  p.out = width_of("y", y);
+  p.tokens = x.numel() / p.in;
+  p.itemsize = static_cast<int64_t>(arena.element_size());
   const Type type = type_of("x", x, arena);
-  if (thread_works.size() < ys.size()) thread_works.resize(ys.size());
-  std::vector<Problem> problems;
-  for (size_t m = 0; m < ys.size(); ++m) {
-    problems.push_back(module_of(ys[m], x, arena, tables[m], plan, thread_works[m]));
-  }
-  if (problems[0].tokens == 0 || thread_works[0].segments.empty()) return;
-  int64_t x_stride = 0, base_stride = 0;
-  x = rows_of(x, &x_stride);
-  std::optional<Tensor> base_rows;
+  STD_TORCH_CHECK(y.scalar_type() == arena.scalar_type(), "mlora: y and arena must have one dtype");
+  STD_TORCH_CHECK(y.numel() == p.tokens * p.out, "mlora: x has ", p.tokens, " tokens, y has ", y.numel() / p.out);
+  Work& work = thread_work;
+  work.build(arena, table, plan, p.tokens, p.in, p.out, false);
+  if (p.tokens == 0 || work.segments.empty()) return;
   if (base) {
     STD_TORCH_CHECK(base->scalar_type() == arena.scalar_type(), "mlora: base and arena must have one dtype");
-    STD_TORCH_CHECK(base->dim() >= 1 && base->size(base->dim() - 1) == problems[0].out &&
-                        base->numel() == ys[0].numel(),
+    STD_TORCH_CHECK(base->dim() >= 1 && base->size(base->dim() - 1) == p.out && base->numel() == y.numel(),
                     "mlora: base must have y's shape");
-    base_rows = rows_of(*base, &base_stride);
+    base = rows_of(*base, &p.base_stride);
+    p.base = base->const_data_ptr();
   }
-  std::vector<Tensor> rows;
-  for (size_t m = 0; m < ys.size(); ++m) {
-    Problem& p = problems[m];
-    rows.push_back(rows_of(ys[m], &p.y_stride));
-    p.y = rows[m].mutable_data_ptr();
-    p.x = x.const_data_ptr();
-    p.x_stride = x_stride;
-    p.base = base_rows ? base_rows->const_data_ptr() : nullptr;
-    p.base_stride = base_stride;
-  }
-  apply_all(problems, type);
-  for (size_t m = 0; m < ys.size(); ++m) {
-    if (rows[m].get() == ys[m].get()) continue;
-    Tensor y = ys[m];
-    torch::stable::copy_(y, rows[m]);
-  }
-}
-
-void apply_(Tensor y, std::optional<Tensor> base, Tensor x, Tensor arena, Tensor table, Tensor plan) {
-  apply_modules({y}, base, x, arena, {table}, plan);
-}
-
-void apply_group_(std::vector<Tensor> ys, Tensor x, Tensor arena, std::vector<Tensor> tables, Tensor plan) {
-  STD_TORCH_CHECK(!ys.empty() && ys.size() == tables.size(), "mlora: ", ys.size(), " outputs and ", tables.size(),
-                  " tables; there must be as many, and one at least");
-  apply_modules(ys, std::nullopt, x, arena, tables, plan);
+  x = rows_of(x, &p.x_stride);
+  p.x = x.const_data_ptr();
+  const Tensor rows = rows_of(y, &p.y_stride);
+  p.y = rows.mutable_data_ptr();
+  apply_all(p, work, type);
+  if (rows.get() != y.get()) torch::stable::copy_(y, rows);
 }
 
 // What scale_input and turn_output share: columns of every segment, by cost. `turns` of a segment is how many elements
@@ -371,7 +334,7 @@ Tensor scale_input(Tensor x, Tensor arena, Tensor table, Tensor plan) {
   p.in = p.out = p.y_stride = width_of("x", x);
   p.tokens = x.numel() / p.in;
   const Type type = type_of("x", x, arena);
-  Work& work = thread_works[0];
+  Work& work = thread_work;
   work.build(arena, table, plan, p.tokens, p.in, 0, true);
   x = rows_of(x, &p.x_stride);
   Tensor y = torch::stable::new_empty(x, x.sizes());
@@ -395,7 +358,7 @@ Tensor turn_output(Tensor y, std::optional<Tensor> base, Tensor arena, Tensor ta
                     "mlora: base must have y's shape");
     x = *base;
   }
-  Work& work = thread_works[0];
+  Work& work = thread_work;
   work.build(arena, table, plan, p.tokens, 0, p.out, true);
   y = rows_of(y, &p.base_stride);
   x = rows_of(x, &p.x_stride);
@@ -409,6 +372,35 @@ Tensor turn_output(Tensor y, std::optional<Tensor> base, Tensor arena, Tensor ta
   return out;
 }
 
+// Calls an operator by name; its first result.
+template <class Result, class... Args>
+Result call(const char* name, const Args&... args) {
+  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Result>(stack[0]);
+}
+
+// What `linear` may be given for a kblock beside a number of inputs; as in ops/dispatch.py.
+constexpr int64_t kLibrary = 0;  // the library computes the product, and rounds it before the delta is added
+constexpr int64_t kProbed = -1;  // what probe_kblock says
+
+// What probe_kblock, which is Python, says; it is asked once a thread, shape and range of tokens.
+int64_t probed_kblock(const Tensor& weight, bool bias, int64_t tokens) {
+  constexpr int64_t kOwn = 64;  // up to which each number of tokens may have a block of its own
+  int64_t alike = tokens;
+  if (tokens > kOwn) {
+    for (alike = kOwn; alike < tokens;) alike *= 2;
+  }
+  const ScalarType dtype = weight.scalar_type();
+  thread_local std::map<std::array<int64_t, 6>, int64_t> answers;
+  const std::array<int64_t, 6> question = {weight.size(0), weight.size(1), bias, alike, static_cast<int64_t>(dtype),
+                                           static_cast<int64_t>(torch::stable::get_num_threads())};
+  const auto known = answers.find(question);
+  if (known != answers.end()) return known->second;
+  return answers[question] =
+             call<int64_t>("mlora::probe_kblock", weight.size(1), weight.size(0), bias, tokens, dtype);
+}
+
 struct Block {  // what linear needs of one thread
   Scratch xt, panel, sums;
 };
@@ -416,16 +408,22 @@ thread_local Block thread_block;
 
 Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor arena, Tensor table, Tensor plan,
               int64_t kblock) {
-  const Kernels& k = kernels();
   Problem p = {};
   p.in = width_of("x", x);
   p.tokens = x.numel() / p.in;
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == p.in, "mlora: weight must be (out, ", p.in, ")");
+  if (kblock == kProbed) kblock = weight.is_contiguous() ? probed_kblock(weight, bias.has_value(), p.tokens) : kLibrary;
+  if (kblock == kLibrary) {
+    const Tensor y = call<Tensor>("aten::linear", x, weight, bias);
+    apply_(y, std::nullopt, x, arena, table, plan);
+    return y;
+  }
+  const Kernels& k = kernels();
   const Type type = type_of("x", x, arena);
   STD_TORCH_CHECK(type != kHalf && weight.scalar_type() == arena.scalar_type(),
-                  "mlora: linear takes float32 or bfloat16, x, weight and arena alike");
+                  "mlora: linear takes float32 or bfloat16 with a kblock, x, weight and arena alike");
   STD_TORCH_CHECK(k.linear[type], "mlora: linear needs a CPU with AVX-512, and AVX512_BF16 for bfloat16");
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == p.in && weight.is_contiguous(),
-                  "mlora: weight must be contiguous, (out, ", p.in, ")");
+  STD_TORCH_CHECK(weight.is_contiguous(), "mlora: weight must be contiguous");
   const int64_t unit = type == kBFloat16 ? 2 : 1;
   STD_TORCH_CHECK(p.in % unit == 0, "mlora: linear takes an even number of bfloat16 input features, x has ", p.in);
   STD_TORCH_CHECK(kblock > 0 && kblock % unit == 0, "mlora: kblock must be positive, and even for bfloat16, is ",
@@ -438,7 +436,7 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor arena,
                     "mlora: bias must be contiguous, of x's dtype, with ", p.out, " elements");
     p.bias = bias->const_data_ptr();
   }
-  Work& work = thread_works[0];
+  Work& work = thread_work;
   work.build(arena, table, plan, p.tokens, p.in, p.out, true);
   x = rows_of(x, &p.x_stride);
   p.x = x.const_data_ptr();
@@ -507,7 +505,7 @@ void merge_(Tensor weight, std::optional<Tensor> source, Tensor arena, Tensor ta
                       from.size(1) == weight.size(1) && from.is_contiguous(),
                   "mlora: source must be as weight is");
   MergeProblem p = {from.const_data_ptr(), weight.mutable_data_ptr(), weight.size(1), weight.size(0), false};
-  Work& work = thread_works[0];
+  Work& work = thread_work;
   work.build(arena, table, plan, 1, p.in, p.out, true);
   STD_TORCH_CHECK(work.segments.size() == 1, "mlora: merge_ takes a plan of one row");
   const Segment& s = work.segments[0];
@@ -531,7 +529,6 @@ int64_t isa_number() { return isa(); }
 
 STABLE_TORCH_LIBRARY_IMPL(mlora, CPU, m) {
   m.impl("apply_", TORCH_BOX(&mlora::apply_));
-  m.impl("apply_group_", TORCH_BOX(&mlora::apply_group_));
   m.impl("linear", TORCH_BOX(&mlora::linear));
   m.impl("scale_input", TORCH_BOX(&mlora::scale_input));
   m.impl("turn_output", TORCH_BOX(&mlora::turn_output));

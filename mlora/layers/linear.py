@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import errors
@@ -18,6 +19,8 @@ from ..store import BOTH, GAIN, HEAD, INPUT, LORA, SHIFT, TAIL, TURN
 from .head import answer
 from .state import LayerState
 from .swap import refuse_copy, refuse_move
+
+_APART = INPUT | TURN | HEAD  # what takes more than the base and a delta of its input
 
 
 class LoraLayer(nn.Module):
@@ -36,27 +39,43 @@ class LoraLayer(nn.Module):
         shared = state.shared
         if torch.compiler.is_compiling():
             return self._compiled(x)
-        local = shared.local
-        plan = local.plan or shared.default
-        if plan is None or not (touches := plan.touches[state.index]):
-            if state.fused and (kblock := self._fusable(x)):
-                return dispatch.linear(x, self.weight, self.bias, shared.arena, state.table, shared.blank, kblock)
-            return self._base(x)
-        if touches & TAIL:
-            plan = self._by_token(x, local.activation)
-        if (seen := local.siblings) is not None and seen.input is x and seen.plan is plan:
-            ready = seen.results.pop(state.index, None)
-            if ready is not None and seen.version == x._version:
-                return ready
+        plan = shared.local.plan or shared.default
+        touches = 0 if plan is None else plan.touches[state.index]
+        if plan is not None and touches & TAIL:
+            plan = self._by_token(x, shared.local.activation)
+        # What follows runs for each linear and token, among code that leaves little of it in the caches: few calls, and
+        # none of nn.Module's __getattr__.
+        held: Any = self._parameters
+        plain = state.plain and "weight" in held and "bias" in held  # and nobody has parametrized them since
+        if not plain or touches & _APART or (torch.is_grad_enabled() and self._recorded(x)):
+            return self._apart(x, plan, touches) if plan is not None and touches else self._base(x)
+        words = shared.blank
+        if plan is not None and touches:
+            words, shape = plan.tensor, x.shape
+            if x.dtype is not state.dtype or x.device != state.device:
+                self._check(x, plan)
+            if plan.rows != 1 and (shape[0] not in plan.row_counts or len(shape) == 1 or state.gathered):
+                self._check_rows(x, plan)
+        if state.fused and (kblock := state.kblock(x)):
+            return dispatch.linear(x, held["weight"], held["bias"], shared.arena, state.table, words, kblock)
+        y = F.linear(x, held["weight"], held["bias"])
+        if touches:
+            if y.dtype is not x.dtype:
+                self._check_autocast(x)
+            dispatch.apply_native_(y, None, x, shared.arena, state.table, words)
+        return y
+
+    def _apart(self, x: Tensor, plan: Plan, touches: int) -> Tensor:
+        """The base by the module's own forward, then the delta."""
+        state = self._mlora
+        shared = state.shared
         self._check(x, plan)
         if touches & HEAD:
             base = partial(self._routed, words=plan.tensor, touches=touches)
             return answer(x, plan.heads[state.index], shared.arena, base, self.out_features)
-        if not touches & (INPUT | TURN):
-            if state.fused and (kblock := self._fusable(x)):
-                return dispatch.linear(x, self.weight, self.bias, shared.arena, state.table, plan.tensor, kblock)
-            if shared.groups is not None and not torch.is_grad_enabled() and not x.is_inference():
-                return self._with_siblings(x, plan)
+        apart = touches & (INPUT | TURN)
+        if shared.groups is not None and not apart and not torch.is_grad_enabled() and not x.is_inference():
+            return self._with_siblings(x, plan)
         return self._routed(x, plan.tensor, touches)
 
     def _by_token(self, x: Tensor, activation: Activation | None) -> Plan:
@@ -74,6 +93,10 @@ class LoraLayer(nn.Module):
         tensors, which do not tell whether they were written to in between."""
         state = self._mlora
         shared, index, seen = state.shared, state.index, state.shared.local.siblings
+        if seen is not None and seen.input is x and seen.plan is plan:
+            ready = seen.results.pop(index, None)
+            if ready is not None and seen.version == x._version:
+                return ready
         groups = shared.groups
         assert groups is not None
         if seen is not None:
@@ -109,16 +132,9 @@ class LoraLayer(nn.Module):
         outer = self._mlora.outer
         return super().forward(x) if outer is None else outer(x)
 
-    def _fusable(self, x: Tensor) -> int:
-        """The block with which the fused op may serve `x`, or 0."""
-        tokens = x.numel() // x.shape[-1]
-        if not tokens or x.dtype is not self._mlora.dtype:
-            return 0
-        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
-            return 0
-        if torch.is_autocast_enabled("cpu"):  # the library would compute in autocast's dtype
-            return 0
-        return self._mlora.kblock(self, tokens)
+    def _recorded(self, x: Tensor) -> bool:
+        """Whether autograd, if it is on, would record the base."""
+        return x.requires_grad or any(tensor.requires_grad for tensor in self.parameters(recurse=False))
 
     def _routed(self, x: Tensor, words: Tensor, touches: int) -> Tensor:
         """The base, then one op."""
@@ -169,12 +185,17 @@ class LoraLayer(nn.Module):
             check_heads(shared.plan)
         if state.index in shared.tails:
             check_tails(shared.plan)
-        touches = (LORA | INPUT | BOTH if shared.inputs else LORA | GAIN) | (TURN if shared.turns else 0)
-        return self._routed(x, shared.plan, touches)
+        if shared.inputs or shared.turns:
+            touches = (LORA | INPUT | BOTH if shared.inputs else LORA | GAIN) | (TURN if shared.turns else 0)
+            return self._routed(x, shared.plan, touches)
+        if state.plain and not (torch.is_grad_enabled() and self._recorded(x)):
+            kblock = dispatch.PROBED if state.fused else dispatch.LIBRARY
+            return dispatch.linear(x, self.weight, self.bias, shared.arena, state.table, shared.plan, kblock)
+        return self._routed(x, shared.plan, LORA | GAIN)
 
     def _check(self, x: Tensor, plan: Plan) -> None:
         state = self._mlora
-        if torch.is_autocast_enabled(state.device.type):
+        if torch.is_autocast_enabled(state.device_type):
             self._check_autocast(x)
         if x.dtype is not state.dtype or x.device != state.device:
             raise errors.ModelMovedError(

@@ -29,6 +29,8 @@ class Shared:
         default: the plan of `Runtime.set_adapter`, for threads without one of their own.
         blank: a plan that routes nothing.
         fused: whether the base product may be computed by mlora's own kernel.
+        kblocks: (in, out, whether there is a bias, dtype) of a layer -> tokens and threads -> the block with which that
+            kernel gives the library's bits, 0 where none does; filled as they occur.
         groups: first layer's number -> the layers that read the same input after it (q, k, v; gate, up), learned as
             calls come; None where serving several modules in one call gains nothing.
         inputs, turns, norms, embeddings, experts: whether an adapter was ever loaded that changes what a base reads,
@@ -44,6 +46,7 @@ class Shared:
         self.default: Plan | None = None
         self.blank = torch.zeros(8, dtype=torch.int32, device=plan.device)
         self.fused = fused
+        self.kblocks: dict[tuple[int, int, bool, torch.dtype], dict[tuple[int, int], int]] = {}
         self.inputs = self.turns = self.norms = self.embeddings = self.experts = False
         self.heads: frozenset[int] = frozenset()
         self.tails: frozenset[int] = frozenset()
@@ -58,15 +61,17 @@ class LayerState:
         name: its dotted path. `index`: its number in the store.
         table: this module's rows of the store's tables, int64 (slots, TABLE_WIDTH).
         dtype: of its activations.
-        fused: whether the base product may be computed by `dispatch.linear`.
-        kblocks: tokens and threads -> the accumulation block with which that op gives the library's
-            bits, 0 if none does; filled as they occur.
+        plain: whether the module is a linear of its dense `weight` and `bias` on the CPU and nothing more.
+        fused: whether, of a plain one, the base product may be computed by `dispatch.linear`.
         outer: the `forward` that somebody put on the instance, called for the base, or None. Not one that
             keeps the module's own in another attribute, as accelerate's hooks do: there `swap_forward`
             exchanges what it wraps.
     """
 
-    __slots__ = ("device", "dtype", "fused", "gathered", "index", "kblocks", "name", "outer", "shared", "table")
+    __slots__ = (
+        "_kblocks", "_shape", "device", "device_type", "dtype", "fused", "gathered", "index", "name", "outer", "plain",
+        "shared", "table",
+    )  # fmt: skip
 
     def __init__(
         self, name: str, index: int, shared: Shared, table: Tensor, module: nn.Module, dtype: torch.dtype
@@ -75,27 +80,34 @@ class LayerState:
         self.index = index
         self.shared = shared
         self.table = table
-        self.dtype, self.device = dtype, shared.arena.device
+        self.dtype, self.device, self.device_type = dtype, shared.arena.device, shared.arena.device.type
         wraps = bound_forwards(module, type(module).forward)
         self.outer: Callable[..., Tensor] | None = None if wraps else module.__dict__.get("forward")
         self.gathered = GATHERED in name.split(".")[:-1]
-        self.kblocks: dict[tuple[int, int], int] = {}
-        self.fused = (
-            shared.fused
-            and self.outer is None
+        weight = module._parameters.get("weight")
+        self.plain = (
+            self.outer is None
             and type(module).forward is nn.Linear.forward
+            and {"weight", "bias"} <= module._parameters.keys()
+            and is_dense(weight)  # not a quantized tensor that acts as one of bf16
             and self.dtype == shared.arena.dtype
-            and self.dtype in dispatch.FUSED_DTYPES
-            and self.device.type == "cpu"
-            and is_dense(module.weight)  # not a quantized tensor that acts as one of bf16
-            and cast(Tensor, module.weight).is_contiguous()
+            and dispatch.backend(self.device, self.dtype) == "cpu"
         )
+        self.fused = self.plain and shared.fused and cast(Tensor, weight).is_contiguous()
+        if self.plain:
+            out_features, in_features = cast(Tensor, weight).shape
+            self._shape = in_features, out_features, module.bias is not None
+            self._kblocks = shared.kblocks.setdefault((*self._shape, dtype), {})
 
-    def kblock(self, module: nn.Module, tokens: int) -> int:
-        """The block for an input of `tokens` tokens; see `dispatch.probe_kblock`."""
-        key = dispatch.tokens_like(tokens), torch.get_num_threads()
-        if key not in self.kblocks:
-            out_features, in_features = cast(Tensor, module.weight).shape
-            bias = module.bias is not None
-            self.kblocks[key] = dispatch.probe_kblock(in_features, out_features, bias, tokens, self.dtype)
-        return self.kblocks[key]
+    def kblock(self, x: Tensor) -> int:
+        """The block with which `dispatch.linear` gives the library's bits for `x`, 0 if none does, or if the library is
+        as fast; see `dispatch.probe_kblock`. Of a fused layer."""
+        if x.dtype is not self.dtype or torch.is_autocast_enabled("cpu"):  # the library would compute in another dtype
+            return 0
+        tokens = x.numel() // x.shape[-1]
+        like = tokens if tokens <= dispatch.FEW_TOKENS else dispatch.tokens_like(tokens)
+        key = like, torch.get_num_threads()
+        kblock = self._kblocks.get(key)
+        if kblock is None:
+            kblock = self._kblocks[key] = dispatch.probe_kblock(*self._shape, tokens, self.dtype)
+        return kblock

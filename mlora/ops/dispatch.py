@@ -16,13 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import layout
+from . import layout, library
 from .library import EMULATED, HAS_CPU, HAS_CUDA, HAS_TRITON
 
 BACKENDS = ("cpu", "cuda", "emulation", "reference", "triton")
 _FUSED_ISA = {torch.float32: 2, torch.bfloat16: 3}  # what `linear` needs: AVX-512, and its bf16 dot products
 
-FUSED_DTYPES = tuple(_FUSED_ISA)
+# What `linear` may be given for a kblock beside a number of inputs.
+LIBRARY = 0  # the library computes the product, and rounds it before the delta is added
+PROBED = -1  # what `probe_kblock` says, which the operator asks when it first sees a shape and remembers
 
 # The blocks in which libraries are known or likely to add up inputs.
 _KBLOCKS = {
@@ -36,7 +38,7 @@ CUDA_MAX_TOKENS = 128
 
 # Modules that `apply_group_` takes at most, and the backends that gain by it.
 GROUP = 4
-GROUPING = ("cpu", "cuda", "emulation")
+GROUPING = ("cuda", "emulation")
 
 # Up to so many tokens `linear` beats the library's matmul followed by `apply_`; beyond, it depends on the library.
 FEW_TOKENS = 64
@@ -76,6 +78,7 @@ _reference_merge_ = torch.ops.mlora.reference_merge_.default
 _apply_ = getattr(torch.ops.mlora, _PREFIX + "apply_").default
 _linear = getattr(torch.ops.mlora, _PREFIX + "linear").default
 _scale_input = getattr(torch.ops.mlora, _PREFIX + "scale_input").default
+apply_native_ = _apply_  # `apply_` of tensors that are known to have one dtype, which kernels take, on the CPU
 _turn_output = getattr(torch.ops.mlora, _PREFIX + "turn_output").default
 _apply_group_ = torch.ops.mlora.apply_group_.default
 _merge_ = getattr(torch.ops.mlora, _PREFIX + "merge_").default
@@ -124,7 +127,7 @@ def apply_(y: Tensor, base: Tensor | None, x: Tensor, arena: Tensor, table: Tens
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, arena: Tensor, table: Tensor, plan: Tensor, kblock: int
 ) -> Tensor:
-    """See `reference.linear`. Offered where `probe_kblock` is not 0; `kblock` is what that returned."""
+    """See `reference.linear`. `kblock`: LIBRARY, PROBED, or a number that `probe_kblock` returned."""
     return _linear(x, weight, bias, arena, table, plan, kblock)
 
 
@@ -145,8 +148,7 @@ def turn_output(y: Tensor, base: Tensor | None, arena: Tensor, table: Tensor, pl
 def apply_group_(y: list[Tensor], x: Tensor, arena: Tensor, tables: list[Tensor], plan: Tensor) -> None:
     """See `reference.apply_group_`; one call where the backend serves a group at once, else one a module."""
     kind, most = backend(x.device, x.dtype), cuda_tokens(x.device.index) if _BY_SIZE and x.is_cuda else CUDA_MAX_TOKENS
-    at_once = kind == "cpu" or (kind in ("cuda", "emulation") and x.numel() <= most * x.shape[-1])
-    if at_once and all(t.dtype is x.dtype for t in (arena, *y)):
+    if kind in GROUPING and x.numel() <= most * x.shape[-1] and all(t.dtype is x.dtype for t in (arena, *y)):
         _apply_group_(y, x, arena, tables, plan)
     else:
         for out, table in zip(y, tables, strict=True):
@@ -197,6 +199,12 @@ def probe_kblock(in_features: int, out_features: int, bias: bool, tokens: int, d
     if max(asked) * out_features > _MOST_OUTPUTS:
         return 0
     return _probe(in_features, out_features, bias, asked, dtype, torch.get_num_threads())
+
+
+library.LIBRARY.define(
+    "probe_kblock(int in_features, int out_features, bool bias, int tokens, ScalarType dtype) -> int"
+)
+library.LIBRARY.impl("probe_kblock", probe_kblock, "CompositeExplicitAutograd")
 
 
 @functools.cache

@@ -244,8 +244,11 @@ def linear(
 ) -> Tensor:
     """x weight^T + bias, then `apply` on the unrounded sum; one rounding.
 
-    Shapes: x (..., in), weight (out, in), bias (out,). `kblock` only orders the sum over `in`.
+    Shapes: x (..., in), weight (out, in), bias (out,). `kblock` orders the sum over `in`. Where it is 0 the library
+    computes the product and rounds it before the delta is added, so that rows without a route have the library's bits.
     """
+    if kblock == 0:
+        return apply(F.linear(x, weight, bias), None, x, arena, table, plan)
     rows = _tokens("x", x)
     dtype = _wide(x.dtype)
     wide = F.linear(rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
