@@ -1,8 +1,8 @@
 // linear: the base matmul on the weights as they lie, with the delta added before the one rounding.
 //
-// Lanes are output columns. What lies in 32 bits of an input row, a pair of bf16 or one float, is a unit. Each output is
-// one chain over units in order, of dot products of pairs or of FMAs, starting from zero at every multiple of kblock;
-// the blocks' sums are added in order. That is what oneDNN does for bf16 on avx512_core_bf16 and MKL for fp32 from some
+// Lanes are output columns, or tokens where they nearly fill a vector. What lies in 32 bits of an input row, a pair of
+// bf16 or one float, is a unit. Each output is one chain over units in order, of dot products of pairs or of FMAs,
+// starting from zero at every multiple of kblock; the blocks' sums are added in order. That is what oneDNN does for bf16 on avx512_core_bf16 and MKL for fp32 from some
 // tokens on, so base rows come out with the library's bits when kblock is the library's. For a single bf16 token oneDNN
 // keeps 16 such chains an output, one a lane, and adds the lanes in a tree: so does base_row.
 #pragma once
@@ -50,19 +50,19 @@ MLORA_INLINE void transpose(const uint32_t* const* rows, int64_t k, int64_t coun
 template <class T>
 constexpr int64_t kUnit = 4 / sizeof(T);  // inputs of a unit
 
-// One step of 16 chains: units of 16 columns with one of x.
+// One step of 16 chains: units of the lanes, which are columns or tokens, with one of the other side.
 template <class T>
-vf chain(vf acc, __m512i columns, const uint32_t* x);
+vf chain(vf acc, __m512i lanes, const uint32_t* one);
 
 template <>
-MLORA_INLINE vf chain<float>(vf acc, __m512i columns, const uint32_t* x) {
-  return fma(_mm512_castsi512_ps(columns), _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(*x))), acc);
+MLORA_INLINE vf chain<float>(vf acc, __m512i lanes, const uint32_t* one) {
+  return fma(_mm512_castsi512_ps(lanes), _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(*one))), acc);
 }
 
 #if MLORA_HAVE_BF16
 template <>
-MLORA_INLINE vf chain<bf16>(vf acc, __m512i columns, const uint32_t* x) {
-  return _mm512_dpbf16_ps(acc, (__m512bh)columns, (__m512bh)_mm512_set1_epi32(static_cast<int>(*x)));
+MLORA_INLINE vf chain<bf16>(vf acc, __m512i lanes, const uint32_t* one) {
+  return _mm512_dpbf16_ps(acc, (__m512bh)lanes, (__m512bh)_mm512_set1_epi32(static_cast<int>(*one)));
 }
 #endif
 
