@@ -66,7 +66,7 @@ MLORA_INLINE vf chain<bf16>(vf acc, __m512i lanes, const uint32_t* one) {
 }
 #endif
 
-// sums[t * kLinearColumns + c] for Tokens tokens and kLinearColumns columns; rows are those columns' rows of the weight.
+// sums[t * kLinearColumns + c] for Tokens tokens and kLinearColumns columns; rows are those columns' of the weight.
 template <class T, int Tokens>
 void base_tile(const uint32_t* xt, const uint32_t* const* rows, int64_t units, int64_t block, int64_t ahead,
                bool first_block, float* sums) {
@@ -105,8 +105,8 @@ void base_tile(const uint32_t* xt, const uint32_t* const* rows, int64_t units, i
   }
 }
 
-// As base_tile, for up to 16 tokens and 16 columns, with tokens in the lanes: the weight needs no transposing, but takes
-// a broadcast for each dot product. It is copied 16 units at a time, a row of the next ones with each unit, because its
+// As base_tile, for up to 16 tokens and 16 columns, with tokens in the lanes: the weight needs no transposing, but
+// takes a broadcast for each dot product. It is copied 16 units at a time, a row of the next ones with each unit, because its
 // lines are read 16 times and rows that lie a power of two apart would push each other out of the first-level cache.
 // What is asked for ahead goes to the second-level cache for the same reason. With `started`, sums hold what the
 // columns' sums start from, the same for every token.
