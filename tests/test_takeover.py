@@ -116,13 +116,15 @@ def test_patch_takes_a_transformers_model_with_adapters_over(
 ) -> None:
     model = copy.deepcopy(llama)
     model.load_adapter(str(folders["r3"]), adapter_name="a")
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=TARGETS), adapter_name="b")
+    model.load_adapter(str(folders["rs16"]), adapter_name="b")
     model.set_adapter("a")
     runtime = mlora.patch(model)
     assert runtime.model is model and list(runtime.adapters) == ["a", "b"]
     want = logits(peft_alone(llama, folders["r3"]), batch)
     assert_close(logits(model, batch), want)
-    assert_close(logits(model, batch, adapter_names=["a", None, "b"])[:1], want[:1])
+    mixed = logits(model, batch, adapter_names=["a", None, "b"])
+    assert_close(mixed[:1], want[:1])
+    assert_close(mixed[2:], logits(peft_alone(llama, folders["rs16"]), batch)[2:])
 
 
 def test_what_peft_loses_in_a_live_model_is_noticed(llama: Any, folders: dict[str, Path]) -> None:

@@ -1,8 +1,8 @@
 // linear: the base matmul on the weights as they lie, with the delta added before the one rounding.
 //
-// Lanes are output columns. What lies in 32 bits of an input row, a pair of bf16 or one float, is a unit. Each output is
-// one chain over units in order, of dot products of pairs or of FMAs, starting from zero at every multiple of kblock;
-// the blocks' sums are added in order. That is what oneDNN does for bf16 on avx512_core_bf16 and MKL for fp32 from some
+// Lanes are output columns, or tokens where they nearly fill a vector. What lies in 32 bits of an input row, a pair of
+// bf16 or one float, is a unit. Each output is one chain over units in order, of dot products of pairs or of FMAs,
+// starting from zero at every multiple of kblock; the blocks' sums are added in order. That is what oneDNN does for bf16 on avx512_core_bf16 and MKL for fp32 from some
 // tokens on, so base rows come out with the library's bits when kblock is the library's. For a single bf16 token oneDNN
 // keeps 16 such chains an output, one a lane, and adds the lanes in a tree: so does base_row.
 #pragma once
@@ -50,35 +50,33 @@ MLORA_INLINE void transpose(const uint32_t* const* rows, int64_t k, int64_t coun
 template <class T>
 constexpr int64_t kUnit = 4 / sizeof(T);  // inputs of a unit
 
-// One step of 16 chains: units of 16 columns with one of x.
+// One step of 16 chains: units of the lanes, which are columns or tokens, with one of the other side.
 template <class T>
-vf chain(vf acc, __m512i columns, const uint32_t* x);
+vf chain(vf acc, __m512i lanes, const uint32_t* one);
 
 template <>
-MLORA_INLINE vf chain<float>(vf acc, __m512i columns, const uint32_t* x) {
-  return fma(_mm512_castsi512_ps(columns), _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(*x))), acc);
+MLORA_INLINE vf chain<float>(vf acc, __m512i lanes, const uint32_t* one) {
+  return fma(_mm512_castsi512_ps(lanes), _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(*one))), acc);
 }
 
 #if MLORA_HAVE_BF16
 template <>
-MLORA_INLINE vf chain<bf16>(vf acc, __m512i columns, const uint32_t* x) {
-  return _mm512_dpbf16_ps(acc, (__m512bh)columns, (__m512bh)_mm512_set1_epi32(static_cast<int>(*x)));
+MLORA_INLINE vf chain<bf16>(vf acc, __m512i lanes, const uint32_t* one) {
+  return _mm512_dpbf16_ps(acc, (__m512bh)lanes, (__m512bh)_mm512_set1_epi32(static_cast<int>(*one)));
 }
 #endif
 
-// sums[t * kLinearColumns + c] for Tokens tokens and 16 * Groups columns; rows are those columns' rows of the weight.
-template <class T, int Tokens, int Groups>
+// sums[t * kLinearColumns + c] for Tokens tokens and kLinearColumns columns; rows are those columns' of the weight.
+template <class T, int Tokens>
 void base_tile(const uint32_t* xt, const uint32_t* const* rows, int64_t units, int64_t block, int64_t ahead,
                bool first_block, float* sums) {
-  vf acc[Groups][Tokens];
-  MLORA_UNROLL for (int g = 0; g < Groups; ++g) {
-    MLORA_UNROLL for (int t = 0; t < Tokens; ++t) acc[g][t] = zero();
-  }
-  __m512i columns[Groups][16];
+  vf acc[2][Tokens];
+  MLORA_UNROLL for (int t = 0; t < Tokens; ++t) acc[0][t] = acc[1][t] = zero();
+  __m512i columns[2][16];
   int64_t stop = block < units ? block : units;
   for (int64_t k = 0; k < units;) {
     const int64_t count = stop - k < 16 ? stop - k : 16;
-    MLORA_UNROLL for (int g = 0; g < Groups; ++g) {
+    MLORA_UNROLL for (int g = 0; g < 2; ++g) {
       for (int i = 0; i < 16; ++i) __builtin_prefetch(rows[16 * g + i] + k + ahead);
       if (count == 16) {
         transpose<false>(rows + 16 * g, k, count, columns[g]);
@@ -88,13 +86,13 @@ void base_tile(const uint32_t* xt, const uint32_t* const* rows, int64_t units, i
     }
     for (int64_t i = 0; i < count; ++i) {
       const uint32_t* x = xt + (k + i) * kLinearTokens;
-      MLORA_UNROLL for (int g = 0; g < Groups; ++g) {
+      MLORA_UNROLL for (int g = 0; g < 2; ++g) {
         MLORA_UNROLL for (int t = 0; t < Tokens; ++t) acc[g][t] = chain<T>(acc[g][t], columns[g][i], x + t);
       }
     }
     k += count;
     if (k == stop) {
-      MLORA_UNROLL for (int g = 0; g < Groups; ++g) {
+      MLORA_UNROLL for (int g = 0; g < 2; ++g) {
         MLORA_UNROLL for (int t = 0; t < Tokens; ++t) {
           float* to = sums + t * kLinearColumns + 16 * g;
           _mm512_storeu_ps(to, first_block ? acc[g][t] : _mm512_add_ps(_mm512_loadu_ps(to), acc[g][t]));
@@ -107,15 +105,50 @@ void base_tile(const uint32_t* xt, const uint32_t* const* rows, int64_t units, i
   }
 }
 
-template <class T, int Tokens>
-MLORA_INLINE void base_columns(const uint32_t* xt, const uint32_t* const* rows, int64_t units, int64_t block,
-                               int64_t ahead, bool first_block, float* sums) {
-  if (Tokens <= 8) {
-    base_tile<T, Tokens, 2>(xt, rows, units, block, ahead, first_block, sums);
-  } else {
-    base_tile<T, Tokens, 1>(xt, rows, units, block, ahead, first_block, sums);
-    base_tile<T, Tokens, 1>(xt, rows + 16, units, block, ahead, first_block, sums + 16);
+// As base_tile, for up to 16 tokens and 16 columns, with tokens in the lanes: the weight needs no transposing, but
+// takes a broadcast for each dot product. It is copied 16 units at a time, a row of the next ones with each unit, because its
+// lines are read 16 times and rows that lie a power of two apart would push each other out of the first-level cache.
+// What is asked for ahead goes to the second-level cache for the same reason. With `started`, sums hold what the
+// columns' sums start from, the same for every token.
+template <class T>
+void base_lanes(const uint32_t* xt, const uint32_t* const* rows, int64_t units, int64_t block, int64_t ahead,
+                bool started, float* sums) {
+  alignas(64) uint32_t copies[2][16][16];
+  alignas(64) float total[16][16];
+  vf acc[16];
+  MLORA_UNROLL for (int c = 0; c < 16; ++c) acc[c] = zero();
+  const auto copy = [&](int64_t row, int64_t k, __mmask16 mask, uint32_t (*to)[16]) {
+    _mm512_store_si512(to[row], _mm512_maskz_loadu_epi32(mask, rows[row] + k));
+    __builtin_prefetch(rows[row] + k + ahead, 0, 2);
+  };
+  for (int64_t c = 0; c < 16; ++c) copy(c, 0, static_cast<__mmask16>(first(units)), copies[0]);
+  int64_t stop = block < units ? block : units;
+  for (int64_t c = 0; started && c < 16; ++c) _mm512_store_ps(total[c], _mm512_set1_ps(sums[c]));
+  int side = 0;
+  for (int64_t k = 0; k < units; side ^= 1) {
+    const int64_t count = stop - k < 16 ? stop - k : 16, next = k + count;
+    const __mmask16 mask = static_cast<__mmask16>(first(units - next));
+    const uint32_t(*columns)[16] = copies[side];
+    int64_t i = 0;
+    for (; i < count; ++i) {
+      copy(i, next, mask, copies[side ^ 1]);
+      const __m512i x = _mm512_load_si512(xt + (k + i) * kLinearTokens);
+      MLORA_UNROLL for (int c = 0; c < 16; ++c) acc[c] = chain<T>(acc[c], x, &columns[c][i]);
+    }
+    for (; i < 16; ++i) copy(i, next, mask, copies[side ^ 1]);
+    k = next;
+    if (k == stop) {
+      MLORA_UNROLL for (int c = 0; c < 16; ++c) {
+        _mm512_store_ps(total[c], started ? add(_mm512_load_ps(total[c]), acc[c]) : acc[c]);
+        acc[c] = zero();
+      }
+      started = true;
+      stop = stop + block < units ? stop + block : units;
+    }
   }
+  const uint32_t* of[16];
+  for (int c = 0; c < 16; ++c) of[c] = reinterpret_cast<const uint32_t*>(total[c]);
+  transpose<false, kLinearColumns / 16>(of, 0, 16, reinterpret_cast<__m512i*>(sums));
 }
 
 // As base_tile, from a panel, kLinearColumns columns of the units [count] of one block, for several tiles of tokens.
@@ -136,18 +169,17 @@ void panel_tile(const uint32_t* xt, const __m512i* panel, int64_t count, bool fi
   }
 }
 
-// Calls f with the number of tokens, at most Most, as a constant.
-template <int64_t Most, class F>
+// Calls f with the number of tokens, at most 8, as a constant.
+template <class F>
 MLORA_INLINE void with_tokens(int64_t count, const F& f) {
-  switch (count < Most ? count : Most) {
+  switch (count) {
 #define MLORA_CASE(n) \
   case n: \
-    if constexpr (n <= Most) f(std::integral_constant<int, n>{}); \
-    break;
-    MLORA_CASE(1) MLORA_CASE(2) MLORA_CASE(3) MLORA_CASE(4) MLORA_CASE(5) MLORA_CASE(6) MLORA_CASE(7) MLORA_CASE(8)
-    MLORA_CASE(9) MLORA_CASE(10) MLORA_CASE(11) MLORA_CASE(12) MLORA_CASE(13) MLORA_CASE(14) MLORA_CASE(15)
-    MLORA_CASE(16)
+    return f(std::integral_constant<int, n>{});
+    MLORA_CASE(1) MLORA_CASE(2) MLORA_CASE(3) MLORA_CASE(4) MLORA_CASE(5) MLORA_CASE(6) MLORA_CASE(7)
 #undef MLORA_CASE
+    default:
+      return f(std::integral_constant<int, 8>{});
   }
 }
 
@@ -227,9 +259,18 @@ MLORA_INLINE void base(const Problem& p, const uint32_t* xt, int64_t n, __m512i*
 #endif
   const uint32_t* unit_rows[kLinearColumns];
   for (int64_t c = 0; c < kLinearColumns; ++c) unit_rows[c] = reinterpret_cast<const uint32_t*>(rows[c]);
-  const int64_t units = p.in / kUnit<T>, block = p.kblock / kUnit<T>, ahead = kLinearColumns * units;
+  const int64_t units = p.in / kUnit<T>, block = p.kblock / kUnit<T>;
+  constexpr int64_t half = kLinearTokens / 2;  // two groups of columns by so many tokens fit the registers
+  if (p.tokens <= half) {
+    with_tokens(p.tokens, [&](auto tokens) {
+      base_tile<T, tokens>(xt, unit_rows, units, block, kLinearColumns * units, !started, sums);
+    });
+    return;
+  }
   if (p.tokens <= kLinearTokens) {
-    with_tokens<kLinearTokens>(p.tokens, [&](auto tokens) { base_columns<T, tokens>(xt, unit_rows, units, block, ahead, !started, sums); });
+    for (int64_t g = 0; g < kLinearColumns; g += 16) {
+      base_lanes<T>(xt, unit_rows + g, units, block, 16 * units, started, sums + g);
+    }
     return;
   }
   for (int64_t k = 0; k < units; k += block) {
@@ -237,7 +278,7 @@ MLORA_INLINE void base(const Problem& p, const uint32_t* xt, int64_t n, __m512i*
     for (int64_t i = 0; i < count; i += 16) {
       MLORA_UNROLL for (int g = 0; g < 2; ++g) {
         const uint32_t* const* of = unit_rows + 16 * g;
-        for (int r = 0; r < 16; ++r) __builtin_prefetch(of[r] + k + i + ahead);
+        for (int r = 0; r < 16; ++r) __builtin_prefetch(of[r] + k + i + kLinearColumns * units);
         if (count - i >= 16) {
           transpose<false, 2>(of, k + i, 16, panel + 2 * i + g);
         } else {
@@ -245,10 +286,9 @@ MLORA_INLINE void base(const Problem& p, const uint32_t* xt, int64_t n, __m512i*
         }
       }
     }
-    constexpr int64_t half = kLinearTokens / 2;  // two groups of columns by so many tokens fit the registers
     for (int64_t t = 0; t < p.tokens; t += half) {
       const uint32_t* x = xt + t / kLinearTokens * kLinearTokens * units + k * kLinearTokens + t % kLinearTokens;
-      with_tokens<half>(p.tokens - t, [&](auto tokens) {
+      with_tokens(p.tokens - t, [&](auto tokens) {
         panel_tile<T, tokens>(x, panel, count, k == 0 && !started, sums + t * kLinearColumns);
       });
     }
