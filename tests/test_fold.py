@@ -14,7 +14,7 @@ import torch
 from conftest import assert_close, build, inputs_for, logits, make_adapter, peft_alone, row_of, served, state_hash
 
 import mlora
-from mlora import errors, fold
+from mlora import errors
 from mlora.ops import dispatch
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -316,7 +316,7 @@ def paused_fold(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], None], 
             meanwhile()
         merge_(*args)
 
-    monkeypatch.setattr(fold.dispatch, "merge_", hooked)
+    monkeypatch.setattr(dispatch, "merge_", hooked)
 
 
 @pytest.mark.parametrize("default", [None, "r3"])

@@ -706,7 +706,7 @@ sys.exit(pytest.main(["-qx", "-p", "no:cacheprovider", {__file__!r}, "-k", {sele
 def test_backend_override():
     code = """
 import torch
-from mlora.ops import dispatch
+from mlora.ops import dispatch, layout
 assert dispatch.backend("cpu", torch.float32) == "reference"
 from torch.utils._python_dispatch import TorchDispatchMode
 class Log(TorchDispatchMode):
@@ -714,7 +714,7 @@ class Log(TorchDispatchMode):
         print(func)
         return func(*args, **(kwargs or {}))
 x = torch.randn(2, 3)
-none, table = torch.zeros(8, dtype=torch.int32), torch.empty(0, 8, dtype=torch.int64)
+none, table = torch.zeros(8, dtype=torch.int32), torch.empty(0, layout.TABLE_WIDTH, dtype=torch.int64)
 with Log():
     dispatch.scale_input(x, torch.empty(0), table, none)
 """

@@ -178,12 +178,12 @@ def turn_launches(
 ) -> list[Launch]:
     """The launch of `scale_input` on x (tokens, width) and out, contiguous, or with a `base` that of `turn_output`."""
     tokens, width = x.shape
-    bm, bn = 16, 256
+    bm, bn = 8, 256
     tiles = -(-tokens // bm) * -(-width // bn)
     to = x if base is None else base
     args = (out, x, to, arena, table, plan, tokens, width, x.stride(0), to.stride(0))
     constants = {"OUTPUT": base is not None, "BM": bm, "BN": bn}
-    return [Launch(turn.turn, min(device.processors * 4, tiles), args, constants)]
+    return [Launch(turn.turn, min(device.processors * 4, tiles), args, constants, warps=8)]
 
 
 def embed_launches(
