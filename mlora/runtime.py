@@ -23,6 +23,7 @@ from .layers import Head, Shared, Stack, base_linears, group_heads
 from .lowering import BaseLinear, Delta, lower, to_adapter
 from .lowering.delta import kernel_major
 from .merge import Merge, as_merge, merge_adapters, relative
+from .ops import layout
 from .originals import KEEPS
 from .routing import Entries, Entry, Plan, Recipe
 from .store import BOTH, GAIN, INPUT, TAIL, TURN, Packed, Store
@@ -645,7 +646,14 @@ class Runtime:
         invocations = {name: found for name in names if (found := self._store[name].invocation)}
         experts = bool(touches[self._stacks].any())
         words = routing.plan_words(terms, expansion, bool(heads), experts, bool(invocations))
-        tensor = routing.to_device(words, self._store.arena.device)
+        device, most = self._store.arena.device, self._shared.plan.numel()
+        if len(words) > most and device.type != "cpu":
+            self._store.release(names)
+            raise errors.CapacityError(
+                f"the routing of {rows} rows takes {len(words)} words; the buffer that compiled code and captured "
+                f"graphs read has {most}"
+            )
+        tensor = routing.to_device(words, device)
         grouped = {index: group_heads(found, tensor.device) for index, found in heads.items()}
         counts = (rows, rows * expansion)
         return Plan(tensor, touches.tobytes(), names, rows, counts, grouped, tuple(recipes), invocations)
@@ -670,13 +678,13 @@ class Runtime:
             self._store.release(plan.names)
 
     def _publish(self) -> None:
-        """Copy the current plan into the buffer that compiled code reads."""
+        """Copy the current plan into the buffer that compiled code reads. Of one that is too large only the header:
+        kernels on the host refuse a plan that is shorter than its header says, and on other devices `_plan` did."""
         plan = self._shared.local.plan or self._shared.default
         words = self._shared.blank if plan is None else plan.tensor
-        if words.numel() <= self._shared.plan.numel():
-            self._shared.plan[: words.numel()].copy_(words)
-        else:
-            self._shared.plan[:8].zero_()
+        if words.numel() > self._shared.plan.numel():
+            words = words[: layout.PLAN_HEADER]
+        self._shared.plan[: words.numel()].copy_(words)
 
     # Checks
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import mlora
 from mlora import errors
+from mlora.patch import PLAN_WORDS
 
 MIXED = ["r3", None, "dora1", {"rs16": 0.5, "bias8": -1.0}]
 SHUFFLED = [{"dora1": 2.0}, "rs16", "rs16", None]
@@ -187,3 +188,19 @@ def test_gathered_tokens_in_a_compiled_call() -> None:
             assert_close(compiled(x), model(x), 1e-6)
         with runtime.use_adapters(["a", None, "a"]), refused(model, errors.AttributionError, "3 entries"):
             compiled(x)
+
+
+def test_a_routing_larger_than_the_buffer_is_an_error() -> None:
+    """Never a batch of base rows."""
+    model, rows = nn.Sequential(nn.Linear(4, 4)), PLAN_WORDS
+    runtime = mlora.patch(model)
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["0"]}
+    runtime.add_adapter(
+        "a", mlora.Adapter(config, {"0.lora_A.weight": torch.ones(1, 4), "0.lora_B.weight": torch.ones(4, 1)})
+    )
+    x, entries = torch.randn(rows, 4), ["a", None] * (rows // 2)
+    with torch.no_grad(), runtime.use_adapters(entries):
+        bare = nn.functional.linear(x, model[0].weight, model[0].bias)
+        assert_close(model(x)[::2], (bare + x.sum(1, keepdim=True))[::2])
+        with pytest.raises(RuntimeError, match=f"{PLAN_WORDS}"):
+            torch.compile(model, fullgraph=True, backend="eager")(x)
