@@ -133,7 +133,9 @@ def parse(config: str | Path | Mapping[str, Any]) -> Config:
 def _read(path: Path) -> Mapping[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise errors.ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise errors.ConfigError(f"{path} cannot be read as YAML: {error}") from error
     return _mapping(content, str(path))
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from . import errors
 from .lowering.delta import BaseLinear, Delta
+from .lowering.module import FLOAT32_MAX
 from .lowering.turn import Turn
 
 STRATEGIES = ("linear", "cat", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -73,16 +74,21 @@ class Merge:
     space: str = "delta"
 
     def __post_init__(self) -> None:
-        if isinstance(self.adapters, str) or not all(isinstance(name, str) for name in self.adapters):
+        listed = isinstance(self.adapters, Sequence) and not isinstance(self.adapters, str)
+        if not listed or not all(isinstance(name, str) for name in self.adapters):
             raise errors.MergeError(f"adapters is {self.adapters!r}; it must be a list of adapters' names")
+        if not isinstance(self.weights, (Sequence, np.ndarray)) or isinstance(self.weights, str):
+            raise errors.MergeError(f"weights is {self.weights!r}; it must be a list of numbers, one for each adapter")
         object.__setattr__(self, "adapters", tuple(self.adapters))
         if not self.adapters:
             raise errors.MergeError("adapters is empty; a merge takes at least one")
         if len(self.adapters) != len(self.weights):
-            raise errors.MergeError(f"{len(self.weights)} weights for {len(self.adapters)} adapters")
+            raise errors.MergeError(
+                f"{len(self.weights)} weights for {len(self.adapters)} adapters; a merge takes one for each"
+            )
         for weight in self.weights:
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-                raise errors.MergeError(f"a weight is {weight!r}; it must be a finite number")
+            if not is_weight(weight):
+                raise errors.MergeError(f"a weight is {weight!r}; it must be a finite number of fp32's range")
         object.__setattr__(self, "weights", tuple(map(float, self.weights)))
         _one_of("combination_type", self.combination_type, COMBINATION_TYPES)
         _one_of("majority_sign_method", self.majority_sign_method, SIGNS)
@@ -130,8 +136,6 @@ class Merge:
             raise errors.MergeError(f"a merge's adapters are {names!r}; they must be a list of names")
         if given.get("weights") is None:
             given["weights"] = [1.0] * len(names)
-        if not isinstance(given["weights"], Sequence):
-            raise errors.MergeError(f"a merge's weights are {given['weights']!r}; they must be a list of numbers")
         return cls(**given)
 
     @property
@@ -223,6 +227,16 @@ def merge_adapters(
 def _one_of(option: str, value: Any, allowed: Iterable[str]) -> None:
     if value not in tuple(allowed):
         raise errors.MergeError(f"{option} is {value!r}; it must be one of {', '.join(allowed)}")
+
+
+def is_weight(value: Any) -> bool:
+    """Whether it can be a weight: a number, also of NumPy, finite in fp32, in which kernels take weights."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        return False
+    try:
+        return abs(float(value)) <= FLOAT32_MAX  # which NaN is not
+    except OverflowError:  # an int beyond the range of float
+        return False
 
 
 def _is_number(value: Any) -> bool:

@@ -12,16 +12,13 @@ import torch
 from torch import Tensor
 
 from . import errors
-from .merge import Merge
+from .merge import Merge, is_weight
 from .ops import layout
 
 if TYPE_CHECKING:
     from .activation import Activation, Prompt
 
 BASE = "__base__"
-
-_REAL = (int, float, np.integer, np.floating)
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 Entry: TypeAlias = str | Mapping[str, float] | Merge | None
 Entries: TypeAlias = Entry | Sequence[Entry]
@@ -111,18 +108,11 @@ def resolve_entry(entry: Any, exists: Callable[[str], bool]) -> Recipe:
     for name, weight in entry.items():
         if not isinstance(name, str) or not exists(name):
             raise errors.UnknownAdapterError(name)
-        if isinstance(weight, bool) or not isinstance(weight, _REAL) or not _finite(weight):
+        if not is_weight(weight):
             raise errors.EntryError(f"the weight of adapter {name!r} is {weight!r}; it must be a finite number")
         if weight != 0:
             recipe.append((name, float(weight)))
     return tuple(sorted(recipe))
-
-
-def _finite(weight: Any) -> bool:
-    try:
-        return abs(float(weight)) <= _FLOAT32_MAX  # which NaN is not
-    except OverflowError:  # an int beyond the range of float
-        return False
 
 
 def is_single(entries: Any) -> bool:

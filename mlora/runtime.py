@@ -175,10 +175,9 @@ class Runtime:
             MergeError: the arguments do not make a merge, or factor space cannot hold these adapters.
             UnknownAdapterError, DuplicateAdapterError: of the names. CapacityError: as `load_adapter`.
         """
-        try:
-            how = Merge(tuple(adapters), tuple(weights), combination_type, **options)
-        except TypeError as error:
-            raise errors.MergeError(f"add_weighted_adapter: {error}") from error
+        how = Merge.from_dict(
+            {"adapters": adapters, "weights": weights, "combination_type": combination_type, **options}
+        )
         return self.add_merge(adapter_name, how)
 
     def add_merge(self, adapter_name: str, how: Merge) -> AdapterInfo:

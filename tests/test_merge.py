@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -352,7 +353,13 @@ def test_factors_are_clamped_to_a_quantile_of_their_values() -> None:
 @pytest.mark.parametrize(
     "values, wanted",
     [
-        ({"weights": [1.0]}, "1 weights for 2 adapters"),
+        ({"weights": [1.0]}, "1 weights for 2 adapters; a merge takes one for each"),
+        ({"weights": 1.0}, "weights is 1.0; it must be a list"),
+        ({"weights": None}, "weights is None; it must be a list"),
+        ({"adapters": None}, "adapters is None; it must be a list"),
+        ({"weights": [1.0, 1e300]}, "1e.300; it must be a finite number of fp32's range"),
+        ({"weights": [1.0, 10**400]}, "fp32's range"),
+        ({"weights": np.array([1.0, np.inf])}, "inf"),
         ({"weights": [1.0, math.nan]}, "nan"),
         ({"weights": [1.0, "x"]}, "'x'"),
         ({"weights": [1.0, True]}, "True"),
@@ -422,3 +429,7 @@ def test_bad_spellings(values: dict[str, Any], wanted: str) -> None:
 
 def test_exported() -> None:
     assert mlora.Merge is Merge
+
+
+def test_weights_of_numpy_are_numbers() -> None:
+    assert Merge(("a", "b"), np.array([0.5, 2], dtype=np.float32)) == Merge(("a", "b"), (0.5, 2.0))  # type: ignore[arg-type]

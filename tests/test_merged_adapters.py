@@ -81,7 +81,7 @@ def test_a_merge_of_merges(model: Any, batch: Any) -> None:
         ({"adapters": ["r3", "nobody"]}, errors.UnknownAdapterError, "'nobody'"),
         ({"weights": [1.0]}, errors.MergeError, "1 weights for 2"),
         ({"combination_type": "average"}, errors.MergeError, "'average'"),
-        ({"desnity": 0.5}, errors.MergeError, "desnity"),
+        ({"desnity": 0.5}, errors.MergeError, "no 'desnity'; it takes .*density"),
         ({"space": "factor"}, errors.MergeError, r"equal ranks.*\[3, 16\]"),
         ({"adapters": ["r3", "dora1"], "space": "factor"}, errors.MergeError, "a gain, a turn or a bias"),
     ],
