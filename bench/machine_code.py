@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 ARCHITECTURES = (80, 90, 100, 120)
-THREADS = {"apply": 768, "scale_input": 256, "merge": 256}  # of the CUDA library's kernels
+THREADS = {"apply": 768, "turn": 128, "merge": 256}  # of the CUDA library's kernels
 WARPS = {"sm_80": 64, "sm_90": 64, "sm_100": 64, "sm_120": 48}  # of a multiprocessor
 SHARED = {"sm_80": 164, "sm_90": 228, "sm_100": 228, "sm_120": 100}  # KiB of a multiprocessor
-TYPES = {"IfE": "fp32", "3f16": "fp16", "4bf16": "bf16"}
+TYPES = {"If": "fp32", "3f16": "fp16", "4bf16": "bf16"}
 COUNTED = ("spills", "atomics", "mma", "wgmma", *(f"load{w}" for w in (128, 64, 32, 16)))
 COUNTED = (*COUNTED, *(f"store{w}" for w in (128, 64, 32, 16)))
 
@@ -97,7 +97,8 @@ def cuda(library: Path) -> list[dict[str, Any]]:
         kernel = next(k for k in THREADS if f"{k}_kernel" in name)
         dtype = next(v for k, v in TYPES.items() if k in name.split("_kernel")[1])
         opcodes = code[arch, name]
-        records.append(record(f"cuda {kernel}", dtype, arch, THREADS[kernel], registers, shared, opcodes))
+        title = {"turn": "turn_output" if "Lb1" in name else "scale_input"}.get(kernel, kernel)
+        records.append(record(f"cuda {title}", dtype, arch, THREADS[kernel], registers, shared, opcodes))
     return records
 
 
@@ -125,8 +126,10 @@ def triton(smoke: bool) -> list[dict[str, Any]]:
                 launches += launch.linear_launches(y, x, weight, None, arena, table, plan, device)
                 named = [(f"triton {item.name} {form}", item) for item in launches]
                 if form == "prefill":
-                    launches = launch.turn_launches(y, x, None, arena, table, plan, device)
-                    launches += launch.merge_launches(weight, weight, arena, table, plan)
+                    scale = launch.turn_launches(y, x, None, arena, table, plan, device)
+                    turn = launch.turn_launches(y, x, y, arena, table, plan, device)
+                    named += [("triton scale_input", scale[0]), ("triton turn_output", turn[0])]
+                    launches = launch.merge_launches(weight, weight, arena, table, plan)
                     ids = torch.empty(tokens, dtype=torch.int64)
                     launches += launch.embed_launches(y, ids, arena, table, plan, 32000, device)
                     named += [(f"triton {item.name}", item) for item in launches]

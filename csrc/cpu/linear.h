@@ -2,9 +2,10 @@
 //
 // Lanes are output columns, or tokens where they nearly fill a vector. What lies in 32 bits of an input row, a pair of
 // bf16 or one float, is a unit. Each output is one chain over units in order, of dot products of pairs or of FMAs,
-// starting from zero at every multiple of kblock; the blocks' sums are added in order. That is what oneDNN does for bf16 on avx512_core_bf16 and MKL for fp32 from some
-// tokens on, so base rows come out with the library's bits when kblock is the library's. For a single bf16 token oneDNN
-// keeps 16 such chains an output, one a lane, and adds the lanes in a tree: so does base_row.
+// starting from zero at every multiple of kblock; the blocks' sums are added in order. That is what oneDNN does for bf16
+// on avx512_core_bf16 and MKL for fp32 from some tokens on, so base rows come out with the library's bits when kblock is
+// the library's. For a single bf16 token oneDNN keeps 16 such chains an output, one a lane, and adds the lanes in a tree:
+// so does base_row.
 #pragma once
 
 #include <type_traits>
@@ -106,8 +107,9 @@ void base_tile(const uint32_t* xt, const uint32_t* const* rows, int64_t units, i
 }
 
 // As base_tile, for up to 16 tokens and 16 columns, with tokens in the lanes: the weight needs no transposing, but
-// takes a broadcast for each dot product. It is copied 16 units at a time, a row of the next ones with each unit, because its
-// lines are read 16 times and rows that lie a power of two apart would push each other out of the first-level cache.
+// takes a broadcast for each dot product. It is copied 16 units at a time, a row of the next ones with each unit,
+// because its lines are read 16 times and rows that lie a power of two apart would push each other out of the
+// first-level cache.
 // What is asked for ahead goes to the second-level cache for the same reason. With `started`, sums hold what the
 // columns' sums start from, the same for every token.
 template <class T>

@@ -7,23 +7,23 @@
 namespace mlora {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
 constexpr int32_t kChain = 64;  // elements of a block that are added up in one go; a longer chain would lose accuracy
 
 // sum[i] += weight * sum_j values[j, k + i] * element j of the block of column k + i, of `left` columns.
 template <class T>
 __device__ __forceinline__ void add_turn(const T* values, int64_t shape, float weight, const T* x, int64_t width,
-                                         int64_t k, int64_t left, float* sum) {
+                                         int32_t k, int32_t left, float* sum) {
   const int32_t size = static_cast<int32_t>(turn_size(shape)), stride = static_cast<int32_t>(turn_stride(shape));
   int32_t first[8];  // of the column's block
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const int32_t n = static_cast<int32_t>(k) + i;
-    first[i] = n - n / stride % size * stride;
+    first[i] = k + i - (k + i) / stride % size * stride;
   }
   for (int32_t j = 0; j < size;) {
     const int32_t stop = size - j < kChain ? size : j + kChain;
     float chain[8] = {};
+#pragma unroll 1
     for (; j < stop; ++j) {
       float part[8];
       load_eight(values + j * width + k, left, part);
@@ -37,8 +37,18 @@ __device__ __forceinline__ void add_turn(const T* values, int64_t shape, float w
   }
 }
 
+// Blocks of a multiprocessor: as many as leave the registers that are needed. sm_120 runs fewer threads.
+template <class T>
+constexpr int blocks() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+  return sizeof(T) == 4 ? 3 : 4;
+#else
+  return sizeof(T) == 4 ? 5 : 6;
+#endif
+}
+
 template <class T, bool kOutput>
-__global__ void __launch_bounds__(kThreads, 4) turn_kernel(const __grid_constant__ TurnArgs args) {
+__global__ void __launch_bounds__(kThreads, blocks<T>()) turn_kernel(const __grid_constant__ TurnArgs args) {
   const Plan plan(args.plan, args.plan_size, args.tokens);
   const T* arena = static_cast<const T*>(args.arena);
   for (int32_t position = static_cast<int32_t>(blockIdx.x); position < args.tokens; position += gridDim.x) {
@@ -58,27 +68,31 @@ __global__ void __launch_bounds__(kThreads, 4) turn_kernel(const __grid_constant
       }
     }
     const T* x = static_cast<const T*>(args.x) + token * args.x_stride;
-    T* y = static_cast<T*>(args.y) + token * args.width;
-    for (int64_t k = threadIdx.x * 8; k < args.width; k += kThreads * 8) {
-      const int64_t left = args.width - k;
-      float gain[8] = {}, sum[8] = {}, value[8];
+    for (int32_t k = static_cast<int32_t>(threadIdx.x) * 8; k < args.width; k += kThreads * 8) {
+      const int32_t left = args.width - k < 8 ? static_cast<int32_t>(args.width) - k : 8;
+      float value[8];
+      load_eight(kOutput ? static_cast<const T*>(args.base) + token * args.base_stride + k : x + k, left, value);
+      if (!kOutput) {
+        float gain[8] = {};
+#pragma unroll 1  // more loads at a time take more registers than there are
+        for (int32_t e = first; e < last; ++e) {
+          const int64_t offset = table_row(args.table, plan.term_slot[e])[kInGain];
+          if (offset < 0) continue;
+          float part[8];
+          load_eight(arena + offset + k, left, part);
+#pragma unroll
+          for (int i = 0; i < 8; ++i) gain[i] = fmaf(plan.weight(e), part[i], gain[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) value[i] = fmaf(gain[i], value[i], value[i]);
+      }
+#pragma unroll 1
       for (int32_t e = first; e < last; ++e) {
         const int64_t* row = table_row(args.table, plan.term_slot[e]);
-        const int64_t turn = row[kOutput ? kTurn : kInTurn];
-        if (turn >= 0) {
-          const int64_t shape = row[kOutput ? kTurnShape : kInTurnShape];
-          add_turn(arena + turn, shape, plan.weight(e), x, args.width, k, left, sum);
-        }
-        if (kOutput || row[kInGain] < 0) continue;
-        float part[8];
-        load_eight(arena + row[kInGain] + k, left, part);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) gain[i] = fmaf(plan.weight(e), part[i], gain[i]);
+        const int64_t turn = row[kOutput ? kTurn : kInTurn], shape = row[kOutput ? kTurnShape : kInTurnShape];
+        if (turn >= 0) add_turn(arena + turn, shape, plan.weight(e), x, args.width, k, left, value);
       }
-      load_eight(kOutput ? static_cast<const T*>(args.base) + token * args.base_stride + k : x + k, left, value);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) value[i] = fmaf(gain[i], value[i], value[i]) + sum[i];
-      store_eight(y + k, left, value);
+      store_eight(static_cast<T*>(args.y) + token * args.width + k, left, value);
     }
   }
 }

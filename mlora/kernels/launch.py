@@ -178,7 +178,7 @@ def turn_launches(
 ) -> list[Launch]:
     """The launch of `scale_input` on x (tokens, width) and out, contiguous, or with a `base` that of `turn_output`."""
     tokens, width = x.shape
-    bm, bn = 8, 256
+    bm, bn = 16 // x.itemsize, 256  # a 128-bit access of each thread
     tiles = -(-tokens // bm) * -(-width // bn)
     to = x if base is None else base
     args = (out, x, to, arena, table, plan, tokens, width, x.stride(0), to.stride(0))

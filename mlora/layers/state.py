@@ -93,7 +93,7 @@ class LayerState:
             and self.dtype == shared.arena.dtype
             and dispatch.backend(self.device, self.dtype) == "cpu"
         )
-        self.fused = self.plain and shared.fused and cast(Tensor, weight).is_contiguous()
+        self.fused = self.plain and shared.fused and cast(Tensor, weight).is_contiguous() and module.in_features != 0
         if self.plain:
             out_features, in_features = cast(Tensor, weight).shape
             self._shape = in_features, out_features, module.bias is not None
