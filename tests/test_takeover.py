@@ -80,7 +80,7 @@ def test_patch_takes_a_peft_model_over(
     runtime = mlora.patch(base if inner else live)
     assert runtime.model is base and base.model.layers[0].self_attn.q_proj is linear
     assert list(base.state_dict()) == list(llama.state_dict())
-    assert list(runtime.adapters) == ["b", "a"]
+    assert list(runtime.adapters) == ["a", "b"]
     for name, folder in (("a", "r3"), ("b", "rs16")):
         want = logits(peft_alone(llama, folders[folder]), batch)
         assert_close(logits(base, batch, adapter_names=name), want)
