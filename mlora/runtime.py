@@ -175,9 +175,8 @@ class Runtime:
             MergeError: the arguments do not make a merge, or factor space cannot hold these adapters.
             UnknownAdapterError, DuplicateAdapterError: of the names. CapacityError: as `load_adapter`.
         """
-        how = Merge.from_dict(
-            {"adapters": adapters, "weights": weights, "combination_type": combination_type, **options}
-        )
+        given = () if weights is None else weights  # only a mapping may leave them out
+        how = Merge.from_dict({"adapters": adapters, "weights": given, "combination_type": combination_type, **options})
         return self.add_merge(adapter_name, how)
 
     def add_merge(self, adapter_name: str, how: Merge) -> AdapterInfo:

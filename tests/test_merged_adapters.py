@@ -80,6 +80,7 @@ def test_a_merge_of_merges(model: Any, batch: Any) -> None:
         ({"adapter_name": "r3"}, errors.DuplicateAdapterError, "'r3'"),
         ({"adapters": ["r3", "nobody"]}, errors.UnknownAdapterError, "'nobody'"),
         ({"weights": [1.0]}, errors.MergeError, "1 weights for 2"),
+        ({"weights": None}, errors.MergeError, "0 weights for 2"),
         ({"combination_type": "average"}, errors.MergeError, "'average'"),
         ({"desnity": 0.5}, errors.MergeError, "no 'desnity'; it takes .*density"),
         ({"space": "factor"}, errors.MergeError, r"equal ranks.*\[3, 16\]"),
