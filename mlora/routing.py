@@ -40,6 +40,7 @@ class Plan:
         row_counts: the leading sizes that a module's input may have: `rows`, and `rows` times the
             expansion of `generate` (beams, returned sequences), entries repeated in place.
         heads: module number -> which rows heads or token embeddings of another size answer (`layers.head.Heads`).
+        routes: of each recipe, where one changes parameters: its rows, and the terms (`layers.route.Route`).
         recipes: of each row. `invocations`: aLoRAs among its adapters -> the tokens from which on each applies; see
             `mlora.activation`.
     """
@@ -50,6 +51,7 @@ class Plan:
     rows: int
     row_counts: tuple[int, ...]
     heads: Mapping[int, Any] = field(default_factory=dict)
+    routes: tuple[Any, ...] = ()
     recipes: tuple[Recipe, ...] = ()
     invocations: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
@@ -159,5 +161,9 @@ def plan_words(
 
 
 def to_device(words: np.ndarray, device: torch.device) -> Tensor:
-    """One host-to-device copy."""
-    return torch.from_numpy(words).to(device)
+    """One host-to-device copy, for which the host does not wait. Within a capture it is the kind that CUDA refuses: a
+    replay would read the host's memory again, by when it is another's."""
+    host = torch.from_numpy(words)
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)

@@ -19,7 +19,7 @@ from .activation import activation_of, prompt_of
 from .adapter import Adapter
 from .call import Call
 from .fold import Folded
-from .layers import Head, Shared, Stack, base_linears, group_heads
+from .layers import Head, Shared, Stack, base_linears, group_heads, group_routes
 from .lowering import BaseLinear, Delta, lower, to_adapter
 from .lowering.delta import kernel_major
 from .merge import Merge, as_merge, merge_adapters, relative
@@ -653,8 +653,9 @@ class Runtime:
             )
         tensor = routing.to_device(words, device)
         grouped = {index: group_heads(found, tensor.device) for index, found in heads.items()}
+        routes = group_routes(recipes, self._store.__getitem__, self._stacks, device) if experts else ()
         counts = (rows, rows * expansion)
-        return Plan(tensor, touches.tobytes(), names, rows, counts, grouped, tuple(recipes), invocations)
+        return Plan(tensor, touches.tobytes(), names, rows, counts, grouped, routes, tuple(recipes), invocations)
 
     def _headed(self, recipe: Recipe) -> dict[int, str]:
         """Module number -> the adapter of `recipe` whose head or embedding of another size serves there."""
