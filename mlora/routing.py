@@ -17,6 +17,7 @@ from .ops import layout
 
 if TYPE_CHECKING:
     from .activation import Activation, Prompt
+    from .late import Late
 
 BASE = "__base__"
 
@@ -79,8 +80,8 @@ class Siblings:
 
 class Local(threading.local):
     """Per thread: the active plan, the entries it came from, the sequence length of the forward that is
-    running (0 if none), what its layers left for their siblings, to what aLoRAs apply in it, and the prompt of the
-    `generate` that is running if it has some."""
+    running (0 if none), what its layers left for their siblings, to what aLoRAs apply in it, the prompt of the
+    `generate` that is running if it has some, and what is asked of the forward when it ends (None if none runs)."""
 
     plan: Plan | None = None
     entries: Any = None
@@ -88,6 +89,7 @@ class Local(threading.local):
     siblings: Siblings | None = None
     activation: Activation | None = None
     prompt: Prompt | None = None
+    late: list[Late] | None = None
 
 
 def resolve_entry(entry: Any, exists: Callable[[str], bool]) -> Recipe:

@@ -524,8 +524,8 @@ class Runtime:
     def _forward(self, entries: Any, call: Call) -> Iterator[None]:
         """A call of the model."""
         local, shape = self._shared.local, call.shape
-        previous = local.length, local.activation
-        local.length, local.activation = shape[1] if len(shape) > 1 else 0, None
+        previous = local.length, local.activation, local.late
+        local.length, local.activation, local.late = shape[1] if len(shape) > 1 else 0, None, []
         try:
             if entries is not None:
                 with self._route(entries, shape[0] if shape else 1, 1):
@@ -541,8 +541,10 @@ class Runtime:
                 with self._default():
                     self._activate(call)
                     yield
+            for late in local.late:
+                late.settle()
         finally:
-            (local.length, local.activation), local.siblings = previous, None
+            (local.length, local.activation, local.late), local.siblings = previous, None
 
     def _activate(self, call: Call) -> None:
         """Find out to which tokens of a forward the aLoRAs of the active plan apply."""
@@ -652,10 +654,15 @@ class Runtime:
                 f"graphs read has {most}"
             )
         tensor = routing.to_device(words, device)
-        grouped = {index: group_heads(found, tensor.device) for index, found in heads.items()}
+        grouped = {index: group_heads(found, self._width(index), device) for index, found in heads.items()}
         routes = group_routes(recipes, self._store.__getitem__, self._stacks, device) if experts else ()
         counts = (rows, rows * expansion)
         return Plan(tensor, touches.tobytes(), names, rows, counts, grouped, routes, tuple(recipes), invocations)
+
+    def _width(self, index: int) -> int:
+        """How many outputs the model's own head has, or tokens its embedding."""
+        base = self.bases[self._modules[index][0]]
+        return base.out_features if base.embed_scale is None else base.in_features
 
     def _headed(self, recipe: Recipe) -> dict[int, str]:
         """Module number -> the adapter of `recipe` whose head or embedding of another size serves there."""
