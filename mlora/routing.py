@@ -35,6 +35,7 @@ class Plan:
 
     Args:
         tensor: int32, the layout of `mlora.ops.layout`, on the device.
+        header: the first of its words, on the host.
         touches: one byte a module, what the plan's adapters do to it (`store.LORA`, ...).
         names: the adapters that it pins.
         rows: batch rows, or 1 if one recipe serves every row of any batch.
@@ -47,6 +48,7 @@ class Plan:
     """
 
     tensor: Tensor
+    header: Tensor
     touches: bytes
     names: tuple[str, ...]
     rows: int

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+import torch
 from torch import nn
 
 from . import errors, routing
@@ -657,7 +658,10 @@ class Runtime:
         grouped = {index: group_heads(found, self._width(index), device) for index, found in heads.items()}
         routes = group_routes(recipes, self._store.__getitem__, self._stacks, device) if experts else ()
         counts = (rows, rows * expansion)
-        return Plan(tensor, touches.tobytes(), names, rows, counts, grouped, routes, tuple(recipes), invocations)
+        header = torch.from_numpy(words[: layout.PLAN_HEADER])
+        return Plan(
+            tensor, header, touches.tobytes(), names, rows, counts, grouped, routes, tuple(recipes), invocations
+        )
 
     def _width(self, index: int) -> int:
         """How many outputs the model's own head has, or tokens its embedding."""
@@ -691,6 +695,10 @@ class Runtime:
         if words.numel() > self._shared.plan.numel():
             words = words[: layout.PLAN_HEADER]
         self._shared.plan[: words.numel()].copy_(words)
+        if plan is None:
+            self._shared.header.zero_()
+        else:
+            self._shared.header.copy_(plan.header)
 
     # Checks
 

@@ -34,7 +34,7 @@ WAITS = {
 
 
 class Trace(TorchDispatchMode):
-    """Names of the operators that ran, and of those that the host waits for.
+    """Names of the operators that ran, and of those that the host waits for. Checks read what they are given.
 
     A copy between host and device is one, unless it is `non_blocking` and the host's memory is pinned: torch sees to
     that where it makes the copy on the host; `pinned` are tensors that lie so. Of those, `copies` has the places among
@@ -57,7 +57,7 @@ class Trace(TorchDispatchMode):
         is_pinned = crosses and (tensors[-1].device.type == "cpu" or any(tensors[0] is one for one in self.pinned))
         if is_pinned and (kwargs or {}).get("non_blocking"):
             self.copies.append(len(self.calls) - 1)
-        elif crosses or name in WAITS:
+        elif crosses or name in WAITS or (name.startswith("mlora::check_") and tensors[0].device.type == "cuda"):
             self.waits.append(name)
         return out
 
@@ -74,7 +74,7 @@ def traced_layer(touches: int, tokens: int) -> Trace:
         assert isinstance(layer, LoraLayer) and layer.weight.device.type == "cuda"
         x = torch.empty(tokens, 64, device="cuda", dtype=torch.bfloat16)
         words = torch.zeros(64, dtype=torch.int32, device="cuda")
-        runtime._shared.local.plan = mlora.routing.Plan(words, bytes([touches]), (), 1, (1,))
+        runtime._shared.local.plan = mlora.routing.Plan(words, torch.zeros(8), bytes([touches]), (), 1, (1,))
         assert mode is not None
         with torch.no_grad(), Trace() as trace:
             out = layer(x)
@@ -144,7 +144,7 @@ def test_an_embedding_makes_one_call_and_never_waits(monkeypatch: pytest.MonkeyP
         runtime = mlora.patch(model, memory=1 << 16)
         ids = torch.zeros(2, 7, dtype=torch.int64, device="cuda")
         words = torch.zeros(64, dtype=torch.int32, device="cuda")
-        runtime._shared.local.plan = mlora.routing.Plan(words, bytes([LORA]), (), 1, (1,))
+        runtime._shared.local.plan = mlora.routing.Plan(words, torch.zeros(8), bytes([LORA]), (), 1, (1,))
         with torch.no_grad(), Trace() as trace:
             model(ids)
         runtime._shared.local.plan = None
@@ -239,7 +239,7 @@ class FakeModel:
         with self.mode:
             asked = torch.empty(ids.shape, dtype=ids.dtype, device="cuda")
         with self.mode, torch.no_grad(), Trace(self.pinned) as self.trace:
-            wide = VOCAB + 3 if "wide" in entries else VOCAB
+            wide = VOCAB + 3 if "wide" in (entries or ()) else VOCAB
             out = self.model(asked, adapter_names=entries, use_cache=False)
         assert out.logits.shape == (*ids.shape, wide) and out.logits.device.type == "cuda"
         return self.trace
@@ -259,6 +259,14 @@ CALLS: dict[str, tuple[list[Any], list[str]]] = {
     "alora": (["alora", None, {"alora": 0.5, "experts": 1.0}], ["ids"]),
     "all": (["alora", "wide", "experts"], ["ids", "event"]),
 }
+
+
+def test_compiled_layers_do_not_wait_for_what_they_refuse(
+    fake_model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    trace = fake_model(None, torch.zeros(3, 4, dtype=torch.int64))
+    assert trace.waits == [] and all(trace.count(f"check_{what}_") for what in ("heads", "experts", "tails"))
 
 
 @pytest.mark.parametrize("case", CALLS)

@@ -31,7 +31,7 @@ class EmbeddingLayer(LoraLayer):
                 return self._base(input)
             check_rows(shared.plan, input.shape[0])
             if state.index in shared.heads:
-                check_heads(shared.plan)
+                check_heads(shared.header)
             return self._changed(input, shared.plan)
         plan = shared.local.plan or shared.default
         if plan is None or not (touches := plan.touches[state.index]):

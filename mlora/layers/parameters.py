@@ -120,7 +120,7 @@ class ParametersLayer(LoraLayer):
         shared = state.shared
         if torch.compiler.is_compiling():
             if shared.experts:
-                check_experts(shared.plan)
+                check_experts(shared.header)
             return self._whole(args, named)
         plan = shared.local.plan or shared.default
         if plan is None or not any(plan.touches[index] for index in state.stacks.values()):
