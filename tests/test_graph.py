@@ -16,6 +16,7 @@ from conftest import VOCAB, build, inputs_for, make_adapter, resized
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
 
 import mlora
 from mlora import activation
@@ -233,14 +234,14 @@ class FakeModel:
         self.trace.calls.append(what)
         self.trace.waits.append(what)
 
-    def __call__(self, entries: Any, ids: Tensor) -> Trace:
+    def __call__(self, entries: Any, ids: Tensor, **options: Any) -> Trace:
         """A call of the model on `ids`, whose contents are known to the search for invocations alone."""
         self.ids = ids
         with self.mode:
             asked = torch.empty(ids.shape, dtype=ids.dtype, device="cuda")
         with self.mode, torch.no_grad(), Trace(self.pinned) as self.trace:
             wide = VOCAB + 3 if "wide" in (entries or ()) else VOCAB
-            out = self.model(asked, adapter_names=entries, use_cache=False)
+            out = self.model(asked, adapter_names=entries, use_cache=bool(options), **options)
         assert out.logits.shape == (*ids.shape, wide) and out.logits.device.type == "cuda"
         return self.trace
 
@@ -259,6 +260,23 @@ CALLS: dict[str, tuple[list[Any], list[str]]] = {
     "alora": (["alora", None, {"alora": 0.5, "experts": 1.0}], ["ids"]),
     "all": (["alora", "wide", "experts"], ["ids", "event"]),
 }
+
+
+@pytest.mark.parametrize("entries", (["alora", None, "alora"], ["alora", None, {"alora": 0.5, "experts": 1.0}]))
+@pytest.mark.parametrize("starts", ({"alora": 1}, {"alora": None}), ids=("behind", "none"))
+def test_a_step_behind_the_prompt_waits_for_nothing(
+    fake_model: FakeModel, entries: list[Any], starts: dict[str, int | None]
+) -> None:
+    """As `generate` makes them, with a cache."""
+    prompt = torch.tensor([[1, 5, 2, 3], [1, 2, 3, 4], [5, 1, 2, 5]])
+    cache = DynamicCache()
+    with fake_model.mode, fake_model.model.mlora.use_adapters(entries):
+        fake_model(None, prompt, past_key_values=cache)
+        local = fake_model.model.mlora._shared.local
+        local.prompt = activation.Prompt(local.plan, prompt, [starts, {}, starts])
+        trace = fake_model(None, prompt[:, :1], past_key_values=cache)
+        local.prompt = None
+    assert trace.waits == [] and trace.count("apply_") and len(trace.copies) == (None in starts.values())
 
 
 def test_compiled_layers_do_not_wait_for_what_they_refuse(

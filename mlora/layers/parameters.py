@@ -155,7 +155,7 @@ class ParametersLayer(LoraLayer):
         return tuple(self._joined(column, chosen, tokens, plan) for column in zip(*outputs, strict=True))
 
     def _parts(self, plan: Plan) -> list[tuple[Changes, Tensor]]:
-        """What recipes do to the module, and the plan's rows that get it, in order."""
+        """What recipes do to the module, and the plan's rows that get it."""
         rows: dict[tuple[tuple[Factors, ...], ...], list[Tensor]] = {}
         for route in plan.routes:
             terms = tuple(route.terms.get(index, ()) for index in self._mlora.stacks.values())
@@ -163,7 +163,7 @@ class ParametersLayer(LoraLayer):
         return [
             (
                 {name: own for name, own in zip(self._mlora.stacks, terms, strict=True) if own},
-                mine[0] if len(mine) == 1 else torch.cat(mine).sort().values,
+                mine[0] if len(mine) == 1 else torch.cat(mine),
             )
             for terms, mine in rows.items()
         ]
