@@ -478,6 +478,7 @@ class Runtime:
             with self._lock:
                 version = self._folded.version
             plan = self._acquire(entry, 1, 1)
+            self._arrive()
             with self._resolved(entry) as resolved:
                 if version == self._folded.version:  # or the plan is for weights that another thread has changed
                     previous, self._shared.default = self._shared.default, None if resolved is None else plan
@@ -492,7 +493,14 @@ class Runtime:
         """Route everything that this thread runs inside the `with`: one entry a row, or one for all."""
         rows = len(entries) if isinstance(entries, Sequence) else 1
         with self._route(entries, rows, 1):
+            self._arrive()
             yield
+
+    def _arrive(self) -> None:
+        """Wait until plans are on the device: what they route may run on other streams than this one."""
+        device = self._store.arena.device
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
 
     @contextmanager
     def _route(self, entries: Any, rows: int, expansion: int) -> Iterator[None]:

@@ -212,7 +212,8 @@ class FakeModel:
         patched.setattr(Store, "register", faked)
         patched.setattr(activation, "occurrences", occurrences)
         event = SimpleNamespace(synchronize=lambda: self.wait("event"))
-        patched.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(record_event=lambda: event))
+        stream = SimpleNamespace(record_event=lambda: event, synchronize=lambda: self.wait("stream"))
+        patched.setattr(torch.cuda, "current_stream", lambda device: stream)
         patched.setattr("mlora.layers.embedding.check_tokens", lambda ids, **of: self.trace.calls.append("checked"))
         bases = mlora.patch(copy.deepcopy(base)).bases  # some are read when adapters are loaded
         self.model = base
@@ -271,6 +272,7 @@ def test_a_step_behind_the_prompt_waits_for_nothing(
     prompt = torch.tensor([[1, 5, 2, 3], [1, 2, 3, 4], [5, 1, 2, 5]])
     cache = DynamicCache()
     with fake_model.mode, fake_model.model.mlora.use_adapters(entries):
+        assert fake_model.trace.waits == ["stream"], "others may run what is routed here"
         fake_model(None, prompt, past_key_values=cache)
         local = fake_model.model.mlora._shared.local
         local.prompt = activation.Prompt(local.plan, prompt, [starts, {}, starts])
