@@ -253,7 +253,7 @@ def test_two_threads_get_their_own_rows(patched: Any, llama: Any) -> None:
     for thread in threads:
         thread.join()
     assert not failures
-    assert patched.mlora._active == 0
+    assert patched.mlora._readers.count == 0
 
 
 def test_threads_load_and_delete_while_others_run(patched: Any, folders: dict[str, Path]) -> None:
