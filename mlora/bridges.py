@@ -19,7 +19,7 @@ class Bridges:
     else an adapter that is made for it, a bridge, and kept until something else is folded in.
 
     Args:
-        lock: the runtime's, see there; reentrant.
+        lock: the runtime's, see its `__init__`; reentrant.
     """
 
     def __init__(self, registry: Registry, folded: Folded, store: Store, lock: threading.RLock) -> None:

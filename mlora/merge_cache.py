@@ -18,7 +18,7 @@ class MergeCache:
 
     Args:
         most: how many are kept, beside those in use.
-        lock: the runtime's, see there; reentrant.
+        lock: the runtime's, see its `__init__`; reentrant.
     """
 
     def __init__(self, registry: Registry, most: int, lock: threading.RLock) -> None:

@@ -80,7 +80,7 @@ class Registry:
         store, shared: of the patched model. `folded`: what is in its weights, and so cannot go.
         bases: dotted path -> what an adapter can change. `indices`: -> its number in the store.
         encoder: whether a part of the model reads other tokens than input_ids.
-        lock: the runtime's, see there; reentrant.
+        lock: the runtime's, see its `__init__`; reentrant.
 
     Lowering and packing, which take long, are done without the lock.
     """

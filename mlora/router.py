@@ -23,7 +23,7 @@ class Router:
     """Puts plans where layers look for them, in `Shared.local` and `Shared.default`, and takes them back.
 
     Args:
-        lock: the runtime's, see there; reentrant.
+        lock: the runtime's, see its `__init__`; reentrant.
 
     `default_entry` is what the default was made of, its merges resolved.
     """

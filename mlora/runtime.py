@@ -37,10 +37,6 @@ class Runtime:
     Wherever entries are taken, one is an adapter's name, `None` or `"__base__"` for the bare model, a mapping
     name -> weight for a weighted sum of deltas, or a `Merge` (also as a mapping with its fields), which is computed
     once and kept under its label, until `max_merges` others have been used since.
-
-    The parts share one reentrant lock, which guards the registry with the lists of what mlora made itself, the count of
-    `Readers`, the default, and the weights as they change. Under it the store's own may be taken; `MergeCache`'s, under
-    which merges are computed, is never taken under it.
     """
 
     def __init__(
@@ -56,6 +52,8 @@ class Runtime:
         self._model = model
         self._store = store
         self._shared = shared
+        # Guards the registry with the names that the merge cache and the bridges keep of theirs, the number of readers,
+        # the default, and the weights as they change. The store's own lock may be taken under it, the cache's never.
         lock = self._lock = threading.RLock()
         modules = {indices[name]: (name, module) for name, module in paths.items()}
         modules.update({indices[name]: (name, stack.module) for name, stack in stacks.items()})

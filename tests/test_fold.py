@@ -423,3 +423,16 @@ def test_a_default_is_not_set_for_weights_that_have_changed(
     folding[0]()
     assert model.mlora.merged == {"rs16": 1.0}
     assert_close(logits(model, batch), want)
+
+
+def test_an_adapter_deleted_before_it_is_served_beside_a_folded_one(
+    model: Any, batch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another thread, between the reading of the entries and the lowering."""
+    model.mlora.merge_adapter("dora1")
+    bridges = model.mlora._bridges
+    make = bridges.make
+    monkeypatch.setattr(bridges, "make", lambda recipe: (model.mlora.delete_adapter("r3"), make(recipe)))
+    with pytest.raises(errors.UnknownAdapterError, match="no adapter 'r3' is loaded"):
+        logits(model, batch, adapter_names="r3")
+    assert model.mlora._readers.count == 0
