@@ -313,7 +313,7 @@ def measure_request(console: Console, log: Log, args: argparse.Namespace) -> Non
 
 def folded(runtime: Any, merge: mlora.Merge) -> Iterator[tuple[str, Tensor]]:
     """Each module's merged change of its weight, in fp64."""
-    lowered = [lower(runtime._loaded[name].adapter, runtime.bases) for name in merge.adapters]
+    lowered = [lower(runtime._registry[name].adapter, runtime.bases) for name in merge.adapters]
     for name, delta in merge_adapters(lowered, merge, runtime.bases):
         if delta.a is not None and delta.b is not None:
             yield name, delta.b.double().t() @ delta.a.double()

@@ -4,9 +4,11 @@ from . import errors
 from .adapter import Adapter
 from .config import from_config
 from .merge import Merge
-from .patch import patch, unpatch
+from .patch import patch
+from .patched import unpatch
+from .registry import AdapterInfo
 from .routing import BASE
-from .runtime import AdapterInfo, Runtime
+from .runtime import Runtime
 
 __version__ = "0.1.0"
 

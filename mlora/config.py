@@ -18,6 +18,7 @@ from .adapter import Adapter
 from .lowering.targets import is_target
 from .merge import ALIASES, Merge
 from .patch import patch
+from .patched import unpatch
 from .runtime import Runtime
 
 # Ludwig's names of an adapter's fields -> PEFT's. Dropout plays no part when an adapter is served.
@@ -94,8 +95,6 @@ def from_config(config: str | Path | Mapping[str, Any], *, model: nn.Module | No
         if parsed.active is not None:
             runtime.set_adapter(parsed.active)
     except BaseException:
-        from .patch import unpatch
-
         unpatch(runtime.model)
         raise
     return runtime

@@ -24,12 +24,11 @@ class Folded:
     Args:
         store: of the adapters. `modules`: number in the store -> (dotted path, module).
 
-    `recipe` is `()` where nothing is. `version` changes whenever weights do. Not thread-safe.
+    `recipe` is `()` where nothing is. Not thread-safe.
     """
 
     def __init__(self, model: nn.Module, store: Store, modules: Mapping[int, tuple[str, nn.Module]]) -> None:
         self.recipe: Recipe = ()
-        self.version = 0
         self._fold: Fold | None = None
         self._model = model
         self._store = store
@@ -41,7 +40,6 @@ class Folded:
         Raises:
             MergeError: as there; nothing has changed then. CapacityError: its adapters do not fit on the device.
         """
-        self.version += 1
         before, folded = self._fold, self.recipe
         if before is not None and keep == "copy" and isinstance(before.keeper, Copies):
             keeper: Keeper = before.keeper  # the new recipe is put in from the originals: one pass
@@ -62,7 +60,6 @@ class Folded:
     def take_out(self) -> None:
         """Restore every byte. Raises MergeError if the checkpoint's files have changed; nothing has changed then."""
         if self._fold is not None:
-            self.version += 1
             self._with_plan(self.recipe, self._fold.take_out)
             self._fold, self.recipe = None, ()
 

@@ -1,17 +1,14 @@
-"""`patch` and `unpatch`: turn a model into a multi-adapter runtime, in place, and back."""
+"""`patch`: turn a model into a multi-adapter runtime, in place."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
 from . import errors
 from .adapter import Adapter
-from .call import Call
 from .layers import (
     LayerState,
     LoraLayer,
@@ -24,48 +21,15 @@ from .layers import (
     is_norm_like,
     mixin_of,
     model_dtype,
-    refuse_copy,
-    refuse_move,
-    restore_class,
     swap_class,
     swap_forward,
 )
-from .ops.checks import check_rows
+from .patched import PatchedModel, ancestors
 from .runtime import Runtime
 from .store import Store
 from .takeover import has_peft, take_over
 
 PLAN_WORDS = 1 << 16  # the plan buffer of compiled code: room for batches of some ten thousand rows
-
-
-class PatchedModel(nn.Module):
-    """Mixed in before the root model's class: `adapter_names=` on calls and on `generate`."""
-
-    mlora: Runtime
-
-    def __call__(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            if adapter_names is not None:
-                raise errors.EntryError(
-                    "adapter_names= cannot be given inside torch.compile, where every new list of names would be a "
-                    "new graph; route with `with runtime.use_adapters(names):` around the compiled call"
-                )
-            if shape := Call(args, kwargs).shape:
-                check_rows(self.mlora._shared.plan, shape[0])
-            return super().__call__(*args, **kwargs)
-        with self.mlora._forward(adapter_names, Call(args, kwargs)):
-            return super().__call__(*args, **kwargs)
-
-    def generate(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
-        with self.mlora._generation(adapter_names, Call(args, kwargs), _expansion(self, args, kwargs)):
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        refuse_move(self, fn)
-        return super()._apply(fn, recurse)
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        refuse_copy()
 
 
 def patch(
@@ -157,7 +121,7 @@ def patch(
         swap_forward(module, type(module).forward, mixin.forward)
         module.__dict__["_mlora"] = states[key]
         swap_class(module, mixin)
-    for module in _ancestors(model, runtime.bases):
+    for module in ancestors(model, runtime.bases):
         guard_moves(module)
     swap_class(model, PatchedModel)
     model.__dict__["mlora"] = runtime
@@ -166,36 +130,6 @@ def patch(
     if active is not None:
         runtime.set_adapter(active)
     return runtime
-
-
-def unpatch(model: nn.Module) -> nn.Module:
-    """Undo `patch`: the very same modules, without a trace.
-
-    Raises:
-        PatchError: the model is not patched, or a routing is active.
-    """
-    if not isinstance(model, PatchedModel):
-        raise errors.PatchError(f"this {type(model).__name__} is not patched")
-    model.mlora._close()
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            outer = module._mlora.outer
-            del module.__dict__["_mlora"]
-            restore_class(module)
-            swap_forward(module, mixin_of(module).forward, type(module).forward)
-            if outer is not None:
-                module.__dict__["forward"] = outer
-    for module in _ancestors(model, model.mlora.bases):
-        module.__dict__.pop("_apply", None)
-    del model.__dict__["mlora"]
-    restore_class(model)
-    return model
-
-
-def _ancestors(model: nn.Module, paths: Iterable[str]) -> list[nn.Module]:
-    """The modules between `model` and its layers."""
-    names = {path[:end] for path in paths for end, letter in enumerate(path) if letter == "."}
-    return [module for name, module in model.named_modules(remove_duplicate=False) if name in names]
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -212,18 +146,3 @@ def _default_memory(model: nn.Module, device: torch.device) -> int:
 
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else weights
     return max(1, min(max(weights // 2, 64 << 20), free // 2))
-
-
-def _expansion(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """How many times `generate` repeats each row: for beams, or for several returned sequences.
-
-    As in transformers, an argument counts before the given config, and that before the model's own.
-    """
-    given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
-    configs = (given, getattr(model, "generation_config", None))
-
-    def setting(name: str) -> int:
-        values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
-        return next((int(value) for value in values if value is not None), 1)
-
-    return max(setting("num_beams"), setting("num_return_sequences"))

@@ -154,6 +154,17 @@ def test_an_exception_in_mid_forward_leaves_no_routing(
     mlora.unpatch(patched)
 
 
+def test_a_plan_that_does_not_reach_the_device_pins_nothing(
+    patched: Any, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no memory for the plan")
+
+    monkeypatch.setattr(mlora.routing, "to_device", full)
+    with refused(patched, torch.OutOfMemoryError, "no memory"):
+        patched(**batch, adapter_names=MIXED)
+
+
 def test_wrong_number_of_rows_inside_use_adapters(patched: Any, batch: dict[str, Tensor]) -> None:
     with patched.mlora.use_adapters(["r3", "rs16"]):
         with refused(patched, errors.EntryError, "2 entries", "4 rows"):
@@ -253,7 +264,7 @@ def test_two_threads_get_their_own_rows(patched: Any, llama: Any) -> None:
     for thread in threads:
         thread.join()
     assert not failures
-    assert patched.mlora._active == 0
+    assert patched.mlora._readers.count == 0
 
 
 def test_threads_load_and_delete_while_others_run(patched: Any, folders: dict[str, Path]) -> None:
@@ -281,6 +292,23 @@ def test_threads_load_and_delete_while_others_run(patched: Any, folders: dict[st
     stop.set()
     thread.join()
     assert not problems
+
+
+def test_adapters_are_told_while_another_thread_deletes_one(patched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, deleting = type(patched.mlora._store), []
+    find = store.__getitem__
+
+    def hooked(self: Any, name: str) -> Any:
+        if not deleting:
+            deleting.append(threading.Thread(target=lambda: patched.mlora.delete_adapter("bias8")))
+            deleting[0].start()
+            deleting[0].join(0.5)
+        return find(self, name)
+
+    monkeypatch.setattr(store, "__getitem__", hooked)
+    assert "bias8" in patched.mlora.adapters
+    deleting[0].join()
+    assert "bias8" not in patched.mlora.adapters
 
 
 def test_a_default_set_by_one_thread_serves_another(patched: Any) -> None:

@@ -177,7 +177,7 @@ def test_dilated_convolutions(tmp_path: Path) -> None:
     assert_close(call(model, x, adapter_names=["a"] * 3), call(peft_alone(base, folder), x))
     runtime.add_weighted_adapter(["a"], [2.0], "twice")  # no LoRA could hold it
     runtime.save_adapter("twice", tmp_path / "twice")
-    assert runtime._loaded["twice"].adapter.peft_type == "DELTA"
+    assert runtime._registry["twice"].adapter.peft_type == "DELTA"
     runtime.load_adapter(tmp_path / "twice", "again")
     assert torch.equal(call(model, x, adapter_names="again"), call(model, x, adapter_names="twice"))
 
@@ -362,7 +362,7 @@ def test_warmup_knows_their_widths(served: Any) -> None:
 
 def test_against_fp64(served: Any, folders: dict[str, Path]) -> None:
     """A grouped convolution's B is block-diagonal, and its A reads all channels."""
-    tensors = served.mlora._loaded["lora"].adapter.tensors
+    tensors = served.mlora._registry["lora"].adapter.tensors
     a, b = (tensors[f"groups.lora_{part}.weight"].double() for part in "AB")
     x = torch.randn(2, 6, 8, 11)
     with torch.no_grad(), served.mlora.use_adapters("lora"):

@@ -121,7 +121,7 @@ def test_ids_of_other_rows_are_refused() -> None:
 
 def test_against_fp64() -> None:
     model, ids = embedding(2)
-    delta = {n: model.mlora._loaded[n].adapter.tensors for n in "ab"}
+    delta = {n: model.mlora._registry[n].adapter.tensors for n in "ab"}
     with model.mlora.use_adapters([{"a": 0.5, "b": -2.0}, "b"]):
         got = model.model.embed_tokens(ids)
     for row, mix in enumerate(({"a": 0.5, "b": -2.0}, {"b": 1.0})):

@@ -406,17 +406,33 @@ def test_a_weight_that_a_lowering_has_read_does_not_change(
 def test_a_default_is_not_set_for_weights_that_have_changed(
     model: Any, batch: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the making of its plan and its setting another thread folds something in."""
+    """Between the making of its plan and its setting another thread wants to fold something in, and has to wait."""
     want = logits(model, batch, adapter_names="r3")
-    acquire, folded = model.mlora._acquire, []
+    planner = model.mlora._router._planner
+    acquire, folding, done = planner.acquire, [], threading.Event()
 
     def hooked(*args: Any) -> Any:
         plan = acquire(*args)
-        if not folded:
-            folded.append(True)
-            in_thread(lambda: model.mlora.merge_adapter("rs16"))()
+        if not folding:
+            folding.append(in_thread(lambda: (model.mlora.merge_adapter("rs16"), done.set())))
+            assert not done.wait(0.5)
         return plan
 
-    monkeypatch.setattr(model.mlora, "_acquire", hooked)
+    monkeypatch.setattr(planner, "acquire", hooked)
     model.mlora.set_adapter("r3")
+    folding[0]()
+    assert model.mlora.merged == {"rs16": 1.0}
     assert_close(logits(model, batch), want)
+
+
+def test_an_adapter_deleted_before_it_is_served_beside_a_folded_one(
+    model: Any, batch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another thread, between the reading of the entries and the lowering."""
+    model.mlora.merge_adapter("dora1")
+    bridges = model.mlora._bridges
+    make = bridges.make
+    monkeypatch.setattr(bridges, "make", lambda recipe: (model.mlora.delete_adapter("r3"), make(recipe)))
+    with pytest.raises(errors.UnknownAdapterError, match="no adapter 'r3' is loaded"):
+        logits(model, batch, adapter_names="r3")
+    assert model.mlora._readers.count == 0

@@ -227,7 +227,7 @@ class FakeModel:
                     if tensor is not None:
                         module._buffers[name] = torch.empty_like(tensor, device="cuda")
             runtime = mlora.patch(self.model, memory=1 << 20)
-        runtime.bases = bases
+        runtime.bases.update(bases)
         for name, folder in folders.items():
             runtime.load_adapter(folder, name)
 

@@ -112,8 +112,8 @@ def test_equal_merges_share_one_route_and_are_computed_once(
     model: Any, batch: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runtime, made = model.mlora, []
-    merge_one = type(runtime)._merge
-    monkeypatch.setattr(type(runtime), "_merge", lambda self, *a: (made.append(a), merge_one(self, *a))[1])
+    merge_one = runtime._registry.add_merge
+    monkeypatch.setattr(runtime._registry, "add_merge", lambda *a: (made.append(a), merge_one(*a))[1])
     a, b = (Merge(n, w, "ties", density=1.0) for n, w in ((["r3", "rs16"], [1, 2]), (["rs16", "r3"], [2, 1])))
     with runtime.use_adapters([a, b, "r3", b]):
         plan = runtime._shared.local.plan

@@ -1,6 +1,8 @@
-// shrink and expand. Every (token, rank) dot product is one chain over k, and every output element one
-// chain over terms and rank rows, whatever the tile: a token's delta does not depend on what it is computed beside.
+// shrink and expand. Every (token, rank) dot product is the same chains over k, and every output element one chain over
+// terms and rank rows, whatever the tile: a token's delta does not depend on what it is computed beside.
 #pragma once
+
+#include <type_traits>
 
 #include "vec.h"
 
@@ -10,133 +12,240 @@ namespace {
 
 #define MLORA_UNROLL _Pragma("GCC unroll 16")
 
-constexpr int kTileRanks = 4;                          // rank rows of A that a tile reads
+constexpr int kTileRanks = 4;                          // rank rows of A that a tile of four tokens reads
 constexpr int kTilePairs = MLORA_HAVE_AVX512 ? 4 : 2;  // Pairs of each rank row of B that a tile reads for one token
-
-// What to ask for while reading a tile: the tile that will be read after it. A tile is read in an outer loop, over
-// Pairs of kTileRanks rows of A or over all rank rows of B, and an inner one, over those rows or over Pairs of the
-// row; outer and inner are what each adds to the address, in bytes. The address may lie outside of any buffer.
-struct Next {
-  uintptr_t at;
-  int64_t outer;
-  int64_t inner;
-};
 
 template <class T>
 constexpr int64_t kPairBytes = 2 * W * sizeof(T);
 
+// Asks for the Pair at p[i], which may lie outside of any buffer.
 template <class T>
-MLORA_INLINE Next next_rows(const T* a, int64_t in) {
-  return {reinterpret_cast<uintptr_t>(a), kPairBytes<T>, in * static_cast<int64_t>(sizeof(T))};
-}
-
-template <class T>
-MLORA_INLINE Next next_columns(const T* b, int64_t out) {
-  return {reinterpret_cast<uintptr_t>(b), out * static_cast<int64_t>(sizeof(T)), kPairBytes<T>};
-}
-
-constexpr int64_t kFewColumns = 1024;  // sums of a token that expand_few keeps
-
-template <class T>
-MLORA_INLINE Next first_tile(const Job& job) {
-  const Problem& p = *job.problem;
-  if (job.term) return next_rows(static_cast<const T*>(job.term->a) + job.from * p.in, p.in);
-  const T* b = static_cast<const T*>(job.segment->terms->b);
-  if (!b) return Next{};
-  return job.segment->count <= kFewTokens ? next_rows(b + job.from, p.out) : next_columns(b + job.from, p.out);
-}
-
-template <class T>
-MLORA_INLINE void fetch(const Next& next, int inner) {
-  const uintptr_t at = next.at + inner * next.inner;
+MLORA_INLINE void prefetch_pair(const T* p, int64_t i) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(p) + i * static_cast<int64_t>(sizeof(T));
   MLORA_UNROLL for (int64_t line = 0; line < kPairBytes<T>; line += 64) {
     __builtin_prefetch(reinterpret_cast<const void*>(at + line));
   }
 }
 
-// Chains are cut into blocks, whose sums are added in order: a long fp32 chain would lose accuracy.
-constexpr int64_t kShrinkBlock = 32 * W;
+// Asks for what jobs will read, kDistance bytes before they do. Kernels that read in the order of memory, a row of A or
+// two of B at a time, step on by as many bytes as they read: the hardware brings neighbouring lines up to twice as fast
+// as lines here and there, from any level of memory, but starts anew at every row, page and adapter.
+template <class T>
+class Ahead {
+ public:
+  MLORA_INLINE Ahead(const Job* job, const Job* end) : job_(job), end_(end) { at = next(kDistance); }
 
-// v[t * stride + r] = scale * (A[r] . x[t])
-template <class T, int Tokens, int Ranks, bool Fetch>
-MLORA_INLINE void shrink_tile(const T* const* x, const T* a, int64_t in, float scale, float* v, int64_t stride,
-                              Next next) {
-  constexpr int64_t step = 2 * W;
-  vf total[Tokens][Ranks];
-  MLORA_UNROLL for (int t = 0; t < Tokens; ++t) {
-    MLORA_UNROLL for (int r = 0; r < Ranks; ++r) total[t][r] = zero();
+  // Four Pairs were read; or one, or fewer elements. `at` is the caller's copy of `at`, in a register.
+  MLORA_INLINE void step(uintptr_t& at) { step<4 * kPairBytes<T>>(at); }
+  MLORA_INLINE void tail(uintptr_t& at) { step<kPairBytes<T>>(at); }
+
+  uintptr_t at;
+
+ private:
+  static constexpr int64_t kDistance = 8192;
+
+  template <int64_t Bytes>
+  MLORA_INLINE void step(uintptr_t& at) {
+    MLORA_UNROLL for (int64_t line = 0; line < Bytes; line += 64) {
+      __builtin_prefetch(reinterpret_cast<const void*>(at + line));
+    }
+    at += Bytes;
+    if (__builtin_expect(at >= stop_, 0)) at = next(at - stop_);
   }
-  for (int64_t k = 0; k < in;) {
-    const int64_t stop = in - k < kShrinkBlock ? in : k + kShrinkBlock;
-    vf acc[Tokens][Ranks];
-    MLORA_UNROLL for (int t = 0; t < Tokens; ++t) {
-      MLORA_UNROLL for (int r = 0; r < Ranks; ++r) acc[t][r] = zero();
-    }
-    for (; k + step <= stop; k += step) {
-      Operand<T> xs[Tokens];
-      MLORA_UNROLL for (int t = 0; t < Tokens; ++t) xs[t] = load_operand<T, false>(x[t] + k, step);
-      MLORA_UNROLL for (int r = 0; r < Ranks; ++r) {
-        if (Fetch) fetch<T>(next, r);
-        const Operand<T> as = load_operand<T, false>(a + r * in + k, step);
-        MLORA_UNROLL for (int t = 0; t < Tokens; ++t) acc[t][r] = dot<T>(xs[t], as, acc[t][r]);
-      }
-      next.at += next.outer;
-    }
-    if (k < stop) {
-      MLORA_UNROLL for (int t = 0; t < Tokens; ++t) {
-        const Operand<T> xs = load_operand<T, true>(x[t] + k, stop - k);
-        MLORA_UNROLL for (int r = 0; r < Ranks; ++r) {
-          acc[t][r] = dot<T>(xs, load_operand<T, true>(a + r * in + k, stop - k), acc[t][r]);
+
+  // The address `beyond` bytes into the next run of neighbouring bytes, or into the one after it if it is shorter.
+  __attribute__((noinline)) uintptr_t next(uintptr_t beyond) {
+    for (;;) {
+      while (rows_ == 0) {
+        if (job_ == end_) {  // ask for what was read already, which costs nothing
+          stop_ = UINTPTR_MAX;
+          return stop_ / 2;
         }
+        part();
       }
-      k = stop;
-    }
-    MLORA_UNROLL for (int t = 0; t < Tokens; ++t) {
-      MLORA_UNROLL for (int r = 0; r < Ranks; ++r) total[t][r] = add(total[t][r], acc[t][r]);
+      const uintptr_t at = row_ + beyond;
+      stop_ = row_ + width_;
+      row_ += stride_;
+      --rows_;
+      if (at < stop_) return at;
+      beyond = at - stop_;
     }
   }
-  MLORA_UNROLL for (int t = 0; t < Tokens; ++t) {
-    MLORA_UNROLL for (int r = 0; r < Ranks; ++r) v[t * stride + r] = scale * reduce(total[t][r]);
+
+  // What comes next: of a shrink the input and A, of an expand every term's B and the output.
+  void part() {
+    const Problem& p = *job_->problem;
+    const Segment& s = *job_->segment;
+    const int64_t size = sizeof(T), count = job_->to - job_->from, part = part_++;
+    rows_ = 1;
+    if (job_->term && part == 0) {
+      row_ = reinterpret_cast<uintptr_t>(p.x) + s.tokens[0] * p.x_stride * size;
+      width_ = p.in * size;
+    } else if (job_->term && part == 1) {
+      row_ = reinterpret_cast<uintptr_t>(job_->term->a) + job_->from * p.in * size;
+      width_ = count * p.in * size;
+    } else if (!job_->term && s.count <= kFewTokens && part < s.term_count) {
+      const Term& term = s.terms[part];
+      row_ = reinterpret_cast<uintptr_t>(term.b) + job_->from * size;
+      width_ = count * size;
+      stride_ = p.out * size;
+      rows_ = term.rank;
+    } else if (!job_->term && s.count <= kFewTokens && part < s.term_count + s.count) {
+      row_ = reinterpret_cast<uintptr_t>(p.y) + (s.tokens[part - s.term_count] * p.y_stride + job_->from) * size;
+      width_ = count * size;
+    } else {
+      rows_ = part_ = 0;
+      ++job_;
+    }
+    if (rows_ > 1 && width_ == stride_) {
+      width_ *= rows_;
+      rows_ = 1;
+    }
   }
+
+  const Job* job_;
+  const Job* end_;
+  int64_t part_ = 0;
+  int64_t rows_ = 0, width_ = 0, stride_ = 0;
+  uintptr_t row_ = 0, stop_ = 0;
+};
+
+// A dot product is kChains sums, of which each takes every kChains-th Pair of the input in order, and which are added
+// in order after each block, whatever is computed beside it: a long fp32 chain would lose accuracy, and one chain waits
+// for itself.
+constexpr int64_t kChains = 4;
+constexpr int64_t kShrinkBlock = kChains * 32 * W;
+
+// v[r] = scale * (A[r] . x) for `rows` rank rows. Not inlined, so that its loop has the registers for itself.
+template <class T>
+__attribute__((noinline)) void shrink_one(const T* x, const T* a, int64_t in, int64_t rows, float scale, float* v,
+                                          Ahead<T>& ahead) {
+  constexpr int64_t step = 2 * W;
+  uintptr_t at = ahead.at;
+  for (int64_t r = 0; r < rows; ++r, a += in) {
+    vf total = zero();
+    for (int64_t from = 0; from < in; from += kShrinkBlock) {
+      const int64_t count = in - from < kShrinkBlock ? in - from : kShrinkBlock;
+      const T* xs = x + from;
+      const T* as = a + from;
+      vf acc[kChains];
+      MLORA_UNROLL for (int c = 0; c < kChains; ++c) acc[c] = zero();
+      int64_t left = count;
+      for (; left >= kChains * step; left -= kChains * step, xs += kChains * step, as += kChains * step) {
+        MLORA_UNROLL for (int c = 0; c < kChains; ++c) {
+          acc[c] = dot<T>(load_operand<T, false>(xs + c * step, step), load_operand<T, false>(as + c * step, step), acc[c]);
+        }
+        ahead.step(at);
+      }
+      MLORA_UNROLL for (int c = 0; c < kChains; ++c, left -= step, xs += step, as += step) {
+        if (left >= step) {
+          acc[c] = dot<T>(load_operand<T, false>(xs, step), load_operand<T, false>(as, step), acc[c]);
+        } else if (left > 0) {
+          acc[c] = dot<T>(load_operand<T, true>(xs, left), load_operand<T, true>(as, left), acc[c]);
+        } else {
+          break;
+        }
+        ahead.tail(at);
+      }
+      MLORA_UNROLL for (int c = 0; c < kChains; ++c) total = add(total, acc[c]);
+    }
+    v[r] = scale * reduce(total);
+  }
+  ahead.at = at;
 }
 
-template <class T, int Tokens, bool Fetch>
-MLORA_INLINE void shrink_tokens(const T* const* x, const Job& job, int t, const Next& after) {
+// v[t * stride + r] = scale * (A[r] . x[t]), for four tokens and Ranks rank rows: chain after chain, since all of them
+// would not fit the registers.
+template <class T, int Ranks, bool First>
+__attribute__((noinline)) void shrink_four(const T* const* x, const T* a, int64_t in, float scale, float* v,
+                                           int64_t stride, Ahead<T>& ahead) {
+  constexpr int64_t step = 2 * W;
+  uintptr_t at = ahead.at;
+  vf total[4][Ranks];
+  MLORA_UNROLL for (int t = 0; t < 4; ++t) {
+    MLORA_UNROLL for (int r = 0; r < Ranks; ++r) total[t][r] = zero();
+  }
+  for (int64_t from = 0; from < in; from += kShrinkBlock) {
+    const int64_t stop = in - from < kShrinkBlock ? in : from + kShrinkBlock;
+    for (int64_t c = 0; c < kChains; ++c) {
+      vf acc[4][Ranks];
+      MLORA_UNROLL for (int t = 0; t < 4; ++t) {
+        MLORA_UNROLL for (int r = 0; r < Ranks; ++r) acc[t][r] = zero();
+      }
+      int64_t k = from + c * step;
+      for (; k + step <= stop; k += kChains * step) {
+        Operand<T> xs[4];
+        MLORA_UNROLL for (int t = 0; t < 4; ++t) xs[t] = load_operand<T, false>(x[t] + k, step);
+        MLORA_UNROLL for (int r = 0; r < Ranks; ++r) {
+          const Operand<T> as = load_operand<T, false>(a + r * in + k, step);
+          MLORA_UNROLL for (int t = 0; t < 4; ++t) acc[t][r] = dot<T>(xs[t], as, acc[t][r]);
+        }
+        if (First) ahead.step(at);
+      }
+      if (k < stop) {
+        MLORA_UNROLL for (int t = 0; t < 4; ++t) {
+          const Operand<T> xs = load_operand<T, true>(x[t] + k, stop - k);
+          MLORA_UNROLL for (int r = 0; r < Ranks; ++r) {
+            acc[t][r] = dot<T>(xs, load_operand<T, true>(a + r * in + k, stop - k), acc[t][r]);
+          }
+        }
+      }
+      MLORA_UNROLL for (int t = 0; t < 4; ++t) {
+        MLORA_UNROLL for (int r = 0; r < Ranks; ++r) total[t][r] = add(total[t][r], acc[t][r]);
+      }
+    }
+  }
+  MLORA_UNROLL for (int t = 0; t < 4; ++t) {
+    MLORA_UNROLL for (int r = 0; r < Ranks; ++r) v[t * stride + r] = scale * reduce(total[t][r]);
+  }
+  ahead.at = at;
+}
+
+// Tokens [t, t + Tokens) of a job; with First, what it reads is not in the caches yet.
+template <class T, int Tokens, bool First>
+MLORA_INLINE void shrink_tokens(const T* const* x, const Job& job, int t, Ahead<T>& ahead) {
   const Problem& p = *job.problem;
   const int64_t stride = job.segment->ranks;
   const float scale = job.term->scale;
   float* v = job.v + t * stride;
   const T* a = static_cast<const T*>(job.term->a) + job.from * p.in;
   const T* b = static_cast<const T*>(job.term->b) + job.from * p.out;
-  int64_t r = job.from;
-  for (; r + kTileRanks <= job.to; r += kTileRanks) {
-    const T* tile = a;
-    a += kTileRanks * p.in;
-    if (Fetch && job.fetch_b) {
-      const T* end = b + kTileRanks * p.out;
+  if (Tokens == 1 && !job.fetch_b) return shrink_one(x[t], a, p.in, job.to - job.from, scale, v + job.from, ahead);
+  for (int64_t r = job.from; r < job.to;) {
+    const int64_t rows = job.to - r < kTileRanks ? job.to - r : kTileRanks;
+    if (First && job.fetch_b) {
+      const T* end = b + rows * p.out;
       for (; b < end; b += 64 / sizeof(T)) __builtin_prefetch(b, 0, 2);  // as much as does not fit the first level
     }
-    const Next next = r + kTileRanks < job.to ? next_rows(a, p.in) : after;
-    shrink_tile<T, Tokens, kTileRanks, Fetch>(x + t, tile, p.in, scale, v + r, stride, next);
+    if (Tokens == 1) {
+      shrink_one(x[t], a, p.in, rows, scale, v + r, ahead);
+    } else if (rows == kTileRanks) {
+      shrink_four<T, kTileRanks, First>(x + t, a, p.in, scale, v + r, stride, ahead);
+    } else {
+      for (int64_t j = 0; j < rows; ++j) shrink_four<T, 1, First>(x + t, a + j * p.in, p.in, scale, v + r + j, stride, ahead);
+    }
+    r += rows;
+    a += rows * p.in;
   }
-  for (; r < job.to; ++r, a += p.in) shrink_tile<T, Tokens, 1, Fetch>(x + t, a, p.in, scale, v + r, stride, after);
 }
 
 template <class T>
-MLORA_INLINE void shrink(const Job& job, const Next& after) {
+MLORA_INLINE void shrink(const Job& job, Ahead<T>& ahead) {
   const Problem& p = *job.problem;
   const Segment& s = *job.segment;
   const T* x[kSegmentTokens];
   for (int t = 0; t < s.count; ++t) x[t] = static_cast<const T*>(p.x) + s.tokens[t] * p.x_stride;
+  for (int64_t k = 0; k < p.in; k += 2 * W) ahead.tail(ahead.at);
   int t = 0;
   if (s.count < 4) {
-    shrink_tokens<T, 1, true>(x, job, t++, after);
+    shrink_tokens<T, 1, true>(x, job, t++, ahead);
   } else {
-    shrink_tokens<T, 4, true>(x, job, t, after);
+    shrink_tokens<T, 4, true>(x, job, t, ahead);
     t += 4;
   }
-  for (; t + 4 <= s.count; t += 4) shrink_tokens<T, 4, false>(x, job, t, after);
-  for (; t < s.count; ++t) shrink_tokens<T, 1, false>(x, job, t, after);
+  Ahead<T> none(nullptr, nullptr);
+  for (; t + 4 <= s.count; t += 4) shrink_tokens<T, 4, false>(x, job, t, none);
+  for (; t < s.count; ++t) shrink_tokens<T, 1, false>(x, job, t, none);
 }
 
 // Elements of S, in the lane order of T.
@@ -217,10 +326,10 @@ MLORA_INLINE void finish_tile(const Rows<T, S>& rows, const Segment& s, Pair (&a
   }
 }
 
-// B^T v in registers, then finish_tile. Asks for `after`, or if that is null for what lies `ahead` columns on.
+// B^T v in registers, then finish_tile. Asks for what lies `ahead` columns on.
 template <class T, class S, int Tokens, int Pairs, bool Tail>
 MLORA_INLINE void expand_tile(const Rows<T, S>& rows, const Segment& s, int t0, int64_t out, int64_t n, int64_t left,
-                              int64_t ahead, const Next* after) {
+                              int64_t ahead) {
   constexpr int64_t step = 2 * W;
   Pair acc[Tokens][Pairs];
   MLORA_UNROLL for (int t = 0; t < Tokens; ++t) {
@@ -229,14 +338,12 @@ MLORA_INLINE void expand_tile(const Rows<T, S>& rows, const Segment& s, int t0, 
   const float* v = s.v + t0 * s.ranks;
   for (const Term* term = s.terms; term != s.terms + s.term_count; ++term) {
     const T* b = static_cast<const T*>(term->b) + n;
-    Next next = after && term == s.terms ? *after : next_columns(b + ahead, out);
     for (int64_t j = 0; j < term->rank; ++j, b += out, ++v) {
       Pair bs[Pairs];
       MLORA_UNROLL for (int i = 0; i < Pairs; ++i) {
         bs[i] = load<Tail>(b + i * step, left);
-        if (t0 == 0) fetch<T>(next, i);
+        if (t0 == 0) prefetch_pair(b, i * step + ahead);
       }
-      next.at += next.outer;
       MLORA_UNROLL for (int t = 0; t < Tokens; ++t) {
         const vf weight = set1(v[t * s.ranks]);
         MLORA_UNROLL for (int i = 0; i < Pairs; ++i) {
@@ -251,55 +358,49 @@ MLORA_INLINE void expand_tile(const Rows<T, S>& rows, const Segment& s, int t0, 
 
 template <class T, class S, int Tokens, int Pairs>
 MLORA_INLINE void expand_tokens(const Rows<T, S>& rows, const Segment& s, int t, int64_t out, int64_t from, int64_t to,
-                                int64_t ahead, const Next* after) {
+                                int64_t ahead) {
   constexpr int64_t step = 2 * W;
   int64_t n = from;
   for (; n + Pairs * step <= to; n += Pairs * step) {
-    const Next* next = n + Pairs * step < to ? nullptr : after;
-    expand_tile<T, S, Tokens, Pairs, false>(rows, s, t, out, n, step, ahead ? ahead : Pairs * step, next);
+    expand_tile<T, S, Tokens, Pairs, false>(rows, s, t, out, n, step, ahead ? ahead : Pairs * step);
   }
   if (Pairs > 1) {
     for (; n + step <= to; n += step) {
-      const Next* next = n + step < to ? nullptr : after;
-      expand_tile<T, S, Tokens, 1, false>(rows, s, t, out, n, step, ahead ? ahead : step, next);
+      expand_tile<T, S, Tokens, 1, false>(rows, s, t, out, n, step, ahead ? ahead : step);
     }
   }
-  if (n < to) expand_tile<T, S, Tokens, 1, true>(rows, s, t, out, n, to - n, ahead, after);
+  if (n < to) expand_tile<T, S, Tokens, 1, true>(rows, s, t, out, n, to - n, ahead);
 }
 
-// `ahead`: 0, or how many columns further right the caller will read B next. `after` (or null): what it reads then.
+// `ahead`: 0, or how many columns further right the caller will read B next.
 template <class T, class S>
 MLORA_INLINE void expand_rows(const Rows<T, S>& rows, const Segment& s, int64_t out, int64_t from, int64_t to,
-                              int64_t ahead, const Next* after) {
+                              int64_t ahead) {
   constexpr int64_t columns = 256;  // a slice of B that stays in the first-level cache for all tokens
   for (int64_t n = from; n < to; n += columns) {
     const int64_t end = n + columns < to ? n + columns : to;
-    const Next* next = end < to ? nullptr : after;
     int t = 0;
 #if MLORA_HAVE_AVX512
-    for (; t + 8 <= s.count; t += 8) expand_tokens<T, S, 8, 1>(rows, s, t, out, n, end, ahead, next);
+    for (; t + 8 <= s.count; t += 8) expand_tokens<T, S, 8, 1>(rows, s, t, out, n, end, ahead);
 #endif
-    for (; t + 4 <= s.count; t += 4) expand_tokens<T, S, 4, 1>(rows, s, t, out, n, end, ahead, next);
-    for (; t < s.count; ++t) expand_tokens<T, S, 1, kTilePairs>(rows, s, t, out, n, end, ahead, next);
+    for (; t + 4 <= s.count; t += 4) expand_tokens<T, S, 4, 1>(rows, s, t, out, n, end, ahead);
+    for (; t < s.count; ++t) expand_tokens<T, S, 1, kTilePairs>(rows, s, t, out, n, end, ahead);
   }
 }
 
 // sums[t][m] += v[t][r] * b[r][m] for Ranks rank rows of `width` columns, m in the lane order of T; with First, from 0.
 template <class T, int Tokens, int Ranks, bool First>
-MLORA_INLINE void expand_row_tile(const T* b, int64_t out, int64_t width, const float* v, int64_t ranks,
-                                  float (*sums)[kFewColumns], Next next) {
+MLORA_INLINE void expand_ranks(const T* b, int64_t out, int64_t width, const float* v, int64_t ranks,
+                               float (*sums)[kFewColumns], Ahead<T>& ahead, uintptr_t& at) {
   constexpr int64_t step = 2 * W;
+  constexpr int kSteps = 4 / Ranks;
   vf weight[Tokens][Ranks];
   MLORA_UNROLL for (int t = 0; t < Tokens; ++t) {
     MLORA_UNROLL for (int r = 0; r < Ranks; ++r) weight[t][r] = set1(v[t * ranks + r]);
   }
-  for (int64_t m = 0; m < width; m += step, next.at += next.outer) {
-    const bool tail = width - m < step;
+  const auto columns = [&](int64_t m, auto tail, int64_t left) __attribute__((always_inline)) {
     Pair bs[Ranks];
-    MLORA_UNROLL for (int r = 0; r < Ranks; ++r) {
-      fetch<T>(next, r);
-      bs[r] = tail ? load<true>(b + r * out + m, width - m) : load<false>(b + r * out + m, step);
-    }
+    MLORA_UNROLL for (int r = 0; r < Ranks; ++r) bs[r] = load<tail()>(b + r * out + m, left);
     MLORA_UNROLL for (int t = 0; t < Tokens; ++t) {
       Pair acc = {zero(), zero()};
       if (!First) acc = {load_sums(sums[t] + m), load_sums(sums[t] + m + W)};
@@ -310,88 +411,90 @@ MLORA_INLINE void expand_row_tile(const T* b, int64_t out, int64_t width, const 
       store_sums(sums[t] + m, acc.a);
       store_sums(sums[t] + m + W, acc.b);
     }
+  };
+  int64_t m = 0;
+  for (; m + kSteps * step <= width; m += kSteps * step) {
+    MLORA_UNROLL for (int i = 0; i < kSteps; ++i) columns(m + i * step, std::false_type(), step);
+    ahead.step(at);
   }
+  for (; m + step <= width; m += step) {
+    columns(m, std::false_type(), step);
+    MLORA_UNROLL for (int r = 0; r < Ranks; ++r) ahead.tail(at);
+  }
+  if (m < width) columns(m, std::true_type(), width - m);
 }
 
-template <class T, int Tokens, bool First>
-MLORA_INLINE void expand_row_tiles(const T* b, int64_t out, int64_t width, const float* v, int64_t ranks, int64_t rank,
-                                   float (*sums)[kFewColumns], const Next& after) {
-  int64_t j = 0;
-  for (; j + kTileRanks <= rank; j += kTileRanks) {
-    const T* tile = b + j * out;
-    const Next next = j + kTileRanks < rank ? next_rows(tile + kTileRanks * out, out) : after;
-    if (First && j == 0) {
-      expand_row_tile<T, Tokens, kTileRanks, true>(tile, out, width, v, ranks, sums, next);
-    } else {
-      expand_row_tile<T, Tokens, kTileRanks, false>(tile, out, width, v + j, ranks, sums, next);
-    }
-  }
-  for (; j < rank; ++j) {
-    if (First && j == 0) {
-      expand_row_tile<T, Tokens, 1, true>(b, out, width, v, ranks, sums, after);
-    } else {
-      expand_row_tile<T, Tokens, 1, false>(b + j * out, out, width, v + j, ranks, sums, after);
-    }
-  }
-}
-
-// As expand_rows, for segments of few tokens: B is read as shrink reads A, some rank rows at a time from end to end,
-// with the sums in the first-level cache. That is more arithmetic than sums in registers, but B is one stream. The
-// chains of additions are the same, and so the bits.
+// The same for all rank rows of a term. Not inlined, so that its loops have the registers for themselves.
 template <class T, int Tokens>
-MLORA_INLINE void expand_few(const Rows<T, T>& rows, const Segment& s, int64_t out, int64_t from, int64_t to,
-                             const Next& after) {
+__attribute__((noinline)) void expand_term(const T* b, int64_t out, int64_t width, const float* v, int64_t ranks,
+                                           int64_t rank, bool first, float (*sums)[kFewColumns], Ahead<T>& ahead) {
+  uintptr_t at = ahead.at;
+  int64_t j = 0;
+  if (first && rank >= 2) {
+    expand_ranks<T, Tokens, 2, true>(b, out, width, v, ranks, sums, ahead, at);
+    j = 2;
+  } else if (first && rank == 1) {
+    expand_ranks<T, Tokens, 1, true>(b, out, width, v, ranks, sums, ahead, at);
+    j = 1;
+  }
+  for (; j + 2 <= rank; j += 2) {
+    expand_ranks<T, Tokens, 2, false>(b + j * out, out, width, v + j, ranks, sums, ahead, at);
+  }
+  if (j < rank) expand_ranks<T, Tokens, 1, false>(b + j * out, out, width, v + j, ranks, sums, ahead, at);
+  ahead.at = at;
+}
+
+// As expand_rows, for segments of few tokens: B is read in the order of memory, or nearly, two rank rows at a time,
+// with the sums in the first-level cache. That is more arithmetic than sums in registers. The chains of additions are
+// the same, and so the bits.
+template <class T, int Tokens>
+MLORA_INLINE void expand_few(const Rows<T, T>& rows, const Job& job, Ahead<T>& ahead) {
   constexpr int64_t step = 2 * W;
+  const Segment& s = *job.segment;
+  const int64_t out = job.problem->out;
+  const int64_t width = job.to - job.from;
   alignas(64) float sums[Tokens][kFewColumns];
-  for (int64_t n = from; n < to; n += kFewColumns) {
-    const int64_t width = to - n < kFewColumns ? to - n : kFewColumns;
-    const float* v = s.v;
-    for (const Term* term = s.terms; term != s.terms + s.term_count; v += term->rank, ++term) {
-      const T* b = static_cast<const T*>(term->b) + n;
-      const Next next = n + kFewColumns < to ? next_rows(static_cast<const T*>(s.terms->b) + n + kFewColumns, out) : after;
-      if (v == s.v) {
-        expand_row_tiles<T, Tokens, true>(b, out, width, v, s.ranks, term->rank, sums, next);
-      } else {
-        expand_row_tiles<T, Tokens, false>(b, out, width, v, s.ranks, term->rank, sums, next);
-      }
+  const float* v = s.v;
+  for (const Term* term = s.terms; term != s.terms + s.term_count; v += term->rank, ++term) {
+    expand_term<T, Tokens>(static_cast<const T*>(term->b) + job.from, out, width, v, s.ranks, term->rank, v == s.v, sums,
+                           ahead);
+  }
+  for (int64_t m = 0; m < width; m += step) {
+    Pair acc[Tokens][1] = {};
+    if (s.ranks) {
+      MLORA_UNROLL for (int t = 0; t < Tokens; ++t) acc[t][0] = {load_sums(sums[t] + m), load_sums(sums[t] + m + W)};
     }
-    for (int64_t m = 0; m < width; m += step) {
-      Pair acc[Tokens][1] = {};
-      if (s.ranks) {
-        MLORA_UNROLL for (int t = 0; t < Tokens; ++t) acc[t][0] = {load_sums(sums[t] + m), load_sums(sums[t] + m + W)};
-      }
-      if (width - m < step) {
-        finish_tile<T, T, Tokens, 1, true>(rows, s, acc, 0, n + m, width - m);
-      } else {
-        finish_tile<T, T, Tokens, 1, false>(rows, s, acc, 0, n + m, step);
-      }
+    if (width - m < step) {
+      finish_tile<T, T, Tokens, 1, true>(rows, s, acc, 0, job.from + m, width - m);
+    } else {
+      finish_tile<T, T, Tokens, 1, false>(rows, s, acc, 0, job.from + m, step);
     }
+    MLORA_UNROLL for (int t = 0; t < Tokens; ++t) ahead.tail(ahead.at);
   }
 }
 
 template <class T>
-MLORA_INLINE void expand(const Job& job, const Next& after) {
+MLORA_INLINE void expand(const Job& job, Ahead<T>& ahead) {
   const Problem& p = *job.problem;
   T* y = static_cast<T*>(p.y);
   const Rows<T, T> rows{y, p.y_stride, static_cast<const T*>(p.base), p.base_stride, y, p.y_stride};
   static_assert(kFewTokens == 2);
+  if (job.segment->count > kFewTokens) return expand_rows(rows, *job.segment, p.out, job.from, job.to, 0);
   if (job.segment->count == 1) {
-    expand_few<T, 1>(rows, *job.segment, p.out, job.from, job.to, after);
-  } else if (job.segment->count == 2) {
-    expand_few<T, 2>(rows, *job.segment, p.out, job.from, job.to, after);
+    expand_few<T, 1>(rows, job, ahead);
   } else {
-    expand_rows(rows, *job.segment, p.out, job.from, job.to, 0, after.at ? &after : nullptr);
+    expand_few<T, 2>(rows, job, ahead);
   }
 }
 
 template <class T>
 void run(const Job* jobs, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    const Next after = i + 1 < count ? first_tile<T>(jobs[i + 1]) : Next{};
-    if (jobs[i].term) {
-      shrink<T>(jobs[i], after);
+  Ahead<T> ahead(jobs, jobs + count);
+  for (const Job* job = jobs; job != jobs + count; ++job) {
+    if (job->term) {
+      shrink<T>(*job, ahead);
     } else {
-      expand<T>(jobs[i], after);
+      expand<T>(*job, ahead);
     }
   }
 }

@@ -324,7 +324,7 @@ void linear(const Problem& p, const uint32_t* xt, const Segment* segments, int64
     base<T>(p, xt, n, reinterpret_cast<__m512i*>(panel), before, sums);
     if (bias && !before) add_bias<false>(wide, p.tokens, sums);
     const Rows<T, float> io{sums - n, kLinearColumns, nullptr, 0, static_cast<T*>(p.y), p.y_stride};
-    for (int64_t s = 0; s < segment_count; ++s) expand_rows(io, segments[s], p.out, n, end, 2 * kLinearColumns, nullptr);
+    for (int64_t s = 0; s < segment_count; ++s) expand_rows(io, segments[s], p.out, n, end, 2 * kLinearColumns);
   }
 }
 

@@ -213,8 +213,7 @@ struct Jobs {
       }
       if (expand && piece.expand &&
           columns.take(ceil_div(p.out, kColumnUnit), column_unit_cost(s), &begin, &end)) {
-        const int64_t last = end * kColumnUnit < p.out ? end * kColumnUnit : p.out;
-        second.push_back({&p, &s, nullptr, nullptr, begin * kColumnUnit, last, false});
+        add_columns(second, p, s, begin * kColumnUnit, end * kColumnUnit < p.out ? end * kColumnUnit : p.out);
       }
     }
   }
@@ -239,9 +238,17 @@ struct Jobs {
         if (term.rank) first.push_back({&p, &s, &term, v, 0, term.rank, fetch_b});
         v += term.rank;
       }
-      first.push_back({&p, &s, nullptr, nullptr, 0, p.out, false});
+      add_columns(first, p, s, 0, p.out);
     }
     return mine * tasks <= total + total / 8;
+  }
+
+ private:
+  static void add_columns(std::vector<Job>& jobs, const Problem& p, const Segment& s, int64_t from, int64_t to) {
+    const int64_t most = s.count <= kFewTokens ? kFewColumns : to;
+    for (; from < to; from += most) {
+      jobs.push_back({&p, &s, nullptr, nullptr, from, to - from < most ? to : from + most, false});
+    }
   }
 };
 

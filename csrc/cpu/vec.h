@@ -112,7 +112,8 @@ MLORA_INLINE Pair load(const fp16* p, int64_t n) {
 
 template <bool Tail>
 MLORA_INLINE Pair load(const bf16* p, int64_t n) {
-  const __m512i r = Tail ? _mm512_maskz_loadu_epi16(first(n), p) : _mm512_loadu_si512(p);
+  __m512i r = Tail ? _mm512_maskz_loadu_epi16(first(n), p) : _mm512_loadu_si512(p);
+  asm("" : "+v"(r));  // or the compiler loads once for each half
   return {_mm512_castsi512_ps(_mm512_slli_epi32(r, 16)),
           _mm512_castsi512_ps(_mm512_and_si512(r, _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -33,18 +33,18 @@ class Route(NamedTuple):
 
 
 def group_routes(
-    recipes: Sequence[Recipe], adapters: Callable[[str], Packed], stacks: Sequence[int], device: torch.device
+    recipes: Sequence[Recipe], adapters: Mapping[str, Packed], stacks: Sequence[int], device: torch.device
 ) -> tuple[Route, ...]:
     """By recipe: `recipes` has one for each of the plan's rows. One copy to the device, so that layers need none.
 
     Args:
-        adapters: what is packed under a name; resident and pinned, so that it does not move.
+        adapters: what is packed under each name; resident and pinned, so that it does not move.
         stacks: the numbers of all parameters.
     """
     rows: dict[Recipe, list[int]] = {}
     for row, recipe in enumerate(recipes):
         rows.setdefault(recipe, []).append(row)
-    held = {name: _held(adapters(name), stacks) for recipe in rows for name, _ in recipe}
+    held = {name: _held(packed, stacks) for name, packed in adapters.items()}
     order = to_device(np.array([row for own in rows.values() for row in own], dtype=np.int64), device)
     parts = order.split([len(own) for own in rows.values()])
     return tuple(Route(part, _terms(recipe, held)) for recipe, part in zip(rows, parts, strict=True))

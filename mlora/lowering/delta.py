@@ -52,6 +52,16 @@ class Delta:
     def rank(self) -> int:
         return 0 if self.a is None else self.a.shape[0]
 
+    @property
+    def changes_outputs(self) -> bool:
+        """Whether it has a gain or a turn of what the base gives."""
+        return self.gain is not None or self.turn is not None
+
+    @property
+    def changes_inputs(self) -> bool:
+        """Whether it has a gain or a turn of what the base reads."""
+        return self.in_gain is not None or self.in_turn is not None
+
     def equals(self, other: Delta) -> bool:
         """Whether both have the same numbers."""
         return self is other or all(

@@ -70,10 +70,8 @@ def to_adapter(deltas: Mapping[str, Delta], source: str, bases: Mapping[str, Bas
     deltas = {name: d for name, d in deltas.items() if any(getattr(d, part) is not None for part in (*PARTS, *TURNS))}
     plain = all(
         d.a is not None
-        and d.gain is None
-        and d.in_gain is None
-        and d.turn is None
-        and d.in_turn is None
+        and not d.changes_outputs
+        and not d.changes_inputs
         and ((conv := bases[name].conv) is None or not (conv.dilated or conv.groups > 1))
         for name, d in deltas.items()
     )

@@ -1,0 +1,57 @@
+"""What a merge makes of one module, and of all of them."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+
+from .. import errors
+from ..lowering.delta import BaseLinear, Delta
+from .delta_space import merge_deltas
+from .factor_space import merge_factors
+from .how import Merge
+from .sums import weighted_sum
+
+
+def merge_adapters(
+    adapters: Sequence[Mapping[str, Delta]], how: Merge, bases: Mapping[str, BaseLinear]
+) -> Iterator[tuple[str, Delta]]:
+    """Module by module, what `merge_module` makes of the deltas that are there: (dotted path, delta)."""
+    for name in dict.fromkeys(name for deltas in adapters for name in deltas):
+        yield name, merge_module([deltas.get(name) for deltas in adapters], how, bases[name])
+
+
+def merge_module(deltas: Sequence[Delta | None], how: Merge, base: BaseLinear) -> Delta:
+    """What `how` makes of one module; at least one delta is not None, which is an adapter that leaves it alone.
+
+    Shapes: as in `Delta`, all of one module. The result is in fp32, its scale is 1, and its `error` is the relative
+    Frobenius distance of its low-rank part from what it stands for.
+
+    Raises:
+        MergeError: factor space cannot hold these deltas.
+    """
+    present = [(d, w, n) for d, w, n in zip(deltas, how.shares, how.adapters, strict=True) if d is not None]
+    terms = [(d, w) for d, w, _ in present]
+    _refuse_unmergeable([d for d, _ in terms], base)
+    if how.is_sum:
+        return weighted_sum(terms, base.name)
+    seeds = [zlib.crc32(f"{how.seed}/{base.name}/{name}".encode()) for _, _, name in present]
+    return (merge_factors if how.in_factors else merge_deltas)(terms, how, base, seeds)
+
+
+def _refuse_unmergeable(deltas: Sequence[Delta], base: BaseLinear) -> None:
+    if base.experts:
+        raise errors.MergeError(
+            f"parameter {base.name}: experts' weights and other parameters (target_parameters) are served in weighted "
+            f"entries, and not in merges that make a new adapter"
+        )
+    if any(d.replaces for d in deltas):
+        raise errors.MergeError(
+            f"module {base.name}: an adapter has weights of another size there, in place of the model's: there is "
+            f"nothing that they could be merged with"
+        )
+    if any(d.invocation for d in deltas):
+        raise errors.MergeError(
+            f"module {base.name}: an aLoRA applies to a part of the tokens (alora_invocation_tokens), so there is no "
+            f"merge with it; it is served in weighted entries"
+        )

@@ -1,0 +1,42 @@
+"""The weighted sum of deltas, which is a delta."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import errors
+from ..lowering.delta import Delta
+from ..lowering.turn import Turn
+
+
+def weighted_sum(terms: Sequence[tuple[Delta, float]], where: str) -> Delta:
+    """The exact weighted sum, by concatenation. The weights go to A, as in PEFT's `cat`.
+
+    Raises:
+        MergeError: turns of blocks of different sizes, whose sum is no turn.
+    """
+    ranked = [(d, w) for d, w in terms if d.a is not None and d.b is not None]
+    a = torch.cat([d.a.float() * w * d.scale for d, w in ranked if d.a is not None]) if ranked else None
+    b = torch.cat([d.b.float() for d, _ in ranked if d.b is not None]) if ranked else None
+
+    def weighted(part: str) -> Tensor | None:
+        found = [w * getattr(d, part).float() for d, w in terms if getattr(d, part) is not None]
+        return torch.stack(found).sum(0) if found else None
+
+    def turned(part: str) -> Turn | None:
+        found = [(turn, w) for d, w in terms if (turn := getattr(d, part)) is not None]
+        if len({turn.shape for turn, _ in found}) > 1:
+            raise errors.MergeError(
+                f"module {where}: turns of blocks of different sizes are served in weighted entries, and not in one "
+                f"adapter"
+            )
+        return Turn(sum(w * turn.values.float() for turn, w in found), found[0][0].stride) if found else None
+
+    # A sum's relative error is bounded by its terms': what is known of it.
+    error = max((d.error for d, _ in terms), default=0.0)
+    gains: dict[str, Any] = {part: weighted(part) for part in ("gain", "in_gain", "shift")}
+    return Delta(a, b, **gains, turn=turned("turn"), in_turn=turned("in_turn"), error=error)
