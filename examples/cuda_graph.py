@@ -2,7 +2,9 @@
 
 Needs a GPU; no test or CI job of this project runs it. The addresses that the captured kernels read are those of the
 arena, the tables and the plan buffer, none of which ever moves: loading, deleting and routing adapters changes their
-contents, by copies on the current stream, and the next replay sees them.
+contents, by copies on the current stream, and the next replay sees them. A replay runs kernels and nothing else: what
+compiled code refuses when it is called (another number of rows, heads of another size, target_parameters, aLoRA) must
+not be routed around one.
 
     python examples/cuda_graph.py [MODEL ADAPTER_FOLDER...]
 

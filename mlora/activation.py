@@ -4,6 +4,9 @@ An aLoRA applies to a row's tokens from the last occurrence of its invocation in
 without one (PEFT's `calculate_alora_offsets`). Where a forward has tokens on both sides, each token is a row of a plan
 of its own, under the row's recipe with the aLoRAs or without them; where all tokens lie behind, as they do from the
 second step of `generate` on, the plan of the batch is that plan already.
+
+Of ids on a device the host waits for a copy, before the call's layers run: once a `generate`, and once a call whose
+own tokens tell (outside of `generate`) or which has tokens of the prompt. The layers only read the plan.
 """
 
 from __future__ import annotations
@@ -49,10 +52,12 @@ class Activation:
     starts: Sequence[Starts]
     length: int
     terms: Callable[[Recipe], Terms]
-    _plans: dict[int, Plan] = field(default_factory=dict)
+    _plans: dict[int, Plan] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.everywhere = all(start is not None and start <= 0 for starts in self.starts for start in starts.values())
+        if not self.everywhere:
+            self._plans[self.length] = self._plan(self.length)  # copied to the device before the layers run
 
     def plan_of(self, x: Tensor, module: str, gathered: bool) -> Plan:
         """The plan for a module's input: (rows, n, in), or flattened to (rows * n, in). Of n tokens fewer than the

@@ -56,7 +56,8 @@ class AttributionError(MloraError, RuntimeError):
 
 
 class TokenError(MloraError, IndexError):
-    """A row has a token that the embedding of its adapter does not have."""
+    """A row has a token that the embedding of its adapter does not have. Of ids on a GPU it is raised when the call has
+    run, so a cache that was given to it has grown."""
 
 
 class AdapterInUseError(MloraError, RuntimeError):

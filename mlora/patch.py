@@ -111,9 +111,8 @@ def patch(
             owner = path.rpartition(".")[0]
             own = {stack.name: indices[p] for p, stack in stacks.items() if stack.module is module}
             dtype = getattr(module, next(iter(own))).dtype
-            tables = {name: (index, store.tables[index]) for name, index in own.items()}
             modules[id(module)] = owner, module
-            states[id(module)] = ParametersState(owner, shared, module, dtype, tables)
+            states[id(module)] = ParametersState(owner, shared, store.tables, module, dtype, own)
 
     for key, (_, module) in modules.items():
         if states[key].outer is not None:

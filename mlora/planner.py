@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from . import errors, routing
 from .bridges import Bridges
-from .layers import Head, Shared, group_heads
+from .layers import Head, Shared, group_heads, group_routes
 from .merge_cache import MergeCache
+from .ops import layout
 from .registry import Registry
 from .routing import Plan, Recipe
 from .store import BOTH, GAIN, INPUT, TURN, Store
@@ -104,9 +106,18 @@ class Planner:
                 f"graphs read has {most}"
             )
         tensor = routing.to_device(words, device)
-        grouped = {index: group_heads(found, tensor.device) for index, found in heads.items()}
+        header = torch.from_numpy(words[: layout.PLAN_HEADER])
+        grouped = {index: group_heads(found, self._width(index), device) for index, found in heads.items()}
+        routes = group_routes(recipes, packed, self._experts, device) if experts else ()
         counts = (rows, rows * expansion)
-        return Plan(tensor, touches.tobytes(), names, rows, counts, grouped, tuple(recipes), invocations)
+        return Plan(
+            tensor, header, touches.tobytes(), names, rows, counts, grouped, routes, tuple(recipes), invocations
+        )
+
+    def _width(self, index: int) -> int:
+        """How many outputs the model's own head has, or tokens its embedding."""
+        base = self._registry.bases[self._registry.paths[index]]
+        return base.out_features if base.embed_scale is None else base.in_features
 
     def _owners(self, recipe: Recipe) -> Mapping[int, str]:
         """Module number -> the adapter of `recipe` whose head or embedding of another size serves there."""

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from . import errors, routing
 from .activation import activation_of, prompt_of
 from .call import Call
@@ -50,6 +52,7 @@ class Router:
         """Route what has no entries of its own; raises as `Planner.acquire`."""
         with self._merges.resolved(entry) as resolved:  # under the lock: nothing is folded in before the plan is set
             plan = self._planner.acquire(resolved, 1, 1)
+            self.arrive()
             previous, self._shared.default = self._shared.default, None if resolved is None else plan
             self.default_entry = resolved
             if previous is not None:
@@ -72,12 +75,18 @@ class Router:
                 self._publish()
                 self._store.release(plan.names)
 
+    def arrive(self) -> None:
+        """Wait until plans are on the device: what they route may run on other streams than this one."""
+        device = self._store.arena.device
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+
     @contextmanager
     def forward(self, entries: Any, call: Call) -> Iterator[None]:
         """A call of the model."""
         local, shape = self._local, call.shape
-        previous = local.length, local.activation
-        local.length, local.activation = shape[1] if len(shape) > 1 else 0, None
+        previous = local.length, local.activation, local.late
+        local.length, local.activation, local.late = shape[1] if len(shape) > 1 else 0, None, []
         try:
             if entries is not None:
                 with self.route(entries, shape[0] if shape else 1, 1):
@@ -93,8 +102,10 @@ class Router:
                 with self._default():
                     self._activate(call)
                     yield
+            for late in local.late:
+                late.settle()
         finally:
-            (local.length, local.activation), local.siblings = previous, None
+            (local.length, local.activation, local.late), local.siblings = previous, None
 
     @contextmanager
     def generation(self, entries: Any, call: Call, expansion: int) -> Iterator[None]:
@@ -156,3 +167,7 @@ class Router:
         if words.numel() > buffer.numel():
             words = words[: layout.PLAN_HEADER]
         buffer[: words.numel()].copy_(words)
+        if plan is None:
+            shared.header.zero_()
+        else:
+            shared.header.copy_(plan.header)

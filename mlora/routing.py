@@ -17,6 +17,7 @@ from .ops import layout
 
 if TYPE_CHECKING:
     from .activation import Activation, Prompt
+    from .late import Late
 
 BASE = "__base__"
 
@@ -34,22 +35,26 @@ class Plan:
 
     Args:
         tensor: int32, the layout of `mlora.ops.layout`, on the device.
+        header: the first of its words, on the host.
         touches: one byte a module, what the plan's adapters do to it (`store.LORA`, ...).
         names: the adapters that it pins.
         rows: batch rows, or 1 if one recipe serves every row of any batch.
         row_counts: the leading sizes that a module's input may have: `rows`, and `rows` times the
             expansion of `generate` (beams, returned sequences), entries repeated in place.
         heads: module number -> which rows heads or token embeddings of another size answer (`layers.head.Heads`).
+        routes: of each recipe, where one changes parameters: its rows, and the terms (`layers.route.Route`).
         recipes: of each row. `invocations`: aLoRAs among its adapters -> the tokens from which on each applies; see
             `mlora.activation`.
     """
 
     tensor: Tensor
+    header: Tensor
     touches: bytes
     names: tuple[str, ...]
     rows: int
     row_counts: tuple[int, ...]
     heads: Mapping[int, Any] = field(default_factory=dict)
+    routes: tuple[Any, ...] = ()
     recipes: tuple[Recipe, ...] = ()
     invocations: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
@@ -77,8 +82,8 @@ class Siblings:
 
 class Local(threading.local):
     """Per thread: the active plan, the entries it came from, the sequence length of the forward that is
-    running (0 if none), what its layers left for their siblings, to what aLoRAs apply in it, and the prompt of the
-    `generate` that is running if it has some."""
+    running (0 if none), what its layers left for their siblings, to what aLoRAs apply in it, the prompt of the
+    `generate` that is running if it has some, and what is asked of the forward when it ends (None if none runs)."""
 
     plan: Plan | None = None
     entries: Any = None
@@ -86,6 +91,7 @@ class Local(threading.local):
     siblings: Siblings | None = None
     activation: Activation | None = None
     prompt: Prompt | None = None
+    late: list[Late] | None = None
 
 
 def resolve_entry(entry: Any, exists: Callable[[str], bool]) -> Recipe:
@@ -159,5 +165,9 @@ def plan_words(
 
 
 def to_device(words: np.ndarray, device: torch.device) -> Tensor:
-    """One host-to-device copy."""
-    return torch.from_numpy(words).to(device)
+    """One host-to-device copy, for which the host does not wait. Within a capture it is the kind that CUDA refuses: a
+    replay would read the host's memory again, by when it is another's."""
+    host = torch.from_numpy(words)
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)

@@ -266,6 +266,7 @@ class Runtime:
         """Route everything that this thread runs inside the `with`: one entry a row, or one for all."""
         rows = len(entries) if isinstance(entries, Sequence) else 1
         with self._router.route(entries, rows, 1):
+            self._router.arrive()
             yield
 
     def _close(self) -> None:

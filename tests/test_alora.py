@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -29,7 +30,7 @@ from transformers import GenerationConfig
 from typer.testing import CliRunner
 
 import mlora
-from mlora import errors
+from mlora import activation, errors
 from mlora.cli import app
 
 INVOCATIONS = {"a": [5, 9], "b": [11]}
@@ -260,6 +261,19 @@ def test_generate(world: World, case: str, pad: int) -> None:
     for row, name in enumerate(NAMES):
         want = generated_alone(world, name, {k: v[row : row + 1] for k, v in batch.items()}, **options)
         assert torch.equal(got[row * each : (row + 1) * each], want), f"row {row}"
+
+
+@pytest.mark.parametrize(("case", "calls"), (("greedy", 2), ("chunks", 6), ("no cache", 6)))
+def test_how_often_ids_are_read(world: World, monkeypatch: pytest.MonkeyPatch, case: str, calls: int) -> None:
+    """On a device each time is a wait: once for the prompt, and once for each call that has some of it."""
+    reads: list[str] = []
+    find, equal = activation.occurrences, torch.equal
+    monkeypatch.setattr(activation, "occurrences", lambda *args: reads.append("searched") or find(*args))
+    counted = SimpleNamespace(equal=lambda *args: reads.append("compared") or equal(*args))
+    monkeypatch.setattr(activation, "torch", counted)
+    new = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    world.model.generate(prompts(ROWS[:2]), **new, **OPTIONS[case], adapter_names=NAMES[:2])
+    assert reads == ["searched"] + ["compared"] * (calls - 1)
 
 
 def test_generate_routed_around_the_call(world: World) -> None:

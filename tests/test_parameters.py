@@ -36,6 +36,7 @@ import mlora
 from mlora import errors
 from mlora.cli import app
 from mlora.layers import ParametersLayer
+from mlora.ops import reference
 
 GATE, DOWN = "experts.gate_up_proj", "experts.down_proj"
 LINEARS = ["q_proj", "shared_expert.down_proj"]
@@ -158,7 +159,14 @@ def test_all_rows_under_one_entry_are_one_call(world: World, monkeypatch: pytest
     own = type(experts)._apply_gate
     monkeypatch.setattr(type(experts), "_apply_gate", lambda self, x: calls.append(len(x)) or own(self, x))
     batch = inputs_for("qwen2moe", 4)
-    for entries, wanted in (("both", 2), (["down"] * 4, 2), (["both", "down", None, "plain"], 6), (["plain"] * 4, 2)):
+    for entries, wanted in (
+        ("both", 2),
+        (["down"] * 4, 2),
+        (["both", "down", None, "plain"], 6),
+        (["plain"] * 4, 2),
+        (["down", {"down": 1.0, "plain": 0.5}, "down", {"down": 1.0, "plain": 2.0}], 2),  # which do the same here
+        (["down", {"down": 1.0, "plain": 0.5}, {"down": 2.0}, None], 6),
+    ):
         calls.clear()
         logits(world.model, batch, adapter_names=entries)
         assert len(calls) == wanted, entries  # of two layers
@@ -223,11 +231,28 @@ def test_weights_in_half_precision_are_rounded_once(tmp_path: Path) -> None:
     model, mix = served(base, folders), {"both": 0.7, "down": -1.3}
     layer = model.model.layers[1].mlp.experts
     with model.mlora.use_adapters(mix):
-        ((recipe,), _) = layer._recipes(model.mlora._shared.local.plan, 1)
-        got = layer._weight("down_proj", recipe["down_proj"])
+        ((changes, _),) = layer._parts(model.mlora._shared.local.plan)
+        got = layer._weight("down_proj", changes["down_proj"])
     oracle = summed(copy.deepcopy(base).float(), {folders[name]: weight for name, weight in mix.items()})
     want = oracle.model.layers[1].mlp.experts.down_proj.bfloat16()
     assert (got != want).float().mean() < 0.01  # ties of the rounding
+
+
+def test_what_is_told_on_the_host_is_what_kernels_read(world: World) -> None:
+    entries: list[Any] = ["down", None, {"both": 0.3, "gate": -1.7}, "plain", "down", {"both": 0.1, "down": 0.2}]
+    store, stacks, compared = world.model.mlora._store, world.model.mlora._router._planner._experts, 0
+    with world.model.mlora.use_adapters(entries):
+        plan = world.model.mlora._shared.local.plan
+        assert plan is not None and sorted(torch.cat([r.rows for r in plan.routes]).tolist()) == list(range(6))
+        for index in stacks:
+            told = {tuple(route.rows.tolist()): route.terms.get(index, ()) for route in plan.routes}
+            read = reference.routes(plan.tensor, store.tables[index], plan.rows)
+            assert len(read) == len(told) - 1  # kernels know of no base
+            for route in read:
+                terms = tuple((t.rank, t.a, t.b, t.weight * t.scale) for t in route.terms if t.rank)
+                assert told[tuple(route.tokens.tolist())] == terms
+            compared += len(read)
+    assert compared == 4 * len(stacks)
 
 
 @pytest.mark.parametrize("beams", (1, 2))

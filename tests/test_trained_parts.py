@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -345,6 +346,61 @@ def test_generating_with_a_larger_vocabulary(tmp_path: Path, llama: Any, beams: 
         oracle = llama if name is None else peft_alone(wide, folder)
         assert torch.equal(got[row : row + 1], oracle.generate(input_ids=ids[row : row + 1], **options))
     assert (got[[0, 3], ids.shape[1] :] >= VOCAB).any()
+
+
+class OnGpu(Tensor):
+    """Host memory that says it lies on a GPU; what operators make of it does not."""
+
+    is_cuda = True
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What a GPU was asked; whether a graph is being captured."""
+    seen = SimpleNamespace(waits=0, capturing=False)
+
+    def wait() -> None:
+        seen.waits += 1
+
+    event = SimpleNamespace(synchronize=wait)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(record_event=lambda: event))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: seen.capturing)
+    return seen
+
+
+def test_ids_on_a_gpu_are_looked_at_when_the_call_ends(tmp_path: Path, llama: Any, gpu: SimpleNamespace) -> None:
+    wide = resized(llama, VOCAB + 5)
+    folder = saved(tmp_path / "wide", wide, 1, lora(modules_to_save=["embed_tokens", "lm_head"]))
+    model = copy.deepcopy(llama)
+    runtime = mlora.patch(model)
+    runtime.load_adapter(folder, "wide")
+    ids = inputs_for("llama", 3, 5)["input_ids"].clamp(2)
+    ids[0, 3] = VOCAB + 4
+    names, there = ["wide", None, "wide"], ids.as_subclass(OnGpu)
+    layers: list[int] = []
+    model.lm_head.register_forward_hook(lambda *_: layers.append(gpu.waits))
+
+    got = logits(model, {"input_ids": there}, adapter_names=names)
+    assert gpu.waits == 1 and layers == [0], "once, and not before the last layer has run"
+    assert torch.equal(got, logits(model, {"input_ids": ids}, adapter_names=names)) and gpu.waits == 1
+
+    ids[1, 2], ids[2, 1] = VOCAB, -1  # the one has no such token, the other never
+    with refused(model, errors.TokenError, "row 1", str(VOCAB), "model.embed_tokens", f"{VOCAB} tokens in the model"):
+        model(input_ids=there, adapter_names=names)
+    assert runtime._shared.local.late is None
+
+    embed = model.get_input_embeddings()
+    with runtime.use_adapters(names), pytest.raises(errors.TokenError):  # nothing else would raise
+        embed(there)
+    gpu.capturing, gpu.waits = True, 0
+    got = logits(model, {"input_ids": there}, adapter_names=names)
+    with runtime.use_adapters(names):
+        missing = embed(there).isnan()
+    assert gpu.waits == 0 and torch.equal(missing.any(-1), missing.all(-1))
+    assert missing.all(-1).nonzero().tolist() == [[1, 2], [2, 1]]
+    assert got[1, 2:, :VOCAB].isnan().all() and got[2, 1:].isnan().all(), "no token that has seen it is answered"
+    assert not got[0].isnan().any()
 
 
 @pytest.mark.parametrize("kind", ("llama", "tied"))

@@ -13,6 +13,7 @@ from .head import Head, group_heads
 from .linear import LoraLayer
 from .norm import NormLayer, is_norm_like, norm_offset
 from .parameters import ParametersLayer, ParametersState, Stack
+from .route import group_routes
 from .state import LayerState, Shared
 from .swap import guard_moves, refuse_copy, refuse_move, restore_class, swap_class, swap_forward
 
@@ -35,6 +36,7 @@ __all__ = [
     "find_layers",
     "find_stacks",
     "group_heads",
+    "group_routes",
     "guard_moves",
     "inner_module",
     "is_dense",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from ..late import Late
 from ..ops import dispatch, reference
 from ..ops.checks import check_heads, check_rows
 from ..store import HEAD
-from .head import look_up
+from .head import Heads, check_tokens, look_up, within
 from .linear import LoraLayer
 from .swap import twin_of
 
@@ -29,7 +31,7 @@ class EmbeddingLayer(LoraLayer):
                 return self._base(input)
             check_rows(shared.plan, input.shape[0])
             if state.index in shared.heads:
-                check_heads(shared.plan)
+                check_heads(shared.header)
             return self._changed(input, shared.plan)
         plan = shared.local.plan or shared.default
         if plan is None or not (touches := plan.touches[state.index]):
@@ -37,9 +39,28 @@ class EmbeddingLayer(LoraLayer):
         self._check_rows(input, plan)
         base = partial(self._changed, words=plan.tensor)
         if touches & HEAD:
-            sizes = self.num_embeddings, self.embedding_dim
-            return look_up(input, plan.heads[state.index], shared.arena, base, self._under, *sizes, state.name)
+            heads = plan.heads[state.index]
+            known = self._known(input, heads)
+            found = look_up(known, heads, shared.arena, base, self._under, self.embedding_dim)
+            return found if known is input else found.masked_fill((known != input)[..., None], math.nan)
         return base(input)
+
+    def _known(self, ids: Tensor, heads: Heads) -> Tensor:
+        """`ids`, if each row's embedding has them, else TokenError. On a GPU, where asking would be waiting, others in
+        place of those that are not had: what is looked up for them is replaced by NaN, and the call raises when it
+        ends. Where no call is running, nothing else would raise, so this waits; a capture can only leave the NaN."""
+        state = self._mlora
+        check = partial(check_tokens, heads=heads, tokens=self.num_embeddings, name=state.name)
+        if not ids.is_cuda:
+            check(ids)
+            return ids
+        if not torch.cuda.is_current_stream_capturing():
+            late, asked = Late(ids, check), state.shared.local.late
+            if asked is None:
+                late.settle()
+            else:
+                asked.append(late)
+        return within(ids, heads)
 
     def _under(self, weight: Tensor, ids: Tensor) -> Tensor:
         """The module's own forward under another weight."""

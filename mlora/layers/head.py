@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import errors
+from ..routing import to_device
 
 
 class Head(NamedTuple):
@@ -24,16 +26,23 @@ class Head(NamedTuple):
 
 class Heads(NamedTuple):
     """Of a module in a plan: `rows` of the plan, and which of them each head answers, as indices on the device; the
-    model's own head is None."""
+    model's own head is None. `widths` is that of each row's, int64 (rows, 1), on the host; `last` is one less, on the
+    device."""
 
     rows: int
     answered: tuple[tuple[Head | None, Tensor], ...]
+    widths: Tensor
+    last: Tensor
 
 
-def group_heads(heads: Sequence[Head | None], device: torch.device) -> Heads:
-    """By head: `heads` has one for each of the plan's rows. Copies to the device, so that `answer` need not."""
+def group_heads(heads: Sequence[Head | None], width: int, device: torch.device) -> Heads:
+    """By head: `heads` has one for each of the plan's rows; `width` is that of the model's own. One copy to the device,
+    so that layers need none."""
     rows = {own: [row for row, head in enumerate(heads) if head == own] for own in heads}
-    return Heads(len(heads), tuple((head, torch.tensor(mine, device=device)) for head, mine in rows.items()))
+    widths = np.array([width if head is None else head.width for head in heads], dtype=np.int64)
+    order, last = to_device(np.stack([np.concatenate([*rows.values()]), widths - 1]), device)
+    answered = zip(rows, order.split([len(mine) for mine in rows.values()]), strict=True)
+    return Heads(len(heads), tuple(answered), torch.from_numpy(widths)[:, None], last[:, None])
 
 
 def answer(x: Tensor, heads: Heads, arena: Tensor, base: Callable[[Tensor], Tensor], out_features: int) -> Tensor:
@@ -63,31 +72,19 @@ def look_up(
     arena: Tensor,
     base: Callable[[Tensor], Tensor],
     under: Callable[[Tensor, Tensor], Tensor],
-    tokens: int,
     features: int,
-    name: str,
 ) -> Tensor:
-    """What each row's embedding has for its ids.
+    """What each row's embedding has for its ids, all of which it has (`check_tokens`, `within`).
 
     Args:
         heads: each of the plan's rows is as many of the rows of `ids` as the others; None is the model's own.
         base: the model's own, with what adapters add to it, on all rows; those that have another are given id 0.
             Not called where every row has another.
         under: the embedding under another weight, (tokens, features).
-        tokens: of the model's own. `name`: the module's.
-
-    Raises:
-        TokenError: an id that the row's embedding does not have.
     """
     rows, parts = ids.reshape(heads.rows, -1), []
     for head, mine in heads.answered:
-        width, own = tokens if head is None else head.width, rows[mine]
-        if (beyond := (own < 0) | (own >= width)).any():
-            row, column = (int(index) for index in beyond.nonzero()[0])
-            raise errors.TokenError(
-                f"row {int(mine[row])} has token {int(own[row, column])}; {name} has {width} tokens "
-                f"{'in the model' if head is None else 'in the adapter of that row'}"
-            )
+        own = rows[mine]
         if head is None:
             known = torch.zeros_like(rows).index_copy(0, mine, own)
             found = base(known.view(ids.shape)).reshape(*rows.shape, -1)[mine]
@@ -98,3 +95,21 @@ def look_up(
     for mine, found in parts:
         out = out.index_copy(0, mine, found)
     return out.view(*ids.shape, features)
+
+
+def check_tokens(ids: Tensor, heads: Heads, tokens: int, name: str) -> None:
+    """Raise `TokenError` if there is an id, on the host, that its row's embedding does not have. `tokens` are those of
+    the model's own; `name` is the module's."""
+    rows = ids.reshape(heads.rows, -1)
+    if (beyond := (rows < 0) | (rows >= heads.widths)).any():
+        row, column = beyond.nonzero()[0].tolist()
+        width = int(heads.widths[row])
+        raise errors.TokenError(
+            f"row {row} has token {int(rows[row, column])}; {name} has {width} tokens "
+            f"{'in the model' if width == tokens else 'in the adapter of that row'}"
+        )
+
+
+def within(ids: Tensor, heads: Heads) -> Tensor:
+    """The nearest ids that each row's embedding has, without a look at them from the host."""
+    return ids.reshape(heads.rows, -1).clamp(min=0).minimum(heads.last).view(ids.shape)

@@ -182,9 +182,9 @@ class LoraLayer(nn.Module):
         if state.gathered:
             check_rows(shared.plan, 0)  # only one entry for all rows may pass
         if state.index in shared.heads:
-            check_heads(shared.plan)
+            check_heads(shared.header)
         if state.index in shared.tails:
-            check_tails(shared.plan)
+            check_tails(shared.header)
         if shared.inputs or shared.turns:
             touches = (LORA | INPUT | BOTH if shared.inputs else LORA | GAIN) | (TURN if shared.turns else 0)
             return self._routed(x, shared.plan, touches)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -11,17 +11,20 @@ from torch import Tensor, nn
 
 from .. import errors
 from ..lowering import BaseLinear
-from ..ops import reference
 from ..ops.checks import check_experts
-from ..ops.reference import Term
 from ..routing import Plan
 from .dense import is_dense
 from .linear import LoraLayer
+from .route import Factors
 from .state import LayerState, Shared
 from .swap import twin_of
 
 # What reads its parameters otherwise than by their names, or takes inputs that need not lie in rows of the batch.
 _OTHERS = (nn.Embedding, nn.MultiheadAttention, nn.RNNBase, nn.modules.conv._ConvNd)
+
+
+Changes = Mapping[str, tuple[Factors, ...]]
+"""Of one module: parameter -> the terms of its delta; only those that have some."""
 
 
 class Stack(NamedTuple):
@@ -78,9 +81,9 @@ def _input_name(cls: Any) -> str | None:
 
 
 class ParametersState(LayerState):
-    """What the layer of such parameters knows: `stacks` is parameter -> (its number, its rows of the store's tables);
-    `input` is what its forward calls its first input; `experts`, whether the parameters are experts' and it takes
-    tokens with a choice of experts for each."""
+    """What the layer of such parameters knows: `stacks` is parameter -> its number; `input` is what its
+    forward calls its first input; `experts`, whether the parameters are experts' and it takes tokens with a choice of
+    experts for each."""
 
     __slots__ = ("experts", "input", "stacks")
 
@@ -88,12 +91,13 @@ class ParametersState(LayerState):
         self,
         name: str,
         shared: Shared,
+        tables: Tensor,
         module: nn.Module,
         dtype: torch.dtype,
-        stacks: Mapping[str, tuple[int, Tensor]],
+        stacks: Mapping[str, int],
     ) -> None:
-        index, table = next(iter(stacks.values()))
-        super().__init__(name, index, shared, table, module, dtype)
+        index = next(iter(stacks.values()))
+        super().__init__(name, index, shared, tables[index], module, dtype)
         self.stacks = dict(stacks)
         self.input = cast(str, _input_name(type(module)))
         self.experts = any(getattr(module, name).dim() == 3 for name in stacks)
@@ -102,10 +106,11 @@ class ParametersState(LayerState):
 class ParametersLayer(LoraLayer):
     """Mixed in before the class of a module with such parameters: fused experts, a router.
 
-    The tokens are divided by recipe, and the module's own forward is called for each on its tokens, under parameters
-    W + sum_i w_i s_i B_i A_i (of every expert), which is what PEFT puts in W's place; tokens without a delta go through
-    the module as it is. Experts are chosen token by token, so a token does not see which others it comes with; and of
-    other modules, those that take nothing but hidden states see no more than their rows.
+    The tokens are divided by what recipes do here, and the module's own forward is called for each on its tokens, under
+    parameters W + sum_i w_i s_i B_i A_i (of every expert), which is what PEFT puts in W's place; tokens without a delta
+    go through the module as it is. The plan, on the host, and the number of tokens decide all of that. Experts are
+    chosen token by token, so a token does not see which others it comes with; and of other modules, those that take
+    nothing but hidden states see no more than their rows.
     """
 
     _mlora: ParametersState
@@ -115,10 +120,10 @@ class ParametersLayer(LoraLayer):
         shared = state.shared
         if torch.compiler.is_compiling():
             if shared.experts:
-                check_experts(shared.plan)
+                check_experts(shared.header)
             return self._whole(args, named)
         plan = shared.local.plan or shared.default
-        if plan is None or not any(plan.touches[index] for index, _ in state.stacks.values()):
+        if plan is None or not any(plan.touches[index] for index in state.stacks.values()):
             return self._whole(args, named)
         x = args[0] if args else named.get(state.input)
         if not isinstance(x, Tensor) or not x.dim():
@@ -133,40 +138,50 @@ class ParametersLayer(LoraLayer):
         return super(LoraLayer, self).forward(*args, **named)
 
     def _divided(self, x: Tensor, args: tuple[Any, ...], named: Mapping[str, Any], plan: Plan) -> Any:
-        """One call of the base for each recipe that changes it and one for all other tokens; a single one gets all
-        arguments as they are."""
-        tokens = x.shape[0]
-        recipes, chosen = self._recipes(plan, tokens)
-        if len(chosen) == 1 and len(chosen[0]) == tokens:
-            return self._under(recipes[0], args, named)
+        """One call of the base for each thing that recipes do to it, nothing included; a single one gets all arguments
+        as they are."""
+        parts = self._parts(plan)
+        if len(parts) == 1:
+            return self._under(parts[0][0], args, named)
         self._check_divisible(x, args, named)
-        left = torch.ones(tokens, dtype=torch.bool, device=x.device)
-        for rows in chosen:
-            left[rows] = False
-        if len(rest := left.nonzero()[:, 0]):
-            recipes.append({})
-            chosen.append(rest)
-        outputs = []
-        for recipe, rows in zip(recipes, chosen, strict=True):
-            part = [self._picked(value, rows, tokens) for value in args]
-            outputs.append(self._under(recipe, part, {key: self._picked(v, rows, tokens) for key, v in named.items()}))
-        order = torch.cat(chosen).argsort()
+        tokens, outputs = x.shape[0], []
+        for changes, rows in parts:
+            part = [self._picked(value, rows, tokens, plan) for value in args]
+            others = {key: self._picked(value, rows, tokens, plan) for key, value in named.items()}
+            outputs.append(self._under(changes, part, others))
+        chosen = [rows for _, rows in parts]
         if not isinstance(outputs[0], tuple):
-            return self._joined(outputs, chosen, order, plan)
-        return tuple(self._joined(column, chosen, order, plan) for column in zip(*outputs, strict=True))
+            return self._joined(outputs, chosen, tokens, plan)
+        return tuple(self._joined(column, chosen, tokens, plan) for column in zip(*outputs, strict=True))
 
-    def _joined(self, outputs: Sequence[Any], chosen: Sequence[Tensor], order: Tensor, plan: Plan) -> Tensor | None:
-        """One output of all tokens from those of each recipe; a router gives several."""
+    def _parts(self, plan: Plan) -> list[tuple[Changes, Tensor]]:
+        """What recipes do to the module, and the plan's rows that get it."""
+        rows: dict[tuple[tuple[Factors, ...], ...], list[Tensor]] = {}
+        for route in plan.routes:
+            terms = tuple(route.terms.get(index, ()) for index in self._mlora.stacks.values())
+            rows.setdefault(terms, []).append(route.rows)
+        return [
+            (
+                {name: own for name, own in zip(self._mlora.stacks, terms, strict=True) if own},
+                mine[0] if len(mine) == 1 else torch.cat(mine),
+            )
+            for terms, mine in rows.items()
+        ]
+
+    def _joined(self, outputs: Sequence[Any], chosen: Sequence[Tensor], tokens: int, plan: Plan) -> Tensor | None:
+        """One output of all tokens from those of each call; a router gives several."""
         if all(output is None for output in outputs):
             return None
         for output, rows in zip(outputs, chosen, strict=True):
-            if not isinstance(output, Tensor) or not output.dim() or output.shape[0] != len(rows):
+            wanted = len(rows) * (tokens // plan.rows)
+            if not isinstance(output, Tensor) or not output.dim() or output.shape[0] != wanted:
                 seen = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
                 raise errors.AttributionError(
-                    f"{self._mlora.name} gave {seen} for {len(rows)} tokens, which cannot be attributed to the batch's "
+                    f"{self._mlora.name} gave {seen} for {wanted} tokens, which cannot be attributed to the batch's "
                     f"{plan.rows} rows; use one adapter for all rows, or adapters that do not target it"
                 )
-        return torch.cat(list(outputs))[order]
+        rows = torch.cat(list(outputs)).unflatten(0, (plan.rows, -1))
+        return rows[torch.cat(list(chosen)).argsort()].flatten(0, 1)
 
     def _check_divisible(self, x: Tensor, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         """Raise unless a part of the tokens can be given to the module alone."""
@@ -182,23 +197,10 @@ class ParametersLayer(LoraLayer):
                 f"rows, or adapters whose target_parameters do not name it"
             )
 
-    def _recipes(self, plan: Plan, tokens: int) -> tuple[list[dict[str, list[Term]]], list[Tensor]]:
-        """Of each recipe that changes the module: the terms of each parameter that it changes, and its tokens."""
-        recipes: list[dict[str, list[Term]]] = []
-        chosen: list[Tensor] = []
-        stacks = self._mlora.stacks
-        for routes in zip(*(reference.routes(plan.tensor, table, tokens) for _, table in stacks.values()), strict=True):
-            changed = {name: [t for t in route.terms if t.rank] for name, route in zip(stacks, routes, strict=True)}
-            changed = {name: terms for name, terms in changed.items() if terms}
-            if changed:
-                recipes.append(changed)
-                chosen.append(routes[0].tokens)
-        return recipes, chosen
-
-    def _picked(self, value: Any, rows: Tensor, tokens: int) -> Any:
-        """An argument's part for some of the tokens."""
+    def _picked(self, value: Any, rows: Tensor, tokens: int, plan: Plan) -> Any:
+        """An argument's part for the tokens of some of the plan's rows."""
         if isinstance(value, Tensor) and value.dim() and value.shape[0] == tokens:
-            return value[rows]
+            return value.unflatten(0, (plan.rows, -1))[rows].flatten(0, 1)
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
         seen = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
@@ -207,16 +209,16 @@ class ParametersLayer(LoraLayer):
             f"adapter for all rows, or adapters that do not target it"
         )
 
-    def _under(self, recipe: Mapping[str, list[Term]], args: Any, named: Mapping[str, Any]) -> Any:
-        """The base under the weights of a recipe; as it is under none."""
-        if not recipe:
+    def _under(self, changes: Changes, args: Any, named: Mapping[str, Any]) -> Any:
+        """The base under changed parameters; as it is where none is."""
+        if not changes:
             return self._whole(args, named)
         twin, cls = twin_of(self)
-        changed = {name: self._weight(name, terms) for name, terms in recipe.items()}
+        changed = {name: self._weight(name, terms) for name, terms in changes.items()}
         twin.__dict__["_parameters"] = {**self.__dict__["_parameters"], **changed}
         return cls.forward(twin, *args, **named)
 
-    def _weight(self, name: str, terms: list[Term]) -> Tensor:
+    def _weight(self, name: str, terms: Iterable[Factors]) -> Tensor:
         """W + sum_i w_i s_i B_i A_i (of every expert), summed in fp32 (fp64 for fp64) and rounded once."""
         weight: Tensor = getattr(self, name)
         wide = torch.promote_types(weight.dtype, torch.float32)
@@ -229,5 +231,5 @@ class ParametersLayer(LoraLayer):
                 for start, width in ((term.a, inputs), (term.b, outputs))
             )
             left, right = (a, b) if transposed else (b, a)
-            total = torch.baddbmm(total, left.transpose(1, 2), right, alpha=term.weight * term.scale)
+            total = torch.baddbmm(total, left.transpose(1, 2), right, alpha=term.factor)
         return total.to(weight.dtype).view(weight.shape)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from ..ops import dispatch
+from ..ops import dispatch, layout
 from ..routing import Local, Plan
 from .dense import is_dense
 from .swap import bound_forwards
@@ -24,7 +24,7 @@ class Shared:
     """What all layers of one patched model share. Tensors here keep their addresses for good.
 
     Args:
-        arena, plan: the arena and the plan buffer that compiled code reads.
+        arena, plan: the arena and the plan buffer that compiled code reads. `header`: of that plan, on the host.
         local: per thread, the plan that eager code reads.
         default: the plan of `Runtime.set_adapter`, for threads without one of their own.
         blank: a plan that routes nothing.
@@ -42,6 +42,7 @@ class Shared:
     def __init__(self, arena: Tensor, plan: Tensor, fused: bool) -> None:
         self.arena = arena
         self.plan = plan
+        self.header = torch.zeros(layout.PLAN_HEADER, dtype=torch.int32)
         self.local = Local()
         self.default: Plan | None = None
         self.blank = torch.zeros(8, dtype=torch.int32, device=plan.device)

@@ -1,6 +1,6 @@
-"""What compiled code must refuse when it runs: operators that read the plan's header and raise.
+"""What compiled code must refuse when it runs: operators that read the plan's header on the host, and raise.
 
-They are declared to write the plan, so that no compiler drops the calls as ones without an effect.
+They are declared to write what they read, so that no compiler drops the calls as ones without an effect.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from .. import errors
 LIBRARY = torch.library.Library("mlora", "FRAGMENT")
 
 
-def _define(schema: str, check: Callable[..., None], key: str) -> Any:
+def _define(schema: str, check: Callable[..., None]) -> Any:
     name = schema.partition("(")[0]
     LIBRARY.define(f"{schema} -> ()")
-    LIBRARY.impl(name, check, key)
+    LIBRARY.impl(name, check, "CPU")
     torch.library.register_fake(f"mlora::{name}", lambda *args: None, lib=LIBRARY)
     return getattr(torch.ops.mlora, name).default
 
@@ -32,36 +32,36 @@ def _check_rows(plan: Tensor, rows: int) -> None:
         )
 
 
-def _check_heads(plan: Tensor) -> None:
-    if int(plan[4]):
+def _check_heads(header: Tensor) -> None:
+    if int(header[4]):
         raise errors.UnsupportedAdapterError(
             "the active routing has an adapter with a head or a token embedding of another size than the model's; "
             "under torch.compile, where sizes are fixed, it is not served"
         )
 
 
-def _check_experts(plan: Tensor) -> None:
-    if int(plan[5]):
+def _check_experts(header: Tensor) -> None:
+    if int(header[5]):
         raise errors.UnsupportedAdapterError(
             "the active routing has an adapter with target_parameters, whose modules run once for each recipe of the "
             "batch; under torch.compile, where what is run is fixed, it is not served"
         )
 
 
-def _check_tails(plan: Tensor) -> None:
-    if int(plan[6]):
+def _check_tails(header: Tensor) -> None:
+    if int(header[6]):
         raise errors.UnsupportedAdapterError(
             "the active routing has an aLoRA (alora_invocation_tokens), whose tokens are looked for in each batch; "
             "under torch.compile it is not served"
         )
 
 
-_rows = _define("check_rows_(Tensor(a!) plan, SymInt rows)", _check_rows, "CPU")
+_rows = _define("check_rows_(Tensor(a!) plan, SymInt rows)", _check_rows)
 
-# Of a plan on another device these wait for it; layers call them only once an adapter was loaded that needs them.
-check_heads = _define("check_heads_(Tensor(a!) plan)", _check_heads, "CompositeExplicitAutograd")
-check_experts = _define("check_experts_(Tensor(a!) plan)", _check_experts, "CompositeExplicitAutograd")
-check_tails = _define("check_tails_(Tensor(a!) plan)", _check_tails, "CompositeExplicitAutograd")
+# Layers call these only once an adapter was loaded that needs them. `header`: `Shared.header`.
+check_heads = _define("check_heads_(Tensor(a!) header)", _check_heads)
+check_experts = _define("check_experts_(Tensor(a!) header)", _check_experts)
+check_tails = _define("check_tails_(Tensor(a!) header)", _check_tails)
 
 
 def check_rows(plan: Tensor, rows: int) -> None:

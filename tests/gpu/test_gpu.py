@@ -13,7 +13,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import assert_close, inputs_for, logits
+from conftest import VOCAB, assert_close, build, inputs_for, logits, make_adapter, resized, served
 from test_ops import DTYPES, MIX, A, B, Case, check
 
 import mlora
@@ -122,6 +122,32 @@ def test_patched_model(llama, folders):
     finally:
         dispatch._apply_ = native
     assert_close(got, want, 1e-4)
+
+
+def test_no_layer_waits(tmp_path):
+    """Torch raises where it would: experts, a router, and an embedding of another size beside them."""
+    base = build("qwen2moe")
+    base.set_experts_implementation("batched_mm")  # the others ask how many tokens each expert gets
+    parameters = ["experts.gate_up_proj", "experts.down_proj", "gate.weight"]
+    experts = make_adapter(tmp_path / "experts", base, 1, r=2, target_modules=["q_proj"], target_parameters=parameters)
+    saved = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    wide = make_adapter(tmp_path / "wide", resized(base, VOCAB + 3), 2, r=2, **saved)
+    folders, entries = {"experts": experts, "wide": wide}, ["experts", None, "wide", {"experts": 0.5}]
+    ids = torch.randint(2, VOCAB, (4, 5), generator=torch.Generator().manual_seed(1))
+    ids[2, 1] = VOCAB + 2
+    want = logits(served(base, folders), {"input_ids": ids}, adapter_names=entries)
+    model, batch = served(base.cuda(), folders), {"input_ids": ids.cuda(), "use_cache": False}
+    logits(model, batch, adapter_names=entries)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = logits(model, batch, adapter_names=entries)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(got.isinf().cpu(), want.isinf())
+    assert_close(got.cpu().nan_to_num(neginf=0), want.nan_to_num(neginf=0), 1e-4)
+    batch["input_ids"][1, 3] = VOCAB
+    with pytest.raises(mlora.errors.TokenError, match="row 1"):
+        logits(model, batch, adapter_names=entries)
 
 
 def test_time_is_sane():
