@@ -3,7 +3,9 @@
 Every workload is checked against an fp64 oracle first; on a mismatch nothing is reported. Adapters,
 inputs and outputs rotate through a working set that fits the last-level cache, or through one that does
 not. The byte bound is the compulsory traffic (each distinct adapter once, x once, y read and written) at
-the streaming read that torch reaches on as many bytes, with the same threads, in the same run.
+the streaming read that torch reaches on as many bytes, with the same threads, in the same run. `of stream`
+compares adapter bytes with that reading in one go; `of reads` with torch reading each call's adapters, call by call
+(the better of a sum and a dot product), timed in turns with the calls.
 
     python bench/kernels.py --out bench/results/kernels.jsonl
     python bench/kernels.py --device cuda --out bench/results/gpu_kernels.jsonl
@@ -15,6 +17,7 @@ so that launching costs next to nothing.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -126,6 +129,23 @@ class Buffers:
         for i in range(self.copies):
             self.call(i)
 
+    def readers(self) -> list[Callable[[], None]]:
+        """Functions that read what `sweep` reads of adapters, call by call; none where it reads no whole words."""
+        words = self.arena.numel() * self.arena.itemsize // 4 // self.copies
+        if not self.load.used or self.arena.numel() * self.arena.itemsize % (4 * self.copies):
+            return []
+        parts = list(self.arena.view(torch.float32).view(self.copies, words))
+
+        def sums() -> None:
+            for part in parts:
+                part.sum()
+
+        def products() -> None:
+            for part in parts:
+                part.dot(part)
+
+        return [sums, products]
+
     def captured(self) -> Callable[[], None]:
         """`sweep` as one CUDA graph."""
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -222,12 +242,12 @@ def prefill_workloads(smoke: bool) -> Iterator[Workload]:
 
 
 def bandwidth_workloads(smoke: bool) -> Iterator[Workload]:
-    for inputs, outputs in ((96, 80),) if smoke else ((576, 576), (2048, 2048), (4096, 4096), (4096, 14336)):
-        for beyond in (False, True):
-            if not (smoke and beyond):
-                route, count = routes("distinct", 16)
-                where = "beyond" if beyond else "inside"
-                yield Workload("bandwidth", f"{where} the LLC", inputs, outputs, 16, route, (16,) * count, beyond)
+    widths = ((96, 80),) if smoke else ((576, 576), (2048, 2048), (4096, 4096), (4096, 14336))
+    for (inputs, outputs), rank, beyond in itertools.product(widths, (16, 64), (False, True)):
+        if not (smoke and beyond):
+            route, count = routes("distinct", 16)
+            label = f"r{rank}, {'beyond' if beyond else 'inside'} the LLC"
+            yield Workload("bandwidth", label, inputs, outputs, 16, route, (rank,) * count, beyond)
 
 
 def rank_workloads(smoke: bool) -> Iterator[Workload]:
@@ -289,7 +309,8 @@ def main() -> None:
         console.print(f"streaming read of {size >> 20} MiB: {rate / 1e9:.1f} GB/s ({reader})")
 
     table = Table(title="One call, bf16 (median, 20-80 % quantiles)")
-    for column in ("group", "in x out", "workload", "us", "20-80 %", "bound us", "adapter GB/s", "of stream"):
+    columns = ("group", "in x out", "workload", "us", "20-80 %", "bound us", "adapter GB/s", "of stream", "of reads")
+    for column in columns:
         table.add_column(column, justify="left" if column in ("group", "workload") else "right")
     medians: dict[str, float] = {}
     for load in track(loads, "Kernels", console=Console(stderr=True), transient=True):
@@ -300,7 +321,9 @@ def main() -> None:
             continue
         buffers.check()
         sweep = buffers.sweep if args.device == "cpu" else buffers.captured()
-        median, low, high = time_sweeps(sweep, buffers.copies, args.repeats)
+        readers = buffers.readers() if args.device == "cpu" and load.op == "apply" else []
+        (median, low, high), *reads = time_sweeps([sweep, *readers], buffers.copies, args.repeats)
+        reading = min((read[0] for read in reads), default=math.nan)
         rate = stream[size]
         achieved = load.adapter_bytes / median
         medians[load.label] = median
@@ -315,6 +338,7 @@ def main() -> None:
             adapter_bytes=load.adapter_bytes,
             bytes=load.bytes,
             stream_bytes_per_s=rate,
+            read_seconds=None if math.isnan(reading) else reading,
             working_set=buffers.copies * load.bytes,
         )
         table.add_row(
@@ -326,21 +350,26 @@ def main() -> None:
             f"{load.bytes / rate * 1e6:.1f}",
             f"{achieved / 1e9:.1f}" if load.used else "-",
             f"{achieved / rate:.2f}" if load.used else "-",
+            "-" if math.isnan(reading) else f"{reading / median:.2f}",
         )
     console.print(table)
     report_ranks(console, medians)
 
 
-def time_sweeps(sweep: Callable[[], None], calls: int, repeats: int) -> tuple[float, float, float]:
-    """Seconds a call, over sweeps of `calls` calls that are repeated until one timing takes 2 ms or more."""
-    loops = max(1, math.ceil(2e-3 / max(seconds(sweep), 1e-6)))
+def time_sweeps(sweeps: Sequence[Callable[[], None]], calls: int, repeats: int) -> list[tuple[float, float, float]]:
+    """Seconds a call of each, in turns, over sweeps of `calls` calls that are repeated until one timing takes 2 ms or
+    more."""
+    loops = [max(1, math.ceil(2e-3 / max(seconds(sweep), 1e-6))) for sweep in sweeps]
 
-    def timed() -> None:
-        for _ in range(loops):
-            sweep()
+    def timed(i: int) -> float:
+        def run() -> None:
+            for _ in range(loops[i]):
+                sweeps[i]()
 
-    timed()
-    return tuple(value / (calls * loops) for value in quantiles([seconds(timed) for _ in range(repeats)]))  # type: ignore[return-value]
+        return seconds(run) / (calls * loops[i])
+
+    times = [[timed(i) for i in range(len(sweeps))] for _ in range(repeats + 1)][1:]
+    return [quantiles(of) for of in zip(*times, strict=True)]
 
 
 def report_ranks(console: Console, medians: dict[str, float]) -> None:

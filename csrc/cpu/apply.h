@@ -57,9 +57,9 @@ class Ahead {
   __attribute__((noinline)) uintptr_t next(uintptr_t beyond) {
     for (;;) {
       while (rows_ == 0) {
-        if (job_ == end_) {  // ask for what was read already, which costs nothing
-          stop_ = UINTPTR_MAX;
-          return stop_ / 2;
+        if (job_ == end_) {  // ask for what is near, which costs little
+          stop_ = reinterpret_cast<uintptr_t>(this) + 1024;
+          return stop_ - 1024;
         }
         part();
       }

@@ -51,7 +51,7 @@ struct Segment {
 
 constexpr int32_t kSegmentTokens = 64;
 constexpr int32_t kFewTokens = 2;       // up to which expand reads all of a rank row at a time
-constexpr int64_t kFewColumns = 4096;   // most columns of an expand of few tokens
+constexpr int64_t kFewColumns = 2048;   // most columns of an expand of few tokens
 constexpr int64_t kLinearColumns = 32;  // output columns that linear computes at a time
 constexpr int64_t kLinearTokens = 16;   // tokens that linear computes at a time
 
