@@ -65,9 +65,9 @@ class Form:
 DECODE = Form(1, 1, 16, 4, 32, 4, 32, 16, 32)
 PREFILL = Form(PART, 2, 64, 8, 32, 8, 64, 64, 32)
 
-# The base product: (BM, BN, BK, warps, stages, registers a thread), on sm_80, sm_90 and sm_100; "small" are sm_86, sm_89
-# and sm_120, with 99 KiB of shared memory a block. 80 registers leave room for 38% of a processor's threads. fp32 has no
-# tensor cores here and wants small tiles.
+# The base product: (BM, BN, BK, warps, stages, registers a thread), on sm_80, sm_90 and sm_100; "small" are sm_86,
+# sm_89 and sm_120, with 99 KiB of shared memory a block. 80 registers leave room for 38% of a processor's threads. fp32
+# has no tensor cores here and wants small tiles.
 _LINEAR = {80: (64, 64, 32, 8, 3, 80), 90: (64, 64, 32, 8, 2, 80), 100: (64, 64, 32, 8, 2, 80)}
 _LINEAR_SMALL = (64, 64, 32, 8, 2, 80)
 _LINEAR_DECODE = (16, 64, 32, 4, 3, 80)
@@ -91,7 +91,7 @@ def shrink_registers(device: Device, f: Form, itemsize: int) -> int:
 
 def expand_registers(device: Device, itemsize: int) -> int:
     """Registers that a thread of `expand` may take."""
-    return 96 if (_family(device.capability), itemsize) == (120, 2) else 80
+    return 88 if (_family(device.capability), itemsize) == (120, 2) else 80
 
 
 def block_k(itemsize: int) -> int:

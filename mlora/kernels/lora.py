@@ -9,8 +9,8 @@ grid and the rest of the batch never change a row's bits. Who is the last is tol
 
 v: fp32 (slices, tokens, capacity), tokens in the order of the plan. Slice s holds part s, or leaf s, and at the end
 slice 0 holds the sum. The rank rows of a recipe's terms lie side by side, each term's from a multiple of 16 on, with
-zeros up to the next. Those beyond `capacity` are not kept: `expand` computes them again in every tile of columns, which
-is slow and right.
+zeros up to the next. A recipe that has more than `capacity` is not served from v: `expand` computes all of its rank
+rows again in every tile of columns, which is slow and right.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def compute_v(
     x, a, token, live, r, rank, width, x_stride, BM: tl.constexpr, RE: tl.constexpr, LEAF: tl.constexpr,
     PART: tl.constexpr,
 ):  # fmt: skip
-    """What `read_v` returns, for rank rows that the workspace has no room for. Steps of 16 elements need few registers
+    """What `read_v` returns, for recipes that the workspace has no room for. Steps of 16 elements need few registers
     and keep the chains of `shrink`: 16 is what a tensor-core instruction takes."""
     total = tl.zeros((RE, BM), tl.float32)
     part = tl.zeros((RE, BM), tl.float32)
