@@ -65,12 +65,14 @@ class Form:
 DECODE = Form(1, 1, 16, 4, 32, 4, 32, 16, 32)
 PREFILL = Form(PART, 2, 64, 8, 32, 8, 64, 64, 32)
 
-# The base product: (BM, BN, BK, warps, stages), so that no thread needs more than 128 registers. fp32 has no tensor
-# cores here and wants small tiles. sm_86, sm_89 and sm_120 have 99 KiB of shared memory a block.
-_LINEAR = {80: (128, 64, 32, 8, 3), 90: (64, 64, 64, 16, 3), 100: (128, 64, 32, 8, 3)}
-_LINEAR_SMALL = (128, 64, 32, 8, 2)
-_LINEAR_DECODE = (16, 64, 32, 4, 3)
-_LINEAR_FP32 = (16, 32, 16, 8, 3)
+# The base product: (BM, BN, BK, warps, stages, registers a thread), on sm_80, sm_90 and sm_100; "small" are sm_86,
+# sm_89 and sm_120, with 99 KiB of shared memory a block. 80 registers leave room for 38% of a processor's threads. fp32
+# has no tensor cores here and wants small tiles.
+_LINEAR = {80: (64, 64, 32, 8, 3, 80), 90: (64, 64, 32, 8, 2, 80), 100: (64, 64, 32, 8, 2, 80)}
+_LINEAR_SMALL = (64, 64, 32, 8, 2, 80)
+_LINEAR_DECODE = (16, 64, 32, 4, 3, 80)
+_LINEAR_DECODE_SMALL = (16, 64, 32, 4, 2, 96)
+_LINEAR_FP32 = (16, 32, 16, 8, 3, 128)
 
 
 def form(tokens: int) -> Form:
@@ -84,13 +86,12 @@ def leaf(width: int) -> int:
 
 def shrink_registers(device: Device, f: Form, itemsize: int) -> int:
     """Registers that a thread of `shrink` may take: where they suffice 80, which leave room for 38% of the threads."""
-    tight = _family(device.capability), itemsize
-    return 96 if tight == (120, 4) or (f is PREFILL and tight in ((80, 2), (100, 4))) else 80
+    return 96 if f is PREFILL and itemsize == 4 and _family(device.capability) >= 100 else 80
 
 
-def expand_warps(f: Form, itemsize: int) -> int:
-    """Warps of a program of `expand`: twice as many for tiles of 4 bytes an element."""
-    return f.expand_warps * (2 if itemsize == 4 else 1)
+def expand_registers(device: Device, itemsize: int) -> int:
+    """Registers that a thread of `expand` may take."""
+    return 88 if (_family(device.capability), itemsize) == (120, 2) else 80
 
 
 def block_k(itemsize: int) -> int:
@@ -126,14 +127,14 @@ def expand_grid(device: Device, tokens: int, width_out: int) -> int:
     return max(1, min(most, least)) if f is DECODE else -(-least // -(-least // most))
 
 
-def linear_tiles(device: Device, tokens: int, itemsize: int) -> tuple[int, int, int, int, int]:
-    """BM, BN, BK, warps and stages of `linear`."""
+def linear_tiles(device: Device, tokens: int, itemsize: int) -> tuple[int, int, int, int, int, int]:
+    """BM, BN, BK, warps, stages and registers of `linear`."""
     if itemsize == 4:
         return _LINEAR_FP32
+    family = _family(device.capability)
     if tokens <= DECODE_TOKENS:
-        return _LINEAR_DECODE
-    major = _family(device.capability)
-    return _LINEAR.get(major, _LINEAR_SMALL)
+        return _LINEAR_DECODE if family in _LINEAR else _LINEAR_DECODE_SMALL
+    return _LINEAR.get(family, _LINEAR_SMALL)
 
 
 def _family(capability: int) -> int:

@@ -148,22 +148,20 @@ def _count_expand(
             (rows, ranks), g = tiles[u // grains], u % grains
             g_end = min(grains, g + end - u)
             stop = min(g_end * f.expand_grain, width_out)
-            result.load("v", rows * min(kept, _pad(ranks[0])) * 4)
+            fits = sum(map(_pad, ranks)) <= capacity
+            if fits:
+                result.load("v", rows * min(kept, _pad(ranks[0])) * 4)
             for n in range(g * f.expand_grain, stop, f.columns):
                 columns = min(f.columns, stop - n)
                 result.load("y", rows * columns * itemsize)
                 result.store("y", rows * columns * itemsize)
                 result.load("b", sum(ranks) * columns * itemsize)
-                col = 0
                 for term, rank in enumerate(ranks):
-                    for r in range(kept if term == 0 else 0, rank, config.RANKS):
-                        if col + r + config.RANKS > capacity:  # `expand` computes these again
-                            some = min(config.RANKS, rank - r)
-                            result.load("x", rows * width * itemsize)
-                            result.load("a", some * width * itemsize)
-                        else:
-                            result.load("v", rows * min(config.RANKS, _pad(rank) - r) * 4)
-                    col += _pad(rank)
+                    if fits:
+                        result.load("v", rows * max(0, _pad(rank) - kept * (term == 0)) * 4)
+                    else:  # `expand` computes them again
+                        result.load("x", -(-rank // config.RANKS) * rows * width * itemsize)
+                        result.load("a", rank * width * itemsize)
             u += g_end - g
     return result
 

@@ -147,7 +147,7 @@ def apply_launches(
     second = (y, source, v, x, *adapters, y.shape[1], *strides, capacity)
     return [
         Launch(lora.shrink, grids[0], first, shrink, f.shrink_warps, config.SHRINK_STAGES, registers),
-        Launch(lora.expand, grids[1], second, expand, config.expand_warps(f, x.itemsize), 1, 128),
+        Launch(lora.expand, grids[1], second, expand, f.expand_warps, 1, config.expand_registers(device, x.itemsize)),
     ]
 
 
@@ -163,14 +163,14 @@ def linear_launches(
 ) -> list[Launch]:
     """The launch of `linear` on y (tokens, out), contiguous, and x (tokens, in)."""
     tokens, width = x.shape
-    bm, bn, bk, warps, depth = config.linear_tiles(device, tokens, x.itemsize)
+    bm, bn, bk, warps, depth, registers = config.linear_tiles(device, tokens, x.itemsize)
     constants = {"HAS_BIAS": bias is not None, "BM": bm, "BN": bn, "RE": config.RANKS, "BK": bk}
     args = (
         y, x, weight, weight if bias is None else bias, arena, table, plan, tokens, width, weight.shape[0],
         x.stride(0), weight.stride(0),
     )  # fmt: skip
     grid = config.linear_grid(device, tokens, weight.shape[0], bm, bn)
-    return [Launch(fused.linear, grid, args, constants, warps, depth, 128)]
+    return [Launch(fused.linear, grid, args, constants, warps, depth, registers)]
 
 
 def turn_launches(

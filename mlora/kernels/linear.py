@@ -101,14 +101,13 @@ def linear(
                 row = read_row(plan, table, t, rows, routes)
                 rank = tl.load(row + RANK).to(tl.int32)
                 scale = read_weight(plan, t, rows, routes) * read_scale(row)
-                a, b = tl.load(row + A), tl.load(row + B)
+                a, b = tl.multiple_of(tl.load(row + A), ALIGN), tl.multiple_of(tl.load(row + B), ALIGN)
                 for r in tl.range(0, rank, RE, disable_licm=True):
                     if (t == t0) & (r == 0):
                         vs = first
                     else:
-                        at = arena + tl.multiple_of(a, ALIGN)
-                        vs = dots(x, at, token, live, r, rank, width, x_stride, 0, width, BM, RE, BK, 1 << 30)
-                    acc = mma_wide(read_b(arena, b, r, rank, cols, some, width_out, RE), vs * scale, acc)
+                        vs = dots(x, arena + a, token, live, r, rank, width, x_stride, 0, width, BM, RE, BK, 1 << 30)
+                    acc = mma_wide(read_b(arena + b, r, rank, cols, some, width_out, RE), vs * scale, acc)
             acc += sum_gains(arena, plan, table, t0, t1, rows, routes, cols, some, SHIFT, BN)[:, None]
         at = y + token[None, :] * width_out + cols[:, None]
         tl.store(at, acc.to(y.dtype.element_ty), mask=live[None, :] & some[:, None])

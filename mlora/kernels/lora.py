@@ -9,8 +9,8 @@ grid and the rest of the batch never change a row's bits. Who is the last is tol
 
 v: fp32 (slices, tokens, capacity), tokens in the order of the plan. Slice s holds part s, or leaf s, and at the end
 slice 0 holds the sum. The rank rows of a recipe's terms lie side by side, each term's from a multiple of 16 on, with
-zeros up to the next. Those beyond `capacity` are not kept: `expand` computes them again in every tile of columns, which
-is slow and right.
+zeros up to the next. A recipe that has more than `capacity` is not served from v: `expand` computes all of its rank
+rows again in every tile of columns, which is slow and right.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from .work import (
     locate,
     mma,
     mma_wide,
+    opaque,
     read_row,
     read_scale,
     read_weight,
@@ -42,6 +43,7 @@ from .work import (
     total_units,
 )
 
+COLUMNS = tl.constexpr(16)  # that tiles of `expand` are counted in
 ALIGN = tl.constexpr(8)  # elements at a multiple of which parts start: 16 bytes of the 16-bit types; see `layout`
 
 
@@ -118,6 +120,8 @@ def shrink(
     grain = grain_of(total_units(plan, table, rows, routes, length, BM, 1, RANKS) * slices)
     h, end = share_halves(total_units(plan, table, rows, routes, length, BM, grain, RANKS) * slices)
     while tl.condition(h < end, disable_licm=True):
+        rows, routes, length = header(plan, tokens)  # again, so that they need not be kept
+        slices = tl.cdiv(width, LEAF * LEAVES)
         segment, within, _, units = locate(h // 2, slices, plan, table, rows, routes, length, BM, grain, RANKS)
         block, q = within // units, within % units * 2 + h % 2
         q_end = tl.minimum(2 * units, q + end - h)
@@ -184,22 +188,36 @@ def compute_v(
     x, a, token, live, r, rank, width, x_stride, BM: tl.constexpr, RE: tl.constexpr, LEAF: tl.constexpr,
     PART: tl.constexpr,
 ):  # fmt: skip
-    """What `read_v` returns, for rank rows that the workspace has no room for. Steps of 16 elements need few registers
+    """What `read_v` returns, for recipes that the workspace has no room for. Steps of 16 elements need few registers
     and keep the chains of `shrink`: 16 is what a tensor-core instruction takes."""
     total = tl.zeros((RE, BM), tl.float32)
-    for start in range(0, width, LEAF * PART):
-        stop = tl.minimum(start + LEAF * PART, width)
-        total += dots(x, a, token, live, r, rank, width, x_stride, start, stop, BM, RE, 16, LEAF)
+    part = tl.zeros((RE, BM), tl.float32)
+    acc = tl.zeros((RE, BM), tl.float32)
+    rs, ks = r + tl.arange(0, RE), tl.arange(0, 16)
+    i = 0
+    while tl.condition(i * 16 < width, disable_licm=True):
+        at = i * 16 + ks[None, :]
+        inside = at < width
+        xs = tl.trans(tl.load(x + token[:, None] * x_stride + at, mask=live[:, None] & inside, other=0.0))
+        a_at = a + rs[:, None].to(tl.int64) * width + at
+        acc = mma(tl.load(a_at, mask=(rs < rank)[:, None] & inside, other=0.0), xs, acc)
+        i = opaque(i + 1)
+        if (i * 16 % LEAF == 0) | (i * 16 >= width):
+            part += acc
+            acc = tl.zeros_like(acc)
+            if (i * 16 % (LEAF * PART) == 0) | (i * 16 >= width):
+                total += part
+                part = tl.zeros_like(part)
     return total
 
 
 @triton.jit
-def read_b(arena, b, r, rank, cols, some, width_out, RE: tl.constexpr):
+def read_b(b, r, rank, cols, some, width_out, RE: tl.constexpr):
     """(BN, RE) of B."""
     rs = r + tl.arange(0, RE)
     at = rs[None, :].to(tl.int64) * width_out + cols[:, None]
     mask = (rs < rank)[None, :] & some[:, None]
-    return tl.load(arena + tl.multiple_of(b, ALIGN) + at, mask=mask, other=0.0)
+    return tl.load(b + at, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -218,6 +236,27 @@ def sum_gains(
 
 
 @triton.jit
+def add_gains_and_shifts(
+    acc, base, arena, plan, table, t0, t1, rows, routes, token, cols, mask, base_stride
+):  # fmt: skip
+    """acc (BN, BM) + sum_t w_t (gain_t * base + shift_t) over the terms [t0, t1)."""
+    each = cols[:, None] + tl.zeros_like(token)[None, :]  # per token: as vectors, parts would change hands
+    t = t0
+    while tl.condition(t < t1, disable_licm=True):
+        row = read_row(plan, table, t, rows, routes)
+        gain, shift = tl.load(row + GAIN), tl.load(row + SHIFT)
+        if gain >= 0:
+            part = tl.load(arena + tl.multiple_of(gain, ALIGN) + each, mask=mask, other=0.0).to(tl.float32)
+            source = tl.load(base + token[None, :] * base_stride + cols[:, None], mask=mask, other=0.0)
+            acc += read_weight(plan, t, rows, routes) * part * source.to(tl.float32)
+        if shift >= 0:
+            part = tl.load(arena + tl.multiple_of(shift, ALIGN) + each, mask=mask, other=0.0).to(tl.float32)
+            acc += read_weight(plan, t, rows, routes) * part
+        t = opaque(t + 1)
+    return acc
+
+
+@triton.jit
 def first_rank(plan, table, t0, t1, rows, routes):
     """The rank of the first of the terms [t0, t1), 0 if there is none, and where its A is."""
     rank, a = 0, tl.zeros((), tl.int64)
@@ -225,6 +264,73 @@ def first_rank(plan, table, t0, t1, rows, routes):
         row = read_row(plan, table, t0, rows, routes)
         rank, a = tl.load(row + RANK).to(tl.int32), tl.load(row + A)
     return rank, a
+
+
+@triton.jit
+def columns_of_v(plan, table, t0, t1, rows, routes):
+    """Columns of v that the terms [t0, t1) take."""
+    columns = 0
+    t = t0
+    while tl.condition(t < t1, disable_licm=True):
+        rank = tl.load(read_row(plan, table, t, rows, routes) + RANK).to(tl.int32)
+        columns += tl.cdiv(rank, RANK_ALIGN) * RANK_ALIGN
+        t = opaque(t + 1)
+    return columns
+
+
+@triton.jit
+def expand_tile(
+    y, base, v, x, arena, table, plan, segment, tile, first, stop, rows, routes, length, width, width_out, x_stride,
+    y_stride, base_stride, capacity,
+    BM: tl.constexpr, BN: tl.constexpr, RE: tl.constexpr, LEAF: tl.constexpr, PART: tl.constexpr, FITS: tl.constexpr,
+):  # fmt: skip
+    """The columns [COLUMNS * first, stop) of a tile of tokens; FITS: the workspace holds all of its rank rows. If it
+    does not, all are computed again, in a loop of its own that keeps none: one loop for both would keep both's."""
+    token, live = tile_tokens(plan, segment, tile, rows, routes, length, BM)
+    t0, t1 = segment_terms(plan, segment, rows, routes)
+    position, count = tile_place(plan, segment, tile, routes, length, BM)
+    own = v + position.to(tl.int64) * capacity
+    if FITS:
+        rank, _ = first_rank(plan, table, t0, t1, rows, routes)
+        kept0 = read_v(own, count, 0, rank, capacity, BM, RE)  # for most adapters all there is
+        kept1 = read_v(own, count, RE, rank, capacity, BM, RE)
+        kept2 = read_v(own, count, 2 * RE, rank, capacity, BM, RE)
+        kept3 = read_v(own, count, 3 * RE, rank, capacity, BM, RE)
+    c = first
+    while tl.condition(c * COLUMNS < stop, disable_licm=True):
+        cols = c * COLUMNS + tl.arange(0, BN)
+        some = cols < stop
+        mask = live[None, :] & some[:, None]
+        far = opaque(token.to(tl.int32)).to(tl.int64)  # no pointers are kept beside it
+        acc = tl.load(y + far[None, :] * y_stride + cols[:, None], mask=mask, other=0.0).to(tl.float32)
+        acc = add_gains_and_shifts(
+            acc, base, arena, plan, table, t0, t1, rows, routes, far, cols, mask, base_stride
+        )  # fmt: skip
+        col = 0
+        t = t0
+        while tl.condition(t < t1, disable_licm=True):
+            rank = tl.load(read_row(plan, table, t, rows, routes) + RANK).to(tl.int32)
+            j = 0
+            while tl.condition(j * RE < rank, disable_licm=True):
+                r = j * RE
+                if not FITS:
+                    a = tl.multiple_of(tl.load(read_row(plan, table, t, rows, routes) + A), ALIGN)
+                    vs = compute_v(x, arena + a, token, live, r, rank, width, x_stride, BM, RE, LEAF, PART)
+                elif (t == t0) & (r < 4 * RE):
+                    vs = tl.where(r < 2 * RE, tl.where(r < RE, kept0, kept1), tl.where(r < 3 * RE, kept2, kept3))
+                else:
+                    vs = read_v(own + tl.multiple_of(col, RANK_ALIGN), count, r, rank, capacity, BM, RE)
+                row = read_row(plan, table, opaque(t), rows, routes)  # only now: `compute_v` needs the registers
+                scale = read_weight(plan, t, rows, routes) * read_scale(row)
+                b = tl.multiple_of(tl.load(row + B), ALIGN)
+                acc = mma_wide(read_b(arena + b, r, rank, cols, some, width_out, RE), vs * scale, acc)
+                j = opaque(j + 1)
+            col += tl.cdiv(rank, RANK_ALIGN) * RANK_ALIGN
+            t = opaque(t + 1)
+        cols = opaque(c) * COLUMNS + tl.arange(0, BN)
+        at = y + far[None, :] * y_stride + cols[:, None]
+        tl.store(at, acc.to(y.dtype.element_ty), mask=live[None, :] & (cols < stop)[:, None])
+        c = opaque(c + BN // COLUMNS)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -245,45 +351,21 @@ def expand(
     grains = tl.cdiv(width_out, GRAIN)
     u, end = share(total_units(plan, table, rows, routes, length, BM, GRAIN, TOUCHED) * grains)
     while tl.condition(u < end, disable_licm=True):
+        rows, routes, length = header(plan, tokens)  # again, and u moves on early: few numbers are kept
+        grains = tl.cdiv(width_out, GRAIN)
         segment, within, _, _ = locate(u, grains, plan, table, rows, routes, length, BM, GRAIN, TOUCHED)
         tile, g = within // grains, within % grains
         g_end = tl.minimum(grains, g + end - u)
-        token, live = tile_tokens(plan, segment, tile, rows, routes, length, BM)
-        t0, t1 = segment_terms(plan, segment, rows, routes)
-        first, _ = first_rank(plan, table, t0, t1, rows, routes)
-        position, count = tile_place(plan, segment, tile, routes, length, BM)
-        own = v + position.to(tl.int64) * capacity
-        kept0 = read_v(own, count, 0, first, capacity, BM, RE)  # for most adapters all there is
-        kept1 = read_v(own, count, RE, first, capacity, BM, RE)
-        kept2 = read_v(own, count, 2 * RE, first, capacity, BM, RE)
-        kept3 = read_v(own, count, 3 * RE, first, capacity, BM, RE)
-        stop = tl.minimum(g_end * GRAIN, width_out)
-        for n in tl.range(g * GRAIN, stop, BN, disable_licm=True):
-            cols = n + tl.arange(0, BN)
-            some = cols < stop
-            mask = live[None, :] & some[:, None]
-            at = y + token[None, :] * y_stride + cols[:, None]
-            acc = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-            gain = sum_gains(arena, plan, table, t0, t1, rows, routes, cols, some, GAIN, BN)
-            if tl.max(tl.abs(gain), axis=0) > 0:
-                source = tl.load(base + token[None, :] * base_stride + cols[:, None], mask=mask, other=0.0)
-                acc += gain[:, None] * source.to(tl.float32)
-            acc += sum_gains(arena, plan, table, t0, t1, rows, routes, cols, some, SHIFT, BN)[:, None]
-            col = 0
-            for t in tl.range(t0, t1, disable_licm=True):
-                row = read_row(plan, table, t, rows, routes)
-                rank = tl.load(row + RANK).to(tl.int32)
-                scale = read_weight(plan, t, rows, routes) * read_scale(row)
-                b = tl.load(row + B)
-                for r in tl.range(0, rank, RE, disable_licm=True):
-                    if (t == t0) & (r < 4 * RE):
-                        vs = tl.where(r < 2 * RE, tl.where(r < RE, kept0, kept1), tl.where(r < 3 * RE, kept2, kept3))
-                    elif col + r + RE <= capacity:
-                        vs = read_v(own + tl.multiple_of(col, RANK_ALIGN), count, r, rank, capacity, BM, RE)
-                    else:
-                        a = arena + tl.load(row + A)
-                        vs = compute_v(x, a, token, live, r, rank, width, x_stride, BM, RE, LEAF, PART)
-                    acc = mma_wide(read_b(arena, b, r, rank, cols, some, width_out, RE), vs * scale, acc)
-                col += tl.cdiv(rank, RANK_ALIGN) * RANK_ALIGN
-            tl.store(at, acc.to(y.dtype.element_ty), mask=mask)
         u += g_end - g
+        first, stop = g * (GRAIN // COLUMNS), tl.minimum(g_end * GRAIN, width_out)
+        t0, t1 = segment_terms(plan, segment, rows, routes)
+        if columns_of_v(plan, table, t0, t1, rows, routes) <= capacity:
+            expand_tile(
+                y, base, v, x, arena, table, plan, segment, tile, first, stop, rows, routes, length, width, width_out,
+                x_stride, y_stride, base_stride, capacity, BM, BN, RE, LEAF, PART, True,
+            )  # fmt: skip
+        else:
+            expand_tile(
+                y, base, v, x, arena, table, plan, segment, tile, first, stop, rows, routes, length, width, width_out,
+                x_stride, y_stride, base_stride, capacity, BM, BN, RE, LEAF, PART, False,
+            )  # fmt: skip

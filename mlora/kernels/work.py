@@ -40,6 +40,15 @@ if INTERPRET.value:  # which, as of Triton 3.8, takes any `tl.condition` for tru
 
 
 @triton.jit
+def opaque(i):
+    """i, int32, in a way that LLVM does not see through: where it sees a loop count, its strength reduction keeps a
+    64-bit pointer for every access in the loop, 40 registers in `expand`; and what depends on i is not taken out."""
+    if INTERPRET:
+        return i
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [i], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def header(plan, tokens):
     """Rows, routes and tokens a row. A plan that routes nothing reads as one row without a route."""
     rows = tl.load(plan)
@@ -202,5 +211,6 @@ def mma_wide(b, v, acc):
         return mma(b, v, acc)
     wide = b.to(tl.float32)
     high = (v.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # 13 mantissa bits off
-    acc = tl.dot(wide, high, acc, input_precision="tf32")
-    return tl.dot(wide, v - high, acc, input_precision="tf32")
+    for part in range(2):  # two products side by side would be taken for a chain, and lie twice in the warps
+        acc = tl.dot(wide, tl.where(part == 0, high, v - high), acc, input_precision="tf32")
+    return acc
