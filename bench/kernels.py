@@ -315,6 +315,11 @@ def main() -> None:
     medians: dict[str, float] = {}
     for load in track(loads, "Kernels", console=Console(stderr=True), transient=True):
         size = beyond if load.beyond else inside
+        if load.group == "bandwidth" and not load.beyond and load.bytes > llc:
+            console.print(
+                f"{load.inputs}x{load.outputs}, {load.label}: {load.bytes >> 20} MiB do not lie inside, left out"
+            )
+            continue
         buffers = Buffers(load, max(1, min(size // max(load.bytes, 1), 4096)), args.device)
         if load.op == "linear" and not buffers.kblock:
             console.print(f"fused {load.inputs}x{load.outputs}: not offered here, left out")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -87,21 +88,25 @@ def draw_generate(records: list[dict[str, Any]], file: Path) -> Path:
 
 
 def draw_bandwidth(records: list[dict[str, Any]], file: Path) -> Path:
-    """Adapter bytes per second of the decode shape beside a streaming read of as many bytes."""
+    """Adapter bytes per second of the decode shape beside reading as many in one go, and the same ones call by call."""
     places = list(dict.fromkeys(r["label"] for r in records))
     figure, axes = plt.subplots(1, len(places), figsize=(4 * len(places), 3.2), sharey=True, squeeze=False)
     for axis, place in zip(axes[0], places, strict=True):
         found = [r for r in records if r["label"] == place]
         names = [f"{r['inputs']}x{r['outputs']}" for r in found]
         rates = [r["adapter_bytes"] / r["seconds"][0] / 1e9 for r in found]
+        reads = [r["adapter_bytes"] / r["read_seconds"] / 1e9 if r["read_seconds"] else math.nan for r in found]
         low = [rate - r["adapter_bytes"] / r["seconds"][2] / 1e9 for rate, r in zip(rates, found, strict=True)]
         high = [r["adapter_bytes"] / r["seconds"][1] / 1e9 - rate for rate, r in zip(rates, found, strict=True)]
         axis.bar(names, rates, color=MINE, yerr=[low, high], error_kw={"lw": 0.8, "capsize": 2})
         stream = found[0]["stream_bytes_per_s"] / 1e9
-        axis.set_ylim(0, 1.25 * max(*rates, stream, axis.get_ylim()[1] / 1.25))
+        axis.set_ylim(
+            0, 1.25 * max(*rates, *(read for read in reads if not math.isnan(read)), stream, axis.get_ylim()[1] / 1.25)
+        )
         axis.axhline(stream, color=BOUND, lw=1.2, label="streaming read")
-        axis.set_title(f"working set {place}", fontsize=10)
-        axis.set_xlabel("in x out, 16 rows, 16 adapters of rank 16")
+        axis.plot(names, reads, ls="", marker="_", ms=18, color=BOUND, label="read call by call")
+        axis.set_title(place, fontsize=10)
+        axis.set_xlabel("in x out, 16 rows, 16 adapters")
         axis.tick_params(axis="x", labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(fontsize=8, frameon=False, loc="upper right")
