@@ -153,6 +153,7 @@ class Store:
         self._allocator = Allocator(elements)
         self._free_slots = list(range(slots))[::-1]
         self._adapters: OrderedDict[str, Packed] = OrderedDict()  # least recently used first
+        self.placements = 0  # changes whenever something comes onto the device, moves there or leaves it
         self._lock = threading.RLock()
 
     @property
@@ -351,6 +352,7 @@ class Store:
             self._free_slots.append(packed.slot)
             self.tables[:, packed.slot :: self.slots] = torch.from_numpy(self._empty_rows).to(self.tables.device)
             packed.slot = packed.offset = -1
+            self.placements += 1
 
     def _compact(self) -> None:
         resident = {p.offset: p for p in self._adapters.values() if p.resident and p.blob.numel()}
@@ -365,6 +367,7 @@ class Store:
         for column in _OFFSETS:
             rows[..., column] += np.where(rows[..., column] >= 0, packed.offset, 0)
         self.tables[:, packed.slot :: self.slots] = torch.from_numpy(rows).to(self.tables.device)
+        self.placements += 1
 
 
 def _rest(part: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -22,8 +22,43 @@ from torch import Tensor
 
 import mlora
 from mlora import errors
+from mlora.planner import Planner
 
 MIXED = ["r3", None, "dora1", {"rs16": 0.5, "bias8": -1.0}]
+
+
+# Plans, which serve the same rows again as long as nothing moves
+
+
+def test_the_same_rows_need_no_new_plan(
+    patched: Any, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    real = Planner._of_pinned
+    monkeypatch.setattr(Planner, "_of_pinned", lambda *args: made.append(args[1]) or real(*args))
+    wanted = {name: logits(patched, batch, adapter_names=name) for name in ("r3", "rs16")}
+    for name in ("r3", "r3", "rs16", "rs16", "r3"):
+        assert torch.equal(logits(patched, batch, adapter_names=name), wanted[name])
+    assert len(made) == 2 + 3  # r3, rs16; r3, rs16, r3
+    mixed = logits(patched, batch, adapter_names=MIXED)
+    assert torch.equal(logits(patched, batch, adapter_names=MIXED), mixed)
+    other = [*MIXED[:3], {"rs16": 0.5, "bias8": -0.5}]
+    assert not torch.equal(logits(patched, batch, adapter_names=other)[3], mixed[3])
+    assert len(made) == 5 + 2
+
+
+def test_a_plan_does_not_outlive_what_it_names(llama: Any, folders: dict[str, Path], batch: dict[str, Tensor]) -> None:
+    model = copy.deepcopy(llama)
+    runtime = mlora.patch(model, memory=1 << 20, max_adapters=2)
+    wanted = {}
+    for name in ("r3", "bias8"):  # which change different modules
+        runtime.load_adapter(folders[name], name)
+        wanted[name] = logits(model, batch, adapter_names=name)
+        runtime.delete_adapter(name)
+    for name in ("r3", "bias8", "r3"):
+        runtime.load_adapter(folders[name], "same")
+        assert torch.equal(logits(model, batch, adapter_names="same"), wanted[name])
+        runtime.delete_adapter("same")
 
 
 # Entries, names, and what stays after an error
