@@ -112,12 +112,6 @@ struct Work {
     const char* memory = static_cast<const char*>(arena.const_data_ptr());
     const int64_t limit = arena.numel();
     const int64_t element = static_cast<int64_t>(arena.element_size());
-    for (int64_t e = 0; e < entries; ++e) {  // a module's rows were last read a forward ago
-      if (term_slot[e] < 0 || term_slot[e] >= slots) continue;
-      const char* row = reinterpret_cast<const char*>(columns + term_slot[e] * kTableWidth);
-      __builtin_prefetch(row);
-      __builtin_prefetch(row + kTableWidth * sizeof(int64_t) - 1);
-    }
     for (int64_t e = 0; e < entries; ++e) {
       const int64_t slot = term_slot[e];
       STD_TORCH_CHECK(slot >= 0 && slot < slots, "mlora: plan names slot ", slot, ", the table has ", slots);
