@@ -10,10 +10,10 @@
 
 namespace mlora {
 
-// Whether the leading dimensions are evenly spaced rows of contiguous elements; then *stride is their distance.
-inline bool as_rows(const torch::stable::Tensor& t, int64_t* stride) {
-  const int64_t dims = t.dim();
-  const auto sizes = t.sizes(), strides = t.strides();
+// Whether the leading ones of `dims` dimensions are evenly spaced rows of contiguous elements; then *stride is their
+// distance.
+template <class Sizes>
+bool evenly_spaced(const Sizes& sizes, const Sizes& strides, int64_t dims, int64_t* stride) {
   if (sizes[dims - 1] > 1 && strides[dims - 1] != 1) return false;
   int64_t rows = 1, distance = sizes[dims - 1];
   for (int64_t d = dims - 2; d >= 0; --d) {
@@ -30,7 +30,7 @@ inline bool as_rows(const torch::stable::Tensor& t, int64_t* stride) {
 }
 
 inline torch::stable::Tensor rows_of(const torch::stable::Tensor& t, int64_t* stride) {
-  if (as_rows(t, stride)) return t;
+  if (evenly_spaced(t.sizes(), t.strides(), t.dim(), stride)) return t;
   *stride = t.size(t.dim() - 1);
   return torch::stable::contiguous(t);
 }

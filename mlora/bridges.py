@@ -29,6 +29,11 @@ class Bridges:
         self._bridges: dict[str, None] = {}
         self._lock = lock
 
+    @property
+    def folded(self) -> Recipe:
+        """What rows lie beside."""
+        return self._folded.recipe
+
     def beside(self, recipes: Sequence[Recipe]) -> tuple[Sequence[Recipe], Recipe | None]:
         """What to route in place of `recipes`, and the first of these whose bridge `make` has yet to make, which it
         names already; None if there is none. Called under the lock."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,11 +21,39 @@ from .routing import Plan, Recipe
 from .store import BOTH, GAIN, INPUT, TURN, Store
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A plan, and what it was made of.
+
+    Args:
+        made_of: all that its words depend on.
+        entries: what asked for it, if that was a list of names, which mean the same as long as nothing in the store has
+            moved and `folded` is what is folded in; else None.
+    """
+
+    plan: Plan
+    made_of: tuple[Any, ...]
+    entries: tuple[str | None, ...] | None
+    folded: Recipe
+
+    def serves(self, entries: Any, rows: int, expansion: int, placements: int, folded: Recipe) -> bool:
+        """Whether these very entries ask for it again, without looking at what they are."""
+        return (
+            self.entries is not None
+            and isinstance(entries, (list, tuple))
+            and len(entries) == len(self.entries)
+            and all(map(operator.is_, entries, self.entries))
+            and self.made_of[1:] == (rows, expansion, placements)
+            and self.folded == folded
+        )
+
+
 class Planner:
     """Makes plans, whose adapters stay pinned in the store until whoever asked for one releases `plan.names` there.
 
     Args:
         experts: the numbers of the modules that are parameters of experts.
+        lock: the runtime's, see its `__init__`; reentrant.
     """
 
     def __init__(
@@ -33,6 +64,7 @@ class Planner:
         store: Store,
         shared: Shared,
         experts: Sequence[int],
+        lock: threading.RLock,
     ) -> None:
         self._registry = registry
         self._merges = merges
@@ -40,9 +72,10 @@ class Planner:
         self._store = store
         self._shared = shared
         self._experts = list(experts)
-        # The last plan, and what it was made of: a loop of decode steps asks for the same each time, and making it anew
-        # takes one per cent or two of a small model's step.
-        self._kept: tuple[Any, Plan] | None = None
+        self._lock = lock
+        # The last plan: a loop of decode steps asks for the same each time, and making it anew takes one per cent or
+        # two of a small model's step.
+        self._kept: _Kept | None = None
 
     def acquire(self, entries: Any, rows: int, expansion: int) -> Plan:
         """Resolve, bring to the device and pin. The caller is a reader of the weights or holds the lock.
@@ -51,33 +84,40 @@ class Planner:
             EntryError, UnknownAdapterError, MergeError: an entry is none, or there are not as many as `rows`.
             CapacityError: the adapters do not fit on the device together, or the plan not in its buffer.
         """
+        with self._lock:
+            kept = self._kept
+            if kept is not None and kept.serves(entries, rows, expansion, self._store.placements, self._bridges.folded):
+                self._store.acquire(kept.plan.names)
+                return kept.plan
         while True:
             with self._merges.resolved(entries) as resolved:  # nothing that is named may be deleted before it is pinned
                 recipes, unmade = self._bridges.beside(self._registry.recipes(resolved))
                 if unmade is None:
-                    plan = self._plan(recipes, None if routing.is_single(resolved) else rows, expansion)
+                    plan = self._plan(entries, recipes, None if routing.is_single(resolved) else rows, expansion)
                     self._merges.trim()
                     return plan
             self._bridges.make(unmade)
 
-    def _plan(self, recipes: Sequence[Recipe], rows: int | None, expansion: int) -> Plan:
-        """Of one recipe a row; `rows` is None where one serves them all."""
+    def _plan(self, entries: Any, recipes: Sequence[Recipe], rows: int | None, expansion: int) -> Plan:
+        """Of one recipe a row, which came of `entries`; `rows` is None where one serves them all."""
         if rows is not None and len(recipes) != rows:
             raise errors.EntryError(f"adapter_names has {len(recipes)} entries for a batch of {rows} rows")
         owners = [self._owners(recipe) for recipe in recipes]
         names = tuple(sorted({name for recipe in recipes for name, _ in recipe}))
         self._store.acquire(names)
         try:
-            asked = tuple(recipes), rows, expansion, self._store.placements
-            if self._kept is not None and self._kept[0] == asked:
-                return self._kept[1]
-            plan = self._of_pinned(recipes, names, owners, 1 if rows is None else rows, expansion)
+            made_of = tuple(recipes), rows, expansion, self._store.placements
+            if self._kept is not None and self._kept.made_of == made_of:
+                plan = self._kept.plan
+            else:
+                plan = self._of_pinned(recipes, names, owners, 1 if rows is None else rows, expansion)
         except BaseException:
             self._store.release(names)
             raise
         # On a GPU a plan belongs to the stream that it was copied on, and with aLoRAs to the prompt of its call.
         if self._store.arena.device.type == "cpu" and not plan.invocations:
-            self._kept = asked, plan
+            named = isinstance(entries, (list, tuple)) and all(one is None or type(one) is str for one in entries)
+            self._kept = _Kept(plan, made_of, tuple(entries) if named else None, self._bridges.folded)
         return plan
 
     def _of_pinned(

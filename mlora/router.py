@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import errors, routing
 from .activation import activation_of, prompt_of
 from .call import Call
 from .layers import Shared
 from .merge_cache import MergeCache
-from .ops import layout
+from .ops import direct
 from .planner import Planner
 from .readers import Readers
 from .routing import Entry
@@ -47,6 +48,8 @@ class Router:
         self._shared = shared
         self._local = shared.local
         self._lock = lock
+        self._words = _bytes_of(shared.plan)
+        self._header = _bytes_of(shared.header)
 
     def set_default(self, entry: Entry) -> None:
         """Route what has no entries of its own; raises as `Planner.acquire`."""
@@ -85,7 +88,8 @@ class Router:
     def forward(self, entries: Any, call: Call) -> Iterator[None]:
         """A call of the model."""
         local, shape = self._local, call.shape
-        previous = local.length, local.activation, local.late
+        previous = local.length, local.activation, local.late, local.unobserved
+        local.unobserved = direct.unobserved()
         local.length, local.activation, local.late = shape[1] if len(shape) > 1 else 0, None, []
         try:
             if entries is not None:
@@ -105,7 +109,8 @@ class Router:
             for late in local.late:
                 late.settle()
         finally:
-            (local.length, local.activation, local.late), local.siblings = previous, None
+            local.length, local.activation, local.late, local.unobserved = previous
+            local.siblings = None
 
     @contextmanager
     def generation(self, entries: Any, call: Call, expansion: int) -> Iterator[None]:
@@ -162,12 +167,21 @@ class Router:
         """Copy the current plan into the buffer that compiled code reads. Of one that is too large only the header:
         kernels on the host refuse a plan that is shorter than its header says, and on other devices `Planner` did."""
         shared = self._shared
-        plan, buffer = self._local.plan or shared.default, shared.plan
-        words = shared.blank if plan is None else plan.tensor
-        if words.numel() > buffer.numel():
-            words = words[: layout.PLAN_HEADER]
-        buffer[: words.numel()].copy_(words)
-        if plan is None:
-            shared.header.zero_()
-        else:
+        plan, buffer = self._local.plan or shared.default or shared.blank, shared.plan
+        if self._words is None or self._header is None:
+            buffer[: plan.tensor.numel()].copy_(plan.tensor)
             shared.header.copy_(plan.header)
+            return
+        # As bytes: torch's copies, whose code a step leaves cold, take ten times as long.
+        size = len(self._header)
+        raw = plan.raw if len(plan.raw) <= len(self._words) else plan.raw[:size]
+        self._words[: len(raw)] = raw
+        self._header[:] = raw[:size]
+
+
+def _bytes_of(words: Tensor) -> memoryview | None:
+    """Its memory, where that is on the CPU."""
+    if words.device.type != "cpu" or type(words) is not Tensor:
+        return None
+    memory: Any = words.numpy()
+    return memoryview(memory).cast("B")

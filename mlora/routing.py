@@ -45,6 +45,7 @@ class Plan:
         routes: of each recipe, where one changes parameters: its rows, and the terms (`layers.route.Route`).
         recipes: of each row. `invocations`: aLoRAs among its adapters -> the tokens from which on each applies; see
             `mlora.activation`.
+        raw: the words of `tensor`, where that is on the CPU.
     """
 
     tensor: Tensor
@@ -57,6 +58,11 @@ class Plan:
     routes: tuple[Any, ...] = ()
     recipes: tuple[Recipe, ...] = ()
     invocations: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    raw: bytes = field(init=False, repr=False, default=b"")
+
+    def __post_init__(self) -> None:
+        if self.tensor.device.type == "cpu" and type(self.tensor) is Tensor:
+            object.__setattr__(self, "raw", self.tensor.numpy().tobytes())
 
     @property
     def uniform(self) -> bool:
@@ -82,12 +88,14 @@ class Siblings:
 
 class Local(threading.local):
     """Per thread: the active plan, the entries it came from, the sequence length of the forward that is
-    running (0 if none), what its layers left for their siblings, to what aLoRAs apply in it, the prompt of the
-    `generate` that is running if it has some, and what is asked of the forward when it ends (None if none runs)."""
+    running (0 if none), whether nothing looked at the operators when it began, what its layers left for their siblings,
+    to what aLoRAs apply in it, the prompt of the `generate` that is running if it has some, and what is asked of the
+    forward when it ends (None if none runs)."""
 
     plan: Plan | None = None
     entries: Any = None
     length: int = 0
+    unobserved: bool = False
     siblings: Siblings | None = None
     activation: Activation | None = None
     prompt: Prompt | None = None

@@ -72,7 +72,7 @@ class Runtime:
         self._bridges = Bridges(self._registry, folded, store, lock)
         self._readers = Readers(lock)
         experts = [indices[name] for name in stacks]
-        planner = Planner(self._registry, self._merges, self._bridges, store, shared, experts)
+        planner = Planner(self._registry, self._merges, self._bridges, store, shared, experts, lock)
         self._router = Router(planner, self._merges, self._readers, store, shared, lock)
 
     @property

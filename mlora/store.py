@@ -282,11 +282,12 @@ class Store:
         """
         with self._lock:
             wanted = [self._adapters[name] for name in names]
-            self._check_fits(wanted)
-            keep = {id(packed) for packed in wanted}
-            for packed in wanted:
-                if not packed.resident:
-                    self._make_resident(packed, keep)
+            if not all(packed.resident for packed in wanted):
+                self._check_fits(wanted)
+                keep = {id(packed) for packed in wanted}
+                for packed in wanted:
+                    if not packed.resident:
+                        self._make_resident(packed, keep)
             for name, packed in zip(names, wanted, strict=True):  # pinned last: until then they may move
                 packed.pins += 1
                 self._adapters.move_to_end(name)

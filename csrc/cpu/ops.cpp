@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../strides.h"
+#include "ops.h"
 #include "work.h"
 #if MLORA_X86
 #include <xmmintrin.h>
@@ -291,6 +292,16 @@ void apply_all(const Problem& p, const Work& work, Type type) {
       [&](int64_t task, int64_t) { run(jobs[task].second); });
 }
 
+}  // namespace
+
+void apply_rows(const Routing& routing, const Problem& p, Type type) {
+  Work& work = thread_work;
+  work.build(routing, p.tokens, p.in, p.out, false);
+  if (p.tokens > 0 && !work.segments.empty()) apply_all(p, work, type);
+}
+
+namespace {
+
 void apply_(Tensor y, std::optional<Tensor> base, Tensor x, Tensor arena, Tensor table, Tensor plan) {
   Problem p = {};
   p.in = width_of("x", x);
@@ -300,9 +311,6 @@ void apply_(Tensor y, std::optional<Tensor> base, Tensor x, Tensor arena, Tensor
   const Type type = type_of("x", x, arena);
   STD_TORCH_CHECK(y.scalar_type() == arena.scalar_type(), "mlora: y and arena must have one dtype");
   STD_TORCH_CHECK(y.numel() == p.tokens * p.out, "mlora: x has ", p.tokens, " tokens, y has ", y.numel() / p.out);
-  Work& work = thread_work;
-  work.build(arena, table, plan, p.tokens, p.in, p.out, false);
-  if (p.tokens == 0 || work.segments.empty()) return;
   if (base) {
     STD_TORCH_CHECK(base->scalar_type() == arena.scalar_type(), "mlora: base and arena must have one dtype");
     STD_TORCH_CHECK(base->dim() >= 1 && base->size(base->dim() - 1) == p.out && base->numel() == y.numel(),
@@ -314,7 +322,7 @@ void apply_(Tensor y, std::optional<Tensor> base, Tensor x, Tensor arena, Tensor
   p.x = x.const_data_ptr();
   const Tensor rows = rows_of(y, &p.y_stride);
   p.y = rows.mutable_data_ptr();
-  apply_all(p, work, type);
+  apply_rows(routing_of(arena, table, plan), p, type);
   if (rows.get() != y.get()) torch::stable::copy_(y, rows);
 }
 
@@ -342,7 +350,7 @@ Tensor scale_input(Tensor x, Tensor arena, Tensor table, Tensor plan) {
   p.tokens = x.numel() / p.in;
   const Type type = type_of("x", x, arena);
   Work& work = thread_work;
-  work.build(arena, table, plan, p.tokens, p.in, 0, true);
+  work.build(routing_of(arena, table, plan), p.tokens, p.in, 0, true);
   x = rows_of(x, &p.x_stride);
   Tensor y = torch::stable::new_empty(x, x.sizes());
   p.x = x.const_data_ptr();
@@ -366,7 +374,7 @@ Tensor turn_output(Tensor y, std::optional<Tensor> base, Tensor arena, Tensor ta
     x = *base;
   }
   Work& work = thread_work;
-  work.build(arena, table, plan, p.tokens, 0, p.out, true);
+  work.build(routing_of(arena, table, plan), p.tokens, 0, p.out, true);
   y = rows_of(y, &p.base_stride);
   x = rows_of(x, &p.x_stride);
   Tensor out = torch::stable::new_empty(y, y.sizes());
@@ -413,6 +421,59 @@ struct Block {  // what linear needs of one thread
 };
 thread_local Block thread_block;
 
+}  // namespace
+
+void linear_rows(const Routing& routing, const Problem& p, Type type) {
+  Work& work = thread_work;
+  work.build(routing, p.tokens, p.in, p.out, true);
+  if (p.tokens == 0 || p.out == 0) return;
+  const Kernels& k = kernels();
+  const int64_t unit = type == kBFloat16 ? 2 : 1;
+  const int64_t units = ceil_div(p.out, kLinearColumns), tiles = ceil_div(p.tokens, kLinearTokens);
+  const int64_t cost = units * kLinearColumns * p.in * tiles;
+  int64_t shrink = 0, b_bytes = 0;
+  std::vector<Piece>& pieces = thread_pieces;
+  pieces.clear();
+  for (const Segment& s : work.segments) {
+    pieces.push_back(piece_of(p, s));
+    shrink += pieces.back().shrink;
+    b_bytes += s.ranks * p.out * p.itemsize;
+  }
+  const auto pack_size = tiles * kLinearTokens * p.in / unit;
+  const auto columns = [&](const uint32_t* xt, int64_t task, int64_t tasks) {
+    const int64_t begin = task * units / tasks * kLinearColumns, end = (task + 1) * units / tasks * kLinearColumns;
+    if (begin == end) return;
+    const int64_t block = p.kblock < p.in ? p.kblock : p.in;
+    float* sums = thread_block.sums.get<float>(tiles * kLinearTokens * kLinearColumns);
+    uint32_t* panel = thread_block.panel.get<uint32_t>(ceil_div(block, 16) * 16 * kLinearColumns);
+    k.linear[type](p, xt, work.segments.data(), static_cast<int64_t>(work.segments.size()), panel, sums, begin,
+                   end < p.out ? end : p.out);
+  };
+  const int64_t total = shrink + cost, tasks = threads_for(total);
+  if (shrink == 0 && tiles == 1) {  // packing so little twice costs less than waiting for each other
+    split(total, [&](int64_t task, int64_t) {
+      uint32_t* xt = thread_block.xt.get<uint32_t>(pack_size);
+      k.pack[type](p, xt, 0, tiles);
+      columns(xt, task, tasks);
+    });
+    return;
+  }
+  const bool fetch_b = b_bytes <= tasks * kStaysNear;
+  std::vector<Jobs>& jobs = jobs_of(tasks);
+  for (int64_t task = 0; task < tasks; ++task) jobs[task].cut(pieces, shrink, 0, task, tasks, fetch_b);
+  uint32_t* xt = thread_block.xt.get<uint32_t>(pack_size);
+  split_in_two(
+      total,
+      [&](int64_t task, int64_t) {
+        k.pack[type](p, xt, task * tiles / tasks, (task + 1) * tiles / tasks);
+        const std::vector<Job>& list = jobs[task].first;
+        k.run[type](list.data(), static_cast<int64_t>(list.size()));
+      },
+      [&](int64_t task, int64_t) { columns(xt, task, tasks); });
+}
+
+namespace {
+
 Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor arena, Tensor table, Tensor plan,
               int64_t kblock) {
   Problem p = {};
@@ -443,8 +504,6 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor arena,
                     "mlora: bias must be contiguous, of x's dtype, with ", p.out, " elements");
     p.bias = bias->const_data_ptr();
   }
-  Work& work = thread_work;
-  work.build(arena, table, plan, p.tokens, p.in, p.out, true);
   x = rows_of(x, &p.x_stride);
   p.x = x.const_data_ptr();
 
@@ -454,49 +513,8 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor arena,
   Tensor y = torch::stable::new_empty(x, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()));
   p.y = y.mutable_data_ptr();
   p.y_stride = p.out;
-  if (p.tokens == 0 || p.out == 0) return y;
-
-  const int64_t units = ceil_div(p.out, kLinearColumns), tiles = ceil_div(p.tokens, kLinearTokens);
-  const int64_t cost = units * kLinearColumns * p.in * tiles;
-  int64_t shrink = 0, b_bytes = 0;
-  std::vector<Piece>& pieces = thread_pieces;
-  pieces.clear();
-  for (const Segment& s : work.segments) {
-    pieces.push_back(piece_of(p, s));
-    shrink += pieces.back().shrink;
-    b_bytes += s.ranks * p.out * arena.element_size();
-  }
-  const auto pack_size = tiles * kLinearTokens * p.in / unit;
-  const auto columns = [&](const uint32_t* xt, int64_t task, int64_t tasks) {
-    const int64_t begin = task * units / tasks * kLinearColumns, end = (task + 1) * units / tasks * kLinearColumns;
-    if (begin == end) return;
-    const int64_t block = p.kblock < p.in ? p.kblock : p.in;
-    float* sums = thread_block.sums.get<float>(tiles * kLinearTokens * kLinearColumns);
-    uint32_t* panel = thread_block.panel.get<uint32_t>(ceil_div(block, 16) * 16 * kLinearColumns);
-    k.linear[type](p, xt, work.segments.data(), static_cast<int64_t>(work.segments.size()), panel, sums, begin,
-                   end < p.out ? end : p.out);
-  };
-  const int64_t total = shrink + cost, tasks = threads_for(total);
-  if (shrink == 0 && tiles == 1) {  // packing so little twice costs less than waiting for each other
-    split(total, [&](int64_t task, int64_t) {
-      uint32_t* xt = thread_block.xt.get<uint32_t>(pack_size);
-      k.pack[type](p, xt, 0, tiles);
-      columns(xt, task, tasks);
-    });
-    return y;
-  }
-  const bool fetch_b = b_bytes <= tasks * kStaysNear;
-  std::vector<Jobs>& jobs = jobs_of(tasks);
-  for (int64_t task = 0; task < tasks; ++task) jobs[task].cut(pieces, shrink, 0, task, tasks, fetch_b);
-  uint32_t* xt = thread_block.xt.get<uint32_t>(pack_size);
-  split_in_two(
-      total,
-      [&](int64_t task, int64_t) {
-        k.pack[type](p, xt, task * tiles / tasks, (task + 1) * tiles / tasks);
-        const std::vector<Job>& list = jobs[task].first;
-        k.run[type](list.data(), static_cast<int64_t>(list.size()));
-      },
-      [&](int64_t task, int64_t) { columns(xt, task, tasks); });
+  p.itemsize = static_cast<int64_t>(arena.element_size());
+  linear_rows(routing_of(arena, table, plan), p, type);
   return y;
 }
 
@@ -513,7 +531,7 @@ void merge_(Tensor weight, std::optional<Tensor> source, Tensor arena, Tensor ta
                   "mlora: source must be as weight is");
   MergeProblem p = {from.const_data_ptr(), weight.mutable_data_ptr(), weight.size(1), weight.size(0), false};
   Work& work = thread_work;
-  work.build(arena, table, plan, 1, p.in, p.out, true);
+  work.build(routing_of(arena, table, plan), 1, p.in, p.out, true);
   STD_TORCH_CHECK(work.segments.size() == 1, "mlora: merge_ takes a plan of one row");
   const Segment& s = work.segments[0];
   STD_TORCH_CHECK(!s.turns && !s.in_turns, "mlora: turns are folded by reference_merge_");

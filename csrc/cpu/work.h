@@ -45,6 +45,34 @@ inline float float_from_bits(int64_t bits) {
   return value;
 }
 
+// What a plan is resolved against: the arena, one module's table, and the plan, as they lie in memory.
+struct Routing {
+  const char* arena;
+  int64_t elements, itemsize;  // of the arena
+  const int64_t* table;        // (slots, kTableWidth)
+  int64_t slots;
+  const int32_t* plan;
+  int64_t words;
+};
+
+inline Routing routing_of(const torch::stable::Tensor& arena, const torch::stable::Tensor& table,
+                          const torch::stable::Tensor& plan) {
+  using torch::headeronly::ScalarType;
+  STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == kTableWidth && table.scalar_type() == ScalarType::Long &&
+                      table.is_contiguous(),
+                  "mlora: table must be a contiguous int64 tensor of shape (slots, ", int64_t{kTableWidth}, ")");
+  STD_TORCH_CHECK(plan.dim() == 1 && plan.scalar_type() == ScalarType::Int && plan.is_contiguous(),
+                  "mlora: plan must be a contiguous 1-D int32 tensor");
+  STD_TORCH_CHECK(arena.dim() == 1 && arena.is_contiguous(), "mlora: arena must be contiguous and 1-D");
+  return {static_cast<const char*>(arena.const_data_ptr()),
+          arena.numel(),
+          static_cast<int64_t>(arena.element_size()),
+          static_cast<const int64_t*>(table.const_data_ptr()),
+          table.size(0),
+          static_cast<const int32_t*>(plan.const_data_ptr()),
+          plan.numel()};
+}
+
 struct Work {
   std::vector<Term> terms;
   std::vector<Segment> segments;
@@ -54,19 +82,11 @@ struct Work {
   // Semantics: segments cover the tokens of every route, each at most kSegmentTokens of one route; with
   // `every_token`, also the tokens without a route, as segments without terms.
   // Raises if the plan or the table would lead outside of its own memory or the arena's.
-  void build(const torch::stable::Tensor& arena, const torch::stable::Tensor& table, const torch::stable::Tensor& plan,
-             int64_t token_count, int64_t in, int64_t out, bool every_token) {
-    using torch::headeronly::ScalarType;
-    STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == kTableWidth && table.scalar_type() == ScalarType::Long &&
-                        table.is_contiguous(),
-                    "mlora: table must be a contiguous int64 tensor of shape (slots, ", int64_t{kTableWidth}, ")");
-    STD_TORCH_CHECK(plan.dim() == 1 && plan.scalar_type() == ScalarType::Int && plan.is_contiguous(),
-                    "mlora: plan must be a contiguous 1-D int32 tensor");
-    STD_TORCH_CHECK(arena.dim() == 1 && arena.is_contiguous(), "mlora: arena must be contiguous and 1-D");
-    const int64_t size = plan.numel();
+  void build(const Routing& from, int64_t token_count, int64_t in, int64_t out, bool every_token) {
+    const int64_t size = from.words;
     STD_TORCH_CHECK(size >= kPlanHeader, "mlora: plan has ", size, " entries, its header alone takes ", kPlanHeader);
     STD_TORCH_CHECK(token_count <= INT32_MAX, "mlora: ", token_count, " tokens in one call are too many");
-    const int32_t* header = static_cast<const int32_t*>(plan.const_data_ptr());
+    const int32_t* header = from.plan;
     const int64_t rows = header[0], routes = header[1], entries = header[2];
 
     terms.clear();
@@ -107,22 +127,18 @@ struct Work {
       for (int64_t t = 0; t < length; ++t) *to++ = static_cast<int32_t>(row * length + t);
     }
 
-    const int64_t slots = table.size(0);
-    const int64_t* columns = static_cast<const int64_t*>(table.const_data_ptr());
-    const char* memory = static_cast<const char*>(arena.const_data_ptr());
-    const int64_t limit = arena.numel();
-    const int64_t element = static_cast<int64_t>(arena.element_size());
+    const int64_t slots = from.slots, limit = from.elements;
     for (int64_t e = 0; e < entries; ++e) {
       const int64_t slot = term_slot[e];
       STD_TORCH_CHECK(slot >= 0 && slot < slots, "mlora: plan names slot ", slot, ", the table has ", slots);
-      const int64_t* row = columns + slot * kTableWidth;
+      const int64_t* row = from.table + slot * kTableWidth;
       const auto part = [&](Column column, int64_t count) -> const void* {
         const int64_t offset = row[column];
         if (offset == -1) return nullptr;
         STD_TORCH_CHECK(offset >= 0 && count <= limit && offset <= limit - count, "mlora: slot ", slot, ", column ",
                         int64_t{column}, ": elements ", offset, " to ", offset + count,
                         " are outside of the arena of ", limit);
-        return memory + offset * element;
+        return from.arena + offset * from.itemsize;
       };
       const auto turn = [&](Column column, Column shape, int64_t width) -> Turn {
         if (row[column] == -1) return {};

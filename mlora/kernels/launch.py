@@ -332,16 +332,16 @@ def warmup(model: torch.nn.Module, tokens: Sequence[int] = (1, config.DECODE_TOK
         _, width, width_out = shape
         if isinstance(module, torch.nn.Embedding):
             y, ids = torch.zeros(1, shape[2], dtype=arena.dtype, device=arena.device), state.table.new_zeros(1)
-            embed_(y, ids, arena, state.table, state.shared.blank, shape[1])
+            embed_(y, ids, arena, state.table, state.shared.blank.tensor, shape[1])
             calls += 1
             continue
         for count in tokens:
             x, y = (torch.zeros(count, n, dtype=arena.dtype, device=arena.device) for n in (width, width_out))
-            apply_(y, None, x, arena, state.table, state.shared.blank)
-            scale_input(x, arena, state.table, state.shared.blank)
+            apply_(y, None, x, arena, state.table, state.shared.blank.tensor)
+            scale_input(x, arena, state.table, state.shared.blank.tensor)
             calls += 2
             if state.shared.turns:
-                turn_output(y, None, arena, state.table, state.shared.blank)
+                turn_output(y, None, arena, state.table, state.shared.blank.tensor)
                 calls += 1
     return calls
 

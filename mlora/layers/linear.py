@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import errors
 from ..activation import Activation
-from ..ops import dispatch, reference
+from ..ops import direct, dispatch, reference
 from ..ops.checks import check_heads, check_rows, check_tails
 from ..routing import Plan, Siblings
 from ..store import BOTH, GAIN, HEAD, INPUT, LORA, SHIFT, TAIL, TURN
@@ -39,30 +39,42 @@ class LoraLayer(nn.Module):
         shared = state.shared
         if torch.compiler.is_compiling():
             return self._compiled(x)
-        plan = shared.local.plan or shared.default
+        local = shared.local
+        plan = local.plan or shared.default
         touches = 0 if plan is None else plan.touches[state.index]
         if plan is not None and touches & TAIL:
-            plan = self._by_token(x, shared.local.activation)
+            plan = self._by_token(x, local.activation)
         # What follows runs for each linear and token, among code that leaves little of it in the caches: few calls, and
         # none of nn.Module's __getattr__.
         held: Any = self._parameters
         plain = state.plain and "weight" in held and "bias" in held  # and nobody has parametrized them since
         if not plain or touches & _APART or (torch.is_grad_enabled() and self._recorded(x)):
             return self._apart(x, plan, touches) if plan is not None and touches else self._base(x)
-        words = shared.blank
-        if plan is not None and touches:
-            words, shape = plan.tensor, x.shape
+        if plan is None or not touches:
+            plan = shared.blank
+        else:
+            shape = x.shape
             if x.dtype is not state.dtype or x.device != state.device:
                 self._check(x, plan)
             if plan.rows != 1 and (shape[0] not in plan.row_counts or len(shape) == 1 or state.gathered):
                 self._check_rows(x, plan)
+        weight, bias = held["weight"], held["bias"]
+        past = local.unobserved and state.direct is not None and type(x) is Tensor  # the dispatcher
         if state.fused and (kblock := state.kblock(x)):
-            return dispatch.linear(x, held["weight"], held["bias"], shared.arena, state.table, words, kblock)
-        y = F.linear(x, held["weight"], held["bias"])
+            if past:
+                y = x.new_empty((*x.shape[:-1], state.shape[0]))
+                if direct.linear(state.direct, plan.raw, y, x, weight, bias, kblock):
+                    return y
+            if touches:
+                self._check_weight(weight)
+            return dispatch.linear(x, weight, bias, shared.arena, state.table, plan.tensor, kblock)
+        y = F.linear(x, weight, bias)
         if touches:
             if y.dtype is not x.dtype:
                 self._check_autocast(x)
-            dispatch.apply_native_(y, None, x, shared.arena, state.table, words)
+            if not (past and direct.apply(state.direct, plan.raw, y, x)):
+                self._check_weight(weight)
+                dispatch.apply_native_(y, None, x, shared.arena, state.table, plan.tensor)
         return y
 
     def _apart(self, x: Tensor, plan: Plan, touches: int) -> Tensor:
@@ -221,6 +233,15 @@ class LoraLayer(nn.Module):
             f"{state.name} got an input of shape {tuple(x.shape)}, which cannot be attributed to the batch's "
             f"{plan.rows} rows ({what}); use one adapter for all rows, or adapters that do not target it"
         )
+
+    def _check_weight(self, weight: Tensor) -> None:
+        """Of a plain layer that an adapter changes; what is called past the dispatcher looks itself."""
+        state = self._mlora
+        if weight.shape != state.shape:
+            raise errors.ModelMovedError(
+                f"{state.name} has a weight of shape {tuple(weight.shape)}; the model was patched with one of "
+                f"{tuple(state.shape)}. Unpatch it, change it and patch it again"
+            )
 
     def _check_autocast(self, x: Tensor) -> None:
         if torch.is_autocast_enabled(x.device.type):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import dispatch, layout
+from ..ops import direct, dispatch, layout
 from ..routing import Local, Plan
 from .dense import is_dense
 from .swap import bound_forwards
@@ -27,7 +27,7 @@ class Shared:
         arena, plan: the arena and the plan buffer that compiled code reads. `header`: of that plan, on the host.
         local: per thread, the plan that eager code reads.
         default: the plan of `Runtime.set_adapter`, for threads without one of their own.
-        blank: a plan that routes nothing.
+        blank: the plan that routes nothing.
         fused: whether the base product may be computed by mlora's own kernel.
         kblocks: (in, out, whether there is a bias, dtype) of a layer -> tokens and threads -> the block with which that
             kernel gives the library's bits, 0 where none does; filled as they occur.
@@ -45,7 +45,7 @@ class Shared:
         self.header = torch.zeros(layout.PLAN_HEADER, dtype=torch.int32)
         self.local = Local()
         self.default: Plan | None = None
-        self.blank = torch.zeros(8, dtype=torch.int32, device=plan.device)
+        self.blank = Plan(plan.new_zeros(layout.PLAN_HEADER), self.header.clone(), b"", (), 1, (1,))
         self.fused = fused
         self.kblocks: dict[tuple[int, int, bool, torch.dtype], dict[tuple[int, int], int]] = {}
         self.inputs = self.turns = self.norms = self.embeddings = self.experts = False
@@ -64,14 +64,15 @@ class LayerState:
         dtype: of its activations.
         plain: whether the module is a linear of its dense `weight` and `bias` on the CPU and nothing more.
         fused: whether, of a plain one, the base product may be computed by `dispatch.linear`.
+        shape: of a plain one's weight. `direct`: what `ops.direct` takes for it, or None.
         outer: the `forward` that somebody put on the instance, called for the base, or None. Not one that
             keeps the module's own in another attribute, as accelerate's hooks do: there `swap_forward`
             exchanges what it wraps.
     """
 
     __slots__ = (
-        "_kblocks", "_shape", "device", "device_type", "dtype", "fused", "gathered", "index", "name", "outer", "plain",
-        "shared", "table",
+        "_asked", "_kblocks", "device", "device_type", "direct", "dtype", "fused", "gathered", "index", "name", "outer",
+        "plain", "shape", "shared", "table",
     )  # fmt: skip
 
     def __init__(
@@ -95,10 +96,13 @@ class LayerState:
             and dispatch.backend(self.device, self.dtype) == "cpu"
         )
         self.fused = self.plain and shared.fused and cast(Tensor, weight).is_contiguous() and module.in_features != 0
+        self.direct: Any = None
         if self.plain:
-            out_features, in_features = cast(Tensor, weight).shape
-            self._shape = in_features, out_features, module.bias is not None
-            self._kblocks = shared.kblocks.setdefault((*self._shape, dtype), {})
+            self.shape = cast(Tensor, weight).shape
+            outputs, inputs = self.shape
+            self.direct = direct.layer_of(shared.arena, table, inputs, outputs)
+            self._asked = inputs, outputs, module.bias is not None
+            self._kblocks = shared.kblocks.setdefault((*self._asked, dtype), {})
 
     def kblock(self, x: Tensor) -> int:
         """The block with which `dispatch.linear` gives the library's bits for `x`, 0 if none does, or if the library is
@@ -110,5 +114,5 @@ class LayerState:
         key = like, torch.get_num_threads()
         kblock = self._kblocks.get(key)
         if kblock is None:
-            kblock = self._kblocks[key] = dispatch.probe_kblock(*self._shape, tokens, self.dtype)
+            kblock = self._kblocks[key] = dispatch.probe_kblock(*self._asked, tokens, self.dtype)
         return kblock

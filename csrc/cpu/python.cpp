@@ -1,0 +1,222 @@
+// Calls from Python past torch's dispatcher, which takes longer than the kernels for a few tokens: 2 us a call in a loop,
+// 5 between the products of a model, by when little of its code is left in the caches. mlora/ops/direct.py says when
+// these calls may stand in for the operators.
+#include <Python.h>
+
+#include <exception>
+#include <string>
+
+#include "../strides.h"
+#include "ops.h"
+
+namespace mlora {
+namespace {
+
+// What of DLPack, version 1, tells what a tensor is without making another object (its C exchange API).
+namespace dlpack {
+struct Tensor {
+  void* data;
+  int32_t device_type, device;
+  int32_t dims;
+  struct {
+    uint8_t code, bits;
+    uint16_t lanes;
+  } dtype;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+struct Api {
+  uint32_t major, minor;
+  Api* older;
+  int (*allocate)(void*, void**, void*, void (*)(void*, const char*, const char*));
+  int (*managed_from_object)(void*, void**);
+  int (*managed_to_object)(void*, void**);
+  int (*tensor_from_object)(void*, Tensor*);
+  int (*stream)(int32_t, int32_t, void**);
+};
+constexpr char kName[] = "dlpack_exchange_api";
+constexpr int32_t kCpu = 1;
+constexpr uint8_t kFloatCode = 2, kBfloatCode = 4;
+}  // namespace dlpack
+
+const dlpack::Api* api = nullptr;  // torch's
+PyTypeObject* tensor_type = nullptr;
+
+constexpr char kLayer[] = "mlora.layer";
+
+// A linear that the adapters of a store change: its shape, and where they are.
+struct Layer {
+  Routing routing;
+  int64_t in, out;
+  Type type;
+};
+
+// What a tensor is, as rows of its last dimension. Of its memory nothing is read.
+struct Rows {
+  char* data;
+  int64_t rows, width, stride;  // of rows
+};
+
+// Whether `object` is a tensor on the CPU of this type whose rows are contiguous and at one distance.
+bool rows_in(PyObject* object, Type type, Rows* to) {
+  if (!PyObject_TypeCheck(object, tensor_type)) return false;
+  dlpack::Tensor t;
+  if (api->tensor_from_object(object, &t)) {  // one that has no memory, or none that DLPack knows
+    PyErr_Clear();
+    return false;
+  }
+  const uint8_t code = type == kBFloat16 ? dlpack::kBfloatCode : dlpack::kFloatCode;
+  const uint8_t bits = type == kFloat ? 32 : 16;
+  if (t.device_type != dlpack::kCpu || t.dtype.code != code || t.dtype.bits != bits || t.dims < 1) return false;
+  const int32_t last = t.dims - 1;
+  *to = {static_cast<char*>(t.data) + t.byte_offset, 1, t.shape[last], 0};
+  if (!evenly_spaced(t.shape, t.strides, t.dims, &to->stride)) return false;
+  for (int32_t d = 0; d < last; ++d) to->rows *= t.shape[d];
+  return true;
+}
+
+bool dense(const Rows& t) { return t.rows <= 1 || t.stride == t.width; }
+
+// Runs f without the interpreter's lock; what it throws becomes a RuntimeError.
+template <class F>
+PyObject* run(const F& f) {
+  std::string error;
+  PyThreadState* state = PyEval_SaveThread();
+  try {
+    f();
+  } catch (const std::exception& e) {
+    error = e.what();
+  }
+  PyEval_RestoreThread(state);
+  if (!error.empty()) {
+    PyErr_SetString(PyExc_RuntimeError, error.c_str());
+    return nullptr;
+  }
+  return PyBool_FromLong(1);
+}
+
+enum Found { kNo, kYes, kError };
+
+PyObject* refused(Found found) { return found == kError ? nullptr : PyBool_FromLong(0); }
+
+// The layer, the plan, y and x, with which both calls begin.
+Found begin(PyObject* const* args, Routing* routing, Problem* p, Type* type) {
+  const Layer* layer = static_cast<const Layer*>(PyCapsule_GetPointer(args[0], kLayer));
+  char* words;
+  Py_ssize_t bytes;
+  if (!layer || PyBytes_AsStringAndSize(args[1], &words, &bytes)) return kError;
+  *type = layer->type;
+  *routing = layer->routing;
+  routing->plan = reinterpret_cast<const int32_t*>(words);
+  routing->words = bytes / static_cast<Py_ssize_t>(sizeof(int32_t));
+  Rows x, y;
+  if (!rows_in(args[2], *type, &y) || !rows_in(args[3], *type, &x) || x.width != layer->in || y.width != layer->out ||
+      x.rows != y.rows) {
+    return kNo;
+  }
+  *p = {};
+  p->x = x.data;
+  p->y = y.data;
+  p->in = x.width;
+  p->out = y.width;
+  p->x_stride = x.stride;
+  p->y_stride = y.stride;
+  p->tokens = x.rows;
+  p->itemsize = routing->itemsize;
+  return kYes;
+}
+
+bool counts(Py_ssize_t given, Py_ssize_t wanted) {
+  if (given == wanted) return true;
+  PyErr_Format(PyExc_TypeError, "%zd arguments, must be %zd", given, wanted);
+  return false;
+}
+
+PyObject* exchange(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!counts(count, 2)) return nullptr;
+  if (!PyType_Check(args[1])) {
+    PyErr_SetString(PyExc_TypeError, "no type");
+    return nullptr;
+  }
+  const dlpack::Api* found = nullptr;
+  if (args[0] != Py_None) {
+    found = static_cast<const dlpack::Api*>(PyCapsule_GetPointer(args[0], dlpack::kName));
+    if (!found) return nullptr;
+  }
+  while (found && found->major != 1) found = found->older;
+  Py_INCREF(args[1]);
+  tensor_type = reinterpret_cast<PyTypeObject*>(args[1]);
+  api = found && found->tensor_from_object ? found : nullptr;
+  return PyBool_FromLong(api != nullptr);
+}
+
+void drop(PyObject* capsule) { delete static_cast<Layer*>(PyCapsule_GetPointer(capsule, kLayer)); }
+
+PyObject* layer(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!counts(count, 7)) return nullptr;
+  int64_t v[7];
+  for (int i = 0; i < 7; ++i) {
+    v[i] = PyLong_AsLongLong(args[i]);
+    if (v[i] == -1 && PyErr_Occurred()) return nullptr;
+  }
+  if (v[2] < kFloat || v[2] > kBFloat16) {
+    PyErr_Format(PyExc_ValueError, "no type %d", static_cast<int>(v[2]));
+    return nullptr;
+  }
+  const Type type = static_cast<Type>(v[2]);
+  const Routing routing = {
+      reinterpret_cast<const char*>(v[0]), v[1], type == kFloat ? 4 : 2, reinterpret_cast<const int64_t*>(v[3]), v[4],
+      nullptr, 0};
+  return PyCapsule_New(new Layer{routing, v[5], v[6], type}, kLayer, drop);
+}
+
+PyObject* apply(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!counts(count, 4)) return nullptr;
+  Routing routing;
+  Problem p;
+  Type type;
+  const Found found = begin(args, &routing, &p, &type);
+  if (found != kYes) return refused(found);
+  return run([&] { apply_rows(routing, p, type); });
+}
+
+PyObject* linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!counts(count, 7)) return nullptr;
+  Routing routing;
+  Problem p;
+  Type type;
+  const Found found = begin(args, &routing, &p, &type);
+  if (found != kYes) return refused(found);
+  Rows weight, bias = {};
+  if (!rows_in(args[4], type, &weight) || weight.rows != p.out || weight.width != p.in || !dense(weight)) {
+    return refused(kNo);
+  }
+  if (args[5] != Py_None && (!rows_in(args[5], type, &bias) || bias.rows != 1 || bias.width != p.out)) {
+    return refused(kNo);
+  }
+  p.kblock = PyLong_AsLongLong(args[6]);
+  if (p.kblock == -1 && PyErr_Occurred()) return nullptr;
+  p.weight = weight.data;
+  p.bias = bias.data;
+  return run([&] { linear_rows(routing, p, type); });
+}
+
+template <PyObject* (*F)(PyObject*, PyObject* const*, Py_ssize_t)>
+PyMethodDef method(const char* name, const char* doc) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(F)), METH_FASTCALL, doc};
+}
+
+PyMethodDef methods[] = {
+    method<exchange>("exchange", "exchange(torch.Tensor.__dlpack_c_exchange_api__ or None, torch.Tensor) -> whether it will do"),
+    method<layer>("layer", "layer(arena, elements, type, table, slots, in_features, out_features) -> layer"),
+    method<apply>("apply", "apply(layer, plan, y, x) -> whether it was done"),
+    method<linear>("linear", "linear(layer, plan, y, x, weight, bias, kblock) -> whether it was done"),
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+}  // namespace mlora
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&mlora::module); }
