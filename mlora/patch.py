@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from . import errors
-from .adapter import Adapter
 from .layers import (
     LayerState,
     LoraLayer,
@@ -24,10 +23,10 @@ from .layers import (
     swap_class,
     swap_forward,
 )
-from .patched import PatchedModel, ancestors
+from .patched import PatchedModel, ancestors, unpatch
 from .runtime import Runtime
 from .store import Store
-from .takeover import has_peft, take_over
+from .takeover import has_peft, taken_over
 
 PLAN_WORDS = 1 << 16  # the plan buffer of compiled code: room for batches of some ten thousand rows
 
@@ -66,16 +65,36 @@ def patch(
 
     Raises:
         PatchError: it is patched already, has no linear, or has PEFT adapters merged or several active.
-        AdapterError, UnsupportedAdapterError: an adapter in it cannot be served.
+        AdapterError, UnsupportedAdapterError, CapacityError: an adapter in it cannot be served.
     """
     if not isinstance(model, nn.Module):
         raise errors.PatchError(f"patch takes a torch.nn.Module, not {type(model).__name__}")
     if isinstance(model, PatchedModel):
         raise errors.PatchError("this model is patched already; its runtime is model.mlora")
-    adapters: dict[str, Adapter] = {}
-    active = None
-    if has_peft(model):
-        model, adapters, active = take_over(model)
+    if not has_peft(model):
+        return _patch(model, memory, max_adapters, max_merges, dtype, fused)
+    with taken_over(model) as (base, adapters, active):
+        runtime = _patch(base, memory, max_adapters, max_merges, dtype, fused)
+        try:
+            for name, adapter in adapters.items():
+                runtime.add_adapter(name, adapter)
+            if active is not None:
+                runtime.set_adapter(active)
+        except BaseException:
+            unpatch(base)
+            raise
+    return runtime
+
+
+def _patch(
+    model: nn.Module,
+    memory: int | None,
+    max_adapters: int,
+    max_merges: int,
+    dtype: torch.dtype | None,
+    fused: bool,
+) -> Runtime:
+    """`patch` of a model without PEFT's layers."""
     paths = find_layers(model)
     if all(is_norm_like(module) for module in paths.values()):
         raise errors.PatchError(f"{type(model).__name__} has no linear, convolution or token embedding to patch")
@@ -125,10 +144,6 @@ def patch(
         guard_moves(module)
     swap_class(model, PatchedModel)
     model.__dict__["mlora"] = runtime
-    for name, adapter in adapters.items():
-        runtime.add_adapter(name, adapter)
-    if active is not None:
-        runtime.set_adapter(active)
     return runtime
 
 
