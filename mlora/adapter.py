@@ -40,6 +40,12 @@ class Adapter:
     source: str = field(default="memory")
 
     def __post_init__(self) -> None:
+        for what, value in (("config", self.config), ("tensors", self.tensors)):
+            if not isinstance(value, Mapping):
+                raise errors.AdapterError(f"adapter from {self.source}: its {what} must be a mapping, not {value!r}")
+        if wrong := next((key for key, value in self.tensors.items() if not isinstance(value, Tensor)), None):
+            kind = type(self.tensors[wrong]).__name__
+            raise errors.AdapterError(f"adapter from {self.source}: {wrong} is a {kind}; it must be a torch.Tensor")
         if not self.config.get("peft_type"):
             raise errors.AdapterError(f"adapter from {self.source}: its config has no 'peft_type'")
         if not self.tensors:

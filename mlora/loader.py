@@ -35,6 +35,11 @@ def read_adapter(
     path_or_id: str | Path, *, revision: str | None = None, token: str | None = None, allow_pickle: bool = False
 ) -> Adapter:
     """See `Adapter.from_pretrained`."""
+    if not isinstance(path_or_id, (str, os.PathLike)):
+        raise errors.AdapterError(
+            f"an adapter is read from a path or a hub id, not from this {type(path_or_id).__name__}; one in memory is "
+            f"for add_adapter"
+        )
     source = str(path_or_id)
     path = local_path(source, revision, token)
     folder, weights = (path, path / WEIGHTS) if path.is_dir() else (path.parent, path)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from numbers import Integral
 
 import torch
 from torch import nn
 
 from . import errors
 from .layers import (
+    DENSE,
     LayerState,
     LoraLayer,
     ParametersState,
@@ -112,10 +114,15 @@ def _patch(
     arena_dtype = dtype or kinds.most_common(1)[0][0]
     if memory is None:
         memory = _default_memory(model, device)
-    if memory < 1 or max_adapters < 1:
-        raise errors.PatchError(f"memory={memory} and max_adapters={max_adapters} must be positive")
-    if max_merges < 0:
-        raise errors.PatchError(f"max_merges={max_merges} must be at least 0")
+    for option, value, least in (
+        ("memory", memory, 1),
+        ("max_adapters", max_adapters, 1),
+        ("max_merges", max_merges, 0),
+    ):
+        if not isinstance(value, Integral) or value < least:
+            raise errors.PatchError(f"{option}={value!r}, wanted a whole number of at least {least}")
+    if arena_dtype not in DENSE:
+        raise errors.PatchError(f"dtype={dtype!r}, wanted one of {', '.join(sorted(map(str, DENSE)))}")
     store = Store(device, arena_dtype, memory, len(modules) + len(stacks), max_adapters)
     shared = Shared(store.arena, torch.zeros(PLAN_WORDS, dtype=torch.int32, device=device), fused)
     states = {

@@ -94,11 +94,14 @@ def test_a_flipped_header_byte_is_an_error_or_harmless(patched: Any, good: Path,
         ("/no/such", ("'/no/such'", "no folder")),
         ("", ("has no adapter_config.json",)),
         ("a b/c", ("'a b/c'",)),
+        ("x" * 300, ("xxx", "no folder", "too long")),
+        (7, ("path", "hub id", "int")),
+        (mlora.Adapter({"peft_type": "LORA"}, {"x": torch.ones(1)}), ("path", "hub id", "Adapter", "add_adapter")),
     ),
-    ids=("relative", "absolute", "empty", "blank"),
+    ids=("relative", "absolute", "empty", "blank", "long", "number", "adapter"),
 )
 def test_a_folder_that_is_not_there(
-    patched: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: str, wanted: tuple[str, ...]
+    patched: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: Any, wanted: tuple[str, ...]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with refused(patched, errors.AdapterError, *wanted):
@@ -461,6 +464,29 @@ def test_an_adapter_from_pefts_own_objects(llama: Any, patched: Any, folders: di
     patched.mlora.save_adapter("memory", tmp_path / "saved")
     patched.mlora.load_adapter(tmp_path / "saved", "again")
     assert torch.equal(logits(patched, batch, adapter_names="again"), logits(patched, batch, adapter_names="r3"))
+
+
+@pytest.mark.parametrize("adapter", ("a/folder", {"peft_type": "LORA"}, None), ids=("path", "config", "none"))
+def test_what_is_no_adapter(patched: Any, adapter: Any) -> None:
+    with refused(patched, errors.AdapterError, "mlora.Adapter", repr(adapter), "load_adapter"):
+        patched.mlora.add_adapter("new", adapter)
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "wanted"),
+    (
+        (None, {}, "its config must be a mapping, not None"),
+        ({"peft_type": "LORA"}, [torch.ones(1)], "its tensors must be a mapping, not [tensor([1.])]"),
+        ({"peft_type": "LORA"}, {"x.lora_A.weight": [1.0]}, "x.lora_A.weight is a list; it must be a torch.Tensor"),
+        ({"r": 3}, {"x": torch.ones(1)}, "no 'peft_type'"),
+        ({"peft_type": "LORA"}, {}, "no tensors"),
+    ),
+    ids=("config", "tensors", "tensor", "type", "empty"),
+)
+def test_what_makes_no_adapter(config: Any, tensors: Any, wanted: str) -> None:
+    with pytest.raises(errors.AdapterError) as caught:
+        mlora.Adapter(config, tensors)
+    assert wanted in str(caught.value)
 
 
 def test_from_pretrained_is_what_load_adapter_reads(patched: Any, good: Path) -> None:
