@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ class Adapter:
             `model.layers.0.self_attn.q_proj.lora_A.weight` of shape (rank, in). PEFT's
             `base_model.model.` prefix is accepted and removed.
         source: where it came from, for messages and listings.
+        mapped: the file whose bytes the tensors are, and its state when it was read; None if they are in memory.
 
     Raises:
         AdapterError: no `peft_type`, no tensors, or a tensor that is not finite.
@@ -38,8 +40,15 @@ class Adapter:
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     source: str = field(default="memory")
+    mapped: tuple[Path, os.stat_result] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for what, value in (("config", self.config), ("tensors", self.tensors)):
+            if not isinstance(value, Mapping):
+                raise errors.AdapterError(f"adapter from {self.source}: its {what} must be a mapping, not {value!r}")
+        if wrong := next((key for key, value in self.tensors.items() if not isinstance(value, Tensor)), None):
+            kind = type(self.tensors[wrong]).__name__
+            raise errors.AdapterError(f"adapter from {self.source}: {wrong} is a {kind}; it must be a torch.Tensor")
         if not self.config.get("peft_type"):
             raise errors.AdapterError(f"adapter from {self.source}: its config has no 'peft_type'")
         if not self.tensors:
@@ -109,8 +118,26 @@ class Adapter:
         tensors = {key: tensor.detach().to("cpu", copy=True) for key, tensor in state.items()}
         return cls(copy.deepcopy(configs[name].to_dict()), tensors, source=f"{type(model).__name__} adapter {name!r}")
 
+    def check_file(self) -> None:
+        """Raise `AdapterError` if the file that the tensors lie in was written to since it was read: its values are
+        others then, and reading what was cut off would end the process. One that took its place is no matter."""
+        if self.mapped is None:
+            return
+        path, then = self.mapped
+        try:
+            now = path.stat()
+        except OSError:  # its name is gone, its bytes are not
+            return
+        same = (now.st_dev, now.st_ino) == (then.st_dev, then.st_ino)
+        if same and (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns):
+            raise errors.AdapterError(
+                f"adapter from {self.source}: {path} was overwritten in place since it was read; read it again, and "
+                f"have new files take the place of old ones by renaming"
+            )
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the adapter as a PEFT folder, which both PEFT and `from_pretrained` read back."""
+        self.check_file()
         config = json.dumps(dict(self.config), indent=2, sort_keys=False, default=_to_json)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)

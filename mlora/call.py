@@ -31,7 +31,8 @@ class Call(NamedTuple):
         for value in (*self.args, *self.kwargs.values()):
             if isinstance(value, Tensor) and value.dim():
                 return tuple(value.shape)
-        return ()
+        encoded = self.kwargs.get("encoder_outputs")  # of an encoder that ran before, which `generate` goes on from
+        return () if encoded is None else tuple(encoded[0].shape)
 
     @property
     def ids(self) -> Tensor | None:

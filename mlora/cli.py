@@ -102,6 +102,7 @@ def generate(
         if config is not None:
             known, active, model = _parse_config(config, model, folders)
         lines = _read_lines(input, known)
+        _check_output(output, input)
         console = Console(stderr=True)
         with console.status("Loading the model"):
             import mlora
@@ -157,7 +158,8 @@ def _parse_config(file: Path, model: str | None, folders: Mapping[str, str]) -> 
 def _read_lines(file: Path, known: set[str]) -> list[dict[str, Any]]:
     """The lines of a prompts file, checked before any model is loaded; an InputError names the line."""
     try:
-        texts = file.read_text(encoding="utf-8").splitlines()
+        # splitlines() would also cut where JSON has plain letters; some editors put a mark first, others do not.
+        texts = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read --input: {error}") from None
     lines = []
@@ -172,18 +174,27 @@ def _read_lines(file: Path, known: set[str]) -> list[dict[str, Any]]:
     return lines
 
 
+def _check_output(output: Path, input: Path) -> None:
+    """Refuse what cannot be written, and what would take the prompts with it if the run broke off."""
+    if output.is_dir() or not output.parent.is_dir():
+        raise InputError(f"--output {output}: wanted a file in a folder that exists")
+    if output.exists() and output.samefile(input):
+        raise InputError(f"--output {output} is --input; wanted another file")
+
+
 def _check_line(line: Any, known: set[str]) -> dict[str, Any]:
     if not isinstance(line, dict) or not isinstance(line.get("prompt"), str):
         raise InputError('wanted an object with a string "prompt"')
-    from mlora.merge import as_merge
+    json.dumps(line, ensure_ascii=False).encode()  # as it will be written: half a surrogate pair is no text
+    from mlora.merge import as_merge, is_weight
 
     entry = line.get("adapter")
     if (merge := as_merge(entry)) is not None:
         names: set[str | None] = set(merge.adapters)
     elif isinstance(entry, dict):
         for name, weight in entry.items():
-            if isinstance(weight, bool) or not isinstance(weight, int | float):
-                raise InputError(f"the weight of {name!r} is {weight!r}, wanted a number")
+            if not is_weight(weight):
+                raise InputError(f"the weight of {name!r} is {weight!r}, wanted a finite number")
         names = set(entry)
     elif entry is None or isinstance(entry, str):
         names = {entry} - {None, "__base__"}
@@ -420,14 +431,14 @@ def _short(value: Any) -> str:
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="kernels, generate, merge, plot or all.")] = "all",
+    what: Annotated[str, typer.Argument(help="kernels, generate, merge, kinds, load, plot or all.")] = "all",
     smoke: Annotated[bool, typer.Option("--smoke", help="A few seconds, to see that it runs.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the JSONL files and plots.")] = Path("bench/results"),
 ) -> None:
     """Run the benchmarks of a source checkout."""
     with one_line_errors():
         folder = Path(__file__).resolve().parent.parent / "bench"
-        every = ["kernels", "generate", "merge", "plot"]
+        every = ["kernels", "generate", "merge", "kinds", "load", "plot"]
         steps = every if what == "all" else [what]
         if not set(steps) <= set(every):
             raise InputError(f"bench {what!r}: wanted {', '.join(every)} or all")

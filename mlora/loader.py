@@ -35,11 +35,18 @@ def read_adapter(
     path_or_id: str | Path, *, revision: str | None = None, token: str | None = None, allow_pickle: bool = False
 ) -> Adapter:
     """See `Adapter.from_pretrained`."""
+    if not isinstance(path_or_id, (str, os.PathLike)):
+        raise errors.AdapterError(
+            f"an adapter is read from a path or a hub id, not from this {type(path_or_id).__name__}; one in memory is "
+            f"for add_adapter"
+        )
     source = str(path_or_id)
     path = local_path(source, revision, token)
     folder, weights = (path, path / WEIGHTS) if path.is_dir() else (path.parent, path)
     if (folder / CONFIG).is_file():
-        return Adapter(_read_config(folder), _read_tensors(folder, weights, allow_pickle), source=source)
+        mapped = (weights, weights.stat()) if weights.is_file() else None
+        config = _read_config(folder)
+        return Adapter(config, _read_tensors(folder, weights, allow_pickle), source=source, mapped=mapped)
     if path.is_dir():
         weights = path / DIFFUSERS
         if not weights.is_file():
@@ -49,6 +56,7 @@ def read_adapter(
 
 def _without_config(file: Path, source: str) -> Adapter:
     """A file of kohya-ss, LyCORIS or diffusers: its config is in its header or follows from its keys."""
+    mapped = file, file.stat()
     tensors = _load(file)
     try:
         with safe_open(file, "pt") as handle:
@@ -64,12 +72,11 @@ def _without_config(file: Path, source: str) -> Adapter:
             f"{file} holds adapters of several models ({', '.join(components)}); save the one for this model by itself"
         )
     if not components:
-        return Adapter({"peft_type": "LYCORIS"}, tensors, source=source)
+        return Adapter({"peft_type": "LYCORIS"}, tensors, source=source, mapped=mapped)
     prefix = f"{components[0]}."
     config = {key.removeprefix(prefix): value for key, value in values.items()}
-    return Adapter(
-        {"peft_type": "LORA", **config}, {k.removeprefix(prefix): t for k, t in tensors.items()}, source=source
-    )
+    own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+    return Adapter({"peft_type": "LORA", **config}, own, source=source, mapped=mapped)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from numbers import Integral
 
 import torch
 from torch import nn
 
 from . import errors
-from .adapter import Adapter
 from .layers import (
+    DENSE,
     LayerState,
     LoraLayer,
     ParametersState,
@@ -24,10 +25,10 @@ from .layers import (
     swap_class,
     swap_forward,
 )
-from .patched import PatchedModel, ancestors
+from .patched import PatchedModel, ancestors, unpatch
 from .runtime import Runtime
 from .store import Store
-from .takeover import has_peft, take_over
+from .takeover import has_peft, taken_over
 
 PLAN_WORDS = 1 << 16  # the plan buffer of compiled code: room for batches of some ten thousand rows
 
@@ -66,16 +67,36 @@ def patch(
 
     Raises:
         PatchError: it is patched already, has no linear, or has PEFT adapters merged or several active.
-        AdapterError, UnsupportedAdapterError: an adapter in it cannot be served.
+        AdapterError, UnsupportedAdapterError, CapacityError: an adapter in it cannot be served.
     """
     if not isinstance(model, nn.Module):
         raise errors.PatchError(f"patch takes a torch.nn.Module, not {type(model).__name__}")
     if isinstance(model, PatchedModel):
         raise errors.PatchError("this model is patched already; its runtime is model.mlora")
-    adapters: dict[str, Adapter] = {}
-    active = None
-    if has_peft(model):
-        model, adapters, active = take_over(model)
+    if not has_peft(model):
+        return _patch(model, memory, max_adapters, max_merges, dtype, fused)
+    with taken_over(model) as (base, adapters, active):
+        runtime = _patch(base, memory, max_adapters, max_merges, dtype, fused)
+        try:
+            for name, adapter in adapters.items():
+                runtime.add_adapter(name, adapter)
+            if active is not None:
+                runtime.set_adapter(active)
+        except BaseException:
+            unpatch(base)
+            raise
+    return runtime
+
+
+def _patch(
+    model: nn.Module,
+    memory: int | None,
+    max_adapters: int,
+    max_merges: int,
+    dtype: torch.dtype | None,
+    fused: bool,
+) -> Runtime:
+    """`patch` of a model without PEFT's layers."""
     paths = find_layers(model)
     if all(is_norm_like(module) for module in paths.values()):
         raise errors.PatchError(f"{type(model).__name__} has no linear, convolution or token embedding to patch")
@@ -93,10 +114,15 @@ def patch(
     arena_dtype = dtype or kinds.most_common(1)[0][0]
     if memory is None:
         memory = _default_memory(model, device)
-    if memory < 1 or max_adapters < 1:
-        raise errors.PatchError(f"memory={memory} and max_adapters={max_adapters} must be positive")
-    if max_merges < 0:
-        raise errors.PatchError(f"max_merges={max_merges} must be at least 0")
+    for option, value, least in (
+        ("memory", memory, 1),
+        ("max_adapters", max_adapters, 1),
+        ("max_merges", max_merges, 0),
+    ):
+        if not isinstance(value, Integral) or value < least:
+            raise errors.PatchError(f"{option}={value!r}, wanted a whole number of at least {least}")
+    if arena_dtype not in DENSE:
+        raise errors.PatchError(f"dtype={dtype!r}, wanted one of {', '.join(sorted(map(str, DENSE)))}")
     store = Store(device, arena_dtype, memory, len(modules) + len(stacks), max_adapters)
     shared = Shared(store.arena, torch.zeros(PLAN_WORDS, dtype=torch.int32, device=device), fused)
     states = {
@@ -125,10 +151,6 @@ def patch(
         guard_moves(module)
     swap_class(model, PatchedModel)
     model.__dict__["mlora"] = runtime
-    for name, adapter in adapters.items():
-        runtime.add_adapter(name, adapter)
-    if active is not None:
-        runtime.set_adapter(active)
     return runtime
 
 

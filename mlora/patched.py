@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from .runtime import Runtime
 
 
+_PACKED = (
+    "it packs many prompts into one row, in a thread of its own; choose one entry for all with set_adapter, or call "
+    "generate"
+)
+
+
 class PatchedModel(nn.Module):
     """Mixed in before the root model's class: `adapter_names=` on calls and on `generate`."""
 
@@ -39,6 +45,16 @@ class PatchedModel(nn.Module):
     def generate(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
         with self.mlora._router.generation(adapter_names, Call(args, kwargs), _expansion(self, args, kwargs)):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def generate_batch(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
+        if adapter_names is not None:
+            raise errors.EntryError(f"adapter_names is given to generate_batch: {_PACKED}")
+        return super().generate_batch(*args, **kwargs)  # type: ignore[misc]
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        if self.mlora._shared.local.plan is not None:
+            raise errors.EntryError(f"use_adapters is open around continuous batching: {_PACKED}")
+        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         refuse_move(self, fn)

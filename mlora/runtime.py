@@ -110,6 +110,8 @@ class Runtime:
 
     def add_adapter(self, adapter_name: str, adapter: Adapter, *, approximate: int | None = None) -> AdapterInfo:
         """Add an adapter that is in memory. Takes `approximate` and raises as `load_adapter` does."""
+        if not isinstance(adapter, Adapter):
+            raise errors.AdapterError(f"add_adapter takes an mlora.Adapter, not {adapter!r}; load_adapter reads files")
         self._registry.check_new(adapter_name)
         deltas = lower(adapter, self.bases, approximate)
         return self._registry.add(adapter_name, adapter, deltas, approximate)

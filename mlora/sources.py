@@ -34,9 +34,13 @@ def local_path(name: str, revision: str | None, token: str | None, cache: Path |
     if "://" in name:
         return from_url(name, cache)
     path = Path(name)
-    if path.is_dir():
+    try:
+        folder, there = path.is_dir(), path.exists()
+    except OSError as error:
+        raise errors.AdapterError(f"there is no folder {name!r}: {error.strerror}") from error
+    if folder:
         return path
-    if path.exists():
+    if there:
         if path.is_file() and path.suffix == ".safetensors":
             return path
         raise errors.AdapterError(f"{name!r} is a file; an adapter is a PEFT folder, or a .safetensors file")

@@ -6,6 +6,8 @@ copying the adapters' tensors out and putting the linears back in their places.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from torch import nn
@@ -21,10 +23,11 @@ def has_peft(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") or bool(_tuner_layers(model))
 
 
-def take_over(model: nn.Module) -> tuple[nn.Module, dict[str, Adapter], str | None]:
-    """Remove PEFT from `model`, a `PeftModel` or a transformers model with adapters.
+@contextmanager
+def taken_over(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Adapter], str | None]]:
+    """Remove PEFT from `model`, a `PeftModel` or a transformers model with adapters, unless the block fails.
 
-    Returns:
+    Yields:
         The bare model with the very same weights, the adapters by name, and the name of the active one
         or None. A `PeftModel` is left as a shell that refuses calls.
 
@@ -66,14 +69,25 @@ def take_over(model: nn.Module) -> tuple[nn.Module, dict[str, Adapter], str | No
     for adapter in adapters.values():
         lower(adapter, bases)
 
-    for path, layer in inside.items():
-        parent, _, child = path.rpartition(".")
-        setattr(base.get_submodule(parent), child, inner_module(layer))
-    for attribute in ("peft_config", "_hf_peft_config_loaded"):
-        base.__dict__.pop(attribute, None)
+    _put(base, {path: inner_module(layer) for path, layer in inside.items()})
+    attributes = ("peft_config", "_hf_peft_config_loaded")
+    told = {name: base.__dict__.pop(name) for name in attributes if name in base.__dict__}
     if base is not model:
         model.__dict__["forward"] = model.__dict__["generate"] = _shell
-    return base, adapters, active
+    try:
+        yield base, adapters, active
+    except BaseException:
+        _put(base, inside)
+        base.__dict__.update(told)
+        if base is not model:
+            del model.__dict__["forward"], model.__dict__["generate"]
+        raise
+
+
+def _put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    for path, module in modules.items():
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
 
 
 def _tuner_layers(model: nn.Module) -> dict[str, Any]:

@@ -209,6 +209,28 @@ def test_wrong_number_of_rows_inside_use_adapters(patched: Any, batch: dict[str,
             patched.model(**batch)
 
 
+def test_continuous_batching_follows_the_default_and_refuses_names(patched: Any, batch: dict[str, Tensor]) -> None:
+    """It packs prompts into one row and runs in another thread, so that names would be ignored."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    runtime, length = patched.mlora, batch["input_ids"].shape[1]
+    small = ContinuousBatchingConfig(block_size=32, num_blocks=16, max_batch_tokens=64)
+    settings = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0)
+    prompts = [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    with refused(patched, errors.EntryError, "adapter_names", "generate_batch", "set_adapter"):
+        patched.generate_batch(prompts, settings, adapter_names=["r3"] * 4)
+    with runtime.use_adapters("r3"), refused(patched, errors.EntryError, "use_adapters", "set_adapter"):
+        patched.generate_batch(prompts, settings, small)
+    runtime.set_adapter("r3")
+    got = [one.generated_tokens for one in patched.generate_batch(prompts, settings, small).values()]
+    runtime.set_adapter(None)
+    for prompt, tokens in zip(prompts, got, strict=True):
+        alone = torch.tensor([prompt])
+        want = patched.generate(alone, adapter_names="r3", generation_config=settings)[0, len(prompt) :]
+        assert tokens == want.tolist()
+    assert {len(prompt) for prompt in prompts} > {length}
+
+
 class Decoder(torch.nn.Module):
     """Called as transformers calls a decoder whose encoder has run: other tensors may come before its input."""
 

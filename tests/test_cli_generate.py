@@ -108,6 +108,10 @@ def test_a_config_excludes(loads: list[Any], config: Path, tmp_path: Path, optio
         ({**MERGE, "densty": 1}, "'densty'"),
         ({**MERGE, "weights": [1]}, "1 weights for 2"),
         ({"one": "x"}, "the weight of 'one' is 'x'"),
+        ({"one": True}, "the weight of 'one' is True"),
+        ({"one": float("nan")}, "the weight of 'one' is nan, wanted a finite number"),
+        ({"one": 1, "two": float("-inf")}, "the weight of 'two' is -inf"),
+        ({"one": 1e39}, "the weight of 'one' is 1e+39"),  # beyond fp32
         (3, "'adapter' is 3".replace("'", '"')),
     ],
 )
@@ -118,6 +122,59 @@ def test_bad_entries_are_found_before_a_model_is_loaded(
     code, output, done = generate(tmp_path, lines, "--config", str(config))
     assert code == 2 and "line 2" in output and wanted in output, output
     assert not loads and not done
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "marked"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n \n"], ids=["unix", "dos", "blank"])
+def test_what_ends_a_line(loads: list[Any], config: Path, tmp_path: Path, mark: str, end: str) -> None:
+    notes = ["a\u2028b\u2029c", "a\x85b", "\U0001f600"]  # line ends to Python, letters to JSON
+    lines = [{"prompt": "5 9", "note": note} for note in notes]
+    source, sink = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes((mark + "".join(json.dumps(line, ensure_ascii=False) + end for line in lines)).encode())
+    for file, number in ((source, 0), (sink, 1)):  # what it wrote, it reads
+        target = tmp_path / f"{number}.jsonl"
+        result = CliRunner().invoke(
+            app, ["generate", "--config", str(config), "--input", str(file), "--output", str(target)]
+        )
+        assert result.exit_code == 0, result.output
+        target.rename(sink)
+        done = [json.loads(line) for line in sink.read_text(encoding="utf-8").split("\n") if line]
+        assert [line["note"] for line in done] == notes
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        ("", "has no prompts"),
+        ("\n \n", "has no prompts"),
+        ('{"prompt": "1"}\n[1]', 'line 2: wanted an object with a string "prompt"'),
+        ('{"prompt": "1"}\n{"adapter": "one"}', 'line 2: wanted an object with a string "prompt"'),
+        ('{"prompt": 3}', 'line 1: wanted an object with a string "prompt"'),
+        ('{"prompt": "1"}\n\n{"prompt": ', "line 3: "),
+        ('{"prompt": "a \\ud83d b"}', "line 1: 'utf-8' codec can't encode character '\\ud83d'"),
+        ('{"prompt": "1", "note": "\\udc00"}', "line 1: 'utf-8' codec can't encode character '\\udc00'"),
+    ],
+)
+def test_bad_files(loads: list[Any], config: Path, tmp_path: Path, content: str, wanted: str) -> None:
+    source, sink = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(content, encoding="utf-8")
+    result = CliRunner().invoke(
+        app, ["generate", "--config", str(config), "--input", str(source), "--output", str(sink)]
+    )
+    output = " ".join(result.output.split())
+    assert result.exit_code == 2 and wanted in output, output
+    assert not loads and not sink.exists()
+
+
+@pytest.mark.parametrize("target", [".", "no/out.jsonl", "in.jsonl"])
+def test_bad_outputs(loads: list[Any], config: Path, tmp_path: Path, target: str) -> None:
+    source, content = tmp_path / "in.jsonl", '{"prompt": "1"}\n'
+    source.write_text(content)
+    result = CliRunner().invoke(
+        app, ["generate", "--config", str(config), "--input", str(source), "--output", str(tmp_path / target)]
+    )
+    assert result.exit_code == 2 and "--output" in result.output and "wanted" in result.output, result.output
+    assert not loads and source.read_text() == content
 
 
 @pytest.mark.parametrize(

@@ -94,11 +94,14 @@ def test_a_flipped_header_byte_is_an_error_or_harmless(patched: Any, good: Path,
         ("/no/such", ("'/no/such'", "no folder")),
         ("", ("has no adapter_config.json",)),
         ("a b/c", ("'a b/c'",)),
+        ("x" * 300, ("xxx", "no folder", "too long")),
+        (7, ("path", "hub id", "int")),
+        (mlora.Adapter({"peft_type": "LORA"}, {"x": torch.ones(1)}), ("path", "hub id", "Adapter", "add_adapter")),
     ),
-    ids=("relative", "absolute", "empty", "blank"),
+    ids=("relative", "absolute", "empty", "blank", "long", "number", "adapter"),
 )
 def test_a_folder_that_is_not_there(
-    patched: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: str, wanted: tuple[str, ...]
+    patched: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: Any, wanted: tuple[str, ...]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with refused(patched, errors.AdapterError, *wanted):
@@ -461,6 +464,72 @@ def test_an_adapter_from_pefts_own_objects(llama: Any, patched: Any, folders: di
     patched.mlora.save_adapter("memory", tmp_path / "saved")
     patched.mlora.load_adapter(tmp_path / "saved", "again")
     assert torch.equal(logits(patched, batch, adapter_names="again"), logits(patched, batch, adapter_names="r3"))
+
+
+def refuse_to_read_again(patched: Any, *wanted: str) -> None:
+    for again in (
+        lambda: patched.mlora.save_adapter("new", "never"),
+        lambda: patched.mlora.add_weighted_adapter(["new", "r3"], [1, 1], "sum"),
+        lambda: patched(
+            **inputs_for("llama", 1), adapter_names=mlora.Merge(["new", "r3"], [1, 1], "ties", density=0.5)
+        ),
+    ):
+        with refused(patched, errors.AdapterError, WEIGHTS, "overwritten", *wanted):
+            again()
+    assert not Path("never").exists()
+
+
+def test_a_file_that_is_overwritten_after_it_was_read(
+    patched: Any, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tensors are its bytes: what is served are copies, but what would be read again is another adapter's."""
+    monkeypatch.chdir(tmp_path)
+    folder = shutil.copytree(folders["r3"], tmp_path / "new")
+    file, old, batch = folder / WEIGHTS, (folder / WEIGHTS).read_bytes(), inputs_for("llama", 2)
+    patched.mlora.load_adapter(folder, "new")
+    early = Adapter.from_pretrained(folder)
+    want = logits(patched, batch, adapter_names="new")
+    for content in (old[:-4] + b"\0\0\0\0", b""):  # of the same length; and none, of which a read would be a crash
+        file.write_bytes(content)
+        refuse_to_read_again(patched, str(folder))
+        with refused(patched, errors.AdapterError, "overwritten"):
+            patched.mlora.add_adapter("early", early)
+        assert torch.equal(logits(patched, batch, adapter_names="new"), want)
+
+
+def test_a_file_that_another_takes_the_place_of(patched: Any, folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["r3"], tmp_path / "new")
+    patched.mlora.load_adapter(folder, "new")
+    shutil.copy(folders["rs16"] / WEIGHTS, folder / "half")
+    (folder / "half").rename(folder / WEIGHTS)
+    patched.mlora.save_adapter("new", tmp_path / "saved")
+    (folder / WEIGHTS).unlink()
+    patched.mlora.save_adapter("new", tmp_path / "again")
+    for name in ("saved", "again"):
+        assert (tmp_path / name / WEIGHTS).read_bytes() == (folders["r3"] / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("adapter", ("a/folder", {"peft_type": "LORA"}, None), ids=("path", "config", "none"))
+def test_what_is_no_adapter(patched: Any, adapter: Any) -> None:
+    with refused(patched, errors.AdapterError, "mlora.Adapter", repr(adapter), "load_adapter"):
+        patched.mlora.add_adapter("new", adapter)
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "wanted"),
+    (
+        (None, {}, "its config must be a mapping, not None"),
+        ({"peft_type": "LORA"}, [torch.ones(1)], "its tensors must be a mapping, not [tensor([1.])]"),
+        ({"peft_type": "LORA"}, {"x.lora_A.weight": [1.0]}, "x.lora_A.weight is a list; it must be a torch.Tensor"),
+        ({"r": 3}, {"x": torch.ones(1)}, "no 'peft_type'"),
+        ({"peft_type": "LORA"}, {}, "no tensors"),
+    ),
+    ids=("config", "tensors", "tensor", "type", "empty"),
+)
+def test_what_makes_no_adapter(config: Any, tensors: Any, wanted: str) -> None:
+    with pytest.raises(errors.AdapterError) as caught:
+        mlora.Adapter(config, tensors)
+    assert wanted in str(caught.value)
 
 
 def test_from_pretrained_is_what_load_adapter_reads(patched: Any, good: Path) -> None:

@@ -405,6 +405,17 @@ def test_generate_with_an_encoder_and_a_decoder(cases: Any, returned: int, optio
     assert torch.equal(generated(case, ENTRIES, batch, **options), want)
 
 
+@pytest.mark.parametrize("masked", (True, False), ids=("mask", "no-mask"))
+def test_generate_from_what_an_encoder_gave(cases: Any, masked: bool) -> None:
+    case, batch = cases("t5"), inputs_for("t5", len(ENTRIES))
+    batch = {"input_ids": batch["input_ids"], "attention_mask": torch.ones_like(batch["attention_mask"])}
+    with torch.no_grad(), case.runtime.use_adapters(ENTRIES):
+        encoded = case.model.get_encoder()(**batch)
+    given = {"attention_mask": batch["attention_mask"]} if masked else {}
+    got = generated(case, ENTRIES, {"encoder_outputs": encoded, **given}, num_beams=2)
+    assert torch.equal(got, generated(case, ENTRIES, batch, num_beams=2))
+
+
 @pytest.mark.parametrize("options", ({}, {"num_beams": 3}), ids=("greedy", "beams"))
 def test_use_adapters_routes_what_runs_inside(cases: Any, options: dict[str, Any]) -> None:
     case, batch = cases("llama"), prompts()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import subprocess
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import mlora
 from mlora.ops import dispatch, layout, reference
 from mlora.ops.library import HAS_CUDA, HAS_TRITON
 
@@ -297,6 +299,53 @@ def test_a_probed_linear_asks_which_block(tokens, dtype, in_threads, monkeypatch
     odd = weight.t().contiguous().t()  # no rows that the kernel could read
     assert torch.equal(dispatch.linear(x, odd, *args[2:], dispatch.PROBED), F.linear(x, odd))
     dispatch._probe.cache_clear()
+
+
+SHAPES = {
+    "one": lambda x: x[0, 0],
+    "rows": lambda x: x[:, 0].contiguous(),
+    "rows of a batch": lambda x: x[:, 0],
+    "batch": lambda x: x,
+    "last tokens": lambda x: x[:, -1:],
+    "first tokens": lambda x: x[:, :2],
+    "tokens first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "features first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "one row for all": lambda x: x[:1].expand_as(x),
+    "images": lambda x: x.unflatten(1, (3, 2)),
+    "cut images": lambda x: x.unflatten(1, (3, 2))[:, :2],
+}
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", FUSED)
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("width_in, width_out", [(320, 96), (1536, 320)])
+@pytest.mark.parametrize("noise", [False, True], ids=["values", "noise"])
+def test_base_rows_have_the_library_bits_in_any_shape(noise, width_in, width_out, shape, bias, dtype):
+    """It adds a bias before it rounds or after, and sums in one order or another, by how its input lies."""
+    torch.manual_seed(0)
+    bare = torch.nn.Linear(width_in, width_out, bias=bias).to(dtype)
+    x, half = torch.randn(4, 6, width_in).to(dtype), width_in // 2
+    if noise:  # of rounding, which is left when the second half of features cancels the first
+        with torch.no_grad():
+            x[..., half:], bare.weight[:, half:] = (-x[..., :half]).roll(2, -1), bare.weight[:, :half].roll(2, 1)
+            if bias:
+                bare.bias *= 2.0**-12 if dtype is torch.bfloat16 else 2.0**-20
+    model = torch.nn.Sequential(copy.deepcopy(bare))
+    runtime = mlora.patch(model, memory=1 << 16)
+    tensors = {"0.lora_A.weight": torch.randn(2, width_in), "0.lora_B.weight": torch.randn(width_out, 2)}
+    runtime.add_adapter("a", mlora.Adapter({"peft_type": "LORA", "r": 2, "lora_alpha": 1}, tensors))
+    x = shape(x)
+    with torch.no_grad():
+        want = bare(x)
+        assert torch.equal(model(x), want)
+        if x.dim() > 1:
+            assert torch.equal(model(x, adapter_names=[None, "a", None, "a"])[::2], want[::2])
+        case = Case((), width_in, width_out, dtype)
+        none = torch.zeros(layout.PLAN_HEADER, dtype=torch.int32)
+        args = (x, bare.weight, bare.bias, case.arena, case.table, none)
+        assert torch.equal(dispatch.linear(*args, dispatch.PROBED), want)
 
 
 @pytest.mark.parametrize("dtype", FUSED)

@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import assert_close, inputs_for, logits, make_adapter, peft_alone, state_hash
+from conftest import assert_close, identity, inputs_for, logits, make_adapter, peft_alone, state_hash
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -125,6 +125,35 @@ def test_patch_takes_a_transformers_model_with_adapters_over(
     mixed = logits(model, batch, adapter_names=["a", None, "b"])
     assert_close(mixed[:1], want[:1])
     assert_close(mixed[2:], logits(peft_alone(llama, folders["rs16"]), batch)[2:])
+
+
+@pytest.mark.parametrize("where", ("wrapper", "model-inside", "transformers"))
+@pytest.mark.parametrize(
+    ("options", "error", "wanted"),
+    (
+        ({"memory": 4096}, errors.CapacityError, "4,096"),  # which holds "a" and not "b"
+        ({"memory": 0}, errors.PatchError, "memory=0"),
+        ({"dtype": torch.float16}, errors.AdapterError, "overflow"),
+    ),
+    ids=("room", "option", "overflow"),
+)
+def test_a_failure_on_the_way_puts_peft_back(
+    live: Any, llama: Any, folders: dict[str, Path], batch: dict[str, Tensor], where: str, options: Any, error: Any,
+    wanted: str,
+) -> None:  # fmt: skip
+    if where == "transformers":
+        model = copy.deepcopy(llama)
+        model.load_adapter(str(folders["r3"]), adapter_name="a")
+        model.load_adapter(str(folders["rs16"]), adapter_name="b")
+    else:
+        model = live.get_base_model() if where == "model-inside" else live
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if name.endswith("v_proj.lora_B.b.weight"))[0, 0] = 1e5
+    want, before = logits(model, batch), identity(model)
+    with pytest.raises(error, match=wanted):
+        mlora.patch(model, **options)
+    assert identity(model) == before and torch.equal(logits(model, batch), want)
+    assert mlora.patch(model).adapters.keys() == {"a", "b"}
 
 
 def test_what_peft_loses_in_a_live_model_is_noticed(llama: Any, folders: dict[str, Path]) -> None:

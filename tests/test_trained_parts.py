@@ -525,7 +525,7 @@ def norm_adapter(weight: Tensor, bias: Tensor, name: str = "bert.embeddings.Laye
     )
 
 
-@pytest.mark.parametrize(("value", "reason"), ((0.0, "1 weights of this model's norm are 0"), (1e-4, "so small")))
+@pytest.mark.parametrize(("value", "reason"), ((0.0, f"zeros among its weights (1 of {HIDDEN})"), (1e-4, "so small")))
 def test_a_norm_that_no_gain_leads_to_is_refused(value: float, reason: str) -> None:
     model = build("bert")
     norm = model.bert.embeddings.LayerNorm
@@ -655,7 +655,7 @@ class Twice(nn.Module):
 def test_what_peft_trains_in_one_place_of_several_is_refused() -> None:
     model = Twice()
     mlora.patch(model, memory=1 << 16)
-    with refused(model, errors.UnsupportedAdapterError, "first", "second", "one place"):
+    with refused(model, errors.UnsupportedAdapterError, "module first: it is one module with second", "one place"):
         model.mlora.add_adapter("n", norm_adapter(torch.ones(HIDDEN), torch.ones(HIDDEN), "first"))
 
 

@@ -416,6 +416,13 @@ int64_t probed_kblock(const Tensor& weight, bool bias, int64_t tokens) {
              call<int64_t>("mlora::probe_kblock", weight.size(1), weight.size(0), bias, tokens, dtype);
 }
 
+// Whether the library multiplies x as one matrix of tokens, in rows, and adds a bias before it rounds. To inputs in
+// pieces it may do it batch by batch, in columns, or the bias afterwards.
+bool in_rows(const Tensor& x, bool bias) {
+  if (x.is_contiguous()) return true;
+  return x.stride(x.dim() - 1) == 1 && (x.dim() == 2 || (!bias && x.dim() == 3 && x.size(1) == 1));
+}
+
 struct Block {  // what linear needs of one thread
   Scratch xt, panel, sums;
 };
@@ -480,7 +487,10 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor arena,
   p.in = width_of("x", x);
   p.tokens = x.numel() / p.in;
   STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == p.in, "mlora: weight must be (out, ", p.in, ")");
-  if (kblock == kProbed) kblock = weight.is_contiguous() ? probed_kblock(weight, bias.has_value(), p.tokens) : kLibrary;
+  if (kblock == kProbed) {
+    const bool asked = weight.is_contiguous() && in_rows(x, bias.has_value());
+    kblock = asked ? probed_kblock(weight, bias.has_value(), p.tokens) : kLibrary;
+  }
   if (kblock == kLibrary) {
     const Tensor y = call<Tensor>("aten::linear", x, weight, bias);
     apply_(y, std::nullopt, x, arena, table, plan);

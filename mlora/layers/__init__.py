@@ -6,7 +6,7 @@ and `state_dict` keys exactly as they are, and swapping it back leaves no trace.
 
 from .base import base_linear, base_linears
 from .conv import CONVS, ConvLayer
-from .dense import compute_dtype, is_dense, model_dtype
+from .dense import DENSE, compute_dtype, is_dense, model_dtype
 from .embedding import EmbeddingLayer
 from .find import INNER, find_layers, find_stacks, inner_module, mixin_of
 from .head import Head, group_heads
@@ -19,6 +19,7 @@ from .swap import guard_moves, refuse_copy, refuse_move, restore_class, swap_cla
 
 __all__ = [
     "CONVS",
+    "DENSE",
     "INNER",
     "ConvLayer",
     "EmbeddingLayer",

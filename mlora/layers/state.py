@@ -109,6 +109,8 @@ class LayerState:
         as fast; see `dispatch.probe_kblock`. Of a fused layer."""
         if x.dtype is not self.dtype or torch.is_autocast_enabled("cpu"):  # the library would compute in another dtype
             return 0
+        if not x.is_contiguous() and not self._in_rows(x):
+            return 0
         tokens = x.numel() // x.shape[-1]
         like = tokens if tokens <= dispatch.FEW_TOKENS else dispatch.tokens_like(tokens)
         key = like, torch.get_num_threads()
@@ -116,3 +118,9 @@ class LayerState:
         if kblock is None:
             kblock = self._kblocks[key] = dispatch.probe_kblock(*self._asked, tokens, self.dtype)
         return kblock
+
+    def _in_rows(self, x: Tensor) -> bool:
+        """Whether the library multiplies an `x` in pieces as one matrix of tokens, in rows, and adds a bias before it
+        rounds. Else it may do it batch by batch, in columns, or the bias afterwards."""
+        bias = self._shape[2]
+        return x.stride(-1) == 1 and (x.dim() == 2 or (not bias and x.dim() == 3 and x.shape[1] == 1))

@@ -60,10 +60,11 @@ def lower(adapter: Adapter, bases: Mapping[str, BaseLinear], approximately: int 
 
     Raises:
         UnsupportedAdapterError: the type or one of its options is not served.
-        AdapterError: it does not fit the model.
+        AdapterError: it does not fit the model, or its file was written to since it was read.
     """
     if approximately is not None and (type(approximately) is not int or approximately < 1):
         raise errors.AdapterError(f"approximate is {approximately!r}; it must be a rank: a positive integer")
+    adapter.check_file()
     lowering = _lowering_of(adapter)
     deltas: dict[str, Delta] = {}
     for module in modules_of(adapter, lowering, bases):

@@ -30,8 +30,8 @@ def parameter_delta(module: Module) -> Delta:
         raise errors.AdapterError(f"{module.where}: a parameter has lora_A and lora_B; the file has {unserved[0]}")
     if base.aliases and module.parameter:
         raise errors.UnsupportedAdapterError(
-            f"{module.where}: {', '.join(base.aliases)} are this very module, which PEFT changes at one place only; it "
-            f"is not served"
+            f"{module.where}: it is one module with {', '.join(base.aliases)}, which PEFT changes at one place only; "
+            f"it is not served"
         )
     inputs, outputs = (base.out_features, base.in_features) if base.turned else (base.in_features, base.out_features)
     rank = module.integer("r", 8, "rank_pattern")

@@ -32,8 +32,8 @@ def saved(module: Module, weight: str, bias: str) -> Delta:
     base = module.base
     if base.aliases:
         raise errors.UnsupportedAdapterError(
-            f"{module.where}: {', '.join(base.aliases)} are this very module, of which PEFT trains a copy at one place "
-            f"only; it is not served"
+            f"{module.where}: it is one module with {', '.join(base.aliases)}, of which PEFT trains a copy at one "
+            f"place only; it is not served"
         )
     if (bias in module.parts) != (base.bias() is not None):
         state = "has a bias for it, which it lacks" if bias in module.parts else "has no bias for it"
@@ -65,7 +65,8 @@ def _norm(module: Module, offset: float, weight: str, bias: str) -> Delta:
     change = after - before
     if lost := int(((before == 0) & (change != 0)).sum()):
         raise errors.UnsupportedAdapterError(
-            f"{module.where}: {lost} weights of this model's norm are 0, from which no factor leads to the trained ones"
+            f"{module.where}: this model's norm has zeros among its weights ({lost} of {width}), from which no factor "
+            f"leads to the trained ones"
         )
     gain = (change / before).masked_fill(before == 0, 0.0)  # g - 1
     if bias not in module.parts:
