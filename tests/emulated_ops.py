@@ -207,6 +207,29 @@ def test_what_the_kernel_itself_refuses():
         torch.ops.mlora.apply_group_([y] * 5, x, case.arena, [case.table] * 5, case.plan([[]]))
 
 
+def test_tensors_of_other_devices_are_refused():
+    """An address of another device would end the process, or its CUDA context. Of several devices the dispatcher takes
+    one, here the other, so it is left out."""
+    case = Case((3, 2, 4), 20, 20, torch.float32, gains=True)
+    x, y, plan, one = case.randn(4, 20), case.randn(4, 20), case.plan([A, [], B, MIX]), case.plan([MIX], spare=0)
+    weight, tensors = case.randn(20, 20), (case.arena, case.table)
+    calls: dict[str, tuple[Any, ...]] = {
+        "apply_": (y, y.clone(), x, *tensors, plan),
+        "apply_group_": ([y], x, case.arena, [case.table], plan),
+        "scale_input": (x, *tensors, plan),
+        "turn_output": (y, x, *tensors, plan),
+        "merge_": (weight, weight.clone(), *tensors, one),
+    }
+    cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    for name, args in calls.items():
+        run = getattr(torch.ops.mlora, name).default
+        run.redispatch(cpu, *args)
+        for i, arg in enumerate(args):
+            other = [arg[0].to("meta")] if isinstance(arg, list) else arg.to("meta")
+            with pytest.raises(RuntimeError, match="one device"):
+                run.redispatch(cpu, *args[:i], other, *args[i + 1 :])
+
+
 def counts() -> dict[str, int]:
     names = ("launches", "programs", "idle", "read", "written", "metadata", "narrow")
     values = (ctypes.c_int64 * len(names))()
