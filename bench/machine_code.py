@@ -1,5 +1,6 @@
 """What compiled kernels are made of: registers, spills, shared memory, occupancy, tensor-core instructions, widths of
-global accesses, global atomics on floats. By the disassembler that Triton's wheel carries; needs no GPU."""
+global accesses (of those that the compiler knows to be global, as csrc/cuda tells it), global atomics on floats. By the
+disassembler that Triton's wheel carries; needs no GPU."""
 
 from __future__ import annotations
 

@@ -207,11 +207,44 @@ def test_what_the_kernel_itself_refuses():
         torch.ops.mlora.apply_group_([y] * 5, x, case.arena, [case.table] * 5, case.plan([[]]))
 
 
+def test_tensors_of_other_devices_are_refused():
+    """An address of another device would end the process, or its CUDA context. Of several devices the dispatcher takes
+    one, here the other, so it is left out."""
+    case = Case((3, 2, 4), 20, 20, torch.float32, gains=True)
+    x, y, plan, one = case.randn(4, 20), case.randn(4, 20), case.plan([A, [], B, MIX]), case.plan([MIX], spare=0)
+    weight, tensors = case.randn(20, 20), (case.arena, case.table)
+    calls: dict[str, tuple[Any, ...]] = {
+        "apply_": (y, y.clone(), x, *tensors, plan),
+        "apply_group_": ([y], x, case.arena, [case.table], plan),
+        "scale_input": (x, *tensors, plan),
+        "turn_output": (y, x, *tensors, plan),
+        "merge_": (weight, weight.clone(), *tensors, one),
+    }
+    cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    for name, args in calls.items():
+        run = getattr(torch.ops.mlora, name).default
+        run.redispatch(cpu, *args)
+        for i, arg in enumerate(args):
+            other = [arg[0].to("meta")] if isinstance(arg, list) else arg.to("meta")
+            with pytest.raises(RuntimeError, match="one device"):
+                run.redispatch(cpu, *args[:i], other, *args[i + 1 :])
+
+
 def counts() -> dict[str, int]:
     names = ("launches", "programs", "idle", "read", "written", "metadata", "narrow")
     values = (ctypes.c_int64 * len(names))()
     ctypes.CDLL(os.environ["MLORA_EMULATION_LIBRARY"]).mlora_counts(values)
     return dict(zip(names, values, strict=True))
+
+
+def counted(tensors: list[Tensor], words: list[Tensor], run: Any) -> dict[str, int]:
+    """What `run` does to tensors of data, and to plans and tables."""
+    native = ctypes.CDLL(os.environ["MLORA_EMULATION_LIBRARY"])
+    counts()
+    for tensor, data in (*((t, 1) for t in tensors), *((t, 0) for t in words)):
+        native.mlora_watch(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_int64(tensor.nbytes), data)
+    run()
+    return counts()
 
 
 def test_work_and_bytes(device):
@@ -221,15 +254,50 @@ def test_work_and_bytes(device):
     device(16, 4)
     case = Case((16,) * 8, 512, 512, torch.bfloat16, align=32)
     x, y, plan = case.randn(16, 512), case.randn(16, 512), case.plan([[(i // 2, 1.0)] for i in range(16)])
-    native = ctypes.CDLL(os.environ["MLORA_EMULATION_LIBRARY"])
-    counts()
-    for tensor, data in ((x, 1), (y, 1), (case.arena, 1), (plan, 0), (case.table, 0)):
-        native.mlora_watch(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_int64(tensor.nbytes), data)
-    torch.ops.mlora.apply_(y, None, x, case.arena, case.table, plan)
-    seen = counts()
+    seen = counted(
+        [x, y, case.arena],
+        [plan, case.table],
+        lambda: torch.ops.mlora.apply_(y, None, x, case.arena, case.table, plan),
+    )
     assert seen["launches"] == 1 and seen["programs"] == 16 and seen["idle"] == 0 and seen["narrow"] == 0
     assert seen["read"] == (x.nbytes + y.nbytes + 8 * 16 * (512 + 512) * 2) // 32
     assert seen["written"] == y.nbytes // 32
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(
+    "turns",
+    [
+        ((2, 1), (4, 1), (32, 1)), ((2, 2), (4, 2), (16, 2)), ((2, 4), (1, 3), (24, 4)),
+        ((2, 32), (72, 8), (2, 576)), ((1152, 1), (1, 1), (144, 8)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_turns_are_read_whole(device, dtype, turns):
+    """Turns, inputs and outputs are asked for 16 bytes at a time where alignment allows, with the bits of other reads.
+    Also where a thread has several pieces of a row and a block several tokens."""
+    device(1, 1)
+    case = Case((1, 3, 2), 1152, 1152, dtype, in_gains=True, align=32, turns=turns)
+    recipes = [A, [], MIX, B, [(2, 1.0), (1, -0.5)]] * 2
+    x, y, plan = case.randn(10, 1152), case.randn(10, 1152), case.plan(recipes)
+    got: list[Tensor] = []
+
+    def run(x: Tensor, y: Tensor) -> None:
+        got.append(torch.ops.mlora.scale_input(x, case.arena, case.table, plan))
+        got.append(torch.ops.mlora.turn_output(y, x, case.arena, case.table, plan))
+
+    seen = counted([x, y, case.arena], [plan, case.table], lambda: run(x, y))
+    assert not COUNTED or seen["read"] > 0 == seen["narrow"]
+    run(*(sentinel(10, 1152, dtype)[0].copy_(t) for t in (x, y)))
+    assert torch.equal(got[0], got[2]) and torch.equal(got[1], got[3])
+
+
+def test_merge_reads_whole():
+    case = Case((20, 3, 0), 136, 200, torch.bfloat16, gains=True, in_gains=True, align=32)
+    weight, plan = case.randn(200, 136), case.plan([MIX], spare=0)
+    merge = torch.ops.mlora.merge_
+    seen = counted([weight, case.arena], [plan, case.table], lambda: merge(weight, None, case.arena, case.table, plan))
+    assert not COUNTED or seen["read"] > 0 == seen["narrow"]
 
 
 def test_tiny_model_generates(llama: Any, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,10 +5,11 @@
 // memory, in the order of the slices, and share the output columns. So A, B and x of a tile are read once a cluster,
 // and A x never leaves the chip. A group of siblings is one list of rank rows over one x.
 //
-// The grid is as many clusters as run at once, at most a block a multiprocessor. With fewer tiles than clusters, clusters share a tile's columns and each
-// repeats its shrink: for one tile on K clusters A and x are asked for K times, K - 1 of them from the second-level
-// cache, and every block has work. (To have both, A x would have to pass through global memory.) Without clusters
-// (sm_80) C is 1, the same holds block by block, and A and x are asked for once by each block that shares the tile.
+// The grid is as many clusters as run at once, at most a block a multiprocessor. With fewer tiles than clusters,
+// clusters share a tile's columns and each repeats its shrink: for one tile on K clusters A and x are asked for K
+// times, K - 1 of them from the second-level cache, and every block has work. (To have both, A x would have to pass
+// through global memory.) Without clusters (sm_80) C is 1, the same holds block by block, and A and x are asked for
+// once by each block that shares the tile.
 //
 // The order of every sum depends on the shapes, the device and the row's own recipe only.
 
@@ -284,7 +285,7 @@ MLORA_NOINLINE __device__ void shrink(const ApplyArgs& args, int rows, bool ragg
     const int32_t column = k + lane * 8, count = end - column;
     for (int t = warp; t < s.tokens; t += kWarps) {
       float x[8];
-      load_eight(static_cast<const T*>(args.x) + s.token[t] * args.x_stride + column, count, x);
+      load(static_cast<const T*>(args.x) + s.token[t] * args.x_stride + column, count, x);
 #pragma unroll
       for (int i = 0; i < 8; ++i) s.x[t][i / 4][lane][i % 4] = x[i];
     }
@@ -303,7 +304,7 @@ MLORA_NOINLINE __device__ void shrink(const ApplyArgs& args, int rows, bool ragg
       for (int u = 0; u < kUnroll<T>; ++u) add_dots(a[u], r + u * kWarps, k == begin, lane, s);
     }
 #pragma unroll 1
-    for (; r < rows; r += kWarps) add_dots(load_eight(columns + s.row_a[r], count), r, k == begin, lane, s);
+    for (; r < rows; r += kWarps) add_dots(load(columns + s.row_a[r], count), r, k == begin, lane, s);
     k += kStep;
   } while (k < end);
   cluster_sync();
@@ -371,24 +372,24 @@ __device__ __forceinline__ void finish(const ApplyArgs& args, const Shared& s, c
       const float weight = s.plan.weight(e);
       float part[8];
       if (row[kShift] >= 0) {
-        load_eight(columns + row[kShift], left, part);
+        load(columns + row[kShift], left, part);
 #pragma unroll
         for (int i = 0; i < 8; ++i) acc[i] = fmaf(weight, part[i], acc[i]);
       }
       if (row[kGain] >= 0) {
         float base[8];  // read for each term that has a gain, which is one as a rule, to be gone from registers at once
-        load_eight(columns + row[kGain], left, part);
-        load_eight(from, left, base);
+        load(columns + row[kGain], left, part);
+        load(from, left, base);
 #pragma unroll
         for (int i = 0; i < 8; ++i) acc[i] = fmaf(weight * part[i], base[i], acc[i]);
       }
     }
   }
   float y[8];
-  load_eight(to, left, y);
+  load(to, left, y);
 #pragma unroll
   for (int i = 0; i < 8; ++i) y[i] += acc[i];
-  store_eight(to, left, y);
+  store(to, left, y);
 }
 
 template <class T>
@@ -438,7 +439,7 @@ __global__ void __launch_bounds__(kThreads, 1) apply_kernel(const __grid_constan
           for (int u = 0; u < kUnroll<T>; ++u) accumulate(b[u], &s.v[r + u][token], acc);
         }
 #pragma unroll 1
-        for (; r < stop; ++r) accumulate(load_eight(columns + s.row_b[r], count), &s.v[r][token], acc);
+        for (; r < stop; ++r) accumulate(load(columns + s.row_b[r], count), &s.v[r][token], acc);
       }
       if (mine()) {
         finish<T>(args, s, place, lane, token, acc[0]);

@@ -48,6 +48,15 @@ inline Vector load_vector(const void* p) {
 }
 inline void store_vector(void* p, const Vector& v) { emulation::store16(p, &v); }
 
+template <class T>
+T* global(T* p) {
+  return p;
+}
+template <class T>
+T* opaque(T* p) {
+  return p;
+}
+
 inline float half_to_float(uint16_t bits) { return emulation::half_to_float(bits); }
 inline uint16_t float_to_half(float value) { return emulation::float_to_half(value); }
 inline float float_from_bits(uint32_t bits) { return emulation::bit_cast<float>(bits); }
@@ -105,8 +114,22 @@ __device__ __forceinline__ Vector load_vector(const void* p) {
   const uint4 v = *static_cast<const uint4*>(p);
   return {{v.x, v.y, v.z, v.w}};
 }
+// An instruction by name: of a plain assignment the compiler sometimes makes four.
 __device__ __forceinline__ void store_vector(void* p, const Vector& v) {
-  *static_cast<uint4*>(p) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
+  __stwb(static_cast<uint4*>(p), make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]));
+}
+
+// An address in global memory: the compiler does not know of one that was passed to a function or lay in shared memory.
+template <class T>
+__device__ __forceinline__ T* global(T* p) {
+  __builtin_assume(__isGlobal(p));
+  return p;
+}
+// Of which the compiler does not see what it is made from, so as not to hold that in registers across a loop.
+template <class T>
+__device__ __forceinline__ T* opaque(T* p) {
+  asm("" : "+l"(p));
+  return p;
 }
 
 __device__ __forceinline__ float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
@@ -169,31 +192,6 @@ __device__ __forceinline__ bf16 from_float<bf16>(float value) {  // to nearest, 
   return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 
-// Eight neighbouring elements as they lie in memory, to be in flight while others are computed with.
-template <class T>
-struct Eight {
-  static constexpr int kVectors = sizeof(T) / 2;
-  static constexpr int kEach = 8 / kVectors;  // elements a vector
-  Vector vector[kVectors];
-
-  // Where element i lies in its vector: the word, and the bits to shift it by.
-  static constexpr __device__ int word_of(int i) { return i % kEach * static_cast<int>(sizeof(T)) / 4; }
-  static constexpr __device__ int shift_of(int i) { return i * static_cast<int>(sizeof(T)) % 4 * 8; }
-
-  __device__ __forceinline__ void unpack(float* to) const {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      to[i] = to_float(T{static_cast<uint16_t>(vector[0].word[word_of(i)] >> shift_of(i))});
-    }
-  }
-};
-
-template <>
-__device__ __forceinline__ void Eight<float>::unpack(float* to) const {
-#pragma unroll
-  for (int i = 0; i < 8; ++i) to[i] = float_from_bits(vector[i / 4].word[i % 4]);
-}
-
 __device__ __forceinline__ bool aligned(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
 
 __device__ __forceinline__ uint32_t raw_bits(float value) { return bits_from_float(value); }
@@ -208,66 +206,90 @@ __device__ __forceinline__ float from_raw<float>(uint32_t bits) {
   return float_from_bits(bits);
 }
 
-// p[0:8], aligned.
-template <class T>
-__device__ __forceinline__ Eight<T> load_whole(const T* p) {
-  Eight<T> e;
+// N neighbouring elements as they lie in memory, to be in flight while others are computed with.
+template <class T, int N>
+struct Elements {
+  static constexpr int kEach = 16 / sizeof(T);  // elements a vector
+  static constexpr int kVectors = N / kEach;
+  Vector vector[kVectors];
+
+  // Where element i lies in its vector: the word, and the bits to shift it by.
+  static constexpr __device__ int word_of(int i) { return i % kEach * static_cast<int>(sizeof(T)) / 4; }
+  static constexpr __device__ int shift_of(int i) { return i * static_cast<int>(sizeof(T)) % 4 * 8; }
+
+  __device__ __forceinline__ void unpack(float* to) const {
 #pragma unroll
-  for (int i = 0; i < Eight<T>::kVectors; ++i) e.vector[i] = load_vector(p + i * Eight<T>::kEach);
+    for (int i = 0; i < N; ++i) to[i] = to_float(from_raw<T>(vector[i / kEach].word[word_of(i)] >> shift_of(i)));
+  }
+};
+
+template <class T>
+using Eight = Elements<T, 8>;
+
+// p[0:N], aligned.
+template <int N = 8, class T>
+__device__ __forceinline__ Elements<T, N> load_whole(const T* p) {
+  Elements<T, N> e;
+#pragma unroll
+  for (int i = 0; i < e.kVectors; ++i) e.vector[i] = load_vector(global(p) + i * e.kEach);
   return e;
 }
 
 // Element by element, for what cannot be had whole. Functions of their own: the rare case must not cost the other
 // registers.
-template <class T>
-MLORA_NOINLINE __device__ Eight<T> load_narrow(const T* p, int count) {
-  Eight<T> e = {};
+template <int N, class T>
+MLORA_NOINLINE __device__ Elements<T, N> load_narrow(const T* p, int count) {
+  Elements<T, N> e = {};
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (i < count) e.vector[i / Eight<T>::kEach].word[Eight<T>::word_of(i)] |= raw_bits(p[i]) << Eight<T>::shift_of(i);
+  for (int i = 0; i < N; ++i) {
+    if (i < count) e.vector[i / e.kEach].word[e.word_of(i)] |= raw_bits(global(p)[i]) << e.shift_of(i);
   }
   return e;
 }
-template <class T>
-MLORA_NOINLINE __device__ void store_narrow(T* p, int count, Eight<T> e) {
+template <int N, class T>
+MLORA_NOINLINE __device__ void store_narrow(T* p, int count, Elements<T, N> e) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const uint32_t word = e.vector[i / Eight<T>::kEach].word[Eight<T>::word_of(i)];
-    if (i < count) p[i] = from_raw<T>(word >> Eight<T>::shift_of(i));
+  for (int i = 0; i < N; ++i) {
+    if (i < count) global(p)[i] = from_raw<T>(e.vector[i / e.kEach].word[e.word_of(i)] >> e.shift_of(i));
   }
 }
 
 // p[0:count] and zeros; whole vectors where the address allows. Nothing is read if count <= 0.
-template <class T>
-__device__ __forceinline__ Eight<T> load_eight(const T* p, int count) {
-  return count >= 8 && aligned(p) ? load_whole(p) : load_narrow(p, count);
+template <int N = 8, class T>
+__device__ __forceinline__ Elements<T, N> load(const T* p, int count) {
+  return count >= N && aligned(p) ? load_whole<N>(p) : load_narrow<N>(p, count);
 }
 
-template <class T>
-__device__ __forceinline__ void load_eight(const T* p, int count, float* to) {
-  load_eight(p, count).unpack(to);
+template <class T, int N>
+__device__ __forceinline__ void load(const T* p, int count, float (&to)[N]) {
+  load<N>(p, count).unpack(to);
 }
 
-template <class T>
-__device__ __forceinline__ void store_eight(T* p, int count, const float* from) {
-  Eight<T> e = {};
+template <class T, int N>
+__device__ __forceinline__ void store(T* p, int count, const float (&from)[N]) {
+  Elements<T, N> e = {};
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const uint32_t bits = raw_bits(from_float<T>(from[i]));
-    e.vector[i / Eight<T>::kEach].word[Eight<T>::word_of(i)] |= bits << Eight<T>::shift_of(i);
+  for (int i = 0; i < N; ++i) {
+    e.vector[i / e.kEach].word[e.word_of(i)] |= raw_bits(from_float<T>(from[i])) << e.shift_of(i);
   }
-  if (count >= 8 && aligned(p)) {
+  if (count >= N && aligned(p)) {
 #pragma unroll
-    for (int i = 0; i < Eight<T>::kVectors; ++i) store_vector(p + i * Eight<T>::kEach, e.vector[i]);
+    for (int i = 0; i < e.kVectors; ++i) store_vector(global(p) + i * e.kEach, e.vector[i]);
   } else {
     store_narrow(p, count, e);
   }
 }
 
+// 32-bit words in global memory, as the compiler is to know wherever the address comes from.
+struct Words {
+  const int32_t* first;
+  __device__ __forceinline__ int32_t operator[](int32_t i) const { return global(first)[i]; }
+};
+
 // A plan in device memory; the layout is that of mlora/ops/layout.py.
 struct Plan {
   int32_t rows, routes, terms, length;  // length: tokens of a row
-  const int32_t *row_start, *row_order, *term_start, *term_slot, *term_weight;
+  Words row_start, row_order, term_start, term_slot, term_weight;
 
   // Only what keeps the kernel inside of the plan and the tokens is checked: whoever built the plan vouches for its
   // rows and slots, and for the table.
@@ -282,11 +304,11 @@ struct Plan {
     }
     length = static_cast<int32_t>(tokens) / rows;
     if (int64_t{length} * rows != tokens) fail("mlora: the tokens do not divide into the plan's rows");
-    row_start = plan + kPlanHeader;
-    row_order = row_start + routes + 1;
-    term_start = row_order + rows;
-    term_slot = term_start + routes + 1;
-    term_weight = term_slot + terms;
+    row_start = {plan + kPlanHeader};
+    row_order = {row_start.first + routes + 1};
+    term_start = {row_order.first + rows};
+    term_slot = {term_start.first + routes + 1};
+    term_weight = {term_slot.first + terms};
   }
 
   // The token at a position in the order of routes.
@@ -299,7 +321,7 @@ struct Plan {
 };
 
 __device__ __forceinline__ const int64_t* table_row(const int64_t* table, int slot) {
-  return table + int64_t{slot} * kTableWidth;
+  return global(table) + int64_t{slot} * kTableWidth;
 }
 __device__ __forceinline__ float table_scale(const int64_t* row) {
   return float_from_bits(static_cast<uint32_t>(row[kScale]));

@@ -20,7 +20,7 @@ struct Shared {
 template <class T>
 __device__ __forceinline__ void stage(const T* from, int64_t count, float scale, int lane, float* to) {
   float value[8];
-  load_eight(from + lane * 8, count - lane * 8, value);
+  load(from + lane * 8, count - lane * 8, value);
 #pragma unroll
   for (int i = 0; i < 8; ++i) to[lane * 8 + i] = scale * value[i];
 }
@@ -34,20 +34,26 @@ __global__ void __launch_bounds__(kThreads, 3) merge_kernel(const __grid_constan
   const int64_t rows_left = args.out - first_row, columns_left = args.in - first_column;
   const T* arena = static_cast<const T*>(args.arena);
 
-  if (thread < 2 * kTile) {  // the gains, one row or column a thread
-    const bool input = thread >= kTile;
-    const int at = thread % kTile;
+  if (thread < kTile / 4) {  // the gains, of eight rows or columns a thread
+    const bool input = thread >= kTile / 8;
+    const int at = thread % (kTile / 8) * 8;
     const int64_t first = input ? first_column : first_row, left = input ? columns_left : rows_left;
-    float sum = 0;
-    for (int32_t e = 0; e < args.terms && at < left; ++e) {
+    float sum[8] = {};
+#pragma unroll 1
+    for (int32_t e = 0; e < args.terms; ++e) {
       const int64_t part = table_row(args.table, args.slots[e])[input ? kInGain : kGain];
-      if (part >= 0) sum = fmaf(args.weights[e], to_float(arena[part + first + at]), sum);
+      if (part < 0) continue;
+      float gain[8];
+      load(arena + part + first + at, left - at, gain);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum[i] = fmaf(args.weights[e], gain[i], sum[i]);
     }
-    s.gain[input][at] = sum;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) s.gain[input][at + i] = sum[i];
   }
 
   // Eight columns of two rows a thread, kTile / 2 rows apart.
-  const int row = thread / 8, column = thread % 8 * 8;
+  const int row = static_cast<int>(threadIdx.x / 8), column = static_cast<int>(threadIdx.x % 8) * 8;
   float acc[2][8] = {};
   for (int32_t e = 0; e < args.terms; ++e) {
     const int64_t* entry = table_row(args.table, args.slots[e]);
@@ -83,10 +89,10 @@ __global__ void __launch_bounds__(kThreads, 3) merge_kernel(const __grid_constan
     if (at >= rows_left) break;
     const int64_t offset = (first_row + at) * args.in + first_column + column;
     float w[8];
-    load_eight(static_cast<const T*>(args.source) + offset, columns_left - column, w);
+    load(static_cast<const T*>(args.source) + offset, columns_left - column, w);
 #pragma unroll
     for (int i = 0; i < 8; ++i) w[i] += fmaf(s.gain[0][at] + s.gain[1][column + i], w[i], acc[t][i]);
-    store_eight(static_cast<T*>(args.weight) + offset, columns_left - column, w);
+    store(static_cast<T*>(args.weight) + offset, columns_left - column, w);
   }
 }
 

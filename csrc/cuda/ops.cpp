@@ -83,11 +83,16 @@ struct Launch {
 
 #endif
 
+// Of another device the kernels would take an address that means nothing here, which ends the process or its context.
+void check_device(const char* name, const Tensor& t, const Tensor& arena) {
+  STD_TORCH_CHECK(t.device() == arena.device(), "mlora: ", name, " and arena must be on one device");
+}
+
 const int64_t* table_of(const Tensor& arena, const Tensor& table) {
   STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == kTableWidth && table.scalar_type() == ScalarType::Long &&
                       table.is_contiguous(),
                   "mlora: table must be a contiguous int64 tensor of shape (slots, ", int64_t{kTableWidth}, ")");
-  STD_TORCH_CHECK(table.get_device_index() == arena.get_device_index(), "mlora: table and arena must be on one device");
+  check_device("table", table, arena);
   return static_cast<const int64_t*>(table.const_data_ptr());
 }
 
@@ -107,9 +112,8 @@ Tensor take_input(const Tensor& x, const Tensor& arena, const Tensor& plan, int6
   STD_TORCH_CHECK(plan.numel() >= kPlanHeader, "mlora: plan has ", plan.numel(), " entries, its header alone takes ",
                   kPlanHeader);
   STD_TORCH_CHECK(arena.dim() == 1 && arena.is_contiguous(), "mlora: arena must be contiguous and 1-D");
-  STD_TORCH_CHECK(x.get_device_index() == arena.get_device_index() &&
-                      plan.get_device_index() == arena.get_device_index(),
-                  "mlora: x, arena and plan must be on one device");
+  check_device("x", x, arena);
+  check_device("plan", plan, arena);
   STD_TORCH_CHECK(*tokens <= INT32_MAX, "mlora: ", *tokens, " tokens in one call are too many");
   return rows_of(x, stride);
 }
@@ -133,7 +137,7 @@ void apply(std::vector<Tensor> ys, const std::optional<Tensor>& base, const Tens
     STD_TORCH_CHECK(y.scalar_type() == arena.scalar_type(), "mlora: y and arena must have one dtype");
     STD_TORCH_CHECK(y.numel() == args.tokens * sibling.out, "mlora: x has ", args.tokens, " tokens, y has ",
                     y.numel() / sibling.out);
-    STD_TORCH_CHECK(y.get_device_index() == arena.get_device_index(), "mlora: y and arena must be on one device");
+    check_device("y", y, arena);
     sibling.table = table_of(arena, tables[i]);
     rows.push_back(rows_of(y, &sibling.y_stride));
     sibling.y = rows.back().mutable_data_ptr();
@@ -141,6 +145,7 @@ void apply(std::vector<Tensor> ys, const std::optional<Tensor>& base, const Tens
       STD_TORCH_CHECK(base->scalar_type() == arena.scalar_type(), "mlora: base and arena must have one dtype");
       STD_TORCH_CHECK(base->dim() >= 1 && base->size(base->dim() - 1) == sibling.out && base->numel() == y.numel(),
                       "mlora: base must have y's shape");
+      check_device("base", *base, arena);
       base_rows = rows_of(*base, &sibling.base_stride);
       sibling.base = base_rows->const_data_ptr();
     }
@@ -195,8 +200,9 @@ Tensor turn_output(Tensor y, std::optional<Tensor> base, Tensor arena, Tensor ta
     STD_TORCH_CHECK(base->scalar_type() == arena.scalar_type(), "mlora: base and arena must have one dtype");
     STD_TORCH_CHECK(base->dim() >= 1 && base->size(base->dim() - 1) == width_of("y", y) && base->numel() == y.numel(),
                     "mlora: base must have y's shape");
-    STD_TORCH_CHECK(base->get_device_index() == arena.get_device_index(), "mlora: base and arena must be on one device");
+    check_device("base", *base, arena);
   }
+  check_device("y", y, arena);
   Tensor out = torch::stable::new_empty(y, y.sizes());
   const Tensor rows = turn_args(base ? *base : y, out, arena, table, plan, &args);
   const Tensor added = rows_of(y, &args.base_stride);
@@ -218,10 +224,9 @@ void merge_(Tensor weight, std::optional<Tensor> source, Tensor arena, Tensor ta
   STD_TORCH_CHECK(arena.dim() == 1 && arena.is_contiguous(), "mlora: arena must be contiguous and 1-D");
   STD_TORCH_CHECK(plan.dim() == 1 && plan.scalar_type() == ScalarType::Int && plan.is_contiguous(),
                   "mlora: plan must be a contiguous 1-D int32 tensor");
-  const int32_t device = arena.get_device_index();
-  STD_TORCH_CHECK(weight.get_device_index() == device && from.get_device_index() == device &&
-                      plan.get_device_index() == device,
-                  "mlora: weight, source, plan and arena must be on one device");
+  check_device("weight", weight, arena);
+  check_device("source", from, arena);
+  check_device("plan", plan, arena);
   // A plan of one row and one route, without spare capacity, says by its size how many terms it has.
   constexpr int64_t kTerms = kPlanHeader + 2 + 1 + 2;
   args.out = kernel_width("weight", weight.size(0));

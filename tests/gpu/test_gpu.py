@@ -85,6 +85,23 @@ def test_group_scale_input_and_merge(dtype):
     check(got.cpu(), wide, ref)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("align", [1, 32], ids=["unaligned", "aligned"])
+@pytest.mark.parametrize(
+    "turns", [((32, 1), (4, 1), (2, 4)), ((2, 32), (2, 2), (3, 1)), ((4, 2), (2, 1), None)], ids=str
+)
+def test_turns(dtype, align, turns):
+    case = Case((1, 3, 2), 1152, 1152, dtype, in_gains=True, align=align, turns=turns)
+    x, y, plan = case.randn(len(RECIPES), 1152), case.randn(len(RECIPES), 1152), case.plan(RECIPES)
+    arena, table = on_device(case)
+    there, here = (arena, table, plan.cuda()), (case.arena, case.table, plan)
+    wide = (case.arena.double(), case.table, plan)
+    got = dispatch.scale_input(x.cuda(), *there).cpu()
+    check(got, reference.scale_input(x.double(), *wide), reference.scale_input(x, *here))
+    got = dispatch.turn_output(y.cuda(), x.cuda(), *there).cpu()
+    check(got, reference.turn_output(y.double(), x.double(), *wide), reference.turn_output(y, x, *here))
+
+
 def test_a_captured_graph_follows_the_plan():
     """One capture; plans, slots and weights change by copies into the same tensors."""
     case = Case((16, 3, 20), 576, 855, torch.bfloat16, gains=True, shifts=True)
