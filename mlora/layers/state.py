@@ -122,5 +122,5 @@ class LayerState:
     def _in_rows(self, x: Tensor) -> bool:
         """Whether the library multiplies an `x` in pieces as one matrix of tokens, in rows, and adds a bias before it
         rounds. Else it may do it batch by batch, in columns, or the bias afterwards."""
-        bias = self._shape[2]
+        bias = self._asked[2]
         return x.stride(-1) == 1 and (x.dim() == 2 or (not bias and x.dim() == 3 and x.shape[1] == 1))
