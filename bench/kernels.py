@@ -1,8 +1,9 @@
 """The ops alone: time of one call beside the time that its bytes need, over shapes, ranks and popularities.
 
-Every workload is checked against an fp64 oracle first; on a mismatch nothing is reported. Adapters,
-inputs and outputs rotate through a working set that fits the last-level cache, or through one that does
-not. The byte bound is the compulsory traffic (each distinct adapter once, x once, y read and written) at
+Every workload is checked against an fp64 oracle first; on a mismatch nothing is reported. Adapters and
+weights rotate through a working set that fits the last-level cache, or through one that does not; the input
+and the output are the same in every call, since a model's layers find theirs where they have just been written.
+The byte bound is the compulsory traffic (each distinct adapter once, x once, y read and written) at
 the streaming read that torch reaches on as many bytes, with the same threads, in the same run. `of stream`
 compares adapter bytes with that reading in one go; `of reads` with torch reading each call's adapters, call by call
 (the better of a sum and a dot product), timed in turns with the calls.
@@ -31,7 +32,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from mlora.ops import dispatch, layout
+from mlora.ops import direct, dispatch, layout
 from mlora.routing import Terms, plan_words
 
 MIXED = (8, 16, 32, 64, 96, 128)  # ranks, in turn
@@ -64,18 +65,22 @@ class Workload:
         return sum(self.ranks[i] for i in self.used) * (self.inputs + self.outputs) * self.dtype.itemsize
 
     @property
+    def set_bytes(self) -> int:
+        """What differs from call to call: adapters, and the weight where the op reads that."""
+        weight = 0 if self.op == "apply" else self.inputs * self.outputs * self.dtype.itemsize
+        return self.adapter_bytes + weight
+
+    @property
     def bytes(self) -> int:
         """What the call must move at least."""
         busy = sum(adapter is not None for adapter in self.route) * (self.tokens // len(self.route))
-        moved = self.adapter_bytes
         if self.op != "apply":
-            moved += self.inputs * self.outputs * self.dtype.itemsize
-            return moved + self.tokens * (self.inputs + self.outputs) * self.dtype.itemsize
-        return moved + busy * (self.inputs + 2 * self.outputs) * self.dtype.itemsize
+            return self.set_bytes + self.tokens * (self.inputs + self.outputs) * self.dtype.itemsize
+        return self.set_bytes + busy * (self.inputs + 2 * self.outputs) * self.dtype.itemsize
 
 
 class Buffers:
-    """`copies` independent sets of tensors for one workload; `call(i)` runs the op on set i."""
+    """`copies` independent sets of adapters for one workload, and weights; `call(i)` runs the op with set i."""
 
     def __init__(self, load: Workload, copies: int, device: str = "cpu") -> None:
         self.load = load
@@ -98,8 +103,8 @@ class Buffers:
         for start in range(0, end, len(pool)):
             self.arena[start : start + len(pool)].copy_(pool[: min(len(pool), end - start)])
         self.tables = torch.from_numpy(rows)
-        self.x = torch.randn(copies, load.tokens, load.inputs, generator=draw).to(load.dtype)
-        self.y = torch.randn(copies, load.tokens, load.outputs, generator=draw).to(load.dtype)
+        self.x = torch.randn(load.tokens, load.inputs, generator=draw).to(load.dtype)
+        self.y = torch.randn(load.tokens, load.outputs, generator=draw).to(load.dtype)
         recipes: list[Terms] = [() if adapter is None else ((adapter, 1.0),) for adapter in load.route]
         self.plan = torch.from_numpy(plan_words(recipes))
         self.weight: Tensor | None = None
@@ -114,16 +119,30 @@ class Buffers:
             for name in ("arena", "tables", "x", "y", "plan"):
                 setattr(self, name, getattr(self, name).to(device))
         # Views made once: making them costs as much as a small call.
-        self.xs, self.ys, self.rows = list(self.x), list(self.y), list(self.tables)
+        self.rows = list(self.tables)
         self.weights = [] if self.weight is None else list(self.weight)
+        # As layers call where nothing looks at operators; None where they call those.
+        self.layers = [
+            direct.layer_of(self.arena, rows, load.inputs, load.outputs) if device == "cpu" else None
+            for rows in self.rows
+        ]
+        self.raw = self.plan.numpy().tobytes() if device == "cpu" else b""
 
     def call(self, i: int) -> Tensor:
+        x, y, layer = self.x, self.y, self.layers[i]
         if self.weight is None:
-            dispatch.apply_(self.ys[i], None, self.xs[i], self.arena, self.rows[i], self.plan)
-            return self.ys[i]
+            if layer is None:
+                dispatch.apply_(y, None, x, self.arena, self.rows[i], self.plan)
+            else:
+                direct.apply(layer, self.raw, y, x)
+            return y
         if self.load.op == "library":
-            return torch.nn.functional.linear(self.xs[i], self.weights[i])
-        return dispatch.linear(self.xs[i], self.weights[i], None, self.arena, self.rows[i], self.plan, self.kblock)
+            return torch.nn.functional.linear(x, self.weights[i])
+        if layer is None:
+            return dispatch.linear(x, self.weights[i], None, self.arena, self.rows[i], self.plan, self.kblock)
+        y = x.new_empty(self.load.tokens, self.load.outputs)
+        direct.linear(layer, self.raw, y, x, self.weights[i], None, self.kblock)
+        return y
 
     def sweep(self) -> None:
         for i in range(self.copies):
@@ -159,8 +178,8 @@ class Buffers:
     def expected(self, i: int, dtype: torch.dtype) -> Tensor:
         """What `call(i)` must give, computed in `dtype`."""
         load = self.load
-        x = self.x[i].to(dtype)
-        y = self.y[i].to(dtype) if self.weight is None else x @ self.weight[i].to(dtype).T
+        x = self.x.to(dtype)
+        y = self.y.to(dtype) if self.weight is None else x @ self.weight[i].to(dtype).T
         per_row = load.tokens // len(load.route)
         for row, adapter in enumerate(load.route):
             if adapter is not None:
@@ -176,9 +195,9 @@ class Buffers:
         """Exit unless the error, worst and RMS, is at most twice that of fp32 arithmetic rounded once."""
         exact = self.expected(0, torch.float64)
         rounded = self.expected(0, torch.float32).to(self.load.dtype)
-        saved = self.y[0].clone()
+        saved = self.y.clone()
         got = self.call(0).clone()
-        self.y[0].copy_(saved)
+        self.y.copy_(saved)
         for name, norm in (("worst", lambda e: e.abs().max()), ("RMS", lambda e: e.square().mean().sqrt())):
             error, allowed = float(norm(got - exact)), 2 * float(norm(rounded - exact))
             if not error <= allowed:
@@ -320,7 +339,7 @@ def main() -> None:
                 f"{load.inputs}x{load.outputs}, {load.label}: {load.bytes >> 20} MiB do not lie inside, left out"
             )
             continue
-        buffers = Buffers(load, max(1, min(size // max(load.bytes, 1), 4096)), args.device)
+        buffers = Buffers(load, max(1, min(size // max(load.set_bytes, 1), 4096)), args.device)
         if load.op == "linear" and not buffers.kblock:
             console.print(f"fused {load.inputs}x{load.outputs}: not offered here, left out")
             continue
@@ -344,7 +363,7 @@ def main() -> None:
             bytes=load.bytes,
             stream_bytes_per_s=rate,
             read_seconds=None if math.isnan(reading) else reading,
-            working_set=buffers.copies * load.bytes,
+            working_set=buffers.copies * load.set_bytes,
         )
         table.add_row(
             load.group,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import dispatch
 from .library import HAS_CPU
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as csrc/common.h counts them
@@ -30,9 +31,9 @@ def unobserved() -> bool:
 
 
 def layer_of(arena: Tensor, table: Tensor, in_features: int, out_features: int) -> Any:
-    """What `apply` and `linear` take for a linear of this shape, which the C++ kernels serve: it has the addresses of
-    both tensors, which must live as long. None where torch tells C code nothing of its tensors."""
-    if not _READY:
+    """What `apply` and `linear` take for a linear of this shape: it has the addresses of both tensors, which must live
+    as long. None where the C++ kernels do not serve such tensors, or torch tells C code nothing of them."""
+    if not _READY or dispatch.backend(arena.device, arena.dtype) != "cpu":
         return None
     kind, slots = _TYPES[arena.dtype], len(table)
     return _C.layer(arena.data_ptr(), arena.numel(), kind, table.data_ptr(), slots, in_features, out_features)
