@@ -54,7 +54,7 @@ class LoraLayer(nn.Module):
             plan = shared.blank
         else:
             shape = x.shape
-            if x.dtype is not state.dtype or x.device != state.device:
+            if x.dtype is not state.dtype or not x.is_cpu:
                 self._check(x, plan)
             if plan.rows != 1 and (shape[0] not in plan.row_counts or len(shape) == 1 or state.gathered):
                 self._check_rows(x, plan)
@@ -69,12 +69,11 @@ class LoraLayer(nn.Module):
                 self._check_weight(weight)
             return dispatch.linear(x, weight, bias, shared.arena, state.table, plan.tensor, kblock)
         y = F.linear(x, weight, bias)
-        if touches:
+        if touches and not (past and direct.apply(state.direct, plan.raw, y, x)):
             if y.dtype is not x.dtype:
                 self._check_autocast(x)
-            if not (past and direct.apply(state.direct, plan.raw, y, x)):
-                self._check_weight(weight)
-                dispatch.apply_native_(y, None, x, shared.arena, state.table, plan.tensor)
+            self._check_weight(weight)
+            dispatch.apply_native_(y, None, x, shared.arena, state.table, plan.tensor)
         return y
 
     def _apart(self, x: Tensor, plan: Plan, touches: int) -> Tensor:
