@@ -65,15 +65,6 @@ class Form:
 DECODE = Form(1, 1, 16, 4, 32, 4, 32, 16, 32)
 PREFILL = Form(PART, 2, 64, 8, 32, 8, 64, 64, 32)
 
-# The base product: (BM, BN, BK, warps, stages, registers a thread), on sm_80, sm_90 and sm_100; "small" are sm_86,
-# sm_89 and sm_120, with 99 KiB of shared memory a block. 80 registers leave room for 38% of a processor's threads. fp32
-# has no tensor cores here and wants small tiles.
-_LINEAR = {80: (64, 64, 32, 8, 3, 80), 90: (64, 64, 32, 8, 2, 80), 100: (64, 64, 32, 8, 2, 80)}
-_LINEAR_SMALL = (64, 64, 32, 8, 2, 80)
-_LINEAR_DECODE = (16, 64, 32, 4, 3, 80)
-_LINEAR_DECODE_SMALL = (16, 64, 32, 4, 2, 96)
-_LINEAR_FP32 = (16, 32, 16, 8, 3, 128)
-
 
 def form(tokens: int) -> Form:
     return DECODE if tokens <= DECODE_TOKENS else PREFILL
@@ -128,20 +119,25 @@ def expand_grid(device: Device, tokens: int, width_out: int) -> int:
 
 
 def linear_tiles(device: Device, tokens: int, itemsize: int) -> tuple[int, int, int, int, int, int]:
-    """BM, BN, BK, warps, stages and registers of `linear`."""
-    if itemsize == 4:
-        return _LINEAR_FP32
+    """BM, BN, BK, warps, stages and registers of `linear`. BK gives a thread 128 bits of the narrowest tile, the RANKS
+    rows of A, so no more warps than that; as many stages as leave room in shared memory for 38% of a processor's
+    threads. fp32 has no tensor cores here and wants small tiles."""
     family = _family(device.capability)
+    registers = 80 if family in (80, 90, 100) else 96  # of processors with 64 warps, and with 48
+    if itemsize == 4:
+        return 16, 32, 16, 2, 3, registers
     if tokens <= DECODE_TOKENS:
-        return _LINEAR_DECODE if family in _LINEAR else _LINEAR_DECODE_SMALL
-    return _LINEAR.get(family, _LINEAR_SMALL)
+        return 16, 64, 64, 4, 3 if family in (80, 90, 100) else 2, 80
+    return 32, 64, 64, 4, 3 if family in (90, 100) else 2, registers
 
 
 def _family(capability: int) -> int:
-    """The architecture whose rows of a table serve `capability`: 90 and 100 for their minor versions too."""
+    """The architecture whose figures serve `capability`: 90, 100 and 120 for their minor versions too."""
     return capability // 10 * 10 if capability >= 90 else capability
 
 
-def linear_grid(device: Device, tokens: int, width_out: int, bm: int, bn: int) -> int:
-    """Programs of `linear`: one a processor, or one a tile if there are fewer."""
-    return max(1, min(device.processors, -(-tokens // bm) * -(-width_out // bn)))
+def linear_grid(device: Device, tokens: int, width_out: int, bm: int, bn: int, warps: int, registers: int) -> int:
+    """Programs of `linear`: as many as the processors' registers have room for at once, or one a tile if there are
+    fewer."""
+    resident = 65536 // (32 * registers) // warps
+    return max(1, min(device.processors * resident, -(-tokens // bm) * -(-width_out // bn)))

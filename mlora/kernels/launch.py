@@ -169,7 +169,7 @@ def linear_launches(
         y, x, weight, weight if bias is None else bias, arena, table, plan, tokens, width, weight.shape[0],
         x.stride(0), weight.stride(0),
     )  # fmt: skip
-    grid = config.linear_grid(device, tokens, weight.shape[0], bm, bn)
+    grid = config.linear_grid(device, tokens, weight.shape[0], bm, bn, warps, registers)
     return [Launch(fused.linear, grid, args, constants, warps, depth, registers)]
 
 

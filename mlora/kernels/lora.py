@@ -258,12 +258,11 @@ def add_gains_and_shifts(
 
 @triton.jit
 def first_rank(plan, table, t0, t1, rows, routes):
-    """The rank of the first of the terms [t0, t1), 0 if there is none, and where its A is."""
-    rank, a = 0, tl.zeros((), tl.int64)
+    """The rank of the first of the terms [t0, t1), 0 if there is none."""
+    rank = 0
     if t0 < t1:
-        row = read_row(plan, table, t0, rows, routes)
-        rank, a = tl.load(row + RANK).to(tl.int32), tl.load(row + A)
-    return rank, a
+        rank = tl.load(read_row(plan, table, t0, rows, routes) + RANK).to(tl.int32)
+    return rank
 
 
 @triton.jit
@@ -291,7 +290,7 @@ def expand_tile(
     position, count = tile_place(plan, segment, tile, routes, length, BM)
     own = v + position.to(tl.int64) * capacity
     if FITS:
-        rank, _ = first_rank(plan, table, t0, t1, rows, routes)
+        rank = first_rank(plan, table, t0, t1, rows, routes)
         kept0 = read_v(own, count, 0, rank, capacity, BM, RE)  # for most adapters all there is
         kept1 = read_v(own, count, RE, rank, capacity, BM, RE)
         kept2 = read_v(own, count, 2 * RE, rank, capacity, BM, RE)
