@@ -198,15 +198,15 @@ def test_linear_matches_fp64(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
     b = case.randn(70) if bias else None
     for recipe in (recipes, [[]] * 4):
         plan = case.plan(recipe)
-        got = launch.linear(x, weight, b, case.arena, case.table, plan, 0)
+        got = launch.linear(x, weight, b, case.arena, case.table, plan, 1)
         dense = F.linear(x.double(), weight.double(), None if b is None else b.double())
         ref = reference.linear(x, weight, b, case.arena, case.table, plan, 0)
         check(got, case.oracle(dense, None, x, recipe), ref)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", interpreter.chain_dot)
-    got = launch.linear(x, weight, b, case.arena, case.table, plan, 0)
+    got = launch.linear(x, weight, b, case.arena, case.table, plan, 1)
     blank = torch.zeros(8, dtype=torch.int32)
-    assert torch.equal(got, launch.linear(x, weight, b, case.arena, case.table, blank, 0)), "base rows"
-    mixed = launch.linear(x, weight, b, case.arena, case.table, case.plan(recipes), 0)
+    assert torch.equal(got, launch.linear(x, weight, b, case.arena, case.table, blank, 1)), "base rows"
+    mixed = launch.linear(x, weight, b, case.arena, case.table, case.plan(recipes), 1)
     assert torch.equal(mixed[length : 2 * length], got[length : 2 * length]), "base rows beside others"
 
 
@@ -344,7 +344,7 @@ def test_opcheck() -> None:
         (ops.triton_apply_, (y, y.clone(), x, *tensors)),
         (ops.triton_scale_input, (x, *tensors)),
         (ops.triton_embed_, (y, torch.arange(4), *tensors, 20)),
-        (ops.triton_linear, (x, case.randn(33, 20), case.randn(33), *tensors, 0)),
+        (ops.triton_linear, (x, case.randn(33, 20), case.randn(33), *tensors, 1)),
     ):
         torch.library.opcheck(op.default, args, test_utils=checks)
 
