@@ -75,11 +75,6 @@ def leaf(width: int) -> int:
     return max(128, -(-width // (_LEAVES * 128)) * 128)
 
 
-def shrink_registers(device: Device, f: Form, itemsize: int) -> int:
-    """Registers that a thread of `shrink` may take: where they suffice 80, which leave room for 38% of the threads."""
-    return 96 if f is PREFILL and itemsize == 4 and _family(device.capability) >= 100 else 80
-
-
 def expand_registers(device: Device, itemsize: int) -> int:
     """Registers that a thread of `expand` may take."""
     return 88 if (_family(device.capability), itemsize) == (120, 2) else 80

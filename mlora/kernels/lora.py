@@ -78,9 +78,12 @@ def shrink_rows(
     """Rank rows [r0, r_end) of one term, for `count` tokens, into v; those from `rank` on are zeros."""
     for r in tl.range(r0, r_end, RC, disable_licm=True):
         sums = dots(x, a, token, live, r, tl.minimum(r_end, rank), width, x_stride, start, stop, BM, RC, BK, LEAF)
-        js, rs = tl.arange(0, BM), r + tl.arange(0, RC)
-        keep = (js < count)[:, None] & ((rs < r_end) & (rs < room))[None, :]
-        tl.store(v + (js[:, None] * capacity + rs[None, :]), tl.trans(sums), mask=keep)
+        if (BM == 16) or (r < room):
+            # In a block of its own, and not the range from 0 that `tile_tokens` has, so that rows are not kept from one
+            # unit of work to the next: a thread has 8 of them in prefill, and too few in decode to branch for.
+            js, rs = tl.arange(BM, 2 * BM) - BM, r + tl.arange(0, RC)
+            keep = (js < count)[:, None] & ((rs < r_end) & (rs < room))[None, :]
+            tl.store(v + (js[:, None] * capacity + rs[None, :]), tl.trans(sums), mask=keep)
 
 
 @triton.jit
@@ -91,7 +94,7 @@ def add_slices(
     js, cs = tl.arange(0, BM), tl.arange(0, RANK_ALIGN)
     some = (js < count)[:, None]
     for c in tl.range(0, columns, RANK_ALIGN, disable_licm=True):
-        at = v + tl.multiple_of(c, RANK_ALIGN) + (js[:, None] * capacity + cs[None, :])
+        at = v + (js[:, None] * capacity + (tl.multiple_of(c, RANK_ALIGN) + cs)[None, :])
         total = tl.zeros((BM, RANK_ALIGN), tl.float32)
         for part in range(0, slices, WITHIN):
             acc = tl.zeros((BM, RANK_ALIGN), tl.float32)
