@@ -75,9 +75,20 @@ def leaf(width: int) -> int:
     return max(128, -(-width // (_LEAVES * 128)) * 128)
 
 
-def expand_registers(device: Device, itemsize: int) -> int:
-    """Registers that a thread of `expand` may take."""
-    return 88 if (_family(device.capability), itemsize) == (120, 2) else 80
+def expand_registers(device: Device, f: Form, itemsize: int) -> int:
+    """Registers that a thread of `expand` may take. Where a processor has 48 warps, 88 leave room for 42% of them in
+    programs of 4, and 80 for 50%."""
+    return 88 if (_family(device.capability), f, itemsize) == (120, DECODE, 2) else 80
+
+
+def expand_wide(device: Device, f: Form, itemsize: int) -> int:
+    """WIDE of `expand`: what makes a load of B 128 bits, where registers suffice; fp32 needs none in decode."""
+    family = _family(device.capability)
+    if itemsize == 4:
+        return 1
+    if family < 100:
+        return 2 if f is DECODE else 4
+    return 2 if family == 100 and f is PREFILL else 1
 
 
 def block_k(itemsize: int) -> int:
@@ -118,12 +129,11 @@ def linear_tiles(device: Device, tokens: int, itemsize: int) -> tuple[int, int, 
     rows of A, so no more warps than that; as many stages as leave room in shared memory for 38% of a processor's
     threads. fp32 has no tensor cores here and wants small tiles."""
     family = _family(device.capability)
-    registers = 80 if family in (80, 90, 100) else 96  # of processors with 64 warps, and with 48
     if itemsize == 4:
-        return 16, 32, 16, 2, 3, registers
+        return 16, 32, 16, 2, 3, 80 if family in (80, 90, 100) else 96  # with 48 warps a processor that is 42%
     if tokens <= DECODE_TOKENS:
         return 16, 64, 64, 4, 3 if family in (80, 90, 100) else 2, 80
-    return 32, 64, 64, 4, 3 if family in (90, 100) else 2, registers
+    return 32, 64, 64, 4, 3 if family in (90, 100) else 2, 80
 
 
 def _family(capability: int) -> int:
