@@ -65,15 +65,6 @@ class Form:
 DECODE = Form(1, 1, 16, 4, 32, 4, 32, 16, 32)
 PREFILL = Form(PART, 2, 64, 8, 32, 8, 64, 64, 32)
 
-# The base product: (BM, BN, BK, warps, stages, registers a thread), on sm_80, sm_90 and sm_100; "small" are sm_86,
-# sm_89 and sm_120, with 99 KiB of shared memory a block. 80 registers leave room for 38% of a processor's threads. fp32
-# has no tensor cores here and wants small tiles.
-_LINEAR = {80: (64, 64, 32, 8, 3, 80), 90: (64, 64, 32, 8, 2, 80), 100: (64, 64, 32, 8, 2, 80)}
-_LINEAR_SMALL = (64, 64, 32, 8, 2, 80)
-_LINEAR_DECODE = (16, 64, 32, 4, 3, 80)
-_LINEAR_DECODE_SMALL = (16, 64, 32, 4, 2, 96)
-_LINEAR_FP32 = (16, 32, 16, 8, 3, 128)
-
 
 def form(tokens: int) -> Form:
     return DECODE if tokens <= DECODE_TOKENS else PREFILL
@@ -84,14 +75,20 @@ def leaf(width: int) -> int:
     return max(128, -(-width // (_LEAVES * 128)) * 128)
 
 
-def shrink_registers(device: Device, f: Form, itemsize: int) -> int:
-    """Registers that a thread of `shrink` may take: where they suffice 80, which leave room for 38% of the threads."""
-    return 96 if f is PREFILL and itemsize == 4 and _family(device.capability) >= 100 else 80
+def expand_registers(device: Device, f: Form, itemsize: int) -> int:
+    """Registers that a thread of `expand` may take. Where a processor has 48 warps, 88 leave room for 42% of them in
+    programs of 4, and 80 for 50%."""
+    return 88 if (_family(device.capability), f, itemsize) == (120, DECODE, 2) else 80
 
 
-def expand_registers(device: Device, itemsize: int) -> int:
-    """Registers that a thread of `expand` may take."""
-    return 88 if (_family(device.capability), itemsize) == (120, 2) else 80
+def expand_wide(device: Device, f: Form, itemsize: int) -> int:
+    """WIDE of `expand`: what makes a load of B 128 bits, where registers suffice; fp32 needs none in decode."""
+    family = _family(device.capability)
+    if itemsize == 4:
+        return 1
+    if family < 100:
+        return 2 if f is DECODE else 4
+    return 2 if family == 100 and f is PREFILL else 1
 
 
 def block_k(itemsize: int) -> int:
@@ -128,20 +125,24 @@ def expand_grid(device: Device, tokens: int, width_out: int) -> int:
 
 
 def linear_tiles(device: Device, tokens: int, itemsize: int) -> tuple[int, int, int, int, int, int]:
-    """BM, BN, BK, warps, stages and registers of `linear`."""
-    if itemsize == 4:
-        return _LINEAR_FP32
+    """BM, BN, BK, warps, stages and registers of `linear`. BK gives a thread 128 bits of the narrowest tile, the RANKS
+    rows of A, so no more warps than that; as many stages as leave room in shared memory for 38% of a processor's
+    threads. fp32 has no tensor cores here and wants small tiles."""
     family = _family(device.capability)
+    if itemsize == 4:
+        return 16, 32, 16, 2, 3, 80 if family in (80, 90, 100) else 96  # with 48 warps a processor that is 42%
     if tokens <= DECODE_TOKENS:
-        return _LINEAR_DECODE if family in _LINEAR else _LINEAR_DECODE_SMALL
-    return _LINEAR.get(family, _LINEAR_SMALL)
+        return 16, 64, 64, 4, 3 if family in (80, 90, 100) else 2, 80
+    return 32, 64, 64, 4, 3 if family in (90, 100) else 2, 80
 
 
 def _family(capability: int) -> int:
-    """The architecture whose rows of a table serve `capability`: 90 and 100 for their minor versions too."""
+    """The architecture whose figures serve `capability`: 90, 100 and 120 for their minor versions too."""
     return capability // 10 * 10 if capability >= 90 else capability
 
 
-def linear_grid(device: Device, tokens: int, width_out: int, bm: int, bn: int) -> int:
-    """Programs of `linear`: one a processor, or one a tile if there are fewer."""
-    return max(1, min(device.processors, -(-tokens // bm) * -(-width_out // bn)))
+def linear_grid(device: Device, tokens: int, width_out: int, bm: int, bn: int, warps: int, registers: int) -> int:
+    """Programs of `linear`: as many as the processors' registers have room for at once, or one a tile if there are
+    fewer."""
+    resident = 65536 // (32 * registers) // warps
+    return max(1, min(device.processors * resident, -(-tokens // bm) * -(-width_out // bn)))

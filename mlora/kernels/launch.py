@@ -135,6 +135,7 @@ def apply_launches(
         "BM": f.expand_tokens,
         "BN": f.columns,
         "RE": config.RANKS,
+        "WIDE": config.expand_wide(device, f, x.itemsize),
         "LEAF": leaf,
         "PART": config.PART,
         "GRAIN": f.expand_grain,
@@ -142,12 +143,12 @@ def apply_launches(
     adapters = (arena, table, plan, tokens, width)
     grids = config.shrink_grid(device, tokens, width), config.expand_grid(device, tokens, y.shape[1])
     strides = (x.stride(0), y.stride(0), source.stride(0))
-    registers = config.shrink_registers(device, f, x.itemsize)
+    registers = config.expand_registers(device, f, x.itemsize)
     first = (v, arrived, x, *adapters, x.stride(0), capacity)
     second = (y, source, v, x, *adapters, y.shape[1], *strides, capacity)
     return [
-        Launch(lora.shrink, grids[0], first, shrink, f.shrink_warps, config.SHRINK_STAGES, registers),
-        Launch(lora.expand, grids[1], second, expand, f.expand_warps, 1, config.expand_registers(device, x.itemsize)),
+        Launch(lora.shrink, grids[0], first, shrink, f.shrink_warps, config.SHRINK_STAGES),
+        Launch(lora.expand, grids[1], second, expand, f.expand_warps, 1, registers),
     ]
 
 
@@ -169,7 +170,7 @@ def linear_launches(
         y, x, weight, weight if bias is None else bias, arena, table, plan, tokens, width, weight.shape[0],
         x.stride(0), weight.stride(0),
     )  # fmt: skip
-    grid = config.linear_grid(device, tokens, weight.shape[0], bm, bn)
+    grid = config.linear_grid(device, tokens, weight.shape[0], bm, bn, warps, registers)
     return [Launch(fused.linear, grid, args, constants, warps, depth, registers)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .lora import ALIGN, dots, first_rank, read_b, sum_gains
+from .lora import ALIGN, first_rank, read_b, sum_gains
 from .work import (
     ALL,
     GAIN,
@@ -17,6 +17,7 @@ from .work import (
     locate,
     mma,
     mma_wide,
+    opaque,
     read_row,
     read_scale,
     read_weight,
@@ -31,23 +32,26 @@ GROUP = tl.constexpr(8)  # tiles of tokens that a column of tiles is worked thro
 
 @triton.jit
 def products(
-    x, weight, a, token, live, cols, some, rank, width, x_stride, w_stride,
+    x, token, width, x_stride, weight, w_stride, w_rows, a, a_rows,
     BM: tl.constexpr, BN: tl.constexpr, RE: tl.constexpr, BK: tl.constexpr, BOTH: tl.constexpr,
 ):  # fmt: skip
-    """(BN, BM) of W x and, if BOTH, (RE, BM) of the first rank rows of A x, from the same x; else zeros."""
-    ks, rs = tl.arange(0, BK), tl.arange(0, RE)
-    x_rows = x + token[:, None] * x_stride
-    w_rows = weight + cols[:, None].to(tl.int64) * w_stride
-    a_rows = a + rs[:, None].to(tl.int64) * width
+    """(BN, BM) sums of weight[i] * x[token] and, if BOTH, (RE, BM) of a[i] * x[token], from the same x; else zeros.
+
+    Rows from `w_rows` and `a_rows` on repeat the last one instead of being masked, as tokens that do not exist repeat
+    the first: masks for every access were what spilled. The caller leaves out what they give.
+    """
+    ks = tl.arange(0, BK)[None, :]
+    x_at = x + token[:, None] * x_stride
+    w_at = tl.minimum(tl.arange(0, BN), w_rows - 1)[:, None] * w_stride + ks  # 32 bits reach over one tile
+    a_at = tl.minimum(tl.arange(0, RE), a_rows - 1)[:, None] * width + ks
     acc = tl.zeros((BN, BM), tl.float32)
     vs = tl.zeros((RE, BM), tl.float32)
     for k in range(0, width, BK):
-        at = (k + ks)[None, :]
-        inside = at < width
-        xs = tl.trans(tl.load(x_rows + at, mask=live[:, None] & inside, other=0.0))
-        acc = mma(tl.load(w_rows + at, mask=some[:, None] & inside, other=0.0), xs, acc)
+        inside = k + ks < width
+        xs = tl.trans(tl.load(x_at + (k + ks), mask=inside, other=0.0))
+        acc = mma(tl.load(weight + (w_at + k), mask=inside, other=0.0), xs, acc)
         if BOTH:
-            vs = mma(tl.load(a_rows + at, mask=(rs < rank)[:, None] & inside, other=0.0), xs, vs)
+            vs = mma(tl.load(a + (a_at + k), mask=inside, other=0.0), xs, vs)
     return acc, vs
 
 
@@ -73,42 +77,60 @@ def linear(
     columns = tl.cdiv(width_out, BN)
     u, end = share(total_units(plan, table, rows, routes, length, BM, 1, ALL) * columns)
     while tl.condition(u < end, disable_licm=True):
+        rows, routes, length = header(plan, tokens)  # again, so that they need not be kept
+        columns = tl.cdiv(width_out, BN)
         segment, within, tiles, _ = locate(u, columns, plan, table, rows, routes, length, BM, 1, ALL)
+        u += 1
         group = within // (GROUP * columns)
         high = tl.minimum(tiles - group * GROUP, GROUP)
         within -= group * GROUP * columns
         tile, column = group * GROUP + within % high, within // high
 
         token, live = tile_tokens(plan, segment, tile, rows, routes, length, BM)
-        cols = column * BN + tl.arange(0, BN)
-        some = cols < width_out
+        n = column * BN
+        w = weight + n.to(tl.int64) * w_stride
         t0, t1 = segment_terms(plan, segment, rows, routes)
-        rank, a = first_rank(plan, table, t0, t1, rows, routes)
+        rank = first_rank(plan, table, t0, t1, rows, routes)
         if rank > 0:
+            a = tl.multiple_of(tl.load(read_row(plan, table, t0, rows, routes) + A), ALIGN)
             acc, first = products(
-                x, weight, arena + tl.multiple_of(a, ALIGN), token, live, cols, some, rank, width, x_stride, w_stride,
-                BM, BN, RE, BK, True,
-            )  # fmt: skip
+                x, token, width, x_stride, w, w_stride, width_out - n, arena + a, rank, BM, BN, RE, BK, True
+            )
         else:
             acc, first = products(
-                x, weight, arena, token, live, cols, some, 0, width, x_stride, w_stride, BM, BN, RE, BK, False
+                x, token, width, x_stride, w, w_stride, width_out - n, arena, 0, BM, BN, RE, BK, False
             )
+        rows, routes, length = header(plan, tokens)
+        cols = opaque(column) * BN + tl.arange(0, BN)
+        some = cols < width_out
+        t0, t1 = segment_terms(plan, segment, rows, routes)
         if HAS_BIAS:
             acc += tl.load(bias + cols, mask=some, other=0.0).to(tl.float32)[:, None]
         if t0 < t1:
             acc += sum_gains(arena, plan, table, t0, t1, rows, routes, cols, some, GAIN, BN)[:, None] * acc
-            for t in tl.range(t0, t1, disable_licm=True):
-                row = read_row(plan, table, t, rows, routes)
-                rank = tl.load(row + RANK).to(tl.int32)
-                scale = read_weight(plan, t, rows, routes) * read_scale(row)
-                a, b = tl.multiple_of(tl.load(row + A), ALIGN), tl.multiple_of(tl.load(row + B), ALIGN)
-                for r in tl.range(0, rank, RE, disable_licm=True):
-                    if (t == t0) & (r == 0):
-                        vs = first
-                    else:
-                        vs = dots(x, arena + a, token, live, r, rank, width, x_stride, 0, width, BM, RE, BK, 1 << 30)
-                    acc = mma_wide(read_b(arena + b, r, rank, cols, some, width_out, RE), vs * scale, acc)
+            t = t0
+            while tl.condition(t < t1, disable_licm=True):
+                rank = tl.load(read_row(plan, table, t, rows, routes) + RANK).to(tl.int32)
+                j = 0
+                while tl.condition(j * RE < rank, disable_licm=True):
+                    r = j * RE
+                    vs = first
+                    if (t != t0) | (r > 0):
+                        a = tl.multiple_of(tl.load(read_row(plan, table, t, rows, routes) + A), ALIGN)
+                        token, live = tile_tokens(plan, segment, opaque(tile), rows, routes, length, BM)
+                        a += r.to(tl.int64) * width
+                        vs = products(
+                            x, token, width, x_stride, arena + a, width, rank - r, arena, 0, BM, RE, RE, BK, False
+                        )[0]
+                    vs = tl.where((r + tl.arange(0, RE) < rank)[:, None], vs, 0.0)
+                    row = read_row(plan, table, opaque(t), rows, routes)
+                    scale = read_weight(plan, t, rows, routes) * read_scale(row)
+                    b = tl.multiple_of(tl.load(row + B), ALIGN)
+                    acc = mma_wide(read_b(arena + b, r, rank, cols, some, width_out, RE, 1), vs * scale, acc)
+                    j = opaque(j + 1)
+                t = opaque(t + 1)
             acc += sum_gains(arena, plan, table, t0, t1, rows, routes, cols, some, SHIFT, BN)[:, None]
+        token, live = tile_tokens(plan, segment, opaque(tile), rows, routes, length, BM)
+        cols = opaque(column) * BN + tl.arange(0, BN)
         at = y + token[None, :] * width_out + cols[:, None]
-        tl.store(at, acc.to(y.dtype.element_ty), mask=live[None, :] & some[:, None])
-        u += 1
+        tl.store(at, acc.to(y.dtype.element_ty), mask=live[None, :] & (cols < width_out)[:, None])

@@ -78,9 +78,12 @@ def shrink_rows(
     """Rank rows [r0, r_end) of one term, for `count` tokens, into v; those from `rank` on are zeros."""
     for r in tl.range(r0, r_end, RC, disable_licm=True):
         sums = dots(x, a, token, live, r, tl.minimum(r_end, rank), width, x_stride, start, stop, BM, RC, BK, LEAF)
-        js, rs = tl.arange(0, BM), r + tl.arange(0, RC)
-        keep = (js < count)[:, None] & ((rs < r_end) & (rs < room))[None, :]
-        tl.store(v + (js[:, None] * capacity + rs[None, :]), tl.trans(sums), mask=keep)
+        if (BM == 16) or (r < room):
+            # In a block of its own, and not the range from 0 that `tile_tokens` has, so that rows are not kept from one
+            # unit of work to the next: a thread has 8 of them in prefill, and too few in decode to branch for.
+            js, rs = tl.arange(BM, 2 * BM) - BM, r + tl.arange(0, RC)
+            keep = (js < count)[:, None] & ((rs < r_end) & (rs < room))[None, :]
+            tl.store(v + (js[:, None] * capacity + rs[None, :]), tl.trans(sums), mask=keep)
 
 
 @triton.jit
@@ -91,7 +94,7 @@ def add_slices(
     js, cs = tl.arange(0, BM), tl.arange(0, RANK_ALIGN)
     some = (js < count)[:, None]
     for c in tl.range(0, columns, RANK_ALIGN, disable_licm=True):
-        at = v + tl.multiple_of(c, RANK_ALIGN) + (js[:, None] * capacity + cs[None, :])
+        at = v + (js[:, None] * capacity + (tl.multiple_of(c, RANK_ALIGN) + cs)[None, :])
         total = tl.zeros((BM, RANK_ALIGN), tl.float32)
         for part in range(0, slices, WITHIN):
             acc = tl.zeros((BM, RANK_ALIGN), tl.float32)
@@ -212,12 +215,19 @@ def compute_v(
 
 
 @triton.jit
-def read_b(b, r, rank, cols, some, width_out, RE: tl.constexpr):
-    """(BN, RE) of B."""
-    rs = r + tl.arange(0, RE)
-    at = rs[None, :].to(tl.int64) * width_out + cols[:, None]
-    mask = (rs < rank)[None, :] & some[:, None]
-    return tl.load(b + at, mask=mask, other=0.0)
+def read_b(b, r, rank, cols, some, width_out, RE: tl.constexpr, WIDE: tl.constexpr):
+    """(BN, RE) of B, by a load of WIDE times the rank rows, of which all but the first RE are masked: so a thread that
+    loads anything has WIDE times the columns. 32 bits reach over a B."""
+    BN: tl.constexpr = cols.shape[0]
+    rs = tl.arange(0, RE * WIDE)
+    at = (r + rs)[None, :] * width_out + cols[:, None]
+    mask = ((rs < RE) & (r + rs < rank))[None, :] & some[:, None]
+    tile = tl.load(b + at, mask=mask, other=0.0)
+    if WIDE == 4:
+        tile = tl.split(tl.permute(tl.reshape(tile, (BN, 2, RE * 2)), (0, 2, 1)))[0]
+    if WIDE >= 2:
+        tile = tl.split(tl.permute(tl.reshape(tile, (BN, 2, RE)), (0, 2, 1)))[0]
+    return tile
 
 
 @triton.jit
@@ -258,12 +268,11 @@ def add_gains_and_shifts(
 
 @triton.jit
 def first_rank(plan, table, t0, t1, rows, routes):
-    """The rank of the first of the terms [t0, t1), 0 if there is none, and where its A is."""
-    rank, a = 0, tl.zeros((), tl.int64)
+    """The rank of the first of the terms [t0, t1), 0 if there is none."""
+    rank = 0
     if t0 < t1:
-        row = read_row(plan, table, t0, rows, routes)
-        rank, a = tl.load(row + RANK).to(tl.int32), tl.load(row + A)
-    return rank, a
+        rank = tl.load(read_row(plan, table, t0, rows, routes) + RANK).to(tl.int32)
+    return rank
 
 
 @triton.jit
@@ -282,7 +291,8 @@ def columns_of_v(plan, table, t0, t1, rows, routes):
 def expand_tile(
     y, base, v, x, arena, table, plan, segment, tile, first, stop, rows, routes, length, width, width_out, x_stride,
     y_stride, base_stride, capacity,
-    BM: tl.constexpr, BN: tl.constexpr, RE: tl.constexpr, LEAF: tl.constexpr, PART: tl.constexpr, FITS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, RE: tl.constexpr, WIDE: tl.constexpr, LEAF: tl.constexpr, PART: tl.constexpr,
+    FITS: tl.constexpr,
 ):  # fmt: skip
     """The columns [COLUMNS * first, stop) of a tile of tokens; FITS: the workspace holds all of its rank rows. If it
     does not, all are computed again, in a loop of its own that keeps none: one loop for both would keep both's."""
@@ -291,7 +301,7 @@ def expand_tile(
     position, count = tile_place(plan, segment, tile, routes, length, BM)
     own = v + position.to(tl.int64) * capacity
     if FITS:
-        rank, _ = first_rank(plan, table, t0, t1, rows, routes)
+        rank = first_rank(plan, table, t0, t1, rows, routes)
         kept0 = read_v(own, count, 0, rank, capacity, BM, RE)  # for most adapters all there is
         kept1 = read_v(own, count, RE, rank, capacity, BM, RE)
         kept2 = read_v(own, count, 2 * RE, rank, capacity, BM, RE)
@@ -323,7 +333,7 @@ def expand_tile(
                 row = read_row(plan, table, opaque(t), rows, routes)  # only now: `compute_v` needs the registers
                 scale = read_weight(plan, t, rows, routes) * read_scale(row)
                 b = tl.multiple_of(tl.load(row + B), ALIGN)
-                acc = mma_wide(read_b(arena + b, r, rank, cols, some, width_out, RE), vs * scale, acc)
+                acc = mma_wide(read_b(arena + b, r, rank, cols, some, width_out, RE, WIDE), vs * scale, acc)
                 j = opaque(j + 1)
             col += tl.cdiv(rank, RANK_ALIGN) * RANK_ALIGN
             t = opaque(t + 1)
@@ -342,6 +352,7 @@ def expand(
     BM: tl.constexpr,
     BN: tl.constexpr,
     RE: tl.constexpr,  # rank rows at once
+    WIDE: tl.constexpr,  # of `read_b`
     LEAF: tl.constexpr,
     PART: tl.constexpr,
     GRAIN: tl.constexpr,  # columns of a unit of work
@@ -362,10 +373,10 @@ def expand(
         if columns_of_v(plan, table, t0, t1, rows, routes) <= capacity:
             expand_tile(
                 y, base, v, x, arena, table, plan, segment, tile, first, stop, rows, routes, length, width, width_out,
-                x_stride, y_stride, base_stride, capacity, BM, BN, RE, LEAF, PART, True,
+                x_stride, y_stride, base_stride, capacity, BM, BN, RE, WIDE, LEAF, PART, True,
             )  # fmt: skip
         else:
             expand_tile(
                 y, base, v, x, arena, table, plan, segment, tile, first, stop, rows, routes, length, width, width_out,
-                x_stride, y_stride, base_stride, capacity, BM, BN, RE, LEAF, PART, False,
+                x_stride, y_stride, base_stride, capacity, BM, BN, RE, WIDE, LEAF, PART, False,
             )  # fmt: skip
