@@ -444,6 +444,22 @@ __attribute__((noinline)) void expand_term(const T* b, int64_t out, int64_t widt
   ahead.at = at;
 }
 
+// y += sums, in the lane order of T. Not inlined, so that its loop has the registers for itself.
+template <class T>
+__attribute__((noinline)) void add_sums(T* y, const float* sums, int64_t width, Ahead<T>& ahead) {
+  constexpr int64_t step = 2 * W;
+  uintptr_t at = ahead.at;
+  const auto columns = [&](int64_t m, auto tail, int64_t left) __attribute__((always_inline)) {
+    const Pair base = load<tail()>(y + m, left);
+    store<tail()>(y + m, {add(base.a, load_sums(sums + m)), add(base.b, load_sums(sums + m + W))}, left);
+    ahead.tail(at);
+  };
+  int64_t m = 0;
+  for (; m + step <= width; m += step) columns(m, std::false_type(), step);
+  if (m < width) columns(m, std::true_type(), width - m);
+  ahead.at = at;
+}
+
 // As expand_rows, for segments of few tokens: B is read in the order of memory, or nearly, two rank rows at a time,
 // with the sums in the first-level cache. That is more arithmetic than sums in registers. The chains of additions are
 // the same, and so the bits.
@@ -458,6 +474,12 @@ MLORA_INLINE void expand_few(const Rows<T, T>& rows, const Job& job, Ahead<T>& a
   for (const Term* term = s.terms; term != s.terms + s.term_count; v += term->rank, ++term) {
     expand_term<T, Tokens>(static_cast<const T*>(term->b) + job.from, out, width, v, s.ranks, term->rank, v == s.v, sums,
                            ahead);
+  }
+  if (s.ranks && !s.has_gain && !s.has_shift) {
+    MLORA_UNROLL for (int t = 0; t < Tokens; ++t) {
+      add_sums(rows.to + s.tokens[t] * rows.to_stride + job.from, sums[t], width, ahead);
+    }
+    return;
   }
   for (int64_t m = 0; m < width; m += step) {
     Pair acc[Tokens][1] = {};

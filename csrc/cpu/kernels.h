@@ -44,6 +44,7 @@ struct Segment {
   int32_t count;
   bool has_output;  // adds something to the output
   bool has_gain;
+  bool has_shift;
   bool has_in_gain;
   int64_t turns;  // sizes of all turns of the output
   int64_t in_turns;

@@ -189,6 +189,7 @@ struct Work {
       const Term& term = terms[e];
       s.ranks += term.rank;
       s.has_gain = s.has_gain || term.gain;
+      s.has_shift = s.has_shift || term.shift;
       s.has_in_gain = s.has_in_gain || term.in_gain;
       s.turns += term.turn.size;
       s.in_turns += term.in_turn.size;
