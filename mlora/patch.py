@@ -25,6 +25,7 @@ from .layers import (
     swap_class,
     swap_forward,
 )
+from .modality import foreign_in, placeholders_of
 from .patched import PatchedModel, ancestors, unpatch
 from .runtime import Runtime
 from .store import Store
@@ -124,13 +125,19 @@ def _patch(
     if arena_dtype not in DENSE:
         raise errors.PatchError(f"dtype={dtype!r}, wanted one of {', '.join(sorted(map(str, DENSE)))}")
     store = Store(device, arena_dtype, memory, len(modules) + len(stacks), max_adapters)
-    shared = Shared(store.arena, torch.zeros(PLAN_WORDS, dtype=torch.int32, device=device), fused)
-    states = {
-        key: LayerState(name, index, shared, store.tables[index], module, dtypes[key])
-        for index, (key, (name, module)) in enumerate(modules.items())
-    }
-    indices = {name: states[id(module)].index for name, module in paths.items()}
+    numbers = {key: number for number, key in enumerate(modules)}
+    indices = {name: numbers[id(module)] for name, module in paths.items()}
     indices.update({path: len(modules) + number for number, path in enumerate(stacks)})
+    foreign: set[int] = set()
+    if placeholders := placeholders_of(model):
+        is_foreign = foreign_in(model)
+        foreign = {index for path, index in indices.items() if is_foreign(path)}
+    words = torch.zeros(PLAN_WORDS, dtype=torch.int32, device=device)
+    shared = Shared(store.arena, words, fused, placeholders if foreign else (), foreign)
+    states = {
+        key: LayerState(name, numbers[key], shared, store.tables[numbers[key]], module, dtypes[key])
+        for key, (name, module) in modules.items()
+    }
     runtime = Runtime(model, store, shared, indices, paths, stacks, max_merges)
     for path, (module, _) in stacks.items():
         if id(module) not in modules:
