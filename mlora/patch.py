@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Integral
 
 import torch
 from torch import nn
 
 from . import errors
+from .adapter import Adapter
 from .layers import (
     DENSE,
     LayerState,
@@ -70,23 +73,37 @@ def patch(
         PatchError: it is patched already, has no linear, or has PEFT adapters merged or several active.
         AdapterError, UnsupportedAdapterError, CapacityError: an adapter in it cannot be served.
     """
+    with patching(model, memory, max_adapters, max_merges, dtype, fused) as runtime:
+        return runtime
+
+
+@contextmanager
+def patching(
+    model: nn.Module,
+    memory: int | None,
+    max_adapters: int,
+    max_merges: int,
+    dtype: torch.dtype | None,
+    fused: bool,
+) -> Iterator[Runtime]:
+    """`patch`, undone if the block fails: the model is unpatched, and has PEFT's layers again if it had some."""
     if not isinstance(model, nn.Module):
         raise errors.PatchError(f"patch takes a torch.nn.Module, not {type(model).__name__}")
     if isinstance(model, PatchedModel):
         raise errors.PatchError("this model is patched already; its runtime is model.mlora")
-    if not has_peft(model):
-        return _patch(model, memory, max_adapters, max_merges, dtype, fused)
-    with taken_over(model) as (base, adapters, active):
+    taken: AbstractContextManager[tuple[nn.Module, dict[str, Adapter], str | None]]
+    taken = taken_over(model) if has_peft(model) else nullcontext((model, {}, None))
+    with taken as (base, adapters, active):
         runtime = _patch(base, memory, max_adapters, max_merges, dtype, fused)
         try:
             for name, adapter in adapters.items():
                 runtime.add_adapter(name, adapter)
             if active is not None:
                 runtime.set_adapter(active)
+            yield runtime
         except BaseException:
             unpatch(base)
             raise
-    return runtime
 
 
 def _patch(
