@@ -99,6 +99,38 @@ def test_a_config_excludes(loads: list[Any], config: Path, tmp_path: Path, optio
     assert code == 2 and wanted in output and not loads
 
 
+@pytest.mark.parametrize("source", ("config", "adapters"))
+@pytest.mark.parametrize(
+    ("option", "wanted"),
+    [
+        (["--memory", "12KiB"], "the arena has 12,288 (patch(memory=...), mlora generate --memory)"),
+        (["--memory", "12000"], "the arena has 11,968 ("),
+        (["--max-adapters", "1"], "there are 1 slots (patch(max_adapters=...), mlora generate --max-adapters)"),
+        (["--memory", "0.25 mib", "--max-adapters", "2"], ""),
+        (["--memory", "1MB"], ""),
+    ],
+)
+def test_room(
+    loads: list[Any], config: Path, folders: dict[str, Path], tmp_path: Path, source: str, option: list[str],
+    wanted: str,
+) -> None:  # fmt: skip
+    given = ["--config", str(config)]
+    if source == "adapters":
+        given = ["--adapter", f"one={folders['r3']}", "--adapter", f"two={folders['rs16']}"]
+    lines = [{"prompt": "1 2", "adapter": name} for name in ("one", "two")]
+    code, output, done = generate(tmp_path, lines, *given, *option)
+    if wanted:
+        assert code == 1 and wanted in output, output
+    else:
+        assert code == 0 and len(done) == 2, output
+
+
+@pytest.mark.parametrize("size", ["2XB", "-1", "", "0", "1e9", "GiB", "0.1"])
+def test_bad_sizes(loads: list[Any], config: Path, tmp_path: Path, size: str) -> None:
+    code, output, _ = generate(tmp_path, [{"prompt": "1"}], "--config", str(config), "--memory", size)
+    assert code == 2 and f"--memory {size!r}: wanted" in output and not loads, output
+
+
 @pytest.mark.parametrize(
     ("entry", "wanted"),
     [
