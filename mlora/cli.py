@@ -118,9 +118,12 @@ def generate(
         console = Console(stderr=True)
         with console.status("Loading the model"):
             import mlora
-            from mlora.demo import complete, load_model
+            from mlora.demo import complete, load_model, load_tokenizer
 
-            loaded, tokenizer = load_model(model)
+            tokenizer = load_tokenizer(model)
+            if raw:
+                _check_tokens(input, lines, tokenizer)
+            loaded = load_model(model)
             if config is not None:
                 mlora.from_config(config, model=loaded, memory=room, max_adapters=max_adapters)
             else:
@@ -196,6 +199,14 @@ def _read_lines(file: Path, known: set[str]) -> list[dict[str, Any]]:
     if not lines:
         raise InputError(f"{file} has no prompts")
     return lines
+
+
+def _check_tokens(file: Path, lines: list[dict[str, Any]], tokenizer: Any) -> None:
+    """Refuse prompts that are no tokens by themselves: there is nothing to go on from."""
+    prompts = [line["prompt"] for line in lines]
+    for prompt, ids in zip(prompts, tokenizer(prompts, add_special_tokens=True)["input_ids"], strict=True):
+        if not ids:
+            raise InputError(f"{file}: the prompt {prompt!r} gives no token, so that --raw has nothing to complete")
 
 
 def _check_output(output: Path, input: Path) -> None:
@@ -274,7 +285,7 @@ def inspect(
                 import mlora
                 from mlora.demo import load_model
 
-                runtime = mlora.patch(load_model(model)[0])
+                runtime = mlora.patch(load_model(model))
                 info = runtime.add_adapter("inspected", adapter, approximate=approximate)
                 how = f"with an error of up to {info.error:.1e}" if info.errors else "exactly"
                 where = f"on {len(info.modules)} modules of {model}; {info.bytes:,} bytes there"
@@ -351,7 +362,7 @@ def merge(
                 import mlora
                 from mlora.demo import load_model
 
-                bases = mlora.patch(load_model(model)[0]).bases
+                bases = mlora.patch(load_model(model)).bases
         try:
             merged, deltas = merge_files(
                 adapters, how, bases, lambda modules, total: track(modules, "Merging", total, console=console)

@@ -26,7 +26,7 @@ def loads(monkeypatch: pytest.MonkeyPatch, llama: Any) -> list[Any]:
 
     def load(name: str | None) -> Any:
         seen.append(name)
-        return copy.deepcopy(llama), None
+        return copy.deepcopy(llama)
 
     def complete(
         model: Any, tokenizer: Any, prompts: list[str], entries: list[Any], new: int, raw: bool = False
@@ -35,6 +35,10 @@ def loads(monkeypatch: pytest.MonkeyPatch, llama: Any) -> list[Any]:
         out = model.generate(ids, adapter_names=entries, max_new_tokens=new, do_sample=False, pad_token_id=0)
         return [" ".join(map(str, row.tolist())) for row in out[:, ids.shape[1] :]]
 
+    def tokenize(texts: list[str], add_special_tokens: bool) -> dict[str, list[list[str]]]:
+        return {"input_ids": [text.split() for text in texts]}
+
+    monkeypatch.setattr(mlora.demo, "load_tokenizer", lambda name: tokenize)
     monkeypatch.setattr(mlora.demo, "load_model", load)
     monkeypatch.setattr(mlora.demo, "complete", complete)
     return seen
@@ -196,6 +200,16 @@ def test_bad_files(loads: list[Any], config: Path, tmp_path: Path, content: str,
     output = " ".join(result.output.split())
     assert result.exit_code == 2 and wanted in output, output
     assert not loads and not sink.exists()
+
+
+@pytest.mark.parametrize("prompts", [[""], ["", " "], ["1 2", ""]])
+def test_raw_prompts_without_a_token(loads: list[Any], config: Path, tmp_path: Path, prompts: list[str]) -> None:
+    lines = [{"prompt": prompt} for prompt in prompts]
+    code, output, done = generate(tmp_path, lines, "--config", str(config), "--raw")
+    assert code == 2 and "the prompt '' gives no token, so that --raw has nothing" in output, output
+    assert not loads and not done
+    code, output, done = generate(tmp_path, [{"prompt": "1"}], "--config", str(config), "--raw")
+    assert code == 0 and len(done) == 1, output
 
 
 @pytest.mark.parametrize("target", [".", "no/out.jsonl", "in.jsonl"])
