@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import mlora
 from mlora import errors
+from mlora.modality import foreign_in, placeholders_of
 
 IMAGE = VOCAB - 1
 SECOND = VOCAB - 2  # of videos, where a model has both
@@ -303,3 +304,31 @@ def test_features_of_speech_are_the_rows_themselves(tmp_path: Path) -> None:
     got = logits(model, batch, adapter_names=["a", None])
     assert_close(got[:1], logits(peft_alone(base, folder), row_of(batch, 0)))
     assert_close(got[1:], logits(base, row_of(batch, 1)))
+
+
+@pytest.mark.parametrize(
+    ("name", "foreign", "text"),
+    (
+        ("LlavaForConditionalGeneration", ("vision_tower", "multi_modal_projector"), ("language_model", "lm_head")),
+        ("Gemma3ForSequenceClassification", ("vision_tower", "multi_modal_projector"), ("language_model", "score")),
+        ("Florence2ForConditionalGeneration", ("vision_tower",), ("language_model.encoder", "decoder", "lm_head")),
+        ("FuyuForCausalLM", ("vision_embed_tokens",), ("language_model", "lm_head")),
+        ("CsmForConditionalGeneration", ("codec_model",), ("backbone_model", "depth_decoder", "lm_head")),
+        ("Phi4MultimodalForCausalLM", ("image_embed", "audio_embed"), ("layers", "lm_head")),
+    ),
+)
+def test_what_reads_text(name: str, foreign: tuple[str, ...], text: tuple[str, ...]) -> None:
+    """Parts of paths; what is called foreign counts as that inside of text too."""
+    import transformers
+
+    cls = getattr(transformers, name, None)
+    if cls is None:
+        pytest.skip(f"this transformers has no {name}")
+    with torch.device("meta"):
+        model = cls(cls.config_class())
+    assert placeholders_of(model)
+    is_foreign = foreign_in(model)
+    for part, wanted in (*((part, True) for part in foreign), *((part, False) for part in text)):
+        paths = [path for path, _ in model.named_modules() if f".{part}." in f".{path}."]
+        inside = [path for path in paths if wanted or not any(f".{other}." in f".{path}." for other in foreign)]
+        assert inside and all(is_foreign(path) is wanted for path in inside), part
