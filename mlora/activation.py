@@ -59,7 +59,7 @@ class Activation:
         if not self.everywhere:
             self._plans[self.length] = self._plan(self.length)  # copied to the device before the layers run
 
-    def plan_of(self, x: Tensor, module: str, gathered: bool) -> Plan:
+    def plan_of(self, x: Tensor, module: str, loose: bool) -> Plan:
         """The plan for a module's input: (rows, n, in), or flattened to (rows * n, in). Of n tokens fewer than the
         forward's they are the last ones, as a head's are.
 
@@ -72,7 +72,7 @@ class Activation:
         count = x.shape[1] if x.dim() == 3 and x.shape[0] == rows else 0
         if x.dim() == 2 and x.shape[0] in (rows, rows * self.length):
             count = x.shape[0] // rows
-        if gathered or not 1 <= count <= self.length:
+        if loose or not 1 <= count <= self.length:
             raise errors.AttributionError(
                 f"{module} got an input of shape {tuple(x.shape)} in a batch of {rows} rows of {self.length} tokens: "
                 f"an aLoRA applies to some of them, and it cannot be told to which of these"

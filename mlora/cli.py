@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -88,6 +89,16 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per generate() call, whatever their adapters.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     raw: Annotated[bool, typer.Option("--raw", help="Feed prompts as they are, without the chat template.")] = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="For adapters on the device: bytes, or 512MiB, 2GiB, 2GB; those of one batch have to fit. Default: "
+            "half the size of the model, at least 64MiB.",
+            show_default=False,
+        ),
+    ] = None,
+    max_adapters: Annotated[int, typer.Option(min=1, help="How many adapters are on the device at once.")] = 256,
 ) -> None:
     """Complete the prompts of a file, each under its own adapter, greedily and in mixed batches.
 
@@ -103,16 +114,20 @@ def generate(
             known, active, model = _parse_config(config, model, folders)
         lines = _read_lines(input, known)
         _check_output(output, input)
+        room = None if memory is None else _parse_size(memory)
         console = Console(stderr=True)
         with console.status("Loading the model"):
             import mlora
-            from mlora.demo import complete, load_model
+            from mlora.demo import complete, load_model, load_tokenizer
 
-            loaded, tokenizer = load_model(model)
+            tokenizer = load_tokenizer(model)
+            if raw:
+                _check_tokens(input, lines, tokenizer)
+            loaded = load_model(model)
             if config is not None:
-                mlora.from_config(config, model=loaded)
+                mlora.from_config(config, model=loaded, memory=room, max_adapters=max_adapters)
             else:
-                runtime = mlora.patch(loaded)
+                runtime = mlora.patch(loaded, memory=room, max_adapters=max_adapters)
                 for name, path in folders.items():
                     runtime.load_adapter(path, name)
         with Progress(console=console) as progress, output.open("w", encoding="utf-8") as sink:
@@ -139,6 +154,18 @@ def _parse_adapters(options: list[str]) -> dict[str, str]:
             raise InputError(f"--adapter {option!r}: the name {name!r} is taken by {folders[name]!r}")
         folders[name] = path
     return folders
+
+
+def _parse_size(text: str) -> int:
+    """Bytes, of `--memory`."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([KMGT])(i?))?B?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise InputError(f"--memory {text!r}: wanted bytes, or a size such as 512MiB, 2GiB or 2GB")
+    number, prefix, binary = found.groups()
+    size = int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(prefix.upper()) + 1 if prefix else 0))
+    if size < 1:
+        raise InputError(f"--memory {text!r}: wanted at least one byte")
+    return size
 
 
 def _parse_config(file: Path, model: str | None, folders: Mapping[str, str]) -> tuple[set[str], str | None, str]:
@@ -172,6 +199,14 @@ def _read_lines(file: Path, known: set[str]) -> list[dict[str, Any]]:
     if not lines:
         raise InputError(f"{file} has no prompts")
     return lines
+
+
+def _check_tokens(file: Path, lines: list[dict[str, Any]], tokenizer: Any) -> None:
+    """Refuse prompts that are no tokens by themselves: there is nothing to go on from."""
+    prompts = [line["prompt"] for line in lines]
+    for prompt, ids in zip(prompts, tokenizer(prompts, add_special_tokens=True)["input_ids"], strict=True):
+        if not ids:
+            raise InputError(f"{file}: the prompt {prompt!r} gives no token, so that --raw has nothing to complete")
 
 
 def _check_output(output: Path, input: Path) -> None:
@@ -250,7 +285,7 @@ def inspect(
                 import mlora
                 from mlora.demo import load_model
 
-                runtime = mlora.patch(load_model(model)[0])
+                runtime = mlora.patch(load_model(model))
                 info = runtime.add_adapter("inspected", adapter, approximate=approximate)
                 how = f"with an error of up to {info.error:.1e}" if info.errors else "exactly"
                 where = f"on {len(info.modules)} modules of {model}; {info.bytes:,} bytes there"
@@ -327,7 +362,7 @@ def merge(
                 import mlora
                 from mlora.demo import load_model
 
-                bases = mlora.patch(load_model(model)[0]).bases
+                bases = mlora.patch(load_model(model)).bases
         try:
             merged, deltas = merge_files(
                 adapters, how, bases, lambda modules, total: track(modules, "Merging", total, console=console)

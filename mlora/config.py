@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,7 @@ from . import errors
 from .adapter import Adapter
 from .lowering.targets import is_target
 from .merge import ALIASES, Merge
-from .patch import patch
-from .patched import unpatch
+from .patch import patch, patching
 from .runtime import Runtime
 
 # Ludwig's names of an adapter's fields -> PEFT's. Dropout plays no part when an adapter is served.
@@ -81,23 +81,21 @@ def from_config(config: str | Path | Mapping[str, Any], *, model: nn.Module | No
 
     Raises:
         ConfigError: a key is unknown (the nearest valid one is named), missing, or excluded by another.
-        Whatever `patch`, `load_adapter` and `add_weighted_adapter` raise; the model is left unpatched then.
+        Whatever `patch`, `load_adapter` and `add_weighted_adapter` raise; the model is left as it was then.
     """
     parsed = parse(config)
     if model is None:
         model = _load(parsed.model_source())
-    runtime = patch(model, **options)
-    try:
+    patched = inspect.signature(patch).bind(model, **options)
+    patched.apply_defaults()
+    with patching(*patched.args, **patched.kwargs) as runtime:
         for name, entry in parsed.adapters.items():
             _add(runtime, name, entry, parsed.folder)
         for name, how in parsed.merges:
             runtime.add_merge(name, how)
         if parsed.active is not None:
             runtime.set_adapter(parsed.active)
-    except BaseException:
-        unpatch(runtime.model)
-        raise
-    return runtime
+        return runtime
 
 
 def parse(config: str | Path | Mapping[str, Any]) -> Config:

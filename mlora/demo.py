@@ -35,22 +35,28 @@ REPEATS = 3
 BUDGET_S = 40.0  # no further repeat is started after this: on a slow or busy machine one has to do
 
 
-def load_model(model: str | None) -> tuple[Any, Any]:
-    """The causal language model (on the GPU if there is one) and its tokenizer, which is ready to pad.
+def load_tokenizer(model: str | None) -> Any:
+    """The tokenizer of `load_model`'s model, ready to pad. Raises as that does."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(resolve_model(model)))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(model: str | None) -> Any:
+    """The causal language model, on the GPU if there is one.
 
     `model` is a hub id or a folder; None stands for the demo's own small model. Raises OSError or
     ValueError when it cannot be read.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    source = str(resolve_model(model))
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    loaded = AutoModelForCausalLM.from_pretrained(source, dtype="auto").eval()
-    return loaded.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    loaded = AutoModelForCausalLM.from_pretrained(str(resolve_model(model)), dtype="auto").eval()
+    return loaded.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def encode(tokenizer: Any, prompts: list[str], raw: bool = False) -> Any:
@@ -128,7 +134,7 @@ def run(model: str | None, folder: Path | None, max_new_tokens: int, timings: bo
     warnings.filterwarnings("ignore", category=FutureWarning)
     out, progress = Console(), Console(stderr=True)
     with progress.status("Loading the model"):
-        bare, tokenizer = load_model(model)
+        tokenizer, bare = load_tokenizer(model), load_model(model)
         served = copy.deepcopy(bare)
         runtime = mlora.patch(served)
         for name, path in adapters.items():

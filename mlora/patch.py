@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Integral
 
 import torch
 from torch import nn
 
 from . import errors
+from .adapter import Adapter
 from .layers import (
     DENSE,
     LayerState,
@@ -25,6 +28,7 @@ from .layers import (
     swap_class,
     swap_forward,
 )
+from .modality import foreign_in, placeholders_of
 from .patched import PatchedModel, ancestors, unpatch
 from .runtime import Runtime
 from .store import Store
@@ -69,23 +73,37 @@ def patch(
         PatchError: it is patched already, has no linear, or has PEFT adapters merged or several active.
         AdapterError, UnsupportedAdapterError, CapacityError: an adapter in it cannot be served.
     """
+    with patching(model, memory, max_adapters, max_merges, dtype, fused) as runtime:
+        return runtime
+
+
+@contextmanager
+def patching(
+    model: nn.Module,
+    memory: int | None,
+    max_adapters: int,
+    max_merges: int,
+    dtype: torch.dtype | None,
+    fused: bool,
+) -> Iterator[Runtime]:
+    """`patch`, undone if the block fails: the model is unpatched, and has PEFT's layers again if it had some."""
     if not isinstance(model, nn.Module):
         raise errors.PatchError(f"patch takes a torch.nn.Module, not {type(model).__name__}")
     if isinstance(model, PatchedModel):
         raise errors.PatchError("this model is patched already; its runtime is model.mlora")
-    if not has_peft(model):
-        return _patch(model, memory, max_adapters, max_merges, dtype, fused)
-    with taken_over(model) as (base, adapters, active):
+    taken: AbstractContextManager[tuple[nn.Module, dict[str, Adapter], str | None]]
+    taken = taken_over(model) if has_peft(model) else nullcontext((model, {}, None))
+    with taken as (base, adapters, active):
         runtime = _patch(base, memory, max_adapters, max_merges, dtype, fused)
         try:
             for name, adapter in adapters.items():
                 runtime.add_adapter(name, adapter)
             if active is not None:
                 runtime.set_adapter(active)
+            yield runtime
         except BaseException:
             unpatch(base)
             raise
-    return runtime
 
 
 def _patch(
@@ -124,13 +142,19 @@ def _patch(
     if arena_dtype not in DENSE:
         raise errors.PatchError(f"dtype={dtype!r}, wanted one of {', '.join(sorted(map(str, DENSE)))}")
     store = Store(device, arena_dtype, memory, len(modules) + len(stacks), max_adapters)
-    shared = Shared(store.arena, torch.zeros(PLAN_WORDS, dtype=torch.int32, device=device), fused)
-    states = {
-        key: LayerState(name, index, shared, store.tables[index], module, dtypes[key])
-        for index, (key, (name, module)) in enumerate(modules.items())
-    }
-    indices = {name: states[id(module)].index for name, module in paths.items()}
+    numbers = {key: number for number, key in enumerate(modules)}
+    indices = {name: numbers[id(module)] for name, module in paths.items()}
     indices.update({path: len(modules) + number for number, path in enumerate(stacks)})
+    foreign: set[int] = set()
+    if placeholders := placeholders_of(model):
+        is_foreign = foreign_in(model)
+        foreign = {index for path, index in indices.items() if is_foreign(path)}
+    words = torch.zeros(PLAN_WORDS, dtype=torch.int32, device=device)
+    shared = Shared(store.arena, words, fused, placeholders if foreign else (), foreign)
+    states = {
+        key: LayerState(name, numbers[key], shared, store.tables[numbers[key]], module, dtypes[key])
+        for key, (name, module) in modules.items()
+    }
     runtime = Runtime(model, store, shared, indices, paths, stacks, max_merges)
     for path, (module, _) in stacks.items():
         if id(module) not in modules:

@@ -148,7 +148,8 @@ class Planner:
         terms = [store.terms(recipe) for recipe in recipes]
         invocations = {name: one.invocation for name, one in packed.items() if one.invocation}
         experts = bool(touches[self._experts].any())
-        words = routing.plan_words(terms, expansion, bool(heads), experts, bool(invocations))
+        foreign = rows > 1 and any(touches[index] for index in self._shared.foreign)
+        words = routing.plan_words(terms, expansion, bool(heads), experts, bool(invocations), foreign)
         device, most = store.arena.device, self._shared.plan.numel()
         if len(words) > most and device.type != "cpu":
             raise errors.CapacityError(

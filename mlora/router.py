@@ -15,6 +15,7 @@ from .activation import activation_of, prompt_of
 from .call import Call
 from .layers import Shared
 from .merge_cache import MergeCache
+from .modality import Others
 from .ops import direct
 from .planner import Planner
 from .readers import Readers
@@ -88,9 +89,10 @@ class Router:
     def forward(self, entries: Any, call: Call) -> Iterator[None]:
         """A call of the model."""
         local, shape = self._local, call.shape
-        previous = local.length, local.activation, local.late, local.unobserved
+        previous = local.length, local.activation, local.late, local.unobserved, local.others
         local.unobserved = direct.unobserved()
         local.length, local.activation, local.late = shape[1] if len(shape) > 1 else 0, None, []
+        local.others = self._others(call)
         try:
             if entries is not None:
                 with self.route(entries, shape[0] if shape else 1, 1):
@@ -109,7 +111,7 @@ class Router:
             for late in local.late:
                 late.settle()
         finally:
-            local.length, local.activation, local.late, local.unobserved = previous
+            local.length, local.activation, local.late, local.unobserved, local.others = previous
             local.siblings = None
 
     @contextmanager
@@ -137,12 +139,17 @@ class Router:
     def _prompted(self, call: Call) -> Iterator[None]:
         """A `generate` under the active plan."""
         local = self._local
-        plan, previous = local.plan, local.prompt
+        plan, previous = local.plan, (local.prompt, local.others)
         local.prompt = prompt_of(plan, call) if plan is not None and plan.invocations else None
+        local.others = self._others(call)
         try:
             yield
         finally:
-            local.prompt = previous
+            local.prompt, local.others = previous
+
+    def _others(self, call: Call) -> Others | None:
+        placeholders = self._shared.placeholders
+        return Others(call, placeholders) if placeholders else None
 
     @contextmanager
     def _default(self) -> Iterator[None]:

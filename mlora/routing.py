@@ -13,11 +13,11 @@ from torch import Tensor
 
 from . import errors
 from .merge import Merge, is_weight
-from .ops import layout
 
 if TYPE_CHECKING:
     from .activation import Activation, Prompt
     from .late import Late
+    from .modality import Others
 
 BASE = "__base__"
 
@@ -89,8 +89,8 @@ class Siblings:
 class Local(threading.local):
     """Per thread: the active plan, the entries it came from, the sequence length of the forward that is
     running (0 if none), whether nothing looked at the operators when it began, what its layers left for their siblings,
-    to what aLoRAs apply in it, the prompt of the `generate` that is running if it has some, and what is asked of the
-    forward when it ends (None if none runs)."""
+    to what aLoRAs apply in it, the prompt of the `generate` that is running if it has some, what is asked of the
+    forward when it ends (None if none runs), and, of a model that reads more than text, what the call tells of that."""
 
     plan: Plan | None = None
     entries: Any = None
@@ -100,6 +100,7 @@ class Local(threading.local):
     activation: Activation | None = None
     prompt: Prompt | None = None
     late: list[Late] | None = None
+    others: Others | None = None
 
 
 def resolve_entry(entry: Any, exists: Callable[[str], bool]) -> Recipe:
@@ -151,6 +152,7 @@ def plan_words(
     heads: bool = False,
     experts: bool = False,
     tails: bool = False,
+    foreign: bool = False,
     runs: Sequence[int] | None = None,
 ) -> np.ndarray:
     """The plan of `recipes` as int32 words in the layout of `mlora.ops.layout`; each is that of the next row, or of as
@@ -162,8 +164,7 @@ def plan_words(
         (routes.setdefault(recipe, []) if recipe else base).extend(range(rows, rows + run))
         rows += run
     terms = [term for recipe in routes for term in recipe]
-    header = [rows, len(routes), len(terms), expansion, int(heads), int(experts), int(tails)]
-    header += [0] * (layout.PLAN_HEADER - len(header))
+    header = [rows, len(routes), len(terms), expansion, int(heads), int(experts), int(tails), int(foreign)]
     row_start = np.cumsum([0, *map(len, routes.values())])
     row_order = [row for own in [*routes.values(), base] for row in own]
     term_start = np.cumsum([0, *map(len, routes)])

@@ -32,6 +32,7 @@ TAIL = 64  # on a row's last tokens only, from its invocation on (aLoRA)
 TURN = 128  # of the output
 
 _TURNED_BYTES = 1 << 18
+_MORE_MEMORY = "patch(memory=...), mlora generate --memory"  # what an error says to do
 
 _OFFSETS = (layout.A, layout.B, layout.GAIN, layout.IN_GAIN, layout.SHIFT, layout.TURN, layout.IN_TURN)
 
@@ -239,7 +240,7 @@ class Store:
         packed = Packed(blob, rows, touches, heads, rests, invocation)
         if packed.nbytes > self.capacity:
             raise errors.CapacityError(
-                f"{label} needs {packed.nbytes:,} bytes; the arena has {self.capacity:,} (patch(memory=...))"
+                f"{label} needs {packed.nbytes:,} bytes; the arena has {self.capacity:,} ({_MORE_MEMORY})"
             )
         return packed
 
@@ -313,12 +314,12 @@ class Store:
         if needed > self.capacity:
             raise errors.CapacityError(
                 f"this batch needs {needed:,} bytes of adapters on the device{beside}; the arena has "
-                f"{self.capacity:,} (patch(memory=...))"
+                f"{self.capacity:,} ({_MORE_MEMORY})"
             )
         if len(keep) > self.slots:
             raise errors.CapacityError(
                 f"this batch needs {len(keep)} adapters on the device; there are {self.slots} slots "
-                "(patch(max_adapters=...))"
+                "(patch(max_adapters=...), mlora generate --max-adapters)"
             )
 
     def _make_resident(self, packed: Packed, keep: Set[int]) -> None:
@@ -331,7 +332,8 @@ class Store:
                 # Pinned adapters do not move, so the holes between them can stay too small.
                 raise errors.CapacityError(
                     f"an adapter of {packed.nbytes:,} bytes finds no contiguous room between the adapters that "
-                    f"running batches have pinned; {self._allocator.free_size * self.itemsize:,} bytes are free"
+                    f"running batches have pinned; {self._allocator.free_size * self.itemsize:,} bytes are free "
+                    f"({_MORE_MEMORY})"
                 )
             self._evict(victim)
 

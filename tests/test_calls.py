@@ -286,6 +286,34 @@ def test_a_batch_that_needs_more_than_the_arena(model: Any, folders: dict[str, P
     runtime.set_adapter("rs16")
 
 
+def test_a_thousand_adapters_through_an_arena_of_sixteen(llama: Any) -> None:
+    """Rows have the bits that they have where all adapters lie side by side, whatever was evicted in between."""
+    draw = torch.Generator().manual_seed(0)
+    names = [f"x{number}" for number in range(1000)]
+    shapes = {"model.layers.0.self_attn.q_proj": (HIDDEN, HIDDEN), "model.layers.1.mlp.down_proj": (48, HIDDEN)}
+    small, large = copy.deepcopy(llama), copy.deepcopy(llama)
+    few, all_ = mlora.patch(small, memory=28 << 10, max_adapters=16), mlora.patch(large, max_adapters=1000)
+    for number, name in enumerate(names):
+        rank, tensors = 1 + number % 3, {}
+        for path, (inputs, outputs) in shapes.items():
+            tensors[f"{path}.lora_A.weight"] = torch.randn(rank, inputs, generator=draw)
+            tensors[f"{path}.lora_B.weight"] = torch.randn(outputs, rank, generator=draw)
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2, "target_modules": list(shapes)}
+        for runtime in (few, all_):
+            runtime.add_adapter(name, mlora.Adapter(config, tensors))
+    assert {info.location for info in all_.adapters.values()} == {"device"}
+    batch, moved, served = inputs_for("llama", 16, length=2), 0, {}
+    for order in (torch.randperm(1000, generator=draw)[:992], torch.arange(128)):
+        for numbers in order.split(16):
+            rows = [names[number] for number in numbers]
+            moved += sum(not few._store[name].resident for name in rows)
+            got = logits(small, batch, adapter_names=rows)
+            assert torch.equal(got, logits(large, batch, adapter_names=rows))
+            served.update(zip(rows, got, strict=True))
+    assert moved > 1000 and sum(info.location == "device" for info in few.adapters.values()) == 16
+    assert len({row.numpy().tobytes() for row in served.values()}) == len(served) > 990
+
+
 def test_an_adapter_larger_than_the_arena(model: Any, folders: dict[str, Path]) -> None:
     runtime = mlora.patch(model, memory=4096)
     with refused(model, errors.CapacityError, "'rs16'", "4,096", "memory="):

@@ -26,7 +26,7 @@ def loads(monkeypatch: pytest.MonkeyPatch, llama: Any) -> list[Any]:
 
     def load(name: str | None) -> Any:
         seen.append(name)
-        return copy.deepcopy(llama), None
+        return copy.deepcopy(llama)
 
     def complete(
         model: Any, tokenizer: Any, prompts: list[str], entries: list[Any], new: int, raw: bool = False
@@ -35,6 +35,10 @@ def loads(monkeypatch: pytest.MonkeyPatch, llama: Any) -> list[Any]:
         out = model.generate(ids, adapter_names=entries, max_new_tokens=new, do_sample=False, pad_token_id=0)
         return [" ".join(map(str, row.tolist())) for row in out[:, ids.shape[1] :]]
 
+    def tokenize(texts: list[str], add_special_tokens: bool) -> dict[str, list[list[str]]]:
+        return {"input_ids": [text.split() for text in texts]}
+
+    monkeypatch.setattr(mlora.demo, "load_tokenizer", lambda name: tokenize)
     monkeypatch.setattr(mlora.demo, "load_model", load)
     monkeypatch.setattr(mlora.demo, "complete", complete)
     return seen
@@ -97,6 +101,38 @@ def test_a_config_and_entries_of_every_form(
 def test_a_config_excludes(loads: list[Any], config: Path, tmp_path: Path, options: list[str], wanted: str) -> None:
     code, output, _ = generate(tmp_path, [{"prompt": "1"}], "--config", str(config), *options)
     assert code == 2 and wanted in output and not loads
+
+
+@pytest.mark.parametrize("source", ("config", "adapters"))
+@pytest.mark.parametrize(
+    ("option", "wanted"),
+    [
+        (["--memory", "12KiB"], "the arena has 12,288 (patch(memory=...), mlora generate --memory)"),
+        (["--memory", "12000"], "the arena has 11,968 ("),
+        (["--max-adapters", "1"], "there are 1 slots (patch(max_adapters=...), mlora generate --max-adapters)"),
+        (["--memory", "0.25 mib", "--max-adapters", "2"], ""),
+        (["--memory", "1MB"], ""),
+    ],
+)
+def test_room(
+    loads: list[Any], config: Path, folders: dict[str, Path], tmp_path: Path, source: str, option: list[str],
+    wanted: str,
+) -> None:  # fmt: skip
+    given = ["--config", str(config)]
+    if source == "adapters":
+        given = ["--adapter", f"one={folders['r3']}", "--adapter", f"two={folders['rs16']}"]
+    lines = [{"prompt": "1 2", "adapter": name} for name in ("one", "two")]
+    code, output, done = generate(tmp_path, lines, *given, *option)
+    if wanted:
+        assert code == 1 and wanted in output, output
+    else:
+        assert code == 0 and len(done) == 2, output
+
+
+@pytest.mark.parametrize("size", ["2XB", "-1", "", "0", "1e9", "GiB", "0.1"])
+def test_bad_sizes(loads: list[Any], config: Path, tmp_path: Path, size: str) -> None:
+    code, output, _ = generate(tmp_path, [{"prompt": "1"}], "--config", str(config), "--memory", size)
+    assert code == 2 and f"--memory {size!r}: wanted" in output and not loads, output
 
 
 @pytest.mark.parametrize(
@@ -164,6 +200,16 @@ def test_bad_files(loads: list[Any], config: Path, tmp_path: Path, content: str,
     output = " ".join(result.output.split())
     assert result.exit_code == 2 and wanted in output, output
     assert not loads and not sink.exists()
+
+
+@pytest.mark.parametrize("prompts", [[""], ["", " "], ["1 2", ""]])
+def test_raw_prompts_without_a_token(loads: list[Any], config: Path, tmp_path: Path, prompts: list[str]) -> None:
+    lines = [{"prompt": prompt} for prompt in prompts]
+    code, output, done = generate(tmp_path, lines, "--config", str(config), "--raw")
+    assert code == 2 and "the prompt '' gives no token, so that --raw has nothing" in output, output
+    assert not loads and not done
+    code, output, done = generate(tmp_path, [{"prompt": "1"}], "--config", str(config), "--raw")
+    assert code == 0 and len(done) == 1, output
 
 
 @pytest.mark.parametrize("target", [".", "no/out.jsonl", "in.jsonl"])

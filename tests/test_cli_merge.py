@@ -25,7 +25,7 @@ def base(monkeypatch: pytest.MonkeyPatch, llama: Any) -> Any:
 
     def load(name: str) -> Any:
         assert name == "BASE"
-        return copy.deepcopy(llama), None
+        return copy.deepcopy(llama)
 
     monkeypatch.setattr(mlora.demo, "load_model", load)
     return llama

@@ -35,7 +35,8 @@ def encode(tokenizer: Any, prompts: list[str], raw: bool = False) -> Inputs:
 @pytest.fixture
 def demo(monkeypatch: pytest.MonkeyPatch, llama: Any, folders: dict[str, Path], tmp_path: Path) -> Any:
     """Runs it on the adapters of those names; gives its code and output."""
-    monkeypatch.setattr(mlora.demo, "load_model", lambda name: (copy.deepcopy(llama), Tokenizer()))
+    monkeypatch.setattr(mlora.demo, "load_tokenizer", lambda name: Tokenizer())
+    monkeypatch.setattr(mlora.demo, "load_model", lambda name: copy.deepcopy(llama))
     monkeypatch.setattr(mlora.demo, "encode", encode)
     monkeypatch.setattr(mlora.demo, "TIMED_TOKENS", 2)
     monkeypatch.setenv("COLUMNS", "160")

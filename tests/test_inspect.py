@@ -17,7 +17,7 @@ from mlora.cli import app
 def model(monkeypatch: pytest.MonkeyPatch) -> None:
     import mlora.demo
 
-    monkeypatch.setattr(mlora.demo, "load_model", lambda name: (build("llama"), None))
+    monkeypatch.setattr(mlora.demo, "load_model", lambda name: build("llama"))
 
 
 def inspect(config: Any, folder: Path, *options: str) -> tuple[int, str]:

@@ -156,6 +156,21 @@ def test_a_failure_on_the_way_puts_peft_back(
     assert mlora.patch(model).adapters.keys() == {"a", "b"}
 
 
+@pytest.mark.parametrize("where", ("wrapper", "model-inside"))
+def test_a_config_that_fails_on_the_way_puts_peft_back(
+    live: Any, folders: dict[str, Path], batch: dict[str, Tensor], where: str
+) -> None:
+    model = live.get_base_model() if where == "model-inside" else live
+    want, before = logits(model, batch), identity(model)
+    config = {"adapters": {"adapters": {"c": {"path": str(folders["rs16"])}, "d": {"path": "nowhere"}}}}
+    with pytest.raises(errors.AdapterError, match="nowhere"):
+        mlora.from_config(config, model=model)
+    assert identity(model) == before and torch.equal(logits(model, batch), want)
+    del config["adapters"]["adapters"]["d"]
+    runtime = mlora.from_config(config, model=model, max_adapters=7)
+    assert list(runtime.adapters) == ["a", "b", "c"] and runtime._store.slots == 7
+
+
 def test_what_peft_loses_in_a_live_model_is_noticed(llama: Any, folders: dict[str, Path]) -> None:
     # PEFT takes the "1" of layers.1 for the name of an adapter, and leaves that layer out of adapter 0's state.
     live = peft.PeftModel.from_pretrained(copy.deepcopy(llama), folders["r3"], adapter_name="0")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import errors
 from ..activation import Activation
 from ..ops import direct, dispatch, reference
-from ..ops.checks import check_heads, check_rows, check_tails
+from ..ops.checks import check_foreign, check_heads, check_rows, check_tails
 from ..routing import Plan, Siblings
 from ..store import BOTH, GAIN, HEAD, INPUT, LORA, SHIFT, TAIL, TURN
 from .head import answer
@@ -56,7 +56,7 @@ class LoraLayer(nn.Module):
             shape = x.shape
             if x.dtype is not state.dtype or not x.is_cpu:
                 self._check(x, plan)
-            if plan.rows != 1 and (shape[0] not in plan.row_counts or len(shape) == 1 or state.gathered):
+            if plan.rows != 1 and (shape[0] not in plan.row_counts or len(shape) == 1 or state.loose):
                 self._check_rows(x, plan)
         weight, bias = held["weight"], held["bias"]
         past = local.unobserved and state.direct is not None and type(x) is Tensor  # the dispatcher
@@ -97,7 +97,7 @@ class LoraLayer(nn.Module):
                 f"{state.name} runs outside of a call of the patched model, so that an aLoRA's invocation cannot be "
                 f"looked for; call the model itself"
             )
-        return activation.plan_of(x, state.name, state.gathered)
+        return activation.plan_of(x, state.name, state.loose)
 
     def _with_siblings(self, x: Tensor, plan: Plan) -> Tensor:
         """`_routed`, and in the same call what the layers that read `x` after this one will return. Not for inference
@@ -192,6 +192,8 @@ class LoraLayer(nn.Module):
         self._check_autocast(x)
         if state.gathered:
             check_rows(shared.plan, 0)  # only one entry for all rows may pass
+        if state.foreign:
+            check_foreign(shared.header)
         if state.index in shared.heads:
             check_heads(shared.header)
         if state.index in shared.tails:
@@ -220,6 +222,16 @@ class LoraLayer(nn.Module):
         state = self._mlora
         if plan.uniform:
             return
+        if state.foreign:
+            others = state.shared.local.others
+            if others is None:
+                raise errors.AttributionError(
+                    f"{state.name} reads another modality than text, and runs outside of a call of the patched model, "
+                    f"so that its inputs cannot be attributed to rows; call the model itself, or use one adapter for "
+                    f"all rows"
+                )
+            if others.attribute(x, state):
+                return
         rows = x.shape[0] if x.dim() > 1 else 1
         if not state.gathered:
             if rows in plan.row_counts:

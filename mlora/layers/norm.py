@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import dispatch, reference
+from ..ops.checks import check_foreign
 from .dense import is_dense
 from .linear import LoraLayer
 from .swap import twin_of
@@ -80,6 +81,8 @@ class NormLayer(LoraLayer):
             if not shared.norms:
                 return self._base(x)
             self._check_autocast(x)
+            if state.foreign:
+                check_foreign(shared.header)
             words = shared.plan
         else:
             plan = shared.local.plan or shared.default

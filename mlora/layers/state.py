@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -29,6 +29,8 @@ class Shared:
         default: the plan of `Runtime.set_adapter`, for threads without one of their own.
         blank: the plan that routes nothing.
         fused: whether the base product may be computed by mlora's own kernel.
+        placeholders: the tokens that stand for inputs of other modalities than text; see `mlora.modality`.
+        foreign: the numbers of the modules that read those inputs.
         kblocks: (in, out, whether there is a bias, dtype) of a layer -> tokens and threads -> the block with which that
             kernel gives the library's bits, 0 where none does; filled as they occur.
         groups: first layer's number -> the layers that read the same input after it (q, k, v; gate, up), learned as
@@ -39,7 +41,9 @@ class Shared:
             out.
     """
 
-    def __init__(self, arena: Tensor, plan: Tensor, fused: bool) -> None:
+    def __init__(
+        self, arena: Tensor, plan: Tensor, fused: bool, placeholders: Iterable[int], foreign: Iterable[int]
+    ) -> None:
         self.arena = arena
         self.plan = plan
         self.header = torch.zeros(layout.PLAN_HEADER, dtype=torch.int32)
@@ -48,6 +52,8 @@ class Shared:
         self.blank = Plan(plan.new_zeros(layout.PLAN_HEADER), self.header.clone(), b"", (), 1, (1,))
         self.fused = fused
         self.kblocks: dict[tuple[int, int, bool, torch.dtype], dict[tuple[int, int], int]] = {}
+        self.placeholders = tuple(placeholders)
+        self.foreign = frozenset(foreign)
         self.inputs = self.turns = self.norms = self.embeddings = self.experts = False
         self.heads: frozenset[int] = frozenset()
         self.tails: frozenset[int] = frozenset()
@@ -64,6 +70,8 @@ class LayerState:
         dtype: of its activations.
         plain: whether the module is a linear of its dense `weight` and `bias` on the CPU and nothing more.
         fused: whether, of a plain one, the base product may be computed by `dispatch.linear`.
+        gathered, foreign: whether it is an expert, or reads another modality than text; `loose`: either, so that the
+            first dimension of its input alone does not tell that it is the rows'.
         shape: of a plain one's weight. `direct`: what `ops.direct` takes for it, or None.
         outer: the `forward` that somebody put on the instance, called for the base, or None. Not one that
             keeps the module's own in another attribute, as accelerate's hooks do: there `swap_forward`
@@ -71,8 +79,8 @@ class LayerState:
     """
 
     __slots__ = (
-        "_asked", "_kblocks", "device", "device_type", "direct", "dtype", "fused", "gathered", "index", "name", "outer",
-        "plain", "shape", "shared", "table",
+        "_asked", "_kblocks", "device", "device_type", "direct", "dtype", "foreign", "fused", "gathered", "index",
+        "loose", "name", "outer", "plain", "shape", "shared", "table",
     )  # fmt: skip
 
     def __init__(
@@ -86,6 +94,8 @@ class LayerState:
         wraps = bound_forwards(module, type(module).forward)
         self.outer: Callable[..., Tensor] | None = None if wraps else module.__dict__.get("forward")
         self.gathered = GATHERED in name.split(".")[:-1]
+        self.foreign = index in shared.foreign
+        self.loose = self.gathered or self.foreign
         weight = module._parameters.get("weight")
         self.plain = (
             self.outer is None

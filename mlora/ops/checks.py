@@ -56,12 +56,23 @@ def _check_tails(header: Tensor) -> None:
         )
 
 
+def _check_foreign(header: Tensor) -> None:
+    if int(header[7]):
+        raise errors.AttributionError(
+            "the active routing has several entries, and adapters of modules that read another modality than text, "
+            "whose inputs are attributed to rows by token ids; under torch.compile, where those are not looked at, use "
+            "one adapter for all rows"
+        )
+
+
 _rows = _define("check_rows_(Tensor(a!) plan, SymInt rows)", _check_rows)
 
-# Layers call these only once an adapter was loaded that needs them. `header`: `Shared.header`.
+# Layers call these only once an adapter was loaded that needs them, the last one foreign modules at all times.
+# `header`: `Shared.header`.
 check_heads = _define("check_heads_(Tensor(a!) header)", _check_heads)
 check_experts = _define("check_experts_(Tensor(a!) header)", _check_experts)
 check_tails = _define("check_tails_(Tensor(a!) header)", _check_tails)
+check_foreign = _define("check_foreign_(Tensor(a!) header)", _check_foreign)
 
 
 def check_rows(plan: Tensor, rows: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -59,10 +60,21 @@ def _forced() -> str | None:
     if name == "cuda" and not HAS_CUDA:
         raise ValueError("MLORA_BACKEND is 'cuda', but mlora was built without its CUDA operators")
     if name is None and not HAS_CPU:
-        warnings.warn(
-            "mlora uses its reference backend; build with a C++ compiler for speed", RuntimeWarning, stacklevel=2
-        )
+        slow = "mlora uses its reference backend; build with a C++ compiler for speed"
+        warnings.warn(slow, RuntimeWarning, stacklevel=_importer())
     return name
+
+
+def _importer() -> int:
+    """The stack level, to be given to `warnings.warn` by the caller, of the code outside of mlora that imports it."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None:
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if package not in ("mlora", "importlib"):
+            break
+        level += package == "mlora"  # frames of the import itself are not counted
+        frame = frame.f_back
+    return level
 
 
 _FORCED = _forced()
