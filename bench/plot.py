@@ -99,11 +99,10 @@ def draw_bandwidth(records: list[dict[str, Any]], file: Path) -> Path:
         low = [rate - r["adapter_bytes"] / r["seconds"][2] / 1e9 for rate, r in zip(rates, found, strict=True)]
         high = [r["adapter_bytes"] / r["seconds"][1] / 1e9 - rate for rate, r in zip(rates, found, strict=True)]
         axis.bar(names, rates, color=MINE, yerr=[low, high], error_kw={"lw": 0.8, "capsize": 2})
-        stream = found[0]["stream_bytes_per_s"] / 1e9
-        axis.set_ylim(
-            0, 1.25 * max(*rates, *(read for read in reads if not math.isnan(read)), stream, axis.get_ylim()[1] / 1.25)
-        )
-        axis.axhline(stream, color=BOUND, lw=1.2, label="streaming read")
+        streams = [r["stream_bytes_per_s"] / 1e9 for r in found]
+        most = max(*rates, *streams, *(read for read in reads if not math.isnan(read)), axis.get_ylim()[1] / 1.25)
+        axis.set_ylim(0, 1.25 * most)
+        axis.plot(names, streams, color=BOUND, lw=1.2, ls=":", label="streaming read")
         axis.plot(names, reads, ls="", marker="_", ms=18, color=BOUND, label="read call by call")
         axis.set_title(place, fontsize=10)
         axis.set_xlabel("in x out, 16 rows, 16 adapters")
