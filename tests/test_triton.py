@@ -110,10 +110,10 @@ def test_aligned_and_wide(recipes: list, length: int, dtype: torch.dtype) -> Non
 
 
 @interpreted
-@pytest.mark.parametrize("length", [1, 40])
-def test_whoever_arrives_last(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+@pytest.mark.parametrize(("length", "processors"), [(1, 24), (1, 100), (40, 24)], ids=["pairs", "leaves", "parts"])
+def test_whoever_arrives_last(monkeypatch: pytest.MonkeyPatch, length: int, processors: int) -> None:
     """The programs of `shrink` in any order: the same bits, and the counters are zeros again."""
-    monkeypatch.setattr(launch, "INTERPRETED", config.Device(24, 90))
+    monkeypatch.setattr(launch, "INTERPRETED", config.Device(processors, 90))
     case = aligned(Case((16, 3, 20, 65), 700, 50, torch.bfloat16))
     plan, x = case.plan([A, MIX, [], BIG]), case.randn(4 * length, 700)
     results, order, place = [], [], interpreter.InterpreterBuilder.set_grid_idx
@@ -170,7 +170,7 @@ def test_a_row_does_not_see_its_batch(monkeypatch: pytest.MonkeyPatch, dtype: to
     """Alone, beside others, in the decode and the prefill form, on any number of processors: the same bits, where a
     dot is a chain over k."""
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", interpreter.chain_dot)
-    case = aligned(Case((16, 3, 20, 65), 700, 50, dtype, gains=True, shifts=True))  # two parts
+    case = aligned(Case((16, 3, 20, 65), 700, 50, dtype, gains=True, shifts=True))  # three parts
     recipes, length = [A, MIX, [], B, BIG, A], 27
     rows = len(recipes) * length
     assert rows > config.DECODE_TOKENS
@@ -185,6 +185,26 @@ def test_a_row_does_not_see_its_batch(monkeypatch: pytest.MonkeyPatch, dtype: to
     for row in (0, 1, 4):
         one = everything[row * length + 5 : row * length + 6]
         assert torch.equal(decode[row : row + 1], delta(case, x, y, one, [recipes[row]])), "alone"
+
+
+@interpreted
+def test_however_decode_divides_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pairs or leaves of the sum, tiles of 32 tokens or 16, as there are more programs: the bits of the prefill form,
+    also where `expand` computes A x itself, where a dot is a chain over k."""
+    from mlora.kernels import count
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", interpreter.chain_dot)
+    case = aligned(Case((1, 1, 1, 65), 700, 50, torch.float32))
+    x, y = case.randn(150, 700), case.randn(150, 50)
+    expected = delta(case, x, y, torch.arange(150), [BIG])[:27]
+    routes = reference.routes(case.plan([BIG]), case.table, 27)
+    for processors, divided in ((4, (32, 2)), (40, (32, 1)), (70, (16, 1))):
+        assert count._divide(routes, 700, config.DECODE, processors) == divided
+        monkeypatch.setattr(launch, "INTERPRETED", config.Device(processors, 90))
+        assert torch.equal(delta(case, x, y, torch.arange(27), [BIG]), expected), divided
+    monkeypatch.setattr(config, "MAX_CAPACITY", 32)
+    monkeypatch.setattr(config, "MIN_CAPACITY", 32)
+    assert torch.equal(delta(case, x, y, torch.arange(27), [BIG]), expected), "beyond the workspace"
 
 
 @interpreted
@@ -480,10 +500,12 @@ def test_the_table_and_plan_columns_are_those_of_the_layout() -> None:
 @interpreted
 @pytest.mark.parametrize("capacity", [256, 64], ids=["fits", "beyond"])
 @pytest.mark.parametrize(
-    ("recipes", "length"), [([A, [], MIX, BIG], 1), ([MIX, BIG, [], C], 40)], ids=["decode", "prefill"]
+    ("recipes", "length", "processors"),
+    [([A, [], MIX, BIG], 1, 4), ([BIG], 40, 30), ([BIG], 40, 48), ([MIX, BIG, [], C], 40, 4)],
+    ids=["decode", "leaves", "half tiles", "prefill"],
 )
 def test_counts_are_what_the_interpreter_sees(
-    monkeypatch: pytest.MonkeyPatch, recipes: list, length: int, capacity: int
+    monkeypatch: pytest.MonkeyPatch, recipes: list, length: int, processors: int, capacity: int
 ) -> None:
     """Bytes loaded and stored of each tensor, and programs without work."""
     from mlora.kernels import count
@@ -494,8 +516,8 @@ def test_counts_are_what_the_interpreter_sees(
     rows = len(recipes) * length
     x, y = case.randn(rows, 300), case.randn(rows, 100)
     plan = case.plan(recipes)
-    arrived = torch.zeros(rows, dtype=torch.int32)
-    launches = launch.apply_launches(y, None, x, case.arena, case.table, plan, arrived, launch.INTERPRETED)
+    arrived, device = torch.zeros(rows, dtype=torch.int32), config.Device(processors, 90)
+    launches = launch.apply_launches(y, None, x, case.arena, case.table, plan, arrived, device)
     v = launches[0].args[0]
     spans = {name: (t.data_ptr(), t.data_ptr() + t.nbytes) for name, t in (("x", x), ("y", y), ("v", v))}
     start, size = case.arena.data_ptr(), case.arena.itemsize
@@ -507,11 +529,13 @@ def test_counts_are_what_the_interpreter_sees(
     seen: dict[tuple[str, str], int] = {}
     worked: set[int] = set()
 
-    def record(kind: str, pointers: Any, mask: Any, itemsize: int) -> None:
+    def record(kind: str, program: int, pointers: Any, mask: Any, itemsize: int) -> None:
         where = np.broadcast_to(pointers.data, np.broadcast(pointers.data, mask.data).shape)[mask.data.astype(bool)]
         for name, (low, high) in spans.items():
             hit = int(((where >= low) & (where < high)).sum())
             seen[kind, name] = seen.get((kind, name), 0) + hit * itemsize
+            if hit:
+                worked.add(program)
         for name, low, nbytes in parts:
             seen[kind, name] = (
                 seen.get((kind, name), 0) + int(((where >= low) & (where < low + nbytes)).sum()) * itemsize
@@ -521,17 +545,16 @@ def test_counts_are_what_the_interpreter_sees(
 
     def spy_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
         out = load(self, pointers, mask, *rest)
-        record("load", pointers, mask, out.data.itemsize)
+        record("load", self.grid_idx[0], pointers, mask, out.data.itemsize)
         return out
 
     def spy_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        record("store", pointers, mask, value.data.itemsize)
-        worked.add(self.grid_idx[0])
+        record("store", self.grid_idx[0], pointers, mask, value.data.itemsize)
         return store(self, pointers, value, mask, *rest)
 
     monkeypatch.setattr(builder, "create_masked_load", spy_load)
     monkeypatch.setattr(builder, "create_masked_store", spy_store)
-    counts = count.count_apply(plan, case.table, rows, 300, 100, 2, launch.INTERPRETED)
+    counts = count.count_apply(plan, case.table, rows, 300, 100, 2, device)
     for item, expected in zip(launches, counts, strict=True):
         seen.clear()
         worked.clear()
@@ -543,10 +566,10 @@ def test_counts_are_what_the_interpreter_sees(
 
 @interpreted
 @pytest.mark.parametrize("tokens", [16, 64, 2048])
-@pytest.mark.parametrize("ranks", [(16,), (64,), (8, 16, 32, 64, 128)], ids=["r16", "r64", "mixed"])
+@pytest.mark.parametrize("ranks", [(8,), (16,), (64,), (8, 16, 32, 64, 128)], ids=["r8", "r16", "r64", "mixed"])
 def test_programs_have_work(ranks: tuple[int, ...], tokens: int) -> None:
-    """At most 5% of the programs are idle, one adapter or many, whatever the number of slots; and none, of at least as
-    many as the device has multiprocessors, where an adapter of rank 16 or more is alone."""
+    """Every program, of at least as many as the device has multiprocessors, one adapter or many, whatever the number of
+    slots."""
     from mlora.kernels import count
     from mlora.routing import plan_words
 
@@ -557,5 +580,4 @@ def test_programs_have_work(ranks: tuple[int, ...], tokens: int) -> None:
         recipes = [((row % adapters, 1.0),) for row in range(adapters if tokens == 2048 else tokens)]
         plan = torch.from_numpy(plan_words(recipes))
         for item in count.count_apply(plan, table, tokens, 4096, 4096, 2, config.Device(132, 90)):
-            assert item.grid >= 132 and item.idle <= 0.05 * item.grid, (adapters, item)
-            assert item.idle == 0 or ranks[0] < 16, (adapters, item)
+            assert item.grid >= 132 and item.idle == 0, (adapters, item)

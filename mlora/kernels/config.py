@@ -1,9 +1,9 @@
 """Launch configurations: a small table by form and architecture, and the grids.
 
-Two forms. *Decode*, up to DECODE_TOKENS tokens: the batch may be all different adapters, so tiles are as small as the
-tensor cores allow and the sum over `in` is split as far as its tree goes. *Prefill*: tiles of 64 tokens, so that A
-and B are read once for 64 rows, which makes them a small part of the traffic; larger tiles would leave processors
-without work at 2048 tokens.
+Two forms. *Decode*, up to DECODE_TOKENS tokens: the batch may be all different adapters, so tiles are small and the sum
+over `in` is split into pairs of leaves, or into leaves where that makes no more pieces than programs. *Prefill*: tiles
+of 64 tokens, so that A and B are read once for 64 rows, which makes them a small part of the traffic; larger tiles
+would leave processors without work at 2048 tokens.
 
 What may change a row's bits (LEAF, BK, RE) depends on the width and the dtype alone, never on the number of tokens.
 `shrink` and `expand` use mma.sync on every architecture and in both forms, so both round alike: the rows of their
@@ -22,8 +22,8 @@ MIN_CAPACITY = 64  # what `expand` keeps for all columns: 4 * RANKS
 RANKS = 16  # rank rows at once in `expand` and `linear` (RE): one number, since it orders sums
 SHRINK_STAGES = 3  # blocks of `in` in flight
 
-_LEAVES = 16  # at most, of the sum over `in`
-PART = 2  # leaves of a part
+_LEAVES = 32  # at most, of the sum over `in`
+PART = 4  # leaves of a part
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,17 @@ class Form:
     """Tiles of one form; names in the kernels are in brackets.
 
     Args:
-        leaves: of the sum over `in` that make a slice of the workspace: 1, or PART (LEAVES).
+        leaves, least: of the sum over `in` that make a slice of the workspace, at most (LEAVES) and at least. In decode
+            the device decides (`lora.divide`).
         per_processor: programs a processor.
-        shrink_tokens, expand_tokens: tokens of a tile (BM). columns: of a tile of `expand` (BN).
+        shrink_tokens, expand_tokens: tokens of a tile (BM). In decode the device may take half as many for `shrink`.
+        columns: of a tile of `expand` (BN).
         ranks: rank rows at once (RC). shrink_warps, expand_warps: of a program.
         expand_grain: columns of a unit of work (GRAIN).
     """
 
     leaves: int
+    least: int
     per_processor: int
     shrink_tokens: int
     shrink_warps: int
@@ -61,9 +64,10 @@ class Form:
     columns: int
 
 
-# Decode: a rank row and one sector of y are the smallest pieces that cost nothing to hand to another processor.
-DECODE = Form(1, 1, 16, 4, 32, 4, 32, 16, 32)
-PREFILL = Form(PART, 2, 64, 8, 32, 8, 64, 64, 32)
+# Decode: a rank row and one sector of y are the smallest pieces that cost nothing to hand to another processor. With 8
+# warps of `shrink` a thread has 128 bits of each of x and A, and few registers of the sums.
+DECODE = Form(2, 1, 1, 32, 8, 32, 4, 32, 16, 32)
+PREFILL = Form(PART, PART, 2, 64, 8, 32, 8, 64, 64, 32)
 
 
 def form(tokens: int) -> Form:
@@ -71,8 +75,8 @@ def form(tokens: int) -> Form:
 
 
 def leaf(width: int) -> int:
-    """Elements of a leaf of the sum over `width`: at most 16 leaves, of a multiple of 128."""
-    return max(128, -(-width // (_LEAVES * 128)) * 128)
+    """Elements of a leaf of the sum over `width`: at most 32 leaves, of a multiple of 64."""
+    return max(64, -(-width // (_LEAVES * 64)) * 64)
 
 
 def expand_registers(device: Device, f: Form, itemsize: int) -> int:
@@ -97,20 +101,20 @@ def block_k(itemsize: int) -> int:
 
 
 def slices(width: int, leaves: int) -> int:
-    """Slices of the workspace."""
+    """Slices of the workspace, of that many leaves each."""
     return -(-width // (leaf(width) * leaves))
 
 
-def capacity(tokens: int, width: int, leaves: int) -> int:
+def capacity(tokens: int, width: int) -> int:
     """Rank rows that the workspace holds for each token: 256, or what fits into 64 MiB, but at least 64."""
-    fits = WORKSPACE_BYTES // (4 * tokens * slices(width, leaves))
+    fits = WORKSPACE_BYTES // (4 * tokens * slices(width, form(tokens).least))
     return max(MIN_CAPACITY, min(MAX_CAPACITY, fits // 32 * 32))
 
 
 def shrink_grid(device: Device, tokens: int, width: int) -> int:
     """Programs of `shrink`: as many as have work if every row takes one adapter, of rank 8 or more in decode."""
     f = form(tokens)
-    n = slices(width, f.leaves)
+    n = slices(width, f.least)
     least = tokens * n * 8 if f is DECODE else -(-tokens // f.shrink_tokens) * n
     return max(1, min(device.processors * f.per_processor, least))
 

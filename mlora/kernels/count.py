@@ -74,19 +74,28 @@ def _half_start(h: int, grain: int) -> int:
     return h // 2 * grain + h % 2 * ((grain + 1) // 2)
 
 
+def _divide(routes: list[reference.Route], width: int, f: config.Form, grid: int) -> tuple[int, int]:
+    """`lora.divide`: tokens of a tile and leaves of a slice."""
+    if f.leaves == config.PART:
+        return f.shrink_tokens, f.leaves
+    most = grid * 16 // (config.slices(width, 1) * 15)
+    for size in (f.shrink_tokens // 2, f.shrink_tokens):
+        if sum(-(-len(r.tokens) // size) * sum(-(-t.rank // f.ranks) for t in r.terms) for r in routes) <= most:
+            return size, f.least
+    return f.shrink_tokens, f.leaves
+
+
 def _count_shrink(routes: list[reference.Route], tokens: int, width: int, itemsize: int, device: Device) -> Count:
     f = config.form(tokens)
     result = Count("shrink", config.shrink_grid(device, tokens, width))
-    slices = config.slices(width, f.leaves)
-    length = config.leaf(width) * f.leaves
-    capacity = config.capacity(tokens, width, f.leaves)
+    size, leaves = _divide(routes, width, f, result.grid)
+    slices = config.slices(width, leaves)
+    length = config.leaf(width) * leaves
+    capacity = config.capacity(tokens, width)
     tiles: list[tuple[int, list[int]]] = []  # tokens, ranks of the terms
     for route in routes:
         ranks = [t.rank for t in route.terms]
-        tiles += [
-            (min(f.shrink_tokens, len(route.tokens) - start), ranks)
-            for start in range(0, len(route.tokens), f.shrink_tokens)
-        ]
+        tiles += [(min(size, len(route.tokens) - start), ranks) for start in range(0, len(route.tokens), size)]
     wanted = -(-sum(sum(ranks) for _, ranks in tiles) * slices * 15 // (result.grid * 16))
     grain = 1
     while grain < wanted:
@@ -134,7 +143,7 @@ def _count_expand(
 ) -> Count:
     f = config.form(tokens)
     result = Count("expand", config.expand_grid(device, tokens, width_out))
-    capacity = config.capacity(tokens, width, f.leaves)
+    capacity = config.capacity(tokens, width)
     grains = -(-width_out // f.expand_grain)
     tiles: list[tuple[int, list[int]]] = []
     for route in routes:

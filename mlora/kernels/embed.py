@@ -43,7 +43,7 @@ def embed(
     u, end = share(total_units(plan, table, rows, routes, length, BM, 1, TOUCHED) * columns)
     while tl.condition(u < end, disable_licm=True):
         segment, within, _, _ = locate(u, columns, plan, table, rows, routes, length, BM, 1, TOUCHED)
-        token, live = tile_tokens(plan, segment, within // columns, rows, routes, length, BM)
+        token, live = tile_tokens(plan, segment, within // columns * BM, rows, routes, length, BM)
         cols = within % columns * BN + tl.arange(0, BN)
         some = cols < width_out
         mask = live[:, None] & some[None, :]

@@ -102,9 +102,9 @@ def _check(arena: Tensor, table: Tensor, plan: Tensor, **tensors: Tensor | None)
 def _workspace(x: Tensor) -> tuple[Tensor, int]:
     """The v of `lora`, uninitialized, and its capacity."""
     tokens, width = x.shape
-    leaves = config.form(tokens).leaves
-    capacity = config.capacity(tokens, width, leaves)
-    return x.new_empty((config.slices(width, leaves), tokens, capacity), dtype=torch.float32), capacity
+    capacity = config.capacity(tokens, width)
+    slices = config.slices(width, config.form(tokens).least)
+    return x.new_empty((slices, tokens, capacity), dtype=torch.float32), capacity
 
 
 def apply_launches(

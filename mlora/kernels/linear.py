@@ -86,7 +86,7 @@ def linear(
         within -= group * GROUP * columns
         tile, column = group * GROUP + within % high, within // high
 
-        token, live = tile_tokens(plan, segment, tile, rows, routes, length, BM)
+        token, live = tile_tokens(plan, segment, tile * BM, rows, routes, length, BM)
         n = column * BN
         w = weight + n.to(tl.int64) * w_stride
         t0, t1 = segment_terms(plan, segment, rows, routes)
@@ -117,7 +117,7 @@ def linear(
                     vs = first
                     if (t != t0) | (r > 0):
                         a = tl.multiple_of(tl.load(read_row(plan, table, t, rows, routes) + A), ALIGN)
-                        token, live = tile_tokens(plan, segment, opaque(tile), rows, routes, length, BM)
+                        token, live = tile_tokens(plan, segment, opaque(tile) * BM, rows, routes, length, BM)
                         a += r.to(tl.int64) * width
                         vs = products(
                             x, token, width, x_stride, arena + a, width, rank - r, arena, 0, BM, RE, RE, BK, False
@@ -130,7 +130,7 @@ def linear(
                     j = opaque(j + 1)
                 t = opaque(t + 1)
             acc += sum_gains(arena, plan, table, t0, t1, rows, routes, cols, some, SHIFT, BN)[:, None]
-        token, live = tile_tokens(plan, segment, opaque(tile), rows, routes, length, BM)
+        token, live = tile_tokens(plan, segment, opaque(tile) * BM, rows, routes, length, BM)
         cols = opaque(column) * BN + tl.arange(0, BN)
         at = y + token[None, :] * width_out + cols[:, None]
         tl.store(at, acc.to(y.dtype.element_ty), mask=live[None, :] & (cols < width_out)[:, None])

@@ -65,7 +65,7 @@ def turn(
     u, end = share(total_units(plan, table, rows, routes, length, BM, 1, ALL) * columns)
     while u < end:
         segment, within, _, _ = locate(u, columns, plan, table, rows, routes, length, BM, 1, ALL)
-        token, live = tile_tokens(plan, segment, within // columns, rows, routes, length, BM)
+        token, live = tile_tokens(plan, segment, within // columns * BM, rows, routes, length, BM)
         cols = (within % columns) * BN + tl.arange(0, BN)
         some = cols < width
         mask = live[:, None] & some[None, :]

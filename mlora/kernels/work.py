@@ -1,6 +1,6 @@
 """Which program does what: every kernel reads the plan itself and takes an equal share of the work that is there.
 
-A segment's tokens are cut into tiles of BM. A tile's work is cut into units (rank rows, or columns), and the units
+A segment's tokens are cut into tiles. A tile's work is cut into units (rank rows, or columns), and the units
 of all tiles are numbered through. Each program takes a run of total / n of them, one more if there are left-overs, so a
 grid of fixed size has something to do in every program whenever there are as many units as programs, however few routes
 there are, and no program is started for a slot, a rank or a capacity that the batch does not use.
@@ -58,8 +58,8 @@ def header(plan, tokens):
 
 
 @triton.jit
-def measure(plan, table, p, rows, routes, length, BM: tl.constexpr, grain, UNIT: tl.constexpr):
-    """Of the segments p (a vector): how many tiles each has, and how many units a tile."""
+def measure(plan, table, p, rows, routes, length, size, grain, UNIT: tl.constexpr):
+    """Of the segments p (a vector): how many tiles of `size` tokens each has, and how many units a tile."""
     routed = p < routes
     known = tl.where(routes > 0, routes + 1, 0)  # a plan without routes may have no row_start
     first = tl.load(plan + HEADER + p, mask=p < known, other=0)
@@ -83,31 +83,29 @@ def measure(plan, table, p, rows, routes, length, BM: tl.constexpr, grain, UNIT:
                 gain = tl.load(table + slot * TABLE_WIDTH + GAIN, mask=here, other=-1)
                 shift = tl.load(table + slot * TABLE_WIDTH + SHIFT, mask=here, other=-1)
                 units = tl.maximum(units, ((rank > 0) | (gain >= 0) | (shift >= 0)).to(tl.int32))
-    tiles = tl.where(last > first, ((last - first) * length + BM - 1) // BM, 0)
+    tiles = tl.where(last > first, ((last - first) * length + size - 1) // size, 0)
     return tiles, units
 
 
 @triton.jit
-def total_units(plan, table, rows, routes, length, BM: tl.constexpr, grain, UNIT: tl.constexpr):
+def total_units(plan, table, rows, routes, length, size, grain, UNIT: tl.constexpr):
     """Tiles times units, over all segments."""
     total = 0
     for p0 in range(0, routes + (UNIT == ALL), SPAN):
         p = p0 + tl.arange(0, SPAN)
-        tiles, units = measure(plan, table, p, rows, routes, length, BM, grain, UNIT)
+        tiles, units = measure(plan, table, p, rows, routes, length, size, grain, UNIT)
         total += tl.sum(tiles * units, axis=0)
     return total
 
 
 @triton.jit
-def locate(
-    u, each, plan, table, rows, routes, length, BM: tl.constexpr, grain, UNIT: tl.constexpr
-):  # fmt: skip
+def locate(u, each, plan, table, rows, routes, length, size, grain, UNIT: tl.constexpr):
     """Where unit u lies, if each tile has `each` times its units: segment, unit within it, its tiles, units a tile."""
     segment, within, tiles_there, units_there = 0, 0, 1, 1
     base = 0
     for p0 in range(0, routes + (UNIT == ALL), SPAN):
         lane = tl.arange(0, SPAN)
-        tiles, units = measure(plan, table, p0 + lane, rows, routes, length, BM, grain, UNIT)
+        tiles, units = measure(plan, table, p0 + lane, rows, routes, length, size, grain, UNIT)
         count = tiles * units * each
         ends = base + tl.cumsum(count, axis=0)
         here = tl.sum((ends <= u).to(tl.int32), axis=0)
@@ -145,18 +143,18 @@ def share_halves(total):
 
 
 @triton.jit
-def tile_place(plan, segment, tile, routes, length, BM: tl.constexpr):
+def tile_place(plan, segment, tile, routes, length, size):
     """Of a tile of a routed segment: how many tokens come before it in the order of the plan, and how many it has."""
     first, last = tl.load(plan + HEADER + segment), tl.load(plan + HEADER + segment + 1)
-    return first * length + tile * BM, tl.minimum((last - first) * length - tile * BM, BM)
+    return first * length + tile * size, tl.minimum((last - first) * length - tile * size, size)
 
 
 @triton.jit
-def tile_tokens(plan, segment, tile, rows, routes, length, BM: tl.constexpr):
-    """The tokens of a tile (BM,), and which of them exist."""
+def tile_tokens(plan, segment, j0, rows, routes, length, BM: tl.constexpr):
+    """The tokens of a segment from its j0th on (BM,), and which of them exist."""
     first = tl.load(plan + HEADER + segment, mask=routes > 0, other=0)
     last = tl.where(segment == routes, rows, tl.load(plan + HEADER + segment + 1, mask=segment < routes, other=0))
-    j = tile * BM + tl.arange(0, BM)
+    j = j0 + tl.arange(0, BM)
     live = j < (last - first) * length
     order = plan + HEADER + routes + 1 + first
     row = tl.load(order + j // length, mask=j < tl.where(routes > 0, (last - first) * length, 0), other=0)
