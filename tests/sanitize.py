@@ -18,12 +18,13 @@ from pathlib import Path
 import emulation
 
 ROOT = Path(__file__).resolve().parent.parent
+TESTS = ("tests/test_ops.py", "tests/test_direct.py")
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 # Strided views with sentinels, every shape of tile, wrong plans; once more with the lowest instruction set. Left out:
 # what starts processes or traces, which tells nothing about memory.
 SELECT = (
     "fp64 and not 855x2049 or see_its_batch and 576 or delta_of_apply or scale_input or merge or refused or strides"
-    " or subnormals"
+    " or subnormals or test_direct and not traces"
 )
 
 
@@ -64,7 +65,7 @@ def main() -> int:
         }
         arguments = sys.argv[1:] or ["-k", SELECT]
         for isa in ("", "avx2", "scalar"):
-            run = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "tests/test_ops.py", *arguments]
+            run = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", *TESTS, *arguments]
             done = subprocess.run(run, cwd=copy, env={**env, "MLORA_CPU_ISA": isa})
             if done.returncode:
                 return done.returncode
