@@ -17,6 +17,7 @@ from conftest import (
     logits,
     peft_alone,
     refused,
+    served,
 )
 from torch import Tensor
 
@@ -436,3 +437,37 @@ def test_results_with_and_without_gradients_agree(patched: Any, batch: dict[str,
     with torch.inference_mode():
         inside = patched(**batch, adapter_names=MIXED).logits * batch["attention_mask"][..., None]
     assert torch.equal(inside, logits(patched, batch, adapter_names=MIXED))
+
+
+# A call for the very entries of the last one
+
+
+def test_the_same_list_of_names_asks_anew_where_something_has_changed(
+    llama: Any, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = served(llama, {name: folders[name] for name in ("r3", "rs16", "bias8")})
+    runtime, batch, names = model.mlora, inputs_for("llama", 2), ["r3", None]
+
+    def alone(*entries: Any) -> Tensor:
+        return logits(served(llama, {n: folders[n] for n in ("r3", "rs16", "bias8")}), batch, adapter_names=[*entries])
+
+    first = logits(model, batch, adapter_names=names)
+    with monkeypatch.context() as patching:
+        patching.setattr(type(runtime._registry), "recipes", lambda *_: pytest.fail("resolved again"))
+        assert torch.equal(logits(model, batch, adapter_names=names), first)
+    assert not any(runtime._store[name].pins for name in ("r3", "rs16", "bias8"))
+    names[1] = "rs16"  # the same list, of other names
+    assert torch.equal(logits(model, batch, adapter_names=names), alone("r3", "rs16"))
+    runtime.delete_adapter("r3")
+    with pytest.raises(mlora.errors.UnknownAdapterError, match="'r3'"):
+        model(**batch, adapter_names=names)
+    runtime.load_adapter(str(folders["bias8"]), "r3")  # another one of that name
+    assert torch.equal(logits(model, batch, adapter_names=names), alone("bias8", "rs16"))
+    runtime.merge_adapter("rs16")
+    beside = logits(model, batch, adapter_names=names)
+    assert_close(beside, alone("bias8", "rs16"), 1e-5)
+    assert torch.equal(logits(model, batch, adapter_names=names), beside)
+    runtime.unmerge_adapter()
+    assert torch.equal(logits(model, batch, adapter_names=names), alone("bias8", "rs16"))
+    with pytest.raises(mlora.errors.EntryError, match="2 entries for a batch of 4 rows"):
+        model(**inputs_for("llama", 4), adapter_names=names)
