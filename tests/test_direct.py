@@ -43,11 +43,11 @@ def test_apply_gives_the_operators_bits(case: Case, shape: tuple[int, ...]) -> N
     plan = case.plan(RECIPES)
     x = torch.randn(*shape, 40, generator=case.generator).to(case.dtype)
     y = torch.randn(*shape, 72, generator=case.generator).to(case.dtype)
-    want = y.clone()
+    before, want = y.clone(), y.clone()
     dispatch.apply_(want, None, x, case.arena, case.table, plan)
     assert direct.apply(layer(case), raw(plan), y, x)
     assert torch.equal(y, want)
-    assert not x.numel() or not torch.equal(y, torch.zeros_like(y))
+    assert torch.equal(y, before) == (x.numel() == 0)
 
 
 def test_rows_at_a_distance(case: Case) -> None:
@@ -88,6 +88,18 @@ def test_linear_gives_the_operators_bits(case: Case, biased: bool) -> None:
         before = y.clone()
         assert not direct.linear(layer(case), raw(plan), y, x, other, added, 16)
         assert torch.equal(y, before)
+
+
+@pytest.mark.parametrize("case", [torch.bfloat16, torch.float16], ids=str, indirect=True)
+@pytest.mark.parametrize("kblock", [0, -1, 15])
+def test_linear_refuses_what_the_operator_refuses(case: Case, kblock: int) -> None:
+    x, weight = torch.zeros(4, 40, dtype=case.dtype), torch.zeros(72, 40, dtype=case.dtype)
+    y, plan = torch.zeros(4, 72, dtype=case.dtype), case.plan(RECIPES)
+    want = (
+        "float32 or bfloat16" if case.dtype is torch.float16 else "kblock must be positive" if BF16 else "AVX512_BF16"
+    )
+    with pytest.raises(RuntimeError, match=want):
+        direct.linear(layer(case), raw(plan), y, x, weight, None, kblock)
 
 
 def test_what_apply_does_not_take(case: Case) -> None:

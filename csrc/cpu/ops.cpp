@@ -311,6 +311,9 @@ void apply_(Tensor y, std::optional<Tensor> base, Tensor x, Tensor arena, Tensor
   const Type type = type_of("x", x, arena);
   STD_TORCH_CHECK(y.scalar_type() == arena.scalar_type(), "mlora: y and arena must have one dtype");
   STD_TORCH_CHECK(y.numel() == p.tokens * p.out, "mlora: x has ", p.tokens, " tokens, y has ", y.numel() / p.out);
+  Work& work = thread_work;
+  work.build(routing_of(arena, table, plan), p.tokens, p.in, p.out, false);
+  if (p.tokens == 0 || work.segments.empty()) return;
   if (base) {
     STD_TORCH_CHECK(base->scalar_type() == arena.scalar_type(), "mlora: base and arena must have one dtype");
     STD_TORCH_CHECK(base->dim() >= 1 && base->size(base->dim() - 1) == p.out && base->numel() == y.numel(),
@@ -322,7 +325,7 @@ void apply_(Tensor y, std::optional<Tensor> base, Tensor x, Tensor arena, Tensor
   p.x = x.const_data_ptr();
   const Tensor rows = rows_of(y, &p.y_stride);
   p.y = rows.mutable_data_ptr();
-  apply_rows(routing_of(arena, table, plan), p, type);
+  apply_all(p, work, type);
   if (rows.get() != y.get()) torch::stable::copy_(y, rows);
 }
 
@@ -417,7 +420,7 @@ int64_t probed_kblock(const Tensor& weight, bool bias, int64_t tokens) {
 }
 
 // Whether the library multiplies x as one matrix of tokens, in rows, and adds a bias before it rounds. To inputs in
-// pieces it may do it batch by batch, in columns, or the bias afterwards.
+// pieces it may do it batch by batch, in columns, or the bias afterwards. As in layers/state.py.
 bool in_rows(const Tensor& x, bool bias) {
   if (x.is_contiguous()) return true;
   return x.stride(x.dim() - 1) == 1 && (x.dim() == 2 || (!bias && x.dim() == 3 && x.size(1) == 1));
@@ -431,11 +434,16 @@ thread_local Block thread_block;
 }  // namespace
 
 void linear_rows(const Routing& routing, const Problem& p, Type type) {
+  const Kernels& k = kernels();
+  const int64_t unit = type == kBFloat16 ? 2 : 1;
+  STD_TORCH_CHECK(type != kHalf, "mlora: linear takes float32 or bfloat16 with a kblock");
+  STD_TORCH_CHECK(k.linear[type], "mlora: linear needs a CPU with AVX-512, and AVX512_BF16 for bfloat16");
+  STD_TORCH_CHECK(p.in % unit == 0, "mlora: linear takes an even number of bfloat16 input features, x has ", p.in);
+  STD_TORCH_CHECK(p.kblock > 0 && p.kblock % unit == 0, "mlora: kblock must be positive, and even for bfloat16, is ",
+                  p.kblock);
   Work& work = thread_work;
   work.build(routing, p.tokens, p.in, p.out, true);
   if (p.tokens == 0 || p.out == 0) return;
-  const Kernels& k = kernels();
-  const int64_t unit = type == kBFloat16 ? 2 : 1;
   const int64_t units = ceil_div(p.out, kLinearColumns), tiles = ceil_div(p.tokens, kLinearTokens);
   const int64_t cost = units * kLinearColumns * p.in * tiles;
   int64_t shrink = 0, b_bytes = 0;
@@ -496,16 +504,10 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor arena,
     apply_(y, std::nullopt, x, arena, table, plan);
     return y;
   }
-  const Kernels& k = kernels();
   const Type type = type_of("x", x, arena);
-  STD_TORCH_CHECK(type != kHalf && weight.scalar_type() == arena.scalar_type(),
+  STD_TORCH_CHECK(weight.scalar_type() == arena.scalar_type(),
                   "mlora: linear takes float32 or bfloat16 with a kblock, x, weight and arena alike");
-  STD_TORCH_CHECK(k.linear[type], "mlora: linear needs a CPU with AVX-512, and AVX512_BF16 for bfloat16");
   STD_TORCH_CHECK(weight.is_contiguous(), "mlora: weight must be contiguous");
-  const int64_t unit = type == kBFloat16 ? 2 : 1;
-  STD_TORCH_CHECK(p.in % unit == 0, "mlora: linear takes an even number of bfloat16 input features, x has ", p.in);
-  STD_TORCH_CHECK(kblock > 0 && kblock % unit == 0, "mlora: kblock must be positive, and even for bfloat16, is ",
-                  kblock);
   p.out = weight.size(0);
   p.kblock = kblock;
   p.weight = weight.const_data_ptr();
