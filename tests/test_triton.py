@@ -102,6 +102,38 @@ def test_apply_matches_fp64(ranks: Any, width_in: int, width_out: int, dtype: to
 
 
 @interpreted
+def test_b_reaches_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank rows so far from the first that their distance in elements is no int32; and the same bits as without."""
+    import triton
+    import triton.language as tl
+
+    from mlora.kernels import lora
+
+    width, far = 1 << 20, 1 << 12  # 4 Gi elements
+    data = torch.arange(15 * width + 32, dtype=torch.float32)
+
+    @triton.jit
+    def read(out, b, r, width, read_b: tl.constexpr):
+        cols = tl.arange(0, 32)
+        first = b - r.to(tl.int64) * width
+        tile = read_b(first, r, r + 16, cols, cols < 32, width, 16, 1, True)
+        tl.store(out + cols[:, None] * 16 + tl.arange(0, 16)[None, :], tile)
+
+    out = torch.zeros(32, 16)
+    read[(1,)](out, data, far, width, lora.read_b)
+    assert torch.equal(out, data.as_strided((32, 16), (1, width)))
+
+    case = aligned(Case((16, 65), 100, 70, torch.bfloat16))
+    x, plan = case.randn(4, 100), case.plan([A, [], [(1, 1.0)], A])
+    near, beyond = (case.randn(4, 70) for _ in range(2))
+    beyond.copy_(near)
+    launch.apply_(near, None, x, case.arena, case.table, plan)
+    monkeypatch.setattr(config, "_REACH", 1)
+    launch.apply_(beyond, None, x, case.arena, case.table, plan)
+    assert torch.equal(near, beyond)
+
+
+@interpreted
 @pytest.mark.parametrize(("recipes", "length"), [([A, [], BIG], 1), ([C, BIG, []], 44)], ids=["decode", "prefill"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
 def test_aligned_and_wide(recipes: list, length: int, dtype: torch.dtype) -> None:

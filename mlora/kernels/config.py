@@ -24,6 +24,7 @@ SHRINK_STAGES = 3  # blocks of `in` in flight
 
 _LEAVES = 32  # at most, of the sum over `in`
 PART = 4  # leaves of a part
+_REACH = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,11 @@ def expand_wide(device: Device, f: Form, itemsize: int) -> int:
     if family < 100:
         return 2 if f is DECODE else 4
     return 2 if family == 100 and f is PREFILL else 1
+
+
+def far(elements: int) -> bool:
+    """Whether 32 bits may not reach over a part of an arena of so many elements."""
+    return elements >= _REACH
 
 
 def block_k(itemsize: int) -> int:

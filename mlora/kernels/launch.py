@@ -136,6 +136,7 @@ def apply_launches(
         "BN": f.columns,
         "RE": config.RANKS,
         "WIDE": config.expand_wide(device, f, x.itemsize),
+        "FAR": config.far(arena.numel()),
         "LEAF": leaf,
         "PART": config.PART,
         "GRAIN": f.expand_grain,
@@ -166,6 +167,7 @@ def linear_launches(
     tokens, width = x.shape
     bm, bn, bk, warps, depth, registers = config.linear_tiles(device, tokens, x.itemsize)
     constants = {"HAS_BIAS": bias is not None, "BM": bm, "BN": bn, "RE": config.RANKS, "BK": bk}
+    constants["FAR"] = config.far(arena.numel())
     args = (
         y, x, weight, weight if bias is None else bias, arena, table, plan, tokens, width, weight.shape[0],
         x.stride(0), weight.stride(0),

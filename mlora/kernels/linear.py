@@ -67,6 +67,7 @@ def linear(
     BN: tl.constexpr,
     RE: tl.constexpr,
     BK: tl.constexpr,
+    FAR: tl.constexpr,  # of `read_b`
 ):  # fmt: skip
     """y[t] = (1 + gain) * (W x[t] + bias) + sum_e w_e (scale_e B_e^T A_e x[t] + shift_e), rounded once.
 
@@ -126,7 +127,7 @@ def linear(
                     row = read_row(plan, table, opaque(t), rows, routes)
                     scale = read_weight(plan, t, rows, routes) * read_scale(row)
                     b = tl.multiple_of(tl.load(row + B), ALIGN)
-                    acc = mma_wide(read_b(arena + b, r, rank, cols, some, width_out, RE, 1), vs * scale, acc)
+                    acc = mma_wide(read_b(arena + b, r, rank, cols, some, width_out, RE, 1, FAR), vs * scale, acc)
                     j = opaque(j + 1)
                 t = opaque(t + 1)
             acc += sum_gains(arena, plan, table, t0, t1, rows, routes, cols, some, SHIFT, BN)[:, None]

@@ -269,12 +269,15 @@ def compute_v(
 
 
 @triton.jit
-def read_b(b, r, rank, cols, some, width_out, RE: tl.constexpr, WIDE: tl.constexpr):
+def read_b(b, r, rank, cols, some, width_out, RE: tl.constexpr, WIDE: tl.constexpr, FAR: tl.constexpr):
     """(BN, RE) of B, by a load of WIDE times the rank rows, of which all but the first RE are masked: so a thread that
-    loads anything has WIDE times the columns. 32 bits reach over a B."""
+    loads anything has WIDE times the columns. With FAR, 32 bits may not reach over a B."""
     BN: tl.constexpr = cols.shape[0]
     rs = tl.arange(0, RE * WIDE)
-    at = (r + rs)[None, :] * width_out + cols[:, None]
+    rows = r + rs
+    if FAR:
+        rows = rows.to(tl.int64)
+    at = rows[None, :] * width_out + cols[:, None]
     mask = ((rs < RE) & (r + rs < rank))[None, :] & some[:, None]
     tile = tl.load(b + at, mask=mask, other=0.0)
     if WIDE == 4:
@@ -346,7 +349,7 @@ def expand_tile(
     y, base, v, x, arena, table, plan, segment, tile, first, stop, rows, routes, length, width, width_out, x_stride,
     y_stride, base_stride, capacity,
     BM: tl.constexpr, BN: tl.constexpr, RE: tl.constexpr, WIDE: tl.constexpr, LEAF: tl.constexpr, PART: tl.constexpr,
-    FITS: tl.constexpr,
+    FAR: tl.constexpr, FITS: tl.constexpr,
 ):  # fmt: skip
     """The columns [COLUMNS * first, stop) of a tile of tokens; FITS: the workspace holds all of its rank rows. If it
     does not, all are computed again, in a loop of its own that keeps none: one loop for both would keep both's."""
@@ -390,7 +393,7 @@ def expand_tile(
                 row = read_row(plan, table, opaque(t), rows, routes)  # only now: `compute_v` needs the registers
                 scale = read_weight(plan, t, rows, routes) * read_scale(row)
                 b = tl.multiple_of(tl.load(row + B), ALIGN)
-                acc = mma_wide(read_b(arena + b, r, rank, cols, some, width_out, RE, WIDE), vs * scale, acc)
+                acc = mma_wide(read_b(arena + b, r, rank, cols, some, width_out, RE, WIDE, FAR), vs * scale, acc)
                 j = opaque(j + 1)
             col += tl.cdiv(rank, RANK_ALIGN) * RANK_ALIGN
             t = opaque(t + 1)
@@ -410,6 +413,7 @@ def expand(
     BN: tl.constexpr,
     RE: tl.constexpr,  # rank rows at once
     WIDE: tl.constexpr,  # of `read_b`
+    FAR: tl.constexpr,  # of `read_b`
     LEAF: tl.constexpr,
     PART: tl.constexpr,
     GRAIN: tl.constexpr,  # columns of a unit of work
@@ -430,10 +434,10 @@ def expand(
         if columns_of_v(plan, table, t0, t1, rows, routes) <= capacity:
             expand_tile(
                 y, base, v, x, arena, table, plan, segment, tile, first, stop, rows, routes, length, width, width_out,
-                x_stride, y_stride, base_stride, capacity, BM, BN, RE, WIDE, LEAF, PART, True,
+                x_stride, y_stride, base_stride, capacity, BM, BN, RE, WIDE, LEAF, PART, FAR, True,
             )  # fmt: skip
         else:
             expand_tile(
                 y, base, v, x, arena, table, plan, segment, tile, first, stop, rows, routes, length, width, width_out,
-                x_stride, y_stride, base_stride, capacity, BM, BN, RE, WIDE, LEAF, PART, False,
+                x_stride, y_stride, base_stride, capacity, BM, BN, RE, WIDE, LEAF, PART, FAR, False,
             )  # fmt: skip
