@@ -9,7 +9,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 help:
 	@echo "make demo    install, build, and answer one batch whose rows use different adapters"
 	@echo "make test    the test suite"
-	@echo "make lint    ruff and mypy"
+	@echo "make lint    ruff, mypy, and the order of the package's imports"
 	@echo "make bench   the benchmarks, into bench/results (BENCH_FLAGS=--smoke for a quick look)"
 	@echo "make gpu     on a machine with a GPU: its tests, decoding in a CUDA graph, and the kernels' times"
 	@echo "make clean   remove .venv and what was built"
@@ -45,6 +45,7 @@ lint: $(VENV)/.built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check mlora tests bench examples setup.py
 	$(BIN)/mypy mlora
+	$(BIN)/lint-imports
 
 bench: $(VENV)/.model
 	@$(BIN)/mlora bench $(BENCH_FLAGS)

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import mlora
-from mlora.demo_model import resolve_model
+from mlora.cli.demo_model import resolve_model
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PHASES = ["decode step", "prefill", "generate"]

@@ -6,7 +6,7 @@ From machine code, for every architecture: see machine_code.py. From running the
 the shape of a device of 132 multiprocessors: launches, programs and those that touch no data, and the 32-byte sectors
 that warps ask for over the lower bound T * in + sum over distinct adapters of r * (in + out) + 2 * T * out elements (a
 group counts x once). Sectors are those of each memory instruction, of plans and tables too. Of the Triton kernels the
-walk of mlora/kernels/count.py, which tests compare with the interpreter; plans and tables are left out.
+walk of bench/count.py, which tests compare with the interpreter; plans and tables are left out.
 bench/gpu_table.py puts these beside other systems' (bench/peers.py). `--against` fails if a kernel spills more or a
 figure is worse.
 """
@@ -64,7 +64,7 @@ def batch(w: dict[str, Any]) -> tuple[Any, Any, int]:
     """Plan, one table for each output, elements of the arena."""
     import torch
 
-    from mlora.ops import layout
+    from mlora import layout
 
     n, tokens = w["adapters"], w["tokens"]
     tables = [torch.full((SLOTS, layout.TABLE_WIDTH), -1, dtype=torch.int64) for _ in w["outs"]]
@@ -105,7 +105,8 @@ def run_cuda(w: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_triton(w: dict[str, Any]) -> dict[str, Any]:
-    from mlora.kernels import count
+    import count
+
     from mlora.kernels.config import Device
 
     plan, tables, _ = batch(w)

@@ -32,8 +32,9 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from mlora.ops import direct, dispatch, layout
-from mlora.routing import Terms, plan_words
+from mlora import layout
+from mlora.ops import direct, dispatch
+from mlora.plan.plan import Terms, plan_words
 
 MIXED = (8, 16, 32, 64, 96, 128)  # ranks, in turn
 GPU_BATCHES = ((16, 1), (16, 8), (16, 16), (64, 1), (64, 8), (64, 16), (64, 64), (2048, 1), (2048, 8))

@@ -107,9 +107,9 @@ def triton(smoke: bool) -> list[dict[str, Any]]:
     """One record a Triton kernel, form, dtype and architecture; bfloat16 alone if `smoke`."""
     import torch
 
+    from mlora import layout
     from mlora.kernels import aot, launch
     from mlora.kernels.config import Device
-    from mlora.ops import layout
 
     records = []
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

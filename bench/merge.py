@@ -27,10 +27,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import mlora
+from mlora import layout
 from mlora.lowering import BaseLinear, Delta, lower
 from mlora.merge import merge_adapters, merge_module
-from mlora.ops import dispatch, layout
-from mlora.routing import Terms, plan_words
+from mlora.ops import dispatch
+from mlora.plan.plan import Terms, plan_words
 
 SCALE = 0.5
 DENSITY = 0.5

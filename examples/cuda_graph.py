@@ -20,8 +20,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import mlora
-from mlora import kernels
-from mlora.demo_model import resolve_model
+from mlora.cli.demo_model import resolve_model
+from mlora.layers.warmup import warmup
 
 ADAPTERS = sorted(str(config.parent) for config in (Path(__file__).parent / "adapters").glob("*/adapter_config.json"))
 
@@ -30,7 +30,7 @@ def main(name: str, folders: list[str]) -> None:
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16).cuda().eval()
     runtime = mlora.patch(model)
     names = [runtime.load_adapter(folder).name for folder in folders]
-    kernels.warmup(model)  # nothing may be compiled while a graph is captured
+    warmup(model)  # nothing may be compiled while a graph is captured
 
     rows = 8
     tokens = torch.ones(rows, 1, dtype=torch.long, device="cuda")

@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
 import mlora
-from mlora.demo_model import resolve_model
+from mlora.cli.demo_model import resolve_model
 
 ADAPTERS = Path(__file__).resolve().parent / "adapters"
 DENSITIES = (0.1, 0.3, 0.6, 0.9)

@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
-from mlora.demo_model import MODEL_ID, resolve_model
+from mlora.cli.demo_model import MODEL_ID, resolve_model
 
 HELD_OUT_PROMPTS = 40
 

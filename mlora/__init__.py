@@ -1,13 +1,13 @@
 """mlora: a multi-LoRA runtime for PyTorch and Hugging Face models."""
 
 from . import errors
-from .adapter import Adapter
+from .adapters.adapter import Adapter
 from .config import from_config
 from .merge import Merge
 from .patch import patch
 from .patched import unpatch
-from .registry import AdapterInfo
-from .routing import BASE
+from .routing.entries import BASE
+from .routing.registry import AdapterInfo
 from .runtime import Runtime
 
 __version__ = "0.1.0"

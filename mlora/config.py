@@ -15,7 +15,7 @@ import yaml
 from torch import nn
 
 from . import errors
-from .adapter import Adapter
+from .adapters.adapter import Adapter
 from .lowering.targets import is_target
 from .merge import ALIASES, Merge
 from .patch import patch, patching

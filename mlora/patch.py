@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from . import errors
-from .adapter import Adapter
+from .adapters.adapter import Adapter
+from .arena.store import Store
 from .layers import (
     DENSE,
     LayerState,
     LoraLayer,
     ParametersState,
-    Shared,
     compute_dtype,
     find_layers,
     find_stacks,
@@ -28,10 +28,10 @@ from .layers import (
     swap_class,
     swap_forward,
 )
-from .modality import foreign_in, placeholders_of
 from .patched import PatchedModel, ancestors, unpatch
+from .plan.modality import foreign_in, placeholders_of
+from .plan.shared import Shared
 from .runtime import Runtime
-from .store import Store
 from .takeover import has_peft, taken_over
 
 PLAN_WORDS = 1 << 16  # the plan buffer of compiled code: room for batches of some ten thousand rows

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
 from torch import nn
 
 from . import errors
-from .call import Call
 from .layers import LoraLayer, mixin_of, refuse_copy, refuse_move, restore_class, swap_forward
+from .lowering import BaseLinear
 from .ops.checks import check_rows
-
-if TYPE_CHECKING:
-    from .runtime import Runtime
-
+from .plan.call import Call
+from .plan.shared import Shared
+from .routing.router import Router
 
 _PACKED = (
     "it packs many prompts into one row, in a thread of its own; choose one entry for all with set_adapter, or call "
@@ -23,11 +22,22 @@ _PACKED = (
 )
 
 
+class Routed(Protocol):
+    """What the model's root asks of its `Runtime`."""
+
+    bases: Mapping[str, BaseLinear]
+    _shared: Shared
+    _router: Router
+
+    def _close(self) -> None:
+        """Raises `PatchError` where something is routed or folded in."""
+
+
 class PatchedModel(nn.Module):
     """Mixed in before the root model's class: `adapter_names=` on calls and on `generate`."""
 
     if TYPE_CHECKING:  # transformers evaluates the hints of its models' subclasses
-        mlora: Runtime
+        mlora: Routed
 
     def __call__(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():

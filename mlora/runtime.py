@@ -12,22 +12,23 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from . import errors, routing
-from .adapter import Adapter
-from .bridges import Bridges
-from .fold import Folded
-from .layers import Shared, Stack, base_linears
+from . import errors
+from .adapters.adapter import Adapter
+from .arena.store import Store
+from .folding.fold import Folded
+from .folding.originals import KEEPS
+from .layers import Stack, base_linears
 from .lowering import BaseLinear, lower
 from .merge import Merge
-from .merge_cache import MergeCache
-from .originals import KEEPS
 from .patched import unpatch
-from .planner import Planner
-from .readers import Readers
-from .registry import AdapterInfo, Registry
-from .router import Router
-from .routing import Entries, Entry
-from .store import Store
+from .plan.shared import Shared
+from .routing.bridges import Bridges
+from .routing.entries import Entries, Entry, is_single
+from .routing.merge_cache import MergeCache
+from .routing.planner import Planner
+from .routing.readers import Readers
+from .routing.registry import AdapterInfo, Registry
+from .routing.router import Router
 
 
 class Runtime:
@@ -213,7 +214,7 @@ class Runtime:
         """
         if keep not in KEEPS:
             raise errors.MergeError(f"keep is {keep!r}; it must be one of {', '.join(KEEPS)}")
-        if not routing.is_single(entry):
+        if not is_single(entry):
             raise errors.EntryError(f"merge_adapter takes one entry for the whole model, not {entry!r}")
         with self._merges.resolved(entry) as entry:
             self._readers.refuse("merge_adapter")
@@ -259,7 +260,7 @@ class Runtime:
             EntryError, UnknownAdapterError: `entry` is not an entry.
             CapacityError: its adapters do not fit.
         """
-        if not routing.is_single(entry):
+        if not is_single(entry):
             raise errors.EntryError(f"set_adapter takes one entry for all rows, not {entry!r}")
         self._router.set_default(entry)
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from . import errors
-from .adapter import Adapter
+from .adapters.adapter import Adapter
 from .layers import INNER, base_linears, find_layers, inner_module
 from .lowering import lower
 

@@ -23,7 +23,7 @@ if not torch.cuda.is_available():  # Triton reads it as it is imported, and then
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import mlora
-from mlora.ops import layout
+from mlora import layout
 
 torch.set_num_threads(2)
 settings.register_profile("mlora", deadline=None)  # the first example pays for imports and kernels

@@ -18,7 +18,7 @@ from pathlib import Path
 import emulation
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("tests/test_ops.py", "tests/test_direct.py")
+TESTS = ("tests/ops/test_ops.py", "tests/ops/test_direct.py")
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 # Strided views with sentinels, every shape of tile, wrong plans; once more with the lowest instruction set. Left out:
 # what starts processes or traces, which tells nothing about memory.

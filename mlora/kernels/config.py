@@ -45,7 +45,7 @@ class Form:
 
     Args:
         leaves, least: of the sum over `in` that make a slice of the workspace, at most (LEAVES) and at least. In decode
-            the device decides (`lora.divide`).
+            the device decides (`shrink.divide`).
         per_processor: programs a processor.
         shrink_tokens, expand_tokens: tokens of a tile (BM). In decode the device may take half as many for `shrink`.
         columns: of a tile of `expand` (BN).

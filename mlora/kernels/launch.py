@@ -8,7 +8,6 @@ shapes only. The plan and the table are trusted: what `reference.routes` refuses
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import layout
-from . import arrivals, config, embed, lora, merge, turn, work
+from .. import layout
+from . import arrivals, config, embed, expand, merge, shrink, turn, work
 from . import linear as fused
 from .config import Device
 
@@ -100,7 +99,7 @@ def _check(arena: Tensor, table: Tensor, plan: Tensor, **tensors: Tensor | None)
 
 
 def _workspace(x: Tensor) -> tuple[Tensor, int]:
-    """The v of `lora`, uninitialized, and its capacity."""
+    """The v of `shrink`, uninitialized, and its capacity."""
     tokens, width = x.shape
     capacity = config.capacity(tokens, width)
     slices = config.slices(width, config.form(tokens).least)
@@ -123,7 +122,7 @@ def apply_launches(
     f, leaf = config.form(tokens), config.leaf(width)
     v, capacity = _workspace(x)
     source = y if base is None else base
-    shrink = {
+    first_sizes = {
         "BM": f.shrink_tokens,
         "RC": f.ranks,
         "BK": config.block_k(x.itemsize),
@@ -131,7 +130,7 @@ def apply_launches(
         "LEAVES": f.leaves,
         "PART": config.PART,
     }
-    expand = {
+    second_sizes = {
         "BM": f.expand_tokens,
         "BN": f.columns,
         "RE": config.RANKS,
@@ -148,8 +147,8 @@ def apply_launches(
     first = (v, arrived, x, *adapters, x.stride(0), capacity)
     second = (y, source, v, x, *adapters, y.shape[1], *strides, capacity)
     return [
-        Launch(lora.shrink, grids[0], first, shrink, f.shrink_warps, config.SHRINK_STAGES),
-        Launch(lora.expand, grids[1], second, expand, f.expand_warps, 1, registers),
+        Launch(shrink.shrink, grids[0], first, first_sizes, f.shrink_warps, config.SHRINK_STAGES),
+        Launch(expand.expand, grids[1], second, second_sizes, f.expand_warps, 1, registers),
     ]
 
 
@@ -302,57 +301,3 @@ def merge_(weight: Tensor, source: Tensor | None, arena: Tensor, table: Tensor, 
         )
     if weight.numel():
         _run(merge_launches(weight, source, arena, table, plan), weight)
-
-
-def warmup(model: torch.nn.Module, tokens: Sequence[int] = (1, config.DECODE_TOKENS + 1)) -> int:
-    """Compile every kernel that a patched model's layers use, before the first request.
-
-    Runs each layer shape once on a plan that routes nothing, in both forms; Triton keeps what it compiled on disk.
-
-    Args:
-        tokens: tokens of the forwards to prepare for; one number of each form is enough.
-
-    Returns:
-        How many operator calls were made.
-    """
-    from ..layers import NormLayer
-
-    calls = 0
-    seen = set()
-    for module in model.modules():
-        state = getattr(module, "_mlora", None)
-        if state is None:
-            continue
-        if isinstance(module, torch.nn.Embedding) and not state.shared.embeddings:
-            continue
-        if isinstance(module, NormLayer) and not state.shared.norms:  # norms, which no adapter trains yet
-            continue
-        arena = state.shared.arena
-        shape = (state.table.shape[0], *_widths(module))
-        if arena.device.type not in ("cuda", "cpu") or state.dtype is not arena.dtype or shape in seen:
-            continue
-        seen.add(shape)
-        _, width, width_out = shape
-        if isinstance(module, torch.nn.Embedding):
-            y, ids = torch.zeros(1, shape[2], dtype=arena.dtype, device=arena.device), state.table.new_zeros(1)
-            embed_(y, ids, arena, state.table, state.shared.blank.tensor, shape[1])
-            calls += 1
-            continue
-        for count in tokens:
-            x, y = (torch.zeros(count, n, dtype=arena.dtype, device=arena.device) for n in (width, width_out))
-            apply_(y, None, x, arena, state.table, state.shared.blank.tensor)
-            scale_input(x, arena, state.table, state.shared.blank.tensor)
-            calls += 2
-            if state.shared.turns:
-                turn_output(y, None, arena, state.table, state.shared.blank.tensor)
-                calls += 1
-    return calls
-
-
-def _widths(module: Any) -> tuple[int, int]:
-    """(in, out) of a linear, a Conv1D, a convolution, an embedding or a norm."""
-    if hasattr(module, "in_features"):
-        return module.in_features, module.out_features
-    if hasattr(module, "kernel_size"):
-        return module.in_channels * math.prod(module.kernel_size), module.out_channels
-    return module.weight.shape[0], module.weight.shape[-1]

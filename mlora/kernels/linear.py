@@ -5,8 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .lora import ALIGN, first_rank, read_b, sum_gains
+from .expand import first_rank, read_b, sum_gains
 from .work import (
+    ALIGN,
     ALL,
     GAIN,
     RANK,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .lora import sum_gains
+from .expand import sum_gains
 from .work import (
     ALL,
     IN_GAIN,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..ops import layout
+from .. import layout
 
 TABLE_WIDTH = tl.constexpr(layout.TABLE_WIDTH)
 A = tl.constexpr(layout.A)
@@ -33,6 +33,7 @@ ALL = tl.constexpr(2)  # 1, and the rows without a route are a segment of their 
 
 # Routes that are read at once. A warp's: with more, sums over them go through shared memory and cost 40 registers.
 SPAN = tl.constexpr(32)
+ALIGN = tl.constexpr(8)  # elements at a multiple of which parts start: 16 bytes of the 16-bit types; see `layout`
 RANK_ALIGN = tl.constexpr(16)  # each term's columns of v start at a multiple of this
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 if INTERPRET.value:  # which, as of Triton 3.8, takes any `tl.condition` for true

@@ -4,6 +4,7 @@ Swapping the class, as `torch.nn.utils.parametrize` does, leaves parameters, hoo
 and `state_dict` keys exactly as they are, and swapping it back leaves no trace.
 """
 
+from ..plan.shared import Shared
 from .base import base_linear, base_linears
 from .conv import CONVS, ConvLayer
 from .dense import DENSE, compute_dtype, is_dense, model_dtype
@@ -14,7 +15,7 @@ from .linear import LoraLayer
 from .norm import NormLayer, is_norm_like, norm_offset
 from .parameters import ParametersLayer, ParametersState, Stack
 from .route import group_routes
-from .state import LayerState, Shared
+from .state import LayerState
 from .swap import guard_moves, refuse_copy, refuse_move, restore_class, swap_class, swap_forward
 
 __all__ = [

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..arena.bits import LORA
 from ..ops import dispatch, reference
 from ..ops.checks import check_rows
-from ..routing import Plan
-from ..store import LORA
+from ..plan.plan import Plan
 from .linear import LoraLayer
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

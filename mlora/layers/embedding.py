@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..late import Late
+from ..arena.bits import HEAD
 from ..ops import dispatch, reference
 from ..ops.checks import check_heads, check_rows
-from ..store import HEAD
+from ..plan.late import Late
 from .head import Heads, check_tokens, look_up, within
 from .linear import LoraLayer
 from .swap import twin_of

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import errors
-from ..routing import to_device
+from ..plan.plan import to_device
 
 
 class Head(NamedTuple):

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import errors
-from ..activation import Activation
+from ..arena.bits import BOTH, GAIN, HEAD, INPUT, LORA, SHIFT, TAIL, TURN
 from ..ops import direct, dispatch, reference
 from ..ops.checks import check_foreign, check_heads, check_rows, check_tails
-from ..routing import Plan, Siblings
-from ..store import BOTH, GAIN, HEAD, INPUT, LORA, SHIFT, TAIL, TURN
+from ..plan.activation import Activation
+from ..plan.plan import Plan
+from ..plan.shared import Siblings
 from .head import answer
 from .state import LayerState
 from .swap import refuse_copy, refuse_move
@@ -230,7 +231,7 @@ class LoraLayer(nn.Module):
                     f"so that its inputs cannot be attributed to rows; call the model itself, or use one adapter for "
                     f"all rows"
                 )
-            if others.attribute(x, state):
+            if others.attribute(x, state.index, state.name):
                 return
         rows = x.shape[0] if x.dim() > 1 else 1
         if not state.gathered:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from .. import errors
 from ..lowering import BaseLinear
 from ..ops.checks import check_experts
-from ..routing import Plan
+from ..plan.plan import Plan
+from ..plan.shared import Shared
 from .dense import is_dense
 from .linear import LoraLayer
 from .route import Factors
-from .state import LayerState, Shared
+from .state import LayerState
 from .swap import twin_of
 
 # What reads its parameters otherwise than by their names, or takes inputs that need not lie in rows of the batch.

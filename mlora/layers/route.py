@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..ops import layout
-from ..routing import Recipe, to_device
-from ..store import Packed
+from .. import layout
+from ..arena.pack import Packed
+from ..plan.plan import Recipe, to_device
 
 
 class Factors(NamedTuple):

@@ -1,64 +1,20 @@
-"""What layers know: each about itself, and all of one model together."""
+"""What each layer knows about itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import direct, dispatch, layout
-from ..routing import Local, Plan
+from ..ops import direct, dispatch
+from ..plan.shared import Shared
 from .dense import is_dense
 from .swap import bound_forwards
 
-if TYPE_CHECKING:
-    from .linear import LoraLayer
-
 # A list of this name holds experts, whose inputs are tokens gathered from any rows in any order.
 GATHERED = "experts"
-
-
-class Shared:
-    """What all layers of one patched model share. Tensors here keep their addresses for good.
-
-    Args:
-        arena, plan: the arena and the plan buffer that compiled code reads. `header`: of that plan, on the host.
-        local: per thread, the plan that eager code reads.
-        default: the plan of `Runtime.set_adapter`, for threads without one of their own.
-        blank: the plan that routes nothing.
-        fused: whether the base product may be computed by mlora's own kernel.
-        placeholders: the tokens that stand for inputs of other modalities than text; see `mlora.modality`.
-        foreign: the numbers of the modules that read those inputs.
-        kblocks: (in, out, whether there is a bias, dtype) of a layer -> tokens and threads -> the block with which that
-            kernel gives the library's bits, 0 where none does; filled as they occur.
-        groups: first layer's number -> the layers that read the same input after it (q, k, v; gate, up), learned as
-            calls come; None where serving several modules in one call gains nothing.
-        inputs, turns, norms, embeddings, experts: whether an adapter was ever loaded that changes what a base reads,
-            turns outputs, or changes norms, embeddings or parameters; `heads`: numbers of the modules for which one
-            brought another size; `tails`: of those that an aLoRA changes. Until then compiled code leaves their ops
-            out.
-    """
-
-    def __init__(
-        self, arena: Tensor, plan: Tensor, fused: bool, placeholders: Iterable[int], foreign: Iterable[int]
-    ) -> None:
-        self.arena = arena
-        self.plan = plan
-        self.header = torch.zeros(layout.PLAN_HEADER, dtype=torch.int32)
-        self.local = Local()
-        self.default: Plan | None = None
-        self.blank = Plan(plan.new_zeros(layout.PLAN_HEADER), self.header.clone(), b"", (), 1, (1,))
-        self.fused = fused
-        self.kblocks: dict[tuple[int, int, bool, torch.dtype], dict[tuple[int, int], int]] = {}
-        self.placeholders = tuple(placeholders)
-        self.foreign = frozenset(foreign)
-        self.inputs = self.turns = self.norms = self.embeddings = self.experts = False
-        self.heads: frozenset[int] = frozenset()
-        self.tails: frozenset[int] = frozenset()
-        grouped = dispatch.backend(arena.device, arena.dtype) in dispatch.GROUPING
-        self.groups: dict[int, tuple[LoraLayer, ...]] | None = {} if grouped else None
 
 
 class LayerState:

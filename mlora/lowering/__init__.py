@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from .. import errors
-from ..adapter import Adapter
+from ..adapters.adapter import Adapter
 from .adalora import ADALORA
 from .boft import BOFT
 from .delora import DELORA
 from .delta import BaseLinear, Conv, Delta, Dense, approximate
 from .dense import C3A, FOURIERFT, HIRA, SHIRA, WAVEFT
+from .gather import module_names as _module_names
+from .gather import modules_of
 from .gralora import GRALORA
 from .hra import HRA
 from .ia3 import IA3
@@ -19,8 +21,7 @@ from .lokr import LOKR
 from .lora import LORA
 from .lycoris import LYCORIS
 from .miss import MISS
-from .module import Lowering, modules_of
-from .module import module_names as _module_names
+from .module import Lowering
 from .native import NATIVE, to_adapter
 from .oft import OFT
 from .parts import lower_module

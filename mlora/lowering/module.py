@@ -7,29 +7,16 @@ one `Module`. Whatever is not listed is refused here, by name.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import errors
-from ..adapter import Adapter
 from .delta import BaseLinear, Delta, Dense
-from .targets import parameters_of, pattern_value, targets_of
-
-# Options of every type that say which modules are changed, or how a base weight lies.
-_HONOURED = {
-    "peft_type", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias",
-    "fan_in_fan_out", "modules_to_save",
-}  # fmt: skip
-
-# Options of every type that do not change what a trained adapter computes.
-_NEUTRAL = {
-    "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "task_type", "inference_mode",
-}  # fmt: skip
+from .targets import pattern_value
 
 # Beside a type's own tensors, files may hold the base's: PEFT adds the weight of a targeted lm_head, with
 # `bias` the trained biases, with `modules_to_save` whole modules that were trained, and with `save_embedding_layers`,
@@ -49,16 +36,6 @@ EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
 # The part that holds replaced rows of an embedding, in whichever type.
 TOKENS = "trained tokens"
 
-_TEXTS = (str, "a pattern or a list of names")
-_SHAPES: dict[str, tuple[type, str]] = {
-    "target_modules": _TEXTS,
-    "exclude_modules": _TEXTS,
-    "layers_pattern": _TEXTS,
-    "feedforward_modules": _TEXTS,
-    "layers_to_transform": (int, "an index or a list of them"),
-    "bias": (str, "a word"),
-    "modules_to_save": _TEXTS,
-}
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -209,226 +186,6 @@ class Lowering:
     tied: bool = False
 
 
-def modules_of(adapter: Adapter, lowering: Lowering, bases: Mapping[str, BaseLinear]) -> Iterator[Module]:
-    """The modules of `adapter`, after checks of its options, keys and targets.
-
-    Raises:
-        UnsupportedAdapterError: an option or a tensor that the type does not serve.
-        AdapterError: it does not fit the model.
-    """
-    check_options(adapter, lowering.format)
-    vocabulary = {name for name, base in bases.items() if base.embed_scale is not None or base.head}
-    modules, shared = _group(adapter, lowering.format, vocabulary)
-    if not modules:
-        raise errors.AdapterError(f"adapter from {adapter.source}: it has no weights of any module")
-    if lowering.names is not None:
-        named = lowering.names(modules, bases)
-        if len(set(named.values())) != len(modules):
-            raise errors.AdapterError(f"adapter from {adapter.source}: several of its modules are one of this model's")
-        modules = {named[name]: parts for name, parts in modules.items()}
-    modules, weights = _with_parameters(adapter, modules, bases)
-    beside = BASE_NAMES if lowering.tied else BASE_NAMES | {TOKENS}
-    targeted = {name for name, parts in modules.items() if not parts.keys() <= beside}
-    if unsaved := [name for name in bases if _is_saved(adapter, name) and "saved weight" not in modules.get(name, ())]:
-        raise errors.AdapterError(
-            f"adapter from {adapter.source}: its modules_to_save {adapter.config['modules_to_save']!r} name "
-            f"{_some(unsaved)}, for which it has no weights"
-        )
-    _check_targets(adapter, modules, targeted, weights.keys(), bases, lowering)
-    if adapter.config.get("trainable_token_indices") and not any(TOKENS in parts for parts in modules.values()):
-        raise errors.AdapterError(
-            f"adapter from {adapter.source}: its trainable_token_indices name tokens, for which it has no weights"
-        )
-    _follow(adapter, modules, bases)
-    peers = tuple(bases[name] for name in sorted(targeted))
-    for name, parts in modules.items():
-        yield Module(adapter.config, parts, shared, bases[name], peers, adapter.source, weights.get(name, ""))
-
-
-def _with_parameters(
-    adapter: Adapter, modules: dict[str, dict[str, Tensor]], bases: Mapping[str, BaseLinear]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
-    """What `target_parameters` names.
-
-    Returns:
-        `modules` with the layers that PEFT puts around fused experts, routers and their like under the paths of their
-        parameters; and the modules of which the weight is named: path -> that of the weight.
-    """
-    if named := [name for name in modules if name in bases and bases[name].experts]:
-        raise errors.AdapterError(
-            f"adapter from {adapter.source}: it has weights for {_some(named)} as if it were a module; it is a "
-            f"parameter of this model, which target_parameters name"
-        )
-    targets = adapter.config.get("target_parameters")
-    if not targets:
-        return modules, {}
-    if isinstance(targets, str) or not all(isinstance(target, str) for target in targets):
-        raise errors.AdapterError(
-            f"adapter from {adapter.source}: target_parameters is {targets!r}; it must be a list of names"
-        )
-    held = {name if base.experts else f"{name}.weight": name for name, base in bases.items()}
-    wrapped, unknown = parameters_of(targets, held)
-    found = {path: bases[held[path]] for path in wrapped.values()}
-    unknown += [path for path, base in found.items() if not base.experts and base.turned is None]
-    if unknown:
-        raise errors.UnsupportedAdapterError(
-            f"adapter from {adapter.source}: its target_parameters name {_some(unknown)}; served are the weights of "
-            f"plain linears and token embeddings, and the matrices, or experts' stacks of them, that other modules "
-            f"hold themselves, and this model has none of that name"
-        )
-    if lacking := [path for name, path in wrapped.items() if name not in modules]:
-        raise errors.AdapterError(
-            f"adapter from {adapter.source}: its target_parameters {sorted(targets)!r} name {_some(lacking)}, for "
-            f"which it has no weights"
-        )
-    weights = {base.name: path for path, base in found.items() if not base.experts}
-    return {held.get(wrapped.get(name, ""), name): parts for name, parts in modules.items()}, weights
-
-
-def module_names(adapter: Adapter, lowering: Lowering) -> list[str]:
-    """The modules that the files of `adapter` change, as they name them; raises as `modules_of` does."""
-    check_options(adapter, lowering.format)
-    return sorted(_group(adapter, lowering.format, None)[0])
-
-
-def check_options(adapter: Adapter, format: Format) -> None:
-    """Refuse every option that may change the result and is not served, and those of every type that say
-    nothing about modules."""
-    for option, (kind, wanted) in _SHAPES.items():
-        value = adapter.config.get(option)
-        many = isinstance(value, (list, tuple, set, frozenset)) and all(type(item) is kind for item in value)
-        if value is not None and type(value) is not kind and not (many and option != "bias"):
-            raise errors.AdapterError(f"adapter from {adapter.source}: {option} is {value!r}; it must be {wanted}")
-    honoured = _HONOURED | format.honoured
-    for option, value in adapter.config.items():
-        if option in honoured or option in _NEUTRAL or option in format.neutral or value in (None, False, {}, []):
-            continue
-        why = format.notes.get(option, "it may change what the adapter computes and mlora does not implement it")
-        raise errors.UnsupportedAdapterError(
-            f"adapter from {adapter.source}: option {option}={value!r} is not served: {why}"
-        )
-
-
-def _group(
-    adapter: Adapter, format: Format, vocabulary: Set[str] | None
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Module path -> its tensors by part, and the adapter's own tensors; every key must be understood. `vocabulary` are
-    the embeddings of tokens and the heads; where no model tells, those that have the usual names."""
-    modules: dict[str, dict[str, Tensor]] = {}
-    shared: dict[str, Tensor] = {}
-    suffixes = {**format.parts, **BASE_PARTS}
-    endings = frozenset(suffixes)
-    # What is tied to a module to save is saved with it, unnamed.
-    tied = adapter.config.get("modules_to_save") and adapter.config.get("ensure_weight_tying")
-    for key, tensor in adapter.tensors.items():
-        if key in format.shared:
-            part = format.shared[key]
-            shared[part] = tensor
-        else:
-            suffix = _suffix(key, endings)
-            name = "" if suffix is None else key[: -len(suffix) - 1]
-            known = name in vocabulary if vocabulary is not None else name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES
-            if suffix is None or (suffix == "weight" and not (tied or known or _is_saved(adapter, name))):
-                raise errors.UnsupportedAdapterError(
-                    f"adapter from {adapter.source}: tensor {key!r} is left over ({_guess(key)}); it is not served"
-                )
-            part = suffixes[suffix]
-            parts = modules.setdefault(name, {})
-            if part in parts:
-                raise errors.AdapterError(f"adapter from {adapter.source}: {key} is there under two names")
-            parts[part] = tensor
-        if tensor.is_floating_point() == (part in format.integers):
-            kind = "whole numbers" if part in format.integers else "floating-point"
-            raise errors.AdapterError(f"adapter from {adapter.source}: {key} is {tensor.dtype}; it must be {kind}")
-    return modules, shared
-
-
-@lru_cache(maxsize=1 << 13)  # adapters of one model have the same keys again and again
-def _suffix(key: str, suffixes: frozenset[str]) -> str | None:
-    """The longest of `suffixes`, which have three steps at most, that ends `key`."""
-    found, at = None, len(key)
-    for _ in range(3):
-        if (at := key.rfind(".", 0, at)) < 0:
-            break
-        if key[at + 1 :] in suffixes:
-            found = key[at + 1 :]
-    return found
-
-
-def _is_saved(adapter: Adapter, name: str) -> bool:
-    """Whether `modules_to_save` names the module, or one that it is in. PEFT takes any ending of a name."""
-    saved = adapter.config.get("modules_to_save")
-    if not saved:
-        return False
-    steps = name.split(".")
-    return any(".".join(steps[:n]).endswith(s) for n in range(1, len(steps) + 1) for s in saved if isinstance(s, str))
-
-
-def _guess(key: str) -> str:
-    if "_embedding_" in key:
-        return "embedding LoRA, which its type does not have"
-    if key.startswith("v_head."):
-        return "the value head of a TRL trainer, which no answer of the model depends on; save the adapter without it"
-    return "a trained copy of a base weight, or unknown"
-
-
-def _check_targets(
-    adapter: Adapter,
-    modules: Mapping[str, Any],
-    targeted: Set[str],
-    weights: Set[str],
-    bases: Mapping[str, BaseLinear],
-    lowering: Lowering,
-) -> None:
-    config = adapter.config
-    if missing := [name for name in modules if name not in bases]:
-        if not targeted & set(missing):
-            option = "modules_to_save" if any("saved weight" in modules[name] for name in missing) else "bias"
-            raise errors.UnsupportedAdapterError(
-                f"adapter from {adapter.source}: it has trained weights of {_some(missing)}, which are no linears, "
-                f"norms or token embeddings of this model; {option}={config.get(option)!r} is served for those only"
-            )
-        raise errors.AdapterError(
-            f"adapter from {adapter.source}: it has weights for {_some(missing)}, which this model has no linear "
-            f"or convolution for (transposed ones, and subclasses with a forward of their own, are not served); was it "
-            f"made for another base? (its config names {config.get('base_model_name_or_path')!r})"
-        )
-    targets = config.get("target_modules")
-    if targets is None or targets == "all-linear":
-        return  # resolved by PEFT when it was trained: the tensors say which
-    experts = {name for name, base in bases.items() if base.experts}
-    unless = set() if lowering.norms else {name for name, base in bases.items() if base.offset is not None} - targeted
-    wanted = targets_of(config, bases) - unless - experts
-    along = {n for name in wanted for n in (*bases[name].aliases, *bases[name].tied)} if lowering.tied else set()
-    if both := sorted(wanted & weights):
-        raise errors.AdapterError(
-            f"adapter from {adapter.source}: both its target_modules {targets!r} and its target_parameters name "
-            f"{_some(both)}"
-        )
-    if left := sorted(targeted - wanted - along - experts - weights):
-        raise errors.AdapterError(
-            f"adapter from {adapter.source}: it has weights for {_some(left)}, which its target_modules "
-            f"{targets!r} do not name"
-        )
-    if lacking := sorted(wanted - targeted):
-        raise errors.AdapterError(
-            f"adapter from {adapter.source}: its target_modules {targets!r} name {_some(lacking)}, "
-            "for which it has no weights"
-        )
-
-
-def _follow(adapter: Adapter, modules: dict[str, dict[str, Tensor]], bases: Mapping[str, BaseLinear]) -> None:
-    """Trained tokens of an embedding are those of all that holds its weight and has none of its own; and so is a weight
-    that was saved along, which no `modules_to_save` names."""
-    for name, parts in list(modules.items()):
-        if "saved weight" in parts and not _is_saved(adapter, name):
-            for other in bases[name].tied:
-                modules.setdefault(other, {}).setdefault("saved weight", parts["saved weight"])
-        if TOKENS in parts and bases[name].embed_scale is not None:
-            for other in (*bases[name].aliases, *bases[name].tied):
-                modules.setdefault(other, {}).setdefault(TOKENS, parts[TOKENS])
-
-
 def _shaped(tensor: Tensor, what: str, shape: tuple[int | None, ...]) -> Tensor:
     seen = tuple(tensor.shape)
     fits = len(seen) == len(shape) and all(s == w if w is not None else s > 0 for s, w in zip(seen, shape, strict=True))
@@ -436,11 +193,6 @@ def _shaped(tensor: Tensor, what: str, shape: tuple[int | None, ...]) -> Tensor:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise errors.AdapterError(f"{what} has shape {seen}; it must be ({wanted}{',' if len(shape) == 1 else ''})")
     return tensor.float() if tensor.is_floating_point() else tensor
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def scaling(module: Module, rank: int, alpha: str = "alpha", *, rslora: bool = False) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .. import errors
-from ..adapter import Adapter
+from ..adapters.adapter import Adapter
 from .delta import BaseLinear, Delta
 from .module import Format, Lowering, Module
 from .turn import Turn

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import layout, library
+from .. import layout
+from . import library
 from .library import EMULATED, HAS_CPU, HAS_CUDA, HAS_TRITON
 
 BACKENDS = ("cpu", "cuda", "emulation", "reference", "triton")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import layout
+from .. import layout
 
 
 class Term(NamedTuple):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
 from conftest import VOCAB, assert_close, build, inputs_for, logits, make_adapter, resized, served
 from test_ops import DTYPES, MIX, A, B, Case, check
 

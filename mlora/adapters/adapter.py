@@ -1,0 +1,179 @@
+"""`Adapter`: the weights and the config of one adapter, as PEFT saves them, in memory."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .. import errors
+from .loader import read_adapter
+
+PEFT_PREFIX = "base_model.model."
+SHARED_PREFIX = "base_model."  # of tensors that belong to the whole adapter, as VeRA's projections
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that belongs to no model yet.
+
+    Args:
+        config: the contents of PEFT's `adapter_config.json`; `peft_type` is required.
+        tensors: parameter name -> CPU tensor in PEFT's file format, for example
+            `model.layers.0.self_attn.q_proj.lora_A.weight` of shape (rank, in). PEFT's
+            `base_model.model.` prefix is accepted and removed.
+        source: where it came from, for messages and listings.
+        mapped: the file whose bytes the tensors are, and its state when it was read; None if they are in memory.
+
+    Raises:
+        AdapterError: no `peft_type`, no tensors, or a tensor that is not finite.
+    """
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    source: str = field(default="memory")
+    mapped: tuple[Path, os.stat_result] | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for what, value in (("config", self.config), ("tensors", self.tensors)):
+            if not isinstance(value, Mapping):
+                raise errors.AdapterError(f"adapter from {self.source}: its {what} must be a mapping, not {value!r}")
+        if wrong := next((key for key, value in self.tensors.items() if not isinstance(value, Tensor)), None):
+            kind = type(self.tensors[wrong]).__name__
+            raise errors.AdapterError(f"adapter from {self.source}: {wrong} is a {kind}; it must be a torch.Tensor")
+        if not self.config.get("peft_type"):
+            raise errors.AdapterError(f"adapter from {self.source}: its config has no 'peft_type'")
+        if not self.tensors:
+            raise errors.AdapterError(f"adapter from {self.source}: it has no tensors")
+        floats = {key: tensor for key, tensor in self.tensors.items() if tensor.is_floating_point()}
+        if not all(map(all_finite, _vectors(floats.values()))):
+            key, bad = next((k, int((~torch.isfinite(t)).sum())) for k, t in floats.items() if not all_finite(t))
+            raise errors.AdapterError(
+                f"adapter from {self.source}: {key} has {bad} values that are NaN or infinite, "
+                f"of {floats[key].numel()}; all must be finite"
+            )
+        tensors = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in self.tensors.items()}
+        if len(tensors) != len(self.tensors):
+            raise errors.AdapterError(
+                f"adapter from {self.source}: some tensors come both with and without the prefix {PEFT_PREFIX!r}"
+            )
+        object.__setattr__(self, "tensors", tensors)
+
+    @property
+    def peft_type(self) -> str:
+        """PEFT's type in capitals, e.g. `"LORA"`."""
+        value = self.config["peft_type"]
+        return str(getattr(value, "value", value)).upper()  # PEFT's own config objects hold an enum
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        allow_pickle: bool = False,
+    ) -> Adapter:
+        """Read a PEFT folder, or a Hugging Face hub id.
+
+        Args:
+            path_or_id: a folder with `adapter_config.json` and `adapter_model.safetensors`, or `org/name`.
+            revision: branch, tag or commit on the hub.
+            token: hub token; the default is the one that is logged in.
+            allow_pickle: also read `adapter_model.bin`, with torch's `weights_only` unpickler.
+
+        Raises:
+            AdapterError: something is missing, damaged or not finite.
+        """
+        return cls(*read_adapter(path_or_id, revision=revision, token=token, allow_pickle=allow_pickle))
+
+    @classmethod
+    def from_peft(cls, model: Any, name: str = "default") -> Adapter:
+        """A copy of adapter `name` of a live `PeftModel`, or of a transformers model with adapters in it.
+
+        Its tensors are what PEFT's `save_pretrained` would write, so an adapter that rewrote the base when
+        it started (PiSSA, OLoRA) is refused later as its file would be.
+
+        Raises:
+            UnknownAdapterError: the model has no adapter of that name.
+        """
+        configs = getattr(model, "peft_config", None) or {}
+        if name not in configs:
+            known = ", ".join(map(repr, configs)) or "none"
+            raise errors.UnknownAdapterError(f"this {type(model).__name__} has no adapter {name!r}; it has: {known}")
+        from peft import get_peft_model_state_dict
+
+        # The state is read first: it brings AdaLoRA's config up to date.
+        state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        tensors = {key: tensor.detach().to("cpu", copy=True) for key, tensor in state.items()}
+        return cls(copy.deepcopy(configs[name].to_dict()), tensors, source=f"{type(model).__name__} adapter {name!r}")
+
+    def check_file(self) -> None:
+        """Raise `AdapterError` if the file that the tensors lie in was written to since it was read: its values are
+        others then, and reading what was cut off would end the process. One that took its place is no matter."""
+        if self.mapped is None:
+            return
+        path, then = self.mapped
+        try:
+            now = path.stat()
+        except OSError:  # its name is gone, its bytes are not
+            return
+        same = (now.st_dev, now.st_ino) == (then.st_dev, then.st_ino)
+        if same and (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns):
+            raise errors.AdapterError(
+                f"adapter from {self.source}: {path} was overwritten in place since it was read; read it again, and "
+                f"have new files take the place of old ones by renaming"
+            )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the adapter as a PEFT folder, which both PEFT and `from_pretrained` read back."""
+        self.check_file()
+        config = json.dumps(dict(self.config), indent=2, sort_keys=False, default=_to_json)
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            key if key.startswith(SHARED_PREFIX) else PEFT_PREFIX + key: tensor.detach().contiguous()
+            for key, tensor in self.tensors.items()
+        }
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        (folder / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite. The sum, which takes a tenth of the time, shows it unless it overflows; of
+    8-bit floats there is none."""
+    return (tensor.itemsize > 1 and math.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
+def _vectors(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The same values: tensors that follow one another in memory, as a file's do, joined into one vector."""
+    runs: list[list[Tensor]] = []
+    follows: tuple[torch.dtype, int] | None = None
+    for tensor in tensors:
+        dense, start = tensor.is_contiguous(), tensor.data_ptr()
+        if dense and follows == (tensor.dtype, start):
+            runs[-1].append(tensor)
+        else:
+            runs.append([tensor])
+        follows = (tensor.dtype, start + tensor.nbytes) if dense else None
+    for run in runs:
+        first, last = run[0], run[-1]
+        if len(run) > 1 and first.untyped_storage().data_ptr() == last.untyped_storage().data_ptr():
+            yield first.as_strided((sum(tensor.numel() for tensor in run),), (1,))
+        else:
+            yield from run
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):  # PEFT's config objects keep target_modules as a set
+        return sorted(value)
+    raise TypeError(f"an adapter's config cannot hold {value!r}")

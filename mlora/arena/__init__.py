@@ -1,0 +1,1 @@
+"""Where adapters lie: one contiguous buffer, and tables of offsets into it."""

@@ -1,0 +1,181 @@
+"""An adapter's deltas -> one contiguous blob on the host, and the rows of the tables that point into it.
+
+Nothing is padded to a maximum rank: a blob holds each part at its true size, aligned to 64 bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import errors, layout
+from ..adapters.adapter import all_finite
+from ..lowering import Delta, Turn
+from .bits import GAIN, HEAD, INPUT, LORA, SHIFT, TAIL, TURN
+
+ALIGNMENT = 64  # bytes: a cache line, and a multiple of every vector load of the kernels
+
+OFFSETS = (layout.A, layout.B, layout.GAIN, layout.IN_GAIN, layout.SHIFT, layout.TURN, layout.IN_TURN)
+"""The columns of a table that hold offsets."""
+
+_TURNED_BYTES = 1 << 18
+
+
+@dataclass
+class Packed:
+    """A registered adapter.
+
+    Args:
+        blob: 1-D host tensor in the arena's dtype.
+        rows: int64 (modules, 2, TABLE_WIDTH), offsets relative to the blob's start: the adapter's own row of each
+            module's table, and that of the rests of its gains and turns.
+        touches: one byte a module: LORA | GAIN | INPUT | SHIFT | HEAD | TAIL | TURN.
+        heads: module number -> (offset of its weight, of its bias or -1, width) of a head or token embedding of another
+            size, relative to the blob's start; the module's row in `rows` is empty.
+        rests: whether any of the latter has a part.
+        invocation: of an aLoRA, see `Delta`; it is that of every module with TAIL.
+        slot, offset: where it is resident, or -1.
+        pins: how many active routings use it.
+    """
+
+    blob: Tensor
+    rows: np.ndarray
+    touches: np.ndarray
+    heads: Mapping[int, tuple[int, int, int]] = field(default_factory=dict)
+    rests: bool = field(default=False)
+    invocation: tuple[int, ...] = ()
+    slot: int = field(default=-1)
+    offset: int = field(default=-1)
+    pins: int = field(default=0)
+
+    @property
+    def nbytes(self) -> int:
+        return self.blob.numel() * self.blob.element_size()
+
+    @property
+    def resident(self) -> bool:
+        return self.slot >= 0
+
+
+def pack(deltas: Mapping[int, Delta], empty: np.ndarray, dtype: torch.dtype, pin: bool, label: str) -> Packed:
+    """Lay the parts of an adapter out in one host blob.
+
+    Args:
+        deltas: module number -> delta. `label`: of the adapter, for messages.
+        empty: `Packed.rows` of an adapter without parts.
+        dtype: the arena's. `pin`: put the blob into memory that a GPU copies from.
+
+    Raises:
+        AdapterError: a value is finite in the adapter and not in the arena's dtype.
+    """
+    rows = empty.copy()
+    touches = np.zeros(len(rows), dtype=np.uint8)
+    scales = np.zeros(len(rows), dtype=np.float32)
+    heads: dict[int, tuple[int, int, int]] = {}
+    parts: list[Tensor] = []
+
+    def number(part: Tensor) -> int:  # stands for the part's offset until all are known
+        parts.append(part)
+        return len(parts) - 1
+
+    for index, delta in deltas.items():
+        row, rest_row = rows[index]
+        if delta.invocation:
+            touches[index] |= TAIL
+        if delta.replaces and delta.a is not None:
+            heads[index] = number(delta.a), -1 if delta.shift is None else number(delta.shift), delta.rank
+            touches[index] |= HEAD
+            continue
+        if delta.a is not None and delta.b is not None:
+            row[layout.A], row[layout.B], row[layout.RANK] = number(delta.a), number(delta.b), delta.rank
+            scales[index] = delta.scale
+            touches[index] |= LORA
+            if delta.b.shape[0] == delta.b.shape[1] and torch.equal(delta.b, torch.eye(delta.rank).to(delta.b)):
+                row[layout.WHOLE] = 1
+        for column, bit, part in (
+            (layout.GAIN, GAIN, delta.gain),
+            (layout.IN_GAIN, INPUT, delta.in_gain),
+            (layout.SHIFT, SHIFT, delta.shift),
+        ):
+            if part is not None:
+                row[column] = number(part)
+                touches[index] |= bit
+                if bit != SHIFT and (rest := _rest(part, dtype)) is not None:
+                    rest_row[column] = number(rest)
+        for column, bit, turn in ((layout.TURN, TURN, delta.turn), (layout.IN_TURN, INPUT, delta.in_turn)):
+            if turn is not None:
+                row[column] = number(turn.values)
+                row[column + 1] = layout.turn_shape(*turn.shape)
+                touches[index] |= bit
+                if (rest := _turn_rest(turn, dtype)) is not None:
+                    rest_row[column], rest_row[column + 1] = number(rest), row[column + 1]
+    blob, offsets = _lay_out(parts, dtype, pin)
+    for column in OFFSETS:
+        rows[..., column] = offsets[rows[..., column]]
+    heads = {index: (int(offsets[a]), int(offsets[bias]), width) for index, (a, bias, width) in heads.items()}
+    rows[:, 0, layout.SCALE] = scales.view(np.uint32)
+    if not all_finite(blob):
+        raise errors.AdapterError(
+            f"{label}: some weights overflow {dtype}, in which the model runs; patch with "
+            "dtype=torch.float32 or torch.bfloat16"
+        )
+    rests = bool((rows[:, 1, OFFSETS] >= 0).any())
+    invocation = next((delta.invocation for delta in deltas.values() if delta.invocation), ())
+    return Packed(blob, rows, touches, heads, rests, invocation)
+
+
+def _lay_out(parts: Sequence[Tensor], dtype: torch.dtype, pin: bool) -> tuple[Tensor, np.ndarray]:
+    """A blob of all parts, those of one shape and layout side by side, which takes a few copies in place of one a
+    part; and the offset of each, with a last one, -1, for what is absent."""
+    align = ALIGNMENT // dtype.itemsize
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for number, part in enumerate(parts):
+        alike.setdefault((part.shape, part.stride(), part.dtype), []).append(number)
+    offsets = np.full(len(parts) + 1, -1, dtype=np.int64)
+    end = 0
+    for numbers in alike.values():
+        size = parts[numbers[0]].numel()
+        step = size + -size % align
+        offsets[numbers] = np.arange(end, end + step * len(numbers), step)
+        end += step * len(numbers)
+    blob = torch.empty(end, dtype=dtype, pin_memory=pin)
+    for numbers in alike.values():
+        _copy_alike([parts[number] for number in numbers], blob[offsets[numbers[0]] :], align)
+    return blob, offsets
+
+
+def _rest(part: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """What rounding to `dtype` takes off g - 1, where that is more than rounding g itself would; else None. It never
+    is unless some g is below a half."""
+    rest = part - part.to(dtype).to(part.dtype)
+    beyond = rest.abs() > torch.finfo(dtype).eps / 2 * (1 + part).abs()
+    return rest if beyond.any() else None
+
+
+def _turn_rest(turn: Turn, dtype: torch.dtype) -> Tensor | None:
+    """The same of a turn's values, off the diagonal of which it never is."""
+    return None if _rest(turn.diagonal, dtype) is None else turn.values - turn.values.to(dtype).to(turn.values.dtype)
+
+
+def _copy_alike(parts: list[Tensor], to: Tensor, align: int) -> None:
+    """Copy parts of one shape and layout to the start of `to`, each padded with zeros to a multiple of `align`.
+
+    LoRA's B, (out, rank) in files, come transposed. They are copied as they lie first, so many at a time that they
+    stay in the cache, and turned together: a quarter of the time of one by one."""
+    first = parts[0]
+    size = first.numel()
+    padded = to[: (size + -size % align) * len(parts)].view(len(parts), -1)
+    padded[:, size:] = 0
+    places = padded[:, :size].view(len(parts), *first.shape)
+    if first.is_contiguous() or not first.t().is_contiguous():
+        torch.stack(parts, out=places)
+        return
+    some = max(1, _TURNED_BYTES // first.nbytes)
+    for start in range(0, len(parts), some):
+        lying = torch.stack([part.t() for part in parts[start : start + some]])
+        places[start : start + some] = lying.transpose(1, 2)

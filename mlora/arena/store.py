@@ -1,0 +1,199 @@
+"""The arena: every resident adapter in one contiguous buffer, and the tables that point into it.
+
+An adapter is packed once, when it is registered (`pack.py`); becoming resident is one copy of its blob and one write of
+its rows in the tables.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence, Set
+
+import numpy as np
+import torch
+
+from .. import errors, layout
+from ..lowering import Delta
+from .allocator import Allocator
+from .pack import ALIGNMENT, OFFSETS, Packed, pack
+
+_MORE_MEMORY = "patch(memory=...), mlora generate --memory"  # what an error says to do
+
+
+class Store:
+    """Named adapters on the host, as many of them as fit in the arena on the device.
+
+    Args:
+        device, dtype: of the arena.
+        capacity: its size in bytes.
+        modules: number of modules, in the order in which `register` numbers them.
+        slots: how many adapters can be resident at once.
+
+    `arena` (capacity elements of `dtype`) and `tables` (int64, (modules, 2 * slots, TABLE_WIDTH)) keep
+    their addresses for good: loading and evicting change contents only, which is what lets compiled
+    and captured graphs outlive them. All methods are thread-safe.
+
+    A gain far below 1 has few of its digits in a 16-bit g - 1. Where that matters, what rounding took off
+    is kept too, its rest (or a turn's), as the only part of a second row, `slots` rows on, which recipes name
+    beside the first: to kernels that sum the gains of a recipe's terms it is one more term.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, capacity: int, modules: int, slots: int) -> None:
+        self.itemsize = dtype.itemsize
+        elements = capacity // ALIGNMENT * (ALIGNMENT // self.itemsize)
+        self.arena = torch.empty(elements, dtype=dtype, device=device)
+        empty = np.full((modules, 2 * slots, layout.TABLE_WIDTH), -1, dtype=np.int64)
+        empty[..., layout.RANK] = 0
+        empty[..., layout.SCALE] = 0
+        self.tables = torch.from_numpy(empty).to(device)
+        self._empty_rows = empty[:, :2].copy()
+        self._allocator = Allocator(elements)
+        self._free_slots = list(range(slots))[::-1]
+        self._adapters: OrderedDict[str, Packed] = OrderedDict()  # least recently used first
+        self.placements = 0  # changes whenever something comes onto the device, moves there or leaves it
+        self._lock = threading.RLock()
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of the arena."""
+        return self.arena.numel() * self.itemsize
+
+    @property
+    def used(self) -> int:
+        """Bytes of the arena that hold resident adapters."""
+        return self.capacity - self._allocator.free_size * self.itemsize
+
+    @property
+    def slots(self) -> int:
+        return self.tables.shape[1] // 2
+
+    def __getitem__(self, name: str) -> Packed:
+        return self._adapters[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._adapters
+
+    def pack(self, deltas: Mapping[int, Delta], label: str) -> Packed:
+        """Lay the parts of an adapter out in one host blob. `deltas`: module number -> delta.
+
+        Raises:
+            AdapterError: a value is finite in the adapter and not in the arena's dtype.
+            CapacityError: the blob is larger than the arena.
+        """
+        packed = pack(deltas, self._empty_rows, self.arena.dtype, self.arena.is_cuda, label)
+        if packed.nbytes > self.capacity:
+            raise errors.CapacityError(
+                f"{label} needs {packed.nbytes:,} bytes; the arena has {self.capacity:,} ({_MORE_MEMORY})"
+            )
+        return packed
+
+    def register(self, name: str, packed: Packed) -> None:
+        """Add a packed adapter under a new name; it becomes resident if it fits without an eviction."""
+        with self._lock:
+            self._adapters[name] = packed
+            if self._free_slots:
+                self._place(packed)
+
+    def unregister(self, name: str) -> None:
+        """Forget an adapter that no routing uses."""
+        with self._lock:
+            self._evict(self._adapters[name])
+            del self._adapters[name]
+
+    def acquire(self, names: Sequence[str]) -> None:
+        """Make all of `names` resident and pin them until `release`. All of them or none.
+
+        Raises:
+            CapacityError: they cannot be resident together beside what other routings have pinned.
+        """
+        with self._lock:
+            wanted = [self._adapters[name] for name in names]
+            if not all(packed.resident for packed in wanted):
+                self._check_fits(wanted)
+                keep = {id(packed) for packed in wanted}
+                for packed in wanted:
+                    if not packed.resident:
+                        self._make_resident(packed, keep)
+            for name, packed in zip(names, wanted, strict=True):  # pinned last: until then they may move
+                packed.pins += 1
+                self._adapters.move_to_end(name)
+
+    def release(self, names: Sequence[str]) -> None:
+        """Undo one `acquire` of the same names."""
+        with self._lock:
+            for name in names:
+                self._adapters[name].pins -= 1
+
+    def terms(self, recipe: Iterable[tuple[str, float]]) -> tuple[tuple[int, float], ...]:
+        """(slot, weight) of all that a recipe of resident adapters, (name, weight) each, sums."""
+        named = [(self._adapters[name], weight) for name, weight in recipe]
+        rests = [(packed.slot + self.slots, weight) for packed, weight in named if packed.rests]
+        return (*((packed.slot, weight) for packed, weight in named), *rests)
+
+    def _check_fits(self, wanted: Sequence[Packed]) -> None:
+        keep = {id(p): p for p in self._adapters.values() if p.pins}
+        others = sum(p.nbytes for p in keep.values())
+        keep.update((id(p), p) for p in wanted)
+        needed = sum(p.nbytes for p in keep.values())
+        beside = f", {others:,} of them for routings that are active already" if others else ""
+        if needed > self.capacity:
+            raise errors.CapacityError(
+                f"this batch needs {needed:,} bytes of adapters on the device{beside}; the arena has "
+                f"{self.capacity:,} ({_MORE_MEMORY})"
+            )
+        if len(keep) > self.slots:
+            raise errors.CapacityError(
+                f"this batch needs {len(keep)} adapters on the device; there are {self.slots} slots "
+                "(patch(max_adapters=...), mlora generate --max-adapters)"
+            )
+
+    def _make_resident(self, packed: Packed, keep: Set[int]) -> None:
+        """Place `packed`, evicting what was used longest ago except those whose id is in `keep`."""
+        others = list(self._adapters.values())
+        idle = (p for p in others if p.resident and not p.pins and id(p) not in keep)
+        while not (self._free_slots and self._place(packed)):
+            victim = next(idle, None)
+            if victim is None:
+                # Pinned adapters do not move, so the holes between them can stay too small.
+                raise errors.CapacityError(
+                    f"an adapter of {packed.nbytes:,} bytes finds no contiguous room between the adapters that "
+                    f"running batches have pinned; {self._allocator.free_size * self.itemsize:,} bytes are free "
+                    f"({_MORE_MEMORY})"
+                )
+            self._evict(victim)
+
+    def _place(self, packed: Packed) -> bool:
+        offset = self._allocator.alloc(packed.blob.numel())
+        if offset is None and self._allocator.free_size >= packed.blob.numel():
+            self._compact()
+            offset = self._allocator.alloc(packed.blob.numel())
+        if offset is None:
+            return False
+        packed.slot, packed.offset = self._free_slots.pop(), offset
+        self.arena[offset : offset + packed.blob.numel()].copy_(packed.blob, non_blocking=True)
+        self._write_rows(packed)
+        return True
+
+    def _evict(self, packed: Packed) -> None:
+        if packed.resident:
+            self._allocator.free(packed.offset)
+            self._free_slots.append(packed.slot)
+            self.tables[:, packed.slot :: self.slots] = torch.from_numpy(self._empty_rows).to(self.tables.device)
+            packed.slot = packed.offset = -1
+            self.placements += 1
+
+    def _compact(self) -> None:
+        resident = {p.offset: p for p in self._adapters.values() if p.resident and p.blob.numel()}
+        for source, target, size in self._allocator.compact(o for o, p in resident.items() if p.pins):
+            packed = resident[source]
+            self.arena[target : target + size].copy_(packed.blob, non_blocking=True)
+            packed.offset = target
+            self._write_rows(packed)
+
+    def _write_rows(self, packed: Packed) -> None:
+        rows = packed.rows.copy()
+        for column in OFFSETS:
+            rows[..., column] += np.where(rows[..., column] >= 0, packed.offset, 0)
+        self.tables[:, packed.slot :: self.slots] = torch.from_numpy(rows).to(self.tables.device)
+        self.placements += 1

@@ -1,0 +1,1 @@
+"""Folding a recipe into the base weights, and taking it out again to the bit."""

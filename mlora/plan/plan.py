@@ -1,0 +1,92 @@
+"""`Plan`: the routing of one forward, as layers and kernels read it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Recipe: TypeAlias = tuple[tuple[str, float], ...]
+"""A resolved entry: (adapter name, weight), sorted by name, without zero weights; `()` is base."""
+Terms: TypeAlias = tuple[tuple[int, float], ...]
+"""A recipe as kernels read it: (slot, weight)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The routing of one forward.
+
+    Args:
+        tensor: int32, the layout of `mlora.layout`, on the device.
+        header: the first of its words, on the host.
+        touches: one byte a module, what the plan's adapters do to it (`arena.bits.LORA`, ...).
+        names: the adapters that it pins.
+        rows: batch rows, or 1 if one recipe serves every row of any batch.
+        row_counts: the leading sizes that a module's input may have: `rows`, and `rows` times the
+            expansion of `generate` (beams, returned sequences), entries repeated in place.
+        heads: module number -> which rows heads or token embeddings of another size answer (`layers.head.Heads`).
+        routes: of each recipe, where one changes parameters: its rows, and the terms (`layers.route.Route`).
+        recipes: of each row. `invocations`: aLoRAs among its adapters -> the tokens from which on each applies; see
+            `activation.py`.
+        raw: the words of `tensor`, where that is on the CPU.
+    """
+
+    tensor: Tensor
+    header: Tensor
+    touches: bytes
+    names: tuple[str, ...]
+    rows: int
+    row_counts: tuple[int, ...]
+    heads: Mapping[int, Any] = field(default_factory=dict)
+    routes: tuple[Any, ...] = ()
+    recipes: tuple[Recipe, ...] = ()
+    invocations: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    raw: bytes = field(init=False, repr=False, default=b"")
+
+    def __post_init__(self) -> None:
+        if self.tensor.device.type == "cpu" and type(self.tensor) is Tensor:
+            object.__setattr__(self, "raw", self.tensor.numpy().tobytes())
+
+    @property
+    def uniform(self) -> bool:
+        return self.rows == 1
+
+
+def plan_words(
+    recipes: Sequence[Terms],
+    expansion: int = 1,
+    heads: bool = False,
+    experts: bool = False,
+    tails: bool = False,
+    foreign: bool = False,
+    runs: Sequence[int] | None = None,
+) -> np.ndarray:
+    """The plan of `recipes` as int32 words in the layout of `mlora.layout`; each is that of the next row, or of as
+    many of the next rows as `runs` says."""
+    routes: dict[Terms, list[int]] = {}
+    base: list[int] = []
+    rows = 0
+    for recipe, run in zip(recipes, [1] * len(recipes) if runs is None else runs, strict=True):
+        (routes.setdefault(recipe, []) if recipe else base).extend(range(rows, rows + run))
+        rows += run
+    terms = [term for recipe in routes for term in recipe]
+    header = [rows, len(routes), len(terms), expansion, int(heads), int(experts), int(tails), int(foreign)]
+    row_start = np.cumsum([0, *map(len, routes.values())])
+    row_order = [row for own in [*routes.values(), base] for row in own]
+    term_start = np.cumsum([0, *map(len, routes)])
+    weights = np.array([weight for _, weight in terms], dtype=np.float32).view(np.int32)
+    slots = [slot for slot, _ in terms]
+    return np.concatenate([header, row_start, row_order, term_start, slots, weights]).astype(np.int32)
+
+
+def to_device(words: np.ndarray, device: torch.device) -> Tensor:
+    """One host-to-device copy, for which the host does not wait. Within a capture it is the kind that CUDA refuses: a
+    replay would read the host's memory again, by when it is another's."""
+    host = torch.from_numpy(words)
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,103 @@
+"""Rows beside what is folded into the weights: routes that do there what theirs would do on the base's."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+
+from .. import errors
+from ..arena.bits import GAIN, INPUT, TURN
+from ..arena.store import Store
+from ..folding.fold import Folded
+from ..lowering import BaseLinear, Delta, to_adapter
+from ..merge import relative
+from ..plan.plan import Recipe
+from .registry import Registry
+
+
+class Bridges:
+    """What undoes the folded recipe and does another: the difference of both, where neither has gains or turns, and
+    else an adapter that is made for it, a bridge, and kept until something else is folded in.
+
+    Args:
+        lock: the runtime's, see its `__init__`; reentrant.
+    """
+
+    def __init__(self, registry: Registry, folded: Folded, store: Store, lock: threading.RLock) -> None:
+        self._registry = registry
+        self._folded = folded
+        self._store = store
+        self._bridges: dict[str, None] = {}
+        self._lock = lock
+
+    @property
+    def folded(self) -> Recipe:
+        """What rows lie beside."""
+        return self._folded.recipe
+
+    def beside(self, recipes: Sequence[Recipe]) -> tuple[Sequence[Recipe], Recipe | None]:
+        """What to route in place of `recipes`, and the first of these whose bridge `make` has yet to make, which it
+        names already; None if there is none. Called under the lock."""
+        if not self._folded.recipe:
+            return recipes, None
+        relatives, unmade = [], None
+        for recipe in recipes:
+            relatives.append(names := self._relative(recipe))
+            if unmade is None and any(name not in self._registry for name, _ in names):
+                unmade = recipe
+        return relatives, unmade
+
+    def _relative(self, recipe: Recipe) -> Recipe:
+        folded = self._folded.recipe
+        if not any((self._store[name].touches & (GAIN | TURN | INPUT)).any() for name, _ in (*recipe, *folded)):
+            difference = dict(recipe)
+            for name, weight in folded:
+                difference[name] = difference.get(name, 0.0) - weight
+            return tuple(sorted((name, weight) for name, weight in difference.items() if weight))
+        return () if recipe == folded else ((_label(recipe, folded), 1.0),)
+
+    def make(self, recipe: Recipe) -> None:
+        """Make the bridge from what is folded in to `recipe`: lowered without the lock, which the caller need not hold,
+        and dropped where one of their adapters has gone meanwhile. What is folded in stays: the caller is a reader of
+        the weights, or holds the lock.
+
+        Raises:
+            MergeError: no delta does that. UnknownAdapterError: an adapter has gone already.
+        """
+        with self._lock:
+            folded = self._folded.recipe
+            sources = {name: self._registry[name] for name, _ in (*recipe, *folded)}
+        bases, label = self._registry.bases, _label(recipe, folded)
+        deltas = _between(folded, recipe, {name: one.lower(bases) for name, one in sources.items()}, bases)
+        adapter = to_adapter(deltas, label, bases)
+        with self._lock:
+            same = all(self._registry.get(name) is one for name, one in sources.items())
+            if same and label not in self._registry:  # another thread may have made it
+                self._registry.add(label, adapter, deltas, sources=tuple(sources), group=self._bridges)
+
+    def drop(self) -> None:
+        """Forget those that no call uses; what is folded in has changed. Called under the lock."""
+        for label in [label for label in self._bridges if not self._store[label].pins]:
+            self._registry.remove(label)
+
+
+def _label(recipe: Recipe, folded: Recipe) -> str:
+    return f"{dict(recipe)} on {dict(folded)}"
+
+
+def _between(
+    folded: Recipe, recipe: Recipe, deltas: Mapping[str, Mapping[str, Delta]], bases: Mapping[str, BaseLinear]
+) -> dict[str, Delta]:
+    """Dotted path -> delta of the bridge; `deltas`: adapter -> dotted path -> delta."""
+    paths = dict.fromkeys(path for found in deltas.values() for path in found)
+    for path in paths:
+        if bases[path].experts:
+            raise errors.MergeError(
+                f"parameter {path}: rows with target_parameters are served beside something folded in only where none "
+                f"of the adapters has gains or turns, as DoRA, IA3 and OFT do; unmerge_adapter first"
+            )
+
+    def terms(recipe: Recipe, path: str) -> list[tuple[Delta, float]]:
+        return [(deltas[name][path], weight) for name, weight in recipe if path in deltas[name]]
+
+    return {path: relative(terms(recipe, path), terms(folded, path), path) for path in paths}

@@ -1,0 +1,58 @@
+"""What a user writes for each row, and what it means: entries -> recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from .. import errors
+from ..merge import Merge, is_weight
+from ..plan.plan import Recipe
+
+BASE = "__base__"
+
+Entry: TypeAlias = str | Mapping[str, float] | Merge | None
+Entries: TypeAlias = Entry | Sequence[Entry]
+
+
+def resolve_entry(entry: Any, exists: Callable[[str], bool]) -> Recipe:
+    """Read one entry.
+
+    Raises:
+        EntryError: it is not a name, None or a mapping name -> finite number.
+        UnknownAdapterError: it names an adapter that is not loaded.
+    """
+    if entry is None or entry == BASE:
+        return ()
+    if isinstance(entry, str):
+        entry = {entry: 1.0}
+    if not isinstance(entry, Mapping):
+        raise errors.EntryError(
+            f"an entry of adapter_names is {entry!r} ({type(entry).__name__}); it must be an adapter's name, None, "
+            f"{BASE!r}, a mapping name -> weight or an mlora.Merge"
+        )
+    recipe = []
+    for name, weight in entry.items():
+        if not isinstance(name, str) or not exists(name):
+            raise errors.UnknownAdapterError(name)
+        if not is_weight(weight):
+            raise errors.EntryError(f"the weight of adapter {name!r} is {weight!r}; it must be a finite number")
+        if weight != 0:
+            recipe.append((name, float(weight)))
+    return tuple(sorted(recipe))
+
+
+def is_single(entries: Any) -> bool:
+    """Whether `entries` is one entry for all rows, not one a row."""
+    return entries is None or isinstance(entries, (str, Mapping, Merge))
+
+
+def resolve(entries: Any, exists: Callable[[str], bool]) -> list[Recipe]:
+    """One recipe a row; a single entry gives one recipe."""
+    if is_single(entries):
+        return [resolve_entry(entries, exists)]
+    if not isinstance(entries, Sequence):
+        raise errors.EntryError(
+            f"adapter_names is {entries!r} ({type(entries).__name__}); it must be one entry or a list of one a row"
+        )
+    return [resolve_entry(entry, exists) for entry in entries]

@@ -1,0 +1,188 @@
+"""Entries -> the `Plan` of a forward, with its adapters on the device."""
+
+from __future__ import annotations
+
+import operator
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import errors, layout
+from ..arena.bits import BOTH, GAIN, INPUT, TURN
+from ..arena.store import Store
+from ..layers import Head, group_heads, group_routes
+from ..plan.plan import Plan, Recipe, plan_words, to_device
+from ..plan.shared import Shared
+from .bridges import Bridges
+from .entries import is_single
+from .merge_cache import MergeCache
+from .registry import Registry
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A plan, and what it was made of.
+
+    Args:
+        made_of: all that its words depend on.
+        entries: what asked for it, if that was a list of names, which mean the same as long as nothing in the store has
+            moved and `folded` is what is folded in; else None.
+    """
+
+    plan: Plan
+    made_of: tuple[Any, ...]
+    entries: tuple[str | None, ...] | None
+    folded: Recipe
+
+    def serves(self, entries: Any, rows: int, expansion: int, placements: int, folded: Recipe) -> bool:
+        """Whether these very entries ask for it again, without looking at what they are."""
+        return (
+            self.entries is not None
+            and isinstance(entries, (list, tuple))
+            and len(entries) == len(self.entries)
+            and all(map(operator.is_, entries, self.entries))
+            and self.made_of[1:] == (rows, expansion, placements)
+            and self.folded == folded
+        )
+
+
+class Planner:
+    """Makes plans, whose adapters stay pinned in the store until whoever asked for one releases `plan.names` there.
+
+    Args:
+        experts: the numbers of the modules that are parameters of experts.
+        lock: the runtime's, see its `__init__`; reentrant.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        merges: MergeCache,
+        bridges: Bridges,
+        store: Store,
+        shared: Shared,
+        experts: Sequence[int],
+        lock: threading.RLock,
+    ) -> None:
+        self._registry = registry
+        self._merges = merges
+        self._bridges = bridges
+        self._store = store
+        self._shared = shared
+        self._experts = list(experts)
+        self._lock = lock
+        # The last plan: a loop of decode steps asks for the same each time, and making it anew takes one per cent or
+        # two of a small model's step.
+        self._kept: _Kept | None = None
+
+    def acquire(self, entries: Any, rows: int, expansion: int) -> Plan:
+        """Resolve, bring to the device and pin. The caller is a reader of the weights or holds the lock.
+
+        Raises:
+            EntryError, UnknownAdapterError, MergeError: an entry is none, or there are not as many as `rows`.
+            CapacityError: the adapters do not fit on the device together, or the plan not in its buffer.
+        """
+        with self._lock:
+            kept = self._kept
+            if kept is not None and kept.serves(entries, rows, expansion, self._store.placements, self._bridges.folded):
+                self._store.acquire(kept.plan.names)
+                return kept.plan
+        while True:
+            with self._merges.resolved(entries) as resolved:  # nothing that is named may be deleted before it is pinned
+                recipes, unmade = self._bridges.beside(self._registry.recipes(resolved))
+                if unmade is None:
+                    plan = self._plan(entries, recipes, None if is_single(resolved) else rows, expansion)
+                    self._merges.trim()
+                    return plan
+            self._bridges.make(unmade)
+
+    def _plan(self, entries: Any, recipes: Sequence[Recipe], rows: int | None, expansion: int) -> Plan:
+        """Of one recipe a row, which came of `entries`; `rows` is None where one serves them all."""
+        if rows is not None and len(recipes) != rows:
+            raise errors.EntryError(f"adapter_names has {len(recipes)} entries for a batch of {rows} rows")
+        owners = [self._owners(recipe) for recipe in recipes]
+        names = tuple(sorted({name for recipe in recipes for name, _ in recipe}))
+        self._store.acquire(names)
+        try:
+            made_of = tuple(recipes), rows, expansion, self._store.placements
+            if self._kept is not None and self._kept.made_of == made_of:
+                plan = self._kept.plan
+            else:
+                plan = self._of_pinned(recipes, names, owners, 1 if rows is None else rows, expansion)
+        except BaseException:
+            self._store.release(names)
+            raise
+        # On a GPU a plan belongs to the stream that it was copied on, and with aLoRAs to the prompt of its call.
+        if self._store.arena.device.type == "cpu" and not plan.invocations:
+            named = isinstance(entries, (list, tuple)) and all(one is None or type(one) is str for one in entries)
+            self._kept = _Kept(plan, made_of, tuple(entries) if named else None, self._bridges.folded)
+        return plan
+
+    def _of_pinned(
+        self,
+        recipes: Sequence[Recipe],
+        names: tuple[str, ...],
+        owners: Sequence[Mapping[int, str]],
+        rows: int,
+        expansion: int,
+    ) -> Plan:
+        """Of recipes of adapters that do not move. `owners`: of each recipe, as `_owners` says."""
+        store = self._store
+        packed = {name: store[name] for name in names}
+        heads: dict[int, list[Head | None]] = {}
+        for row, owned in enumerate(owners):
+            for index, name in owned.items():
+                weight, bias, width = packed[name].heads[index]
+                offset = packed[name].offset
+                head = Head(offset + weight, bias if bias < 0 else offset + bias, width)
+                heads.setdefault(index, [None] * len(recipes))[row] = head
+        touches = np.zeros(store.tables.shape[0], dtype=np.uint8)
+        for one in packed.values():
+            touches |= one.touches
+        if (touches & INPUT).any():  # few plans have any, and each one is made within a forward
+            for recipe in {recipe for recipe in recipes if recipe}:
+                of_row = np.bitwise_or.reduce([packed[name].touches for name, _ in recipe])
+                touches[((of_row & INPUT) > 0) & ((of_row & (GAIN | TURN)) > 0)] |= BOTH
+        terms = [store.terms(recipe) for recipe in recipes]
+        invocations = {name: one.invocation for name, one in packed.items() if one.invocation}
+        experts = bool(touches[self._experts].any())
+        foreign = rows > 1 and any(touches[index] for index in self._shared.foreign)
+        words = plan_words(terms, expansion, bool(heads), experts, bool(invocations), foreign)
+        device, most = store.arena.device, self._shared.plan.numel()
+        if len(words) > most and device.type != "cpu":
+            raise errors.CapacityError(
+                f"the routing of {rows} rows takes {len(words)} words; the buffer that compiled code and captured "
+                f"graphs read has {most}"
+            )
+        tensor = to_device(words, device)
+        header = torch.from_numpy(words[: layout.PLAN_HEADER])
+        grouped = {index: group_heads(found, self._width(index), device) for index, found in heads.items()}
+        routes = group_routes(recipes, packed, self._experts, device) if experts else ()
+        counts = (rows, rows * expansion)
+        return Plan(
+            tensor, header, touches.tobytes(), names, rows, counts, grouped, routes, tuple(recipes), invocations
+        )
+
+    def _width(self, index: int) -> int:
+        """How many outputs the model's own head has, or tokens its embedding."""
+        base = self._registry.bases[self._registry.paths[index]]
+        return base.out_features if base.embed_scale is None else base.in_features
+
+    def _owners(self, recipe: Recipe) -> Mapping[int, str]:
+        """Module number -> the adapter of `recipe` whose head or embedding of another size serves there."""
+        found: dict[int, str] = {}
+        for name, weight in recipe:
+            for index in self._store[name].heads:
+                beside = [other for other, _ in recipe if other != name and self._store[other].touches[index]]
+                if weight != 1 or beside:
+                    with_what = f"with {', '.join(map(repr, beside))}" if beside else f"at a weight of {weight}"
+                    raise errors.EntryError(
+                        f"adapter {name!r} has weights of another size at {self._registry.paths[index]}, which take "
+                        f"the place of the model's: there is no sum {with_what}"
+                    )
+                found[index] = name
+        return found

@@ -1,0 +1,266 @@
+"""The adapters of one patched model, by name: what is known of each, and its blob in the store."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn
+
+import numpy as np
+
+from .. import errors
+from ..adapters.adapter import Adapter
+from ..arena.bits import INPUT, TAIL, TURN
+from ..arena.pack import Packed
+from ..arena.store import Store
+from ..folding.fold import Folded
+from ..lowering import BaseLinear, Delta, lower, to_adapter
+from ..lowering.delta import kernel_major
+from ..merge import Merge, merge_adapters
+from ..plan.plan import Recipe
+from ..plan.shared import Shared
+from .entries import BASE, resolve
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What `Runtime.adapters` tells of an adapter.
+
+    Args:
+        name: as given to `load_adapter`. `source`: folder, hub id or "memory".
+        peft_type: PEFT's type, e.g. "LORA". `variant`: "DoRA", "rsLoRA", ..., or "".
+        rank: the largest rank of any module; `ranks`: all ranks, sorted.
+        modules: dotted paths of the modules that it changes.
+        bytes: its size on the device.
+        location: "device" or "host".
+        errors: module -> |D - D'| / |D| (Frobenius), for each whose delta D is approximated by D'; empty
+            where all is exact.
+    """
+
+    name: str
+    source: str
+    peft_type: str
+    variant: str
+    rank: int
+    ranks: tuple[int, ...]
+    modules: tuple[str, ...]
+    bytes: int
+    location: str
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def error(self) -> float:
+        """The largest of `errors`; 0 where all is exact."""
+        return max(self.errors.values(), default=0.0)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An adapter of the registry.
+
+    Args:
+        approximate: the rank that it was given to `lower` with.
+        sources: of one that mlora made, not the user: the adapters that it was made of, with any of which it goes.
+        group: of such a one: the names of its kind, of which it is one as long as it is loaded.
+    """
+
+    adapter: Adapter
+    info: AdapterInfo
+    approximate: int | None = None
+    sources: Sequence[str] = ()
+    group: MutableMapping[str, None] | None = None
+
+    def lower(self, bases: Mapping[str, BaseLinear]) -> dict[str, Delta]:
+        """Its deltas, dotted path -> delta."""
+        return lower(self.adapter, bases, self.approximate)
+
+
+class Registry:
+    """Name -> `Loaded`; each has its blob in the store under the same name.
+
+    Args:
+        store, shared: of the patched model. `folded`: what is in its weights, and so cannot go.
+        bases: dotted path -> what an adapter can change. `indices`: -> its number in the store.
+        encoder: whether a part of the model reads other tokens than input_ids.
+        lock: the runtime's, see its `__init__`; reentrant.
+
+    Lowering and packing, which take long, are done without the lock.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        shared: Shared,
+        folded: Folded,
+        bases: Mapping[str, BaseLinear],
+        indices: Mapping[str, int],
+        encoder: bool,
+        lock: threading.RLock,
+    ) -> None:
+        self.bases = bases
+        self.paths = {index: path for path, index in indices.items()}
+        self._indices = indices
+        self._store = store
+        self._shared = shared
+        self._folded = folded
+        self._encoder = encoder
+        self._loaded: dict[str, Loaded] = {}
+        self._lock = lock
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._loaded
+
+    def __getitem__(self, name: str) -> Loaded:
+        """Raises `UnknownAdapterError` where there is none."""
+        loaded = self._loaded.get(name)
+        if loaded is None:
+            self._refuse_unknown(name)
+        return loaded
+
+    def get(self, name: str) -> Loaded | None:
+        return self._loaded.get(name)
+
+    def info(self, name: str) -> AdapterInfo:
+        """What is known of it now."""
+        return replace(self[name].info, location="device" if self._store[name].resident else "host")
+
+    def infos(self) -> dict[str, AdapterInfo]:
+        """Of all adapters, in the order of loading."""
+        with self._lock:
+            return {name: self.info(name) for name in self._loaded}
+
+    def recipes(self, entries: Any) -> list[Recipe]:
+        """One a row of entries without merges; a single entry gives one.
+
+        Raises:
+            EntryError, UnknownAdapterError: one of them is no entry, or names no adapter.
+        """
+        try:
+            return resolve(entries, self._loaded.__contains__)
+        except errors.UnknownAdapterError as error:
+            self._refuse_unknown(error.args[0])
+
+    def check_new(self, name: Any) -> None:
+        """Raise `EntryError` if `name` cannot name an adapter, `DuplicateAdapterError` if it does."""
+        if not isinstance(name, str) or not name or name == BASE:
+            raise errors.EntryError(
+                f"{name!r} cannot name an adapter: it must be a string other than '' and '__base__'"
+            )
+        if name in self._loaded:
+            raise errors.DuplicateAdapterError(
+                f"an adapter {name!r} is loaded already, from {self._loaded[name].info.source}; delete it first"
+            )
+
+    def _refuse_unknown(self, name: Any) -> NoReturn:
+        known = ", ".join(map(repr, self._loaded)) or "none"
+        raise errors.UnknownAdapterError(f"no adapter {name!r} is loaded; loaded: {known}") from None
+
+    def add(
+        self,
+        name: str,
+        adapter: Adapter,
+        deltas: Mapping[str, Delta],
+        approximate: int | None = None,
+        sources: Sequence[str] = (),
+        group: MutableMapping[str, None] | None = None,
+    ) -> AdapterInfo:
+        """Register an adapter that was lowered to `deltas` (dotted path -> delta). For the others see `Loaded`.
+
+        Raises:
+            DuplicateAdapterError: the name is taken. AdapterError, UnsupportedAdapterError: it does not fit the model.
+            CapacityError: it is larger than the whole arena.
+        """
+        packed = self._pack(name, deltas)
+        ranks = tuple(sorted({delta.rank // (self.bases[path].experts or 1) for path, delta in deltas.items()}))
+        info = AdapterInfo(
+            name, adapter.source, adapter.peft_type, _variant(adapter), ranks[-1], ranks, tuple(deltas),
+            packed.nbytes, "host", {path: delta.error for path, delta in deltas.items() if delta.error},
+        )  # fmt: skip
+        with self._lock:
+            self.check_new(name)  # another thread may have taken the name meanwhile
+            self._note(packed)
+            self._store.register(name, packed)
+            self._loaded[name] = Loaded(adapter, info, approximate, sources, group)
+            if group is not None:
+                group[name] = None
+            return self.info(name)
+
+    def add_merge(self, name: str, how: Merge, group: MutableMapping[str, None] | None = None) -> AdapterInfo:
+        """Register what `how` makes of its adapters: the user's, or one of a `group` that goes with them.
+
+        Raises:
+            UnknownAdapterError: one of them is not loaded. MergeError: they do not merge. Others: as `add`.
+        """
+        how = how.canonical()
+        sources = [self[source] for source in how.adapters]
+        lowered = [loaded.lower(self.bases) for loaded in sources]
+        deltas = dict(merge_adapters(lowered, how, self.bases))
+        adapter = to_adapter(deltas, how.label, self.bases)
+        return self.add(name, adapter, deltas, sources=() if group is None else how.adapters, group=group)
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter, and those that were made of it.
+
+        Raises:
+            UnknownAdapterError: there is none of that name. AdapterInUseError: it is used.
+        """
+        with self._lock:
+            loaded = self[name]
+            if name in dict(self._folded.recipe):
+                raise errors.AdapterInUseError(
+                    f"adapter {name!r} cannot be deleted: it is folded into the weights; unmerge_adapter first"
+                )
+            if self._store[name].pins:
+                default = self._shared.default
+                if default is not None and name in default.names:
+                    how = "set_adapter chose it; call set_adapter(None) first"
+                else:
+                    how = "a running call or an open use_adapters uses it"
+                raise errors.AdapterInUseError(f"adapter {name!r} cannot be deleted: {how}")
+            for made in [label for label, other in self._loaded.items() if name in other.sources]:
+                if made in self._loaded:  # not gone already, with another of them
+                    self.remove(made)
+            self._store.unregister(name)
+            if loaded.group is not None:
+                del loaded.group[name]
+            del self._loaded[name]
+
+    def _pack(self, name: str, deltas: Mapping[str, Delta]) -> Packed:
+        by_index: dict[int, Delta] = {}
+        for path, delta in deltas.items():
+            turned = kernel_major(delta, self.bases[path])
+            other = by_index.setdefault(self._indices[path], turned)
+            if other is not turned and not other.equals(turned):
+                raise errors.AdapterError(
+                    f"adapter {name!r}: it has different weights for one shared module under several of its "
+                    f"names: {', '.join(sorted({path, *self.bases[path].aliases} & deltas.keys()))}"
+                )
+        packed = self._store.pack(by_index, f"adapter {name!r}")
+        if packed.invocation and self._encoder:
+            raise errors.UnsupportedAdapterError(
+                f"adapter {name!r}: option alora_invocation_tokens is not served on a model with an encoder, "
+                f"whose decoder reads other tokens than input_ids"
+            )
+        return packed
+
+    def _note(self, packed: Packed) -> None:
+        """Tell compiled code which ops it needs from now on; each is one compilation more, once."""
+        shared = self._shared
+        touched = [self.bases[self.paths[index]] for index in np.flatnonzero(packed.touches).tolist()]
+        shared.inputs |= bool((packed.touches & INPUT).any())
+        shared.turns |= bool((packed.touches & TURN).any())
+        shared.norms |= any(base.offset is not None for base in touched)
+        shared.embeddings |= any(base.embed_scale is not None for base in touched)
+        shared.experts |= any(base.experts for base in touched)
+        shared.heads = shared.heads.union(packed.heads)
+        shared.tails = shared.tails.union(np.flatnonzero(packed.touches & TAIL).tolist())
+
+
+def _variant(adapter: Adapter) -> str:
+    config = adapter.config
+    if config.get("use_dora"):
+        return "DoRA"
+    if config.get("alora_invocation_tokens"):
+        return "aLoRA"
+    return "rsLoRA" if config.get("use_rslora") else ""

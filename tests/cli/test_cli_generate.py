@@ -1,0 +1,237 @@
+"""`mlora generate`: a file of prompts under the adapters of a config, and entries of every form."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+import mlora
+import mlora.cli.demo
+from mlora.cli import app
+
+MERGE = {"ids": ["one", "two"], "weights": [2, 1], "merge_strategy": "ties", "density": 0.5}
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch, llama: Any) -> list[Any]:
+    """The models that were loaded. A prompt is a list of tokens, and so is a completion."""
+    seen: list[Any] = []
+
+    def load(name: str | None) -> Any:
+        seen.append(name)
+        return copy.deepcopy(llama)
+
+    def complete(
+        model: Any, tokenizer: Any, prompts: list[str], entries: list[Any], new: int, raw: bool = False
+    ) -> list[str]:
+        ids = torch.tensor([[int(word) for word in prompt.split()] for prompt in prompts])
+        out = model.generate(ids, adapter_names=entries, max_new_tokens=new, do_sample=False, pad_token_id=0)
+        return [" ".join(map(str, row.tolist())) for row in out[:, ids.shape[1] :]]
+
+    def tokenize(texts: list[str], add_special_tokens: bool) -> dict[str, list[list[str]]]:
+        return {"input_ids": [text.split() for text in texts]}
+
+    monkeypatch.setattr(mlora.cli.demo, "load_tokenizer", lambda name: tokenize)
+    monkeypatch.setattr(mlora.cli.demo, "load_model", load)
+    monkeypatch.setattr(mlora.cli.demo, "complete", complete)
+    return seen
+
+
+@pytest.fixture
+def config(folders: dict[str, Path], tmp_path: Path) -> Path:
+    (tmp_path / "r3").symlink_to(folders["r3"], target_is_directory=True)
+    content = {
+        "base_model": "BASE",
+        "adapters": {
+            "adapters": {"one": {"path": "r3"}, "two": {"path": str(folders["rs16"])}},
+            "merge": {"name": "both", "sources": ["one", "two"], "combination_type": "ties", "density": 0.5},
+            "active": "two",
+        },
+    }
+    (tmp_path / "adapters.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path / "adapters.yaml"
+
+
+def generate(tmp_path: Path, lines: list[dict[str, Any]], *options: str) -> tuple[int, str, list[dict[str, Any]]]:
+    source, sink = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = CliRunner().invoke(
+        app, ["generate", "--input", str(source), "--output", str(sink), "--max-new-tokens", "8", *options]
+    )
+    done = [json.loads(line) for line in sink.read_text().splitlines()] if sink.exists() else []
+    return result.exit_code, " ".join(result.output.split()), done
+
+
+def test_a_config_and_entries_of_every_form(
+    llama: Any, loads: list[Any], config: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    prompt = "5 9 33 2 17"
+    entries: list[Any] = ["one", "two", "both", None, {"one": 0.7, "two": -0.3}, MERGE]
+    lines = [{"prompt": prompt, "adapter": entry} for entry in entries] + [{"prompt": prompt}]
+    code, output, done = generate(tmp_path, lines, "--config", str(config))
+    assert code == 0, output
+    assert loads == ["BASE"]
+    assert [{k: v for k, v in line.items() if k != "completion"} for line in done] == lines
+    runtime = mlora.patch(copy.deepcopy(llama))
+    runtime.load_adapter(folders["r3"], "one")
+    runtime.load_adapter(folders["rs16"], "two")
+    by_hand: list[Any] = [
+        "one", "two", mlora.Merge(["one", "two"], [0.5, 0.5], "ties", density=0.5), None, {"one": 0.7, "two": -0.3},
+        mlora.Merge(["one", "two"], [2, 1], "ties", density=0.5), "two",
+    ]  # fmt: skip
+    want = [mlora.cli.demo.complete(runtime.model, None, [prompt], [entry], 8)[0] for entry in by_hand]
+    assert [line["completion"] for line in done] == want
+    assert len(set(want)) > 3
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (["--model", "x"], "excludes --model"),
+        (["--adapter", "a=b"], "excludes --adapter"),
+    ],
+)
+def test_a_config_excludes(loads: list[Any], config: Path, tmp_path: Path, options: list[str], wanted: str) -> None:
+    code, output, _ = generate(tmp_path, [{"prompt": "1"}], "--config", str(config), *options)
+    assert code == 2 and wanted in output and not loads
+
+
+@pytest.mark.parametrize("source", ("config", "adapters"))
+@pytest.mark.parametrize(
+    ("option", "wanted"),
+    [
+        (["--memory", "12KiB"], "the arena has 12,288 (patch(memory=...), mlora generate --memory)"),
+        (["--memory", "12000"], "the arena has 11,968 ("),
+        (["--max-adapters", "1"], "there are 1 slots (patch(max_adapters=...), mlora generate --max-adapters)"),
+        (["--memory", "0.25 mib", "--max-adapters", "2"], ""),
+        (["--memory", "1MB"], ""),
+    ],
+)
+def test_room(
+    loads: list[Any], config: Path, folders: dict[str, Path], tmp_path: Path, source: str, option: list[str],
+    wanted: str,
+) -> None:  # fmt: skip
+    given = ["--config", str(config)]
+    if source == "adapters":
+        given = ["--adapter", f"one={folders['r3']}", "--adapter", f"two={folders['rs16']}"]
+    lines = [{"prompt": "1 2", "adapter": name} for name in ("one", "two")]
+    code, output, done = generate(tmp_path, lines, *given, *option)
+    if wanted:
+        assert code == 1 and wanted in output, output
+    else:
+        assert code == 0 and len(done) == 2, output
+
+
+@pytest.mark.parametrize("size", ["2XB", "-1", "", "0", "1e9", "GiB", "0.1"])
+def test_bad_sizes(loads: list[Any], config: Path, tmp_path: Path, size: str) -> None:
+    code, output, _ = generate(tmp_path, [{"prompt": "1"}], "--config", str(config), "--memory", size)
+    assert code == 2 and f"--memory {size!r}: wanted" in output and not loads, output
+
+
+@pytest.mark.parametrize(
+    ("entry", "wanted"),
+    [
+        ("three", "unknown adapter 'three' (there are: both, one, two)"),
+        ({"ids": ["one", "three"]}, "unknown adapter 'three'"),
+        ({**MERGE, "density": 2}, "density is 2"),
+        ({**MERGE, "densty": 1}, "'densty'"),
+        ({**MERGE, "weights": [1]}, "1 weights for 2"),
+        ({"one": "x"}, "the weight of 'one' is 'x'"),
+        ({"one": True}, "the weight of 'one' is True"),
+        ({"one": float("nan")}, "the weight of 'one' is nan, wanted a finite number"),
+        ({"one": 1, "two": float("-inf")}, "the weight of 'two' is -inf"),
+        ({"one": 1e39}, "the weight of 'one' is 1e+39"),  # beyond fp32
+        (3, "'adapter' is 3".replace("'", '"')),
+    ],
+)
+def test_bad_entries_are_found_before_a_model_is_loaded(
+    loads: list[Any], config: Path, tmp_path: Path, entry: Any, wanted: str
+) -> None:
+    lines = [{"prompt": "1"}, {"prompt": "1", "adapter": entry}]
+    code, output, done = generate(tmp_path, lines, "--config", str(config))
+    assert code == 2 and "line 2" in output and wanted in output, output
+    assert not loads and not done
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "marked"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n \n"], ids=["unix", "dos", "blank"])
+def test_what_ends_a_line(loads: list[Any], config: Path, tmp_path: Path, mark: str, end: str) -> None:
+    notes = ["a\u2028b\u2029c", "a\x85b", "\U0001f600"]  # line ends to Python, letters to JSON
+    lines = [{"prompt": "5 9", "note": note} for note in notes]
+    source, sink = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes((mark + "".join(json.dumps(line, ensure_ascii=False) + end for line in lines)).encode())
+    for file, number in ((source, 0), (sink, 1)):  # what it wrote, it reads
+        target = tmp_path / f"{number}.jsonl"
+        result = CliRunner().invoke(
+            app, ["generate", "--config", str(config), "--input", str(file), "--output", str(target)]
+        )
+        assert result.exit_code == 0, result.output
+        target.rename(sink)
+        done = [json.loads(line) for line in sink.read_text(encoding="utf-8").split("\n") if line]
+        assert [line["note"] for line in done] == notes
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        ("", "has no prompts"),
+        ("\n \n", "has no prompts"),
+        ('{"prompt": "1"}\n[1]', 'line 2: wanted an object with a string "prompt"'),
+        ('{"prompt": "1"}\n{"adapter": "one"}', 'line 2: wanted an object with a string "prompt"'),
+        ('{"prompt": 3}', 'line 1: wanted an object with a string "prompt"'),
+        ('{"prompt": "1"}\n\n{"prompt": ', "line 3: "),
+        ('{"prompt": "a \\ud83d b"}', "line 1: 'utf-8' codec can't encode character '\\ud83d'"),
+        ('{"prompt": "1", "note": "\\udc00"}', "line 1: 'utf-8' codec can't encode character '\\udc00'"),
+    ],
+)
+def test_bad_files(loads: list[Any], config: Path, tmp_path: Path, content: str, wanted: str) -> None:
+    source, sink = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(content, encoding="utf-8")
+    result = CliRunner().invoke(
+        app, ["generate", "--config", str(config), "--input", str(source), "--output", str(sink)]
+    )
+    output = " ".join(result.output.split())
+    assert result.exit_code == 2 and wanted in output, output
+    assert not loads and not sink.exists()
+
+
+@pytest.mark.parametrize("prompts", [[""], ["", " "], ["1 2", ""]])
+def test_raw_prompts_without_a_token(loads: list[Any], config: Path, tmp_path: Path, prompts: list[str]) -> None:
+    lines = [{"prompt": prompt} for prompt in prompts]
+    code, output, done = generate(tmp_path, lines, "--config", str(config), "--raw")
+    assert code == 2 and "the prompt '' gives no token, so that --raw has nothing" in output, output
+    assert not loads and not done
+    code, output, done = generate(tmp_path, [{"prompt": "1"}], "--config", str(config), "--raw")
+    assert code == 0 and len(done) == 1, output
+
+
+@pytest.mark.parametrize("target", [".", "no/out.jsonl", "in.jsonl"])
+def test_bad_outputs(loads: list[Any], config: Path, tmp_path: Path, target: str) -> None:
+    source, content = tmp_path / "in.jsonl", '{"prompt": "1"}\n'
+    source.write_text(content)
+    result = CliRunner().invoke(
+        app, ["generate", "--config", str(config), "--input", str(source), "--output", str(tmp_path / target)]
+    )
+    assert result.exit_code == 2 and "--output" in result.output and "wanted" in result.output, result.output
+    assert not loads and source.read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        ({"adapters": {}}, "base_model is None"),
+        ({"base_model": "x", "adapterz": {}}, "did you mean 'adapter'"),
+        ({"base_model": "x", "adapters": {"active": "sql"}}, "'sql'"),
+    ],
+)
+def test_bad_configs(loads: list[Any], tmp_path: Path, content: Any, wanted: str) -> None:
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(content))
+    code, output, _ = generate(tmp_path, [{"prompt": "1"}], "--config", str(tmp_path / "bad.yaml"))
+    assert code == 2 and wanted in output and not loads, output

@@ -1,0 +1,80 @@
+"""`mlora inspect`: what an adapter is, and whether it is served exactly, approximately or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+from conftest import build
+from typer.testing import CliRunner
+
+from mlora.cli import app
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlora.cli.demo
+
+    monkeypatch.setattr(mlora.cli.demo, "load_model", lambda name: build("llama"))
+
+
+def inspect(config: Any, folder: Path, *options: str) -> tuple[int, str]:
+    peft.get_peft_model(build("llama"), config).save_pretrained(folder)
+    result = CliRunner().invoke(app, ["inspect", str(folder), *options])
+    return result.exit_code, result.output
+
+
+TARGETS = ["q_proj", "down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "code", "wanted"),
+    (
+        (peft.LoraConfig(r=3, target_modules=TARGETS), (), 0, ("LORA", "4 (down_proj, q_proj)", "ranks    3", "yes")),
+        (peft.LoHaConfig(r=3, target_modules=TARGETS), (), 0, ("LOHA", "4 (down_proj, q_proj)", "pass --model")),
+        (peft.LoraConfig(r=3, target_modules=["lm_head"]), (), 0, ("LORA", "1 (lm_head)", "pass --model")),
+        (peft.LoHaConfig(r=3, target_modules=TARGETS), ("--model", "x"), 0, ("exactly, on 4 modules of x",)),
+        (peft.HiraConfig(r=3, target_modules=TARGETS), ("--model", "x"), 1, ("served   no", "HIRA", "full rank")),
+        (peft.PeanutConfig(target_modules=TARGETS), (), 1, ("served   no", "'PEANUT'")),
+        (
+            peft.FourierFTConfig(n_frequency=40, init_weights=False, target_modules=TARGETS),
+            ("--model", "x", "--approximate", "2"),
+            0,
+            ("with an error of up to ", "model.layers.0.mlp.down_proj"),
+        ),
+        (peft.OFTConfig(oft_block_size=4, coft=True, target_modules=TARGETS), (), 1, ("coft",)),
+        (
+            peft.LoraConfig(r=3, target_modules=TARGETS, trainable_token_indices=[1], modules_to_save=["norm"]),
+            ("--model", "x"),
+            0,
+            ("exactly, on 10 modules of x",),
+        ),
+        (
+            peft.LNTuningConfig(target_modules=["norm"]),
+            ("--model", "x"),
+            0,
+            ("LN_TUNING", "exactly, on 1 modules of x"),
+        ),
+    ),
+    ids=(
+        "lora",
+        "loha",
+        "head",
+        "loha-fits",
+        "refused",
+        "no-such-type",
+        "approximate",
+        "option",
+        "trained-parts",
+        "norms",
+    ),
+)
+def test_inspect(
+    model: None, tmp_path: Path, config: Any, options: tuple[str, ...], code: int, wanted: tuple[str, ...]
+) -> None:
+    got, output = inspect(config, tmp_path, *options)
+    assert got == code, output
+    for part in wanted:
+        assert part in output, output
