@@ -13,7 +13,8 @@ import yaml
 from typer.testing import CliRunner
 
 import mlora
-import mlora.cli.demo
+import mlora.cli.chat
+import mlora.cli.models
 from mlora.cli import app
 
 MERGE = {"ids": ["one", "two"], "weights": [2, 1], "merge_strategy": "ties", "density": 0.5}
@@ -38,9 +39,9 @@ def loads(monkeypatch: pytest.MonkeyPatch, llama: Any) -> list[Any]:
     def tokenize(texts: list[str], add_special_tokens: bool) -> dict[str, list[list[str]]]:
         return {"input_ids": [text.split() for text in texts]}
 
-    monkeypatch.setattr(mlora.cli.demo, "load_tokenizer", lambda name: tokenize)
-    monkeypatch.setattr(mlora.cli.demo, "load_model", load)
-    monkeypatch.setattr(mlora.cli.demo, "complete", complete)
+    monkeypatch.setattr(mlora.cli.models, "load_tokenizer", lambda name: tokenize)
+    monkeypatch.setattr(mlora.cli.models, "load_model", load)
+    monkeypatch.setattr(mlora.cli.chat, "complete", complete)
     return seen
 
 
@@ -86,7 +87,7 @@ def test_a_config_and_entries_of_every_form(
         "one", "two", mlora.Merge(["one", "two"], [0.5, 0.5], "ties", density=0.5), None, {"one": 0.7, "two": -0.3},
         mlora.Merge(["one", "two"], [2, 1], "ties", density=0.5), "two",
     ]  # fmt: skip
-    want = [mlora.cli.demo.complete(runtime.model, None, [prompt], [entry], 8)[0] for entry in by_hand]
+    want = [mlora.cli.chat.complete(runtime.model, None, [prompt], [entry], 8)[0] for entry in by_hand]
     assert [line["completion"] for line in done] == want
     assert len(set(want)) > 3
 

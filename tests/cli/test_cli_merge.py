@@ -21,13 +21,13 @@ from mlora.lowering.delta import Delta
 @pytest.fixture
 def base(monkeypatch: pytest.MonkeyPatch, llama: Any) -> Any:
     """What `--model` loads; without that option nothing may load a model."""
-    import mlora.cli.demo
+    import mlora.cli.models
 
     def load(name: str) -> Any:
         assert name == "BASE"
         return copy.deepcopy(llama)
 
-    monkeypatch.setattr(mlora.cli.demo, "load_model", load)
+    monkeypatch.setattr(mlora.cli.models, "load_model", load)
     return llama
 
 

@@ -10,7 +10,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import mlora.cli.chat
 import mlora.cli.demo
+import mlora.cli.models
+import mlora.cli.timing
 from mlora.cli import app
 
 
@@ -35,10 +38,11 @@ def encode(tokenizer: Any, prompts: list[str], raw: bool = False) -> Inputs:
 @pytest.fixture
 def demo(monkeypatch: pytest.MonkeyPatch, llama: Any, folders: dict[str, Path], tmp_path: Path) -> Any:
     """Runs it on the adapters of those names; gives its code and output."""
-    monkeypatch.setattr(mlora.cli.demo, "load_tokenizer", lambda name: Tokenizer())
-    monkeypatch.setattr(mlora.cli.demo, "load_model", lambda name: copy.deepcopy(llama))
-    monkeypatch.setattr(mlora.cli.demo, "encode", encode)
-    monkeypatch.setattr(mlora.cli.demo, "TIMED_TOKENS", 2)
+    monkeypatch.setattr(mlora.cli.models, "load_tokenizer", lambda name: Tokenizer())
+    monkeypatch.setattr(mlora.cli.models, "load_model", lambda name: copy.deepcopy(llama))
+    for module in (mlora.cli.chat, mlora.cli.timing):
+        monkeypatch.setattr(module, "encode", encode)
+    monkeypatch.setattr(mlora.cli.timing, "TIMED_TOKENS", 2)
     monkeypatch.setenv("COLUMNS", "160")
 
     def run(*names: str, options: tuple[str, ...] = ()) -> tuple[int, str]:
@@ -59,7 +63,7 @@ def test_rows_and_table(demo: Any, llama: Any, folders: dict[str, Path]) -> None
     entries = [None, "dora1", "r3", "rs16", {"dora1": 0.5, "r3": 0.5}]
     prompts = [mlora.cli.demo.PROMPTS[row % len(mlora.cli.demo.PROMPTS)] for row in range(len(entries))]
     for prompt, entry in zip(prompts, entries, strict=True):
-        answer = mlora.cli.demo.complete(runtime.model, Tokenizer(), [prompt], [entry], 3)[0]
+        answer = mlora.cli.chat.complete(runtime.model, Tokenizer(), [prompt], [entry], 3)[0]
 
         label = mlora.cli.demo.label(entry).replace("0.5 dora1 + 0.5 r3", "0.5 dora1 +")
         assert f"│ {label} │ {prompt} │ {answer} │" in output

@@ -15,9 +15,9 @@ from mlora.cli import app
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> None:
-    import mlora.cli.demo
+    import mlora.cli.models
 
-    monkeypatch.setattr(mlora.cli.demo, "load_model", lambda name: build("llama"))
+    monkeypatch.setattr(mlora.cli.models, "load_model", lambda name: build("llama"))
 
 
 def inspect(config: Any, folder: Path, *options: str) -> tuple[int, str]:

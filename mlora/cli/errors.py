@@ -1,0 +1,28 @@
+"""What becomes of errors on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+
+class InputError(ValueError):
+    """What the user handed over is wrong: exit code 2. Other failures exit with 1."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn an expected failure into one line on stderr and an exit code."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, RuntimeError, ImportError, TypeError) as error:
+        # str() of a KeyError puts quotes around its message.
+        message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        line = " ".join(message.split()) or type(error).__name__
+        typer.echo(f"mlora: error: {line}", err=True)
+        raise typer.Exit(2 if isinstance(error, InputError) else 1) from None
+    except KeyboardInterrupt:
+        typer.echo("mlora: interrupted", err=True)
+        raise typer.Exit(130) from None

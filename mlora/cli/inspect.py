@@ -1,0 +1,90 @@
+"""`mlora inspect`: what an adapter is, and whether it is served."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from .errors import one_line_errors
+from .shapes import linears_of
+
+# Options whose tensors do not tell the widths of what they change.
+_FROM_BASE = ("use_bdlora", "target_parameters")
+
+
+def inspect(
+    folder: Annotated[str, typer.Argument(help="A PEFT adapter folder, a .safetensors file, a URL or a hub id.")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="Also load it into this base model (hub id or folder).")
+    ] = None,
+    approximate: Annotated[
+        int | None, typer.Option(min=1, metavar="RANK", help="With --model: serve full-rank deltas at this rank.")
+    ] = None,
+) -> None:
+    """Show what an adapter is, and whether mlora serves it exactly or refuses it, and why."""
+    with one_line_errors():
+        from rich.console import Console
+
+        from mlora import Adapter
+        from mlora.errors import MloraError
+        from mlora.lowering import module_names
+
+        out = Console(soft_wrap=True, highlight=False, markup=False)
+        adapter = Adapter.from_pretrained(folder)
+        linears = linears_of(adapter.tensors)
+        copied = any(key.endswith("base_layer.weight") for key in adapter.tensors)  # to be compared with the base
+        ranks = sorted({rank for rank, _, _ in linears.values()})
+        options = {
+            key: value for key, value in sorted(adapter.config.items()) if value not in (None, False, {}, [], "", 0.0)
+        }
+        out.print(f"source   {adapter.source}")
+        out.print(f"type     {adapter.peft_type}")
+        out.print("options  " + ", ".join(f"{key}={_short(value)}" for key, value in options.items()))
+        out.print(f"ranks    {', '.join(map(str, ranks)) or '-'}")
+        size = sum(tensor.nbytes for tensor in adapter.tensors.values())
+        out.print(f"bytes    {size:,} in {len(adapter.tensors)} tensors")
+        try:
+            names = module_names(adapter)
+            kinds = sorted({name.rsplit(".", 1)[-1] for name in names})
+            out.print(f"modules  {len(names)} ({', '.join(kinds)})")
+            if model is not None:
+                import mlora
+                from mlora.cli.models import load_model
+
+                runtime = mlora.patch(load_model(model))
+                info = runtime.add_adapter("inspected", adapter, approximate=approximate)
+                how = f"with an error of up to {info.error:.1e}" if info.errors else "exactly"
+                where = f"on {len(info.modules)} modules of {model}; {info.bytes:,} bytes there"
+                out.print(f"served   {how}, {where}")
+                for name, error in sorted(info.errors.items(), key=lambda item: -item[1]):
+                    out.print(f"error    {error:.1e} {name}")
+            elif set(linears) == set(names) and not (copied or any(map(adapter.config.get, _FROM_BASE))):
+                _check_served(adapter, linears)
+                out.print("served   yes (pass --model to check that it fits a base model)")
+            else:
+                out.print("served   its options and tensors are known; pass --model to check it against a base model")
+        except MloraError as error:
+            out.print("served   no")
+            raise RuntimeError(f"refused: {error}") from None
+
+
+def _check_served(adapter: Any, modules: Mapping[str, tuple[int, int, int]]) -> None:
+    """Lower `adapter` for stand-in linears and convolutions of its own widths; raises MloraError as loading would."""
+    import torch
+
+    from mlora.lowering import BaseLinear, lower
+    from mlora.merge.offline import conv_of
+
+    def stand_in(name: str, inputs: int, outputs: int) -> BaseLinear:
+        conv = conv_of(adapter.tensors, name)
+        return BaseLinear(name, inputs, outputs, lambda: torch.ones(outputs, inputs), lambda: None, conv=conv)
+
+    lower(adapter, {name: stand_in(name, *widths) for name, (_, *widths) in modules.items()})
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 100 else text[:97] + "..."
