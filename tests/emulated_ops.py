@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_close, inputs_for, logits
-from test_ops import DTYPES, MIX, A, B, Case, check, sentinel, side_by_side
+from op_cases import DTYPES, MIX, A, B, Case, check, sentinel, side_by_side
 from torch import Tensor
 
 import mlora

@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
 from conftest import VOCAB, assert_close, build, inputs_for, logits, make_adapter, resized, served
-from test_ops import DTYPES, MIX, A, B, Case, check
+from op_cases import DTYPES, MIX, A, B, Case, check
 
 import mlora
 from mlora.ops import dispatch, reference

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import build, inputs_for
-from test_ops import DTYPES, MIX, PARTS, A, B, Case, check, sentinel, turned
+from op_cases import DTYPES, MIX, PARTS, A, B, Case, check, sentinel, turned
 from torch import Tensor
 
 from mlora import layout

@@ -23,7 +23,7 @@ def test_operators_under_emulation():
     select += " or fp64 and (20x855 or 2049x20) and (empty or all-base or decode)"
     run = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "--durations=5", "-k", select]
     env = {**os.environ, "MLORA_BACKEND": "emulation", "MLORA_EMULATION_LIBRARY": str(emulation.library())}
-    files = [str(HERE / name) for name in ("emulated_ops.py", "test_siblings.py", "test_ops.py")]
+    files = [str(HERE / name) for name in ("emulated_ops.py", "layers/test_siblings.py", "ops/test_ops.py")]
     done = subprocess.run([*run, *files], env=env, capture_output=True, text=True)
     print(done.stdout[-2000:])
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

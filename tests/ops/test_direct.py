@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import inputs_for, logits, served
-from test_ops import AVX512, BF16, NATIVE, Case
+from op_cases import AVX512, BF16, NATIVE, Case
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

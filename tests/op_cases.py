@@ -1,0 +1,160 @@
+"""What tests of the operators share: adapters in an arena, plans, the fp64 loop of both, and how close is close."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mlora import layout
+from mlora.ops import dispatch
+
+NATIVE = dispatch.backend("cpu", torch.float32) == "cpu"
+AVX512 = NATIVE and torch.ops.mlora.isa() >= 2
+BF16 = NATIVE and torch.ops.mlora.isa() == 3
+needs_native = pytest.mark.skipif(not NATIVE, reason="built without the C++ operators")
+FUSED = [
+    pytest.param(torch.float32, id="float32", marks=pytest.mark.skipif(not AVX512, reason="needs AVX-512")),
+    pytest.param(torch.bfloat16, id="bfloat16", marks=pytest.mark.skipif(not BF16, reason="needs AVX512_BF16")),
+]
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # half an ulp of 1
+PARTS = {"a": layout.A, "b": layout.B, "gain": layout.GAIN, "in_gain": layout.IN_GAIN, "shift": layout.SHIFT,
+         "turn": layout.TURN, "in_turn": layout.IN_TURN}  # fmt: skip
+
+
+def bits(value: float) -> int:
+    return int(np.float32(value).view(np.int32))
+
+
+class Case:
+    """Adapters of given ranks in an arena with junk between the parts, which start at multiples of `align`, and plans
+    for recipes of (slot, weight). `turns`: (size, stride) of each adapter's turns of both sides, or None."""
+
+    def __init__(
+        self, ranks, width_in, width_out, dtype, gains=False, shifts=False, in_gains=False, seed=0, align=1, turns=()
+    ):
+        g = torch.Generator().manual_seed(seed)
+        self.width_in, self.width_out, self.dtype, self.generator = width_in, width_out, dtype, g
+        self.table = torch.full((len(ranks), layout.TABLE_WIDTH), -1, dtype=torch.int64)
+        self.table[:, layout.RANK] = 0
+        self.adapters: list[dict] = []
+        chunks: list[Tensor] = []
+        at = 0
+        for slot, rank in enumerate(ranks):
+            adapter = {"scale": 0.5 + 0.25 * slot}
+            self.table[slot, layout.SCALE] = bits(adapter["scale"]) & 0xFFFFFFFF
+            self.table[slot, layout.RANK] = rank
+            parts = {}
+            if rank:
+                parts["a"] = torch.randn(rank, width_in, generator=g) / width_in**0.5
+                parts["b"] = torch.randn(rank, width_out, generator=g) / rank**0.5
+            if gains and slot % 2 == 0:
+                parts["gain"] = torch.randn(width_out, generator=g) * 0.1
+            if shifts and slot % 3 != 1:
+                parts["shift"] = torch.randn(width_out, generator=g)
+            if in_gains and slot % 2 == 0:
+                parts["in_gain"] = torch.randn(width_in, generator=g)
+            if turns and turns[slot]:
+                size, _ = turns[slot]
+                self.table[slot, [layout.TURN_SHAPE, layout.IN_TURN_SHAPE]] = layout.turn_shape(*turns[slot])
+                parts["turn"] = torch.randn(size, width_out, generator=g) / size**0.5
+                parts["in_turn"] = torch.randn(size, width_in, generator=g) / size**0.5
+                adapter["shape"] = turns[slot]
+            for name, part in parts.items():
+                junk = torch.full((1 + slot % 3 + -(at + 1 + slot % 3) % align,), torch.nan)
+                part = part.to(dtype)
+                self.table[slot, PARTS[name]] = at + junk.numel()
+                chunks += [junk.to(dtype), part.flatten()]
+                at += junk.numel() + part.numel()
+                adapter[name] = part.double()
+            self.adapters.append(adapter)
+        self.arena = (
+            torch.cat(chunks) if chunks else torch.empty(0, dtype=dtype)
+        )  # ends where the last part does, for the sanitizers
+
+    def plan(self, recipes: list[list[tuple[int, float]]], spare: int = 3) -> Tensor:
+        order: dict[tuple, list[int]] = {}
+        for row, recipe in enumerate(recipes):
+            order.setdefault(tuple(recipe), []).append(row)
+        base = order.pop((), [])
+        starts, rows, term_start, slots, weights = [0], [], [0], [], []
+        for recipe, members in order.items():
+            rows += members
+            starts.append(len(rows))
+            slots += [slot for slot, _ in recipe]
+            weights += [bits(weight) for _, weight in recipe]
+            term_start.append(len(slots))
+        header = [len(recipes), len(order), len(slots), 0, 0, 0, 0, 0]
+        entries = header + starts + rows + base + term_start + slots + weights + [2**31 - 1] * spare
+        return torch.tensor(entries, dtype=torch.int32)
+
+    def randn(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.dtype)
+
+    def oracle(self, y: Tensor, base: Tensor | None, x: Tensor, recipes) -> Tensor:
+        """The fp64 loop."""
+        out, x = y.double().clone(), x.double()
+        b = out.clone() if base is None else base.double()
+        length = x.shape[0] // len(recipes)
+        for row, recipe in enumerate(recipes):
+            t = slice(row * length, (row + 1) * length)
+            for slot, weight in recipe:
+                weight = float(np.float32(weight))
+                adapter = self.adapters[slot]
+                if "a" in adapter:
+                    out[t] += weight * adapter["scale"] * (x[t] @ adapter["a"].T) @ adapter["b"]
+                if "gain" in adapter:
+                    out[t] += weight * adapter["gain"] * b[t]
+                if "shift" in adapter:
+                    out[t] += weight * adapter["shift"]
+        return out
+
+
+def turned(turn: Tensor, stride: int, x: Tensor) -> Tensor:
+    """The fp64 loop of T - I, as a matrix."""
+    size, width = turn.shape
+    matrix = torch.zeros(width, width, dtype=torch.float64)
+    n = torch.arange(width)
+    first = n - n % (size * stride) + n % stride  # of each one's block
+    for j in range(size):
+        matrix[n, first + j * stride] = turn[j].double()
+    return x.double() @ matrix.t()
+
+
+def side_by_side(cases: list[Case]) -> Tensor:
+    """One arena for the modules of a group; their tables are moved along."""
+    at = 0
+    for case in cases:
+        parts = list(PARTS.values())
+        case.table[:, parts] = torch.where(case.table[:, parts] >= 0, case.table[:, parts] + at, -1)
+        at += case.arena.numel()
+    return torch.cat([case.arena for case in cases])
+
+
+def sentinel(rows: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A strided (rows, width) view with NaN sentinels on every side of every row, and the buffer it lies in."""
+    buffer = torch.full((rows + 2, width + 7), torch.nan, dtype=dtype)
+    return buffer[1:-1, 3 : 3 + width], buffer
+
+
+def check(got: Tensor, oracle: Tensor, ref: Tensor) -> None:
+    """At most twice the error of the fp32 reference, over the whole and at its worst element, give or take what
+    one rounding of the largest element may cost."""
+    floor = EPS[got.dtype] * oracle.abs().max()
+    ours, theirs = (got.double() - oracle).abs(), (ref.double() - oracle).abs()
+    assert ours.norm() <= 2 * theirs.norm() + floor
+    assert ours.max() <= 2 * theirs.max() + floor
+
+
+A, B, MIX = [(0, 1.0)], [(1, -0.5)], [(0, 0.7), (2, 0.3), (1, 1.5)]
+ROUTINGS = {
+    "empty": ([[]], 0),
+    "all-base": ([[], [], []], 1),
+    "uniform": ([A], 7),
+    "decode": ([A, [], B, MIX, A], 1),
+    "prefill": ([MIX, [], B, A, B], 9),
+    "long": ([A, []], 70),
+}
