@@ -1,15 +1,53 @@
-"""mlora: a multi-LoRA runtime for PyTorch and Hugging Face models."""
+"""mlora: a multi-LoRA runtime for PyTorch and Hugging Face models.
+
+Names are imported when they are first used: `import mlora`, and so the command line, does not wait for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from . import errors
-from .adapters.adapter import Adapter
-from .config import from_config
-from .merge import Merge
-from .patch import patch
-from .patched import unpatch
-from .routing.entries import BASE
-from .routing.registry import AdapterInfo
-from .runtime import Runtime
+from .ops.registration import register_operators
+
+if TYPE_CHECKING:
+    from .adapters.adapter import Adapter
+    from .config import from_config
+    from .merge import Merge
+    from .patched import unpatch
+    from .patching import patch
+    from .routing.entries import BASE
+    from .routing.registry import AdapterInfo
+    from .runtime import Runtime
 
 __version__ = "0.1.0"
 
 __all__ = ["BASE", "Adapter", "AdapterInfo", "Merge", "Runtime", "errors", "from_config", "patch", "unpatch"]
+
+# No module may have the name of something in it: importing the module would put it in that one's place.
+_HOMES = {
+    "BASE": "routing.entries",
+    "Adapter": "adapters.adapter",
+    "AdapterInfo": "routing.registry",
+    "Merge": "merge",
+    "Runtime": "runtime",
+    "from_config": "config",
+    "patch": "patching",
+    "unpatch": "patched",
+}
+
+register_operators()
+
+
+if not TYPE_CHECKING:  # checkers take a module that has this function to have every name
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -18,7 +18,7 @@ from . import errors
 from .adapters.adapter import Adapter
 from .lowering.targets import is_target
 from .merge import ALIASES, Merge
-from .patch import patch, patching
+from .patching import patch, patching
 from .runtime import Runtime
 
 # Ludwig's names of an adapter's fields -> PEFT's. Dropout plays no part when an adapter is served.

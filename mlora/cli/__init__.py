@@ -1,7 +1,9 @@
-"""The `mlora` command, a file a command. Torch and transformers are imported inside the commands, so `--help` stays
-quick."""
+"""The `mlora` command, a file a command. What takes long to import is imported inside the commands, when they have
+checked what they were given."""
 
 from __future__ import annotations
+
+from typing import Annotated
 
 import typer
 
@@ -14,5 +16,24 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from mlora import __version__
+
+        typer.echo(f"mlora {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 for command in (demo.demo, generate.generate, inspect.inspect, merge.merge, bench.bench):
     app.command()(command)

@@ -67,13 +67,13 @@ def _forced() -> str | None:
 
 
 def _importer() -> int:
-    """The stack level, to be given to `warnings.warn` by the caller, of the code outside of mlora that imports it."""
+    """The stack level, for a caller of `warnings.warn`, of the code outside of mlora that first uses it."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None:
         package = frame.f_globals.get("__name__", "").partition(".")[0]
         if package not in ("mlora", "importlib"):
             break
-        level += package == "mlora"  # frames of the import itself are not counted
+        level += "importlib._bootstrap" not in frame.f_code.co_filename  # whose frames `warn` does not count
         frame = frame.f_back
     return level
 
@@ -119,11 +119,14 @@ def _clusters(index: int) -> bool:
     return not torch.cuda.is_available() or torch.cuda.get_device_capability(index)[0] >= 9
 
 
-@torch.compiler.assume_constant_result
 def cuda_tokens(index: int) -> int:
     """How many tokens the CUDA library takes at most, where there is Triton too: none on a device without clusters of
     blocks, each of which would repeat the whole shrink."""
     return CUDA_MAX_TOKENS if _clusters(index) else 0
+
+
+# What torch.compiler.assume_constant_result does, which imports the compiler for it: a second, and more.
+cuda_tokens._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def apply_(y: Tensor, base: Tensor | None, x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import mlora
 from mlora import errors
-from mlora.patch import PLAN_WORDS
+from mlora.ops.dispatch import cuda_tokens
+from mlora.patching import PLAN_WORDS
 
 MIXED = ["r3", None, "dora1", {"rs16": 0.5, "bias8": -1.0}]
 SHUFFLED = [{"dora1": 2.0}, "rs16", "rs16", None]
@@ -204,3 +205,10 @@ def test_a_routing_larger_than_the_buffer_is_an_error() -> None:
         assert_close(model(x)[::2], (bare + x.sum(1, keepdim=True))[::2])
         with pytest.raises(RuntimeError, match=f"{PLAN_WORDS}"):
             torch.compile(model, fullgraph=True, backend="eager")(x)
+
+
+def test_the_mark_of_a_constant_is_torchs() -> None:
+    def function() -> None:
+        pass
+
+    assert vars(torch.compiler.assume_constant_result(function)) == vars(cuda_tokens)
