@@ -60,6 +60,10 @@ class TokenError(MloraError, IndexError):
     run, so a cache that was given to it has grown."""
 
 
+class RoutingError(MloraError, RuntimeError):
+    """What is routed has ended, or it cannot be told which of several routings code runs in."""
+
+
 class AdapterInUseError(MloraError, RuntimeError):
     """The adapter is used by a routing that is still active."""
 

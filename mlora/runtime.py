@@ -266,7 +266,7 @@ class Runtime:
 
     @contextmanager
     def use_adapters(self, entries: Entries) -> Iterator[None]:
-        """Route everything that this thread runs inside the `with`: one entry a row, or one for all."""
+        """Route everything that runs inside the `with`, and in tasks started there: one entry a row, or one for all."""
         rows = len(entries) if isinstance(entries, Sequence) else 1
         with self._router.route(entries, rows, 1):
             self._router.arrive()

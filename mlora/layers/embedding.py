@@ -33,7 +33,7 @@ class EmbeddingLayer(LoraLayer):
             if state.index in shared.heads:
                 check_heads(shared.header)
             return self._changed(input, shared.plan)
-        plan = shared.local.plan or shared.default
+        plan = shared.active.get().plan or shared.default
         if plan is None or not (touches := plan.touches[state.index]):
             return self._base(input)
         self._check_rows(input, plan)
@@ -55,7 +55,7 @@ class EmbeddingLayer(LoraLayer):
             check(ids)
             return ids
         if not torch.cuda.is_current_stream_capturing():
-            late, asked = Late(ids, check), state.shared.local.late
+            late, asked = Late(ids, check), state.shared.active.get().late
             if asked is None:
                 late.settle()
             else:

@@ -16,7 +16,7 @@ from ..ops import direct, dispatch, reference
 from ..ops.checks import check_foreign, check_heads, check_rows, check_tails
 from ..plan.activation import Activation
 from ..plan.plan import Plan
-from ..plan.shared import Siblings
+from ..plan.scope import Siblings
 from .head import answer
 from .state import LayerState
 from .swap import refuse_copy, refuse_move
@@ -40,11 +40,11 @@ class LoraLayer(nn.Module):
         shared = state.shared
         if torch.compiler.is_compiling():
             return self._compiled(x)
-        local = shared.local
-        plan = local.plan or shared.default
+        scope = shared.active.get()
+        plan = scope.plan or shared.default
         touches = 0 if plan is None else plan.touches[state.index]
         if plan is not None and touches & TAIL:
-            plan = self._by_token(x, local.activation)
+            plan = self._by_token(x, scope.activation)
         # What follows runs for each linear and token, among code that leaves little of it in the caches: few calls, and
         # none of nn.Module's __getattr__.
         held: Any = self._parameters
@@ -60,7 +60,7 @@ class LoraLayer(nn.Module):
             if plan.rows != 1 and (shape[0] not in plan.row_counts or len(shape) == 1 or state.loose):
                 self._check_rows(x, plan)
         weight, bias = held["weight"], held["bias"]
-        past = local.unobserved and state.direct is not None and type(x) is Tensor  # the dispatcher
+        past = scope.unobserved and state.direct is not None and type(x) is Tensor  # the dispatcher
         if state.fused and (kblock := state.kblock(x)):
             if past:
                 y = x.new_empty((*x.shape[:-1], state.shape[0]))
@@ -104,7 +104,7 @@ class LoraLayer(nn.Module):
         """`_routed`, and in the same call what the layers that read `x` after this one will return. Not for inference
         tensors, which do not tell whether they were written to in between."""
         state = self._mlora
-        shared, index, seen = state.shared, state.index, state.shared.local.siblings
+        shared, index, seen = state.shared, state.index, state.shared.active.get().siblings
         if seen is not None and seen.input is x and seen.plan is plan:
             ready = seen.results.pop(index, None)
             if ready is not None and seen.version == x._version:
@@ -133,7 +133,7 @@ class LoraLayer(nn.Module):
                 results[its.index] = output = layer._base(x)
                 outputs.append(output)
                 tables.append(its.table)
-        shared.local.siblings = Siblings(index, x, plan, results)
+        shared.active.get().siblings = Siblings(index, x, plan, results)
         if results:
             dispatch.apply_group_(outputs, x, shared.arena, tables, plan.tensor)
         else:
@@ -224,7 +224,7 @@ class LoraLayer(nn.Module):
         if plan.uniform:
             return
         if state.foreign:
-            others = state.shared.local.others
+            others = state.shared.active.get().others
             if others is None:
                 raise errors.AttributionError(
                     f"{state.name} reads another modality than text, and runs outside of a call of the patched model, "
@@ -237,7 +237,7 @@ class LoraLayer(nn.Module):
         if not state.gathered:
             if rows in plan.row_counts:
                 return
-            length = state.shared.local.length
+            length = state.shared.active.get().length
             if x.dim() == 2 and length and any(rows == count * length for count in plan.row_counts):
                 return  # (rows, length, in) flattened in order
         what = "an expert, which gets tokens gathered from any rows" if state.gathered else "the module"

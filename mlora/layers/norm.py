@@ -85,7 +85,7 @@ class NormLayer(LoraLayer):
                 check_foreign(shared.header)
             words = shared.plan
         else:
-            plan = shared.local.plan or shared.default
+            plan = shared.active.get().plan or shared.default
             if plan is None or not plan.touches[state.index]:
                 return self._base(x)
             self._check_autocast(x)

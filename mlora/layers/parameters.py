@@ -123,7 +123,7 @@ class ParametersLayer(LoraLayer):
             if shared.experts:
                 check_experts(shared.header)
             return self._whole(args, named)
-        plan = shared.local.plan or shared.default
+        plan = shared.active.get().plan or shared.default
         if plan is None or not any(plan.touches[index] for index in state.stacks.values()):
             return self._whole(args, named)
         x = args[0] if args else named.get(state.input)

@@ -1,10 +1,10 @@
-"""Which plan is active: in each thread that of its call or `use_adapters`, and the default in the others."""
+"""Which plan is active: that of the call or `use_adapters` that code runs in, and the default outside of any."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from ..ops import direct
 from ..plan.activation import activation_of, prompt_of
 from ..plan.call import Call
 from ..plan.modality import Others
+from ..plan.plan import Plan
+from ..plan.scope import Scope
 from ..plan.shared import Shared
 from .entries import Entry, is_single
 from .merge_cache import MergeCache
@@ -24,7 +26,7 @@ from .readers import Readers
 
 
 class Router:
-    """Puts plans where layers look for them, in `Shared.local` and `Shared.default`, and takes them back.
+    """Puts plans where layers look for them, in `Shared.scopes` and `Shared.default`, and takes them back.
 
     Args:
         lock: the runtime's, see its `__init__`; reentrant.
@@ -47,7 +49,6 @@ class Router:
         self._readers = readers
         self._store = store
         self._shared = shared
-        self._local = shared.local
         self._lock = lock
         self._words = _bytes_of(shared.plan)
         self._header = _bytes_of(shared.header)
@@ -63,21 +64,9 @@ class Router:
                 self._store.release(previous.names)
         self._publish()
 
-    @contextmanager
-    def route(self, entries: Any, rows: int, expansion: int) -> Iterator[None]:
-        """All that this thread runs inside; `rows` in a batch, each of which `generate` repeats `expansion` times."""
-        local = self._local
-        with self._readers:
-            plan = self._planner.acquire(entries, rows, expansion)
-            previous = local.plan, local.entries
-            try:
-                local.plan, local.entries = plan, entries
-                self._publish()
-                yield
-            finally:
-                local.plan, local.entries = previous
-                self._publish()
-                self._store.release(plan.names)
+    def route(self, entries: Any, rows: int, expansion: int) -> AbstractContextManager[Scope]:
+        """All that runs inside; `rows` in a batch, each of which `generate` repeats `expansion` times."""
+        return self._scope(lambda: (self._planner.acquire(entries, rows, expansion), entries))
 
     def arrive(self) -> None:
         """Wait until plans are on the device: what they route may run on other streams than this one."""
@@ -88,93 +77,86 @@ class Router:
     @contextmanager
     def forward(self, entries: Any, call: Call) -> Iterator[None]:
         """A call of the model."""
-        local, shape = self._local, call.shape
-        previous = local.length, local.activation, local.late, local.unobserved, local.others
-        local.unobserved = direct.unobserved()
-        local.length, local.activation, local.late = shape[1] if len(shape) > 1 else 0, None, []
-        local.others = self._others(call)
-        try:
-            if entries is not None:
-                with self.route(entries, shape[0] if shape else 1, 1):
-                    self._activate(call)
-                    yield
-            else:
-                plan = local.plan
-                listed = plan is not None and not is_single(local.entries)
-                if plan is not None and listed and shape and shape[0] not in plan.row_counts:
-                    raise errors.EntryError(
-                        f"the active routing has {plan.rows} entries; the model was called with {shape[0]} rows"
-                    )
-                with self._default():
-                    self._activate(call)
-                    yield
-            for late in local.late:
+        shape = call.shape
+        with self._kept() if entries is None else self.route(entries, shape[0] if shape else 1, 1) as scope:
+            plan, listed = scope.plan, entries is None and not is_single(scope.entries)
+            if plan is not None and listed and shape and shape[0] not in plan.row_counts:
+                raise errors.EntryError(
+                    f"the active routing has {plan.rows} entries; the model was called with {shape[0]} rows"
+                )
+            scope.unobserved = direct.unobserved()
+            scope.length, scope.activation, scope.late = shape[1] if len(shape) > 1 else 0, None, []
+            scope.others = self._others(call)
+            if plan is not None and plan.invocations:  # to which tokens do its aLoRAs apply?
+                prompt = scope.prompt if scope.prompt is not None and scope.prompt.plan is plan else None
+                scope.activation = activation_of(plan, call, prompt, self._store.terms)
+            yield
+            for late in scope.late:
                 late.settle()
-        finally:
-            local.length, local.activation, local.late, local.unobserved, local.others = previous
-            local.siblings = None
 
     @contextmanager
     def generation(self, entries: Any, call: Call, expansion: int) -> Iterator[None]:
         """A `generate` that repeats each row `expansion` times."""
-        if entries is None:
-            entries = self._local.entries
-        if entries is None:
-            with self._default(), self._prompted(call):
+        rows = call.shape[0] if call.shape else 1
+        if entries is not None:
+            with self.route(entries, rows, expansion) as scope:
+                self._prompt(scope, call)
                 yield
             return
-        with self.route(entries, call.shape[0] if call.shape else 1, expansion), self._prompted(call):
-            yield
+        with self._kept() as scope:
+            if scope.entries is None:
+                self._prompt(scope, call)
+                yield
+                return
+            with self.route(scope.entries, rows, expansion) as scope:
+                self._prompt(scope, call)
+                yield
 
-    def _activate(self, call: Call) -> None:
-        """Find out to which tokens of a forward the aLoRAs of the active plan apply."""
-        local = self._local
-        plan = local.plan
-        if plan is not None and plan.invocations:
-            prompt = local.prompt
-            prompt = prompt if prompt is not None and prompt.plan is plan else None
-            local.activation = activation_of(plan, call, prompt, self._store.terms)
-
-    @contextmanager
-    def _prompted(self, call: Call) -> Iterator[None]:
-        """A `generate` under the active plan."""
-        local = self._local
-        plan, previous = local.plan, (local.prompt, local.others)
-        local.prompt = prompt_of(plan, call) if plan is not None and plan.invocations else None
-        local.others = self._others(call)
-        try:
-            yield
-        finally:
-            local.prompt, local.others = previous
+    def _prompt(self, scope: Scope, call: Call) -> None:
+        """Tell a scope what `generate` was given."""
+        plan = scope.plan
+        scope.prompt = prompt_of(plan, call) if plan is not None and plan.invocations else None
+        scope.others = self._others(call)
 
     def _others(self, call: Call) -> Others | None:
         placeholders = self._shared.placeholders
         return Others(call, placeholders) if placeholders else None
 
+    def _kept(self) -> AbstractContextManager[Scope]:
+        """Go on under what is active or the default of now, with its adapters pinned: another task or thread may end
+        the one, or set a new default, meanwhile."""
+        return self._scope(self._pin_active)
+
+    def _pin_active(self) -> tuple[Plan | None, Any]:
+        with self._lock:  # under which scopes end and defaults change
+            active = self._shared.local
+            plan = active.plan or self._shared.default
+            if plan is not None:
+                self._store.acquire(plan.names)
+            return plan, active.entries
+
     @contextmanager
-    def _default(self) -> Iterator[None]:
-        """Keep to the default of now, and keep its adapters, though another thread may set a new one."""
-        local, shared = self._local, self._shared
+    def _scope(self, acquire: Callable[[], tuple[Plan | None, Any]]) -> Iterator[Scope]:
+        """One for the plan that `acquire` pins, and the entries that it came from."""
+        scopes = self._shared.scopes
         with self._readers:
-            if local.plan is not None or shared.default is None:
-                yield
-                return
-            with self._lock:
-                plan = shared.default
-                names = () if plan is None else plan.names
-                self._store.acquire(names)
-            local.plan = plan
+            plan, entries = acquire()
+            scope = scopes.begin(plan, entries)
             try:
-                yield
+                self._publish()
+                yield scope
             finally:
-                local.plan = None
-                self._store.release(names)
+                with self._lock:
+                    scopes.end(scope)
+                    if plan is not None:
+                        self._store.release(plan.names)
+                self._publish()
 
     def _publish(self) -> None:
         """Copy the current plan into the buffer that compiled code reads. Of one that is too large only the header:
         kernels on the host refuse a plan that is shorter than its header says, and on other devices `Planner` did."""
         shared = self._shared
-        plan, buffer = self._local.plan or shared.default or shared.blank, shared.plan
+        plan, buffer = shared.active.get().plan or shared.default or shared.blank, shared.plan
         if self._words is None or self._header is None:
             buffer[: plan.tensor.numel()].copy_(plan.tensor)
             shared.header.copy_(plan.header)
