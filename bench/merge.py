@@ -242,7 +242,7 @@ def measure_ties(console: Console, log: Log, args: argparse.Namespace) -> None:
         for folder in folders[1:]:
             peft.load_adapter(str(folder), folder.name)
     runtime = mlora.patch(twin(model))
-    lowered = [lower(adapter, runtime.bases) for adapter in adapters]
+    lowered = [dict(lower(adapter, runtime.bases).deltas) for adapter in adapters]
     how = mlora.Merge(names, [1.0] * 4, "ties", density=DENSITY, svd_rank=args.rank)
     shapes: dict[tuple[int, int], list[BaseLinear]] = {}
     for name in lowered[0]:
@@ -314,7 +314,7 @@ def measure_request(console: Console, log: Log, args: argparse.Namespace) -> Non
 
 def folded(runtime: Any, merge: mlora.Merge) -> Iterator[tuple[str, Tensor]]:
     """Each module's merged change of its weight, in fp64."""
-    lowered = [lower(runtime._registry[name].adapter, runtime.bases) for name in merge.adapters]
+    lowered = [runtime._registry[name].lower(runtime.bases) for name in merge.adapters]
     for name, delta in merge_adapters(lowered, merge, runtime.bases):
         if delta.a is not None and delta.b is not None:
             yield name, delta.b.double().t() @ delta.a.double()

@@ -16,7 +16,7 @@ from torch import nn
 
 from . import errors
 from .adapters.adapter import Adapter
-from .lowering.targets import is_target
+from .lowering.targets import targets_of
 from .merge import ALIASES, Merge
 from .patching import patch, patching
 from .runtime import Runtime
@@ -205,13 +205,13 @@ def _fresh(runtime: Runtime, name: str, entry: Mapping[str, Any]) -> Adapter:
     config.update({_FRESH[key]: value for key, value in entry.items() if key in _FRESH})
     tensors = {}
     draw = torch.Generator().manual_seed(0)
-    for path, base in runtime.bases.items():
-        if base.experts:  # a parameter, which target_modules do not name
-            continue
-        if is_target(config, path) and base.embed_scale is not None:  # PEFT starts embeddings the other way round
+    wanted = targets_of(config, runtime.bases)
+    for path in (path for path in runtime.bases if path in wanted):
+        base = runtime.bases[path]
+        if base.embed_scale is not None:  # PEFT starts embeddings the other way round
             tensors[f"{path}.lora_embedding_A"] = torch.zeros(config["r"], base.in_features)
             tensors[f"{path}.lora_embedding_B"] = torch.randn(base.out_features, config["r"], generator=draw)
-        elif is_target(config, path):
+        else:
             a = torch.empty(config["r"], base.in_features)
             nn.init.kaiming_uniform_(a, math.sqrt(5), generator=draw)
             tensors[f"{path}.lora_A.weight"] = a

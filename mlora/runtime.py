@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -92,12 +93,15 @@ class Runtime:
         token: str | None = None,
         allow_pickle: bool = False,
         approximate: int | None = None,
+        strict: bool = False,
     ) -> AdapterInfo:
         """Load a PEFT folder or a hub id, under `adapter_name` (default: the last part of its path).
 
         Args:
             approximate: serve a delta of full rank, which is refused otherwise, as the nearest one of this
                 rank; the info's `errors` tell how near. What has an exact form stays exact.
+            strict: refuse an adapter whose config targets modules that its files have nothing for. PEFT leaves those as
+                they are, and so does mlora otherwise, with a warning; the info's `missing` tells which.
 
         Raises:
             DuplicateAdapterError: the name is taken.
@@ -107,15 +111,23 @@ class Runtime:
         name = adapter_name if adapter_name is not None else Path(path_or_id).name
         self._registry.check_new(name)
         adapter = Adapter.from_pretrained(path_or_id, revision=revision, token=token, allow_pickle=allow_pickle)
-        return self.add_adapter(name, adapter, approximate=approximate)
+        return self._add(name, adapter, approximate, strict)
 
-    def add_adapter(self, adapter_name: str, adapter: Adapter, *, approximate: int | None = None) -> AdapterInfo:
-        """Add an adapter that is in memory. Takes `approximate` and raises as `load_adapter` does."""
+    def add_adapter(
+        self, adapter_name: str, adapter: Adapter, *, approximate: int | None = None, strict: bool = False
+    ) -> AdapterInfo:
+        """Add an adapter that is in memory. Takes `approximate` and `strict` and raises as `load_adapter` does."""
         if not isinstance(adapter, Adapter):
             raise errors.AdapterError(f"add_adapter takes an mlora.Adapter, not {adapter!r}; load_adapter reads files")
         self._registry.check_new(adapter_name)
-        deltas = lower(adapter, self.bases, approximate)
-        return self._registry.add(adapter_name, adapter, deltas, approximate)
+        return self._add(adapter_name, adapter, approximate, strict)
+
+    def _add(self, name: str, adapter: Adapter, approximate: int | None, strict: bool) -> AdapterInfo:
+        lowered = lower(adapter, self.bases, approximate, strict=strict)
+        info = self._registry.add(name, adapter, lowered, approximate)
+        if lowered.remark:
+            warnings.warn(f"adapter {name!r} from {adapter.source}: {lowered.remark}", stacklevel=3)
+        return info
 
     def add_weighted_adapter(
         self,

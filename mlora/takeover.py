@@ -67,7 +67,7 @@ def taken_over(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Adapter]
         paths[path] = module
     bases = base_linears(base, paths)
     for adapter in adapters.values():
-        lower(adapter, bases)
+        lower(adapter, bases, strict=True)
 
     _put(base, {path: inner_module(layer) for path, layer in inside.items()})
     attributes = ("peft_config", "_hf_peft_config_loaded")

@@ -45,7 +45,7 @@ def base_linears(
         aliases = tuple(other for other in modules[id(module)] if other != name)
         tied = tuple(n for n in weights[held[name]] if n != name and n not in aliases)
         head = (name == last or module is answers) and type(module) is nn.Linear
-        bases[name] = replace(bases[name], aliases=aliases, tied=tied, head=head)
+        bases[name] = replace(bases[name], aliases=aliases, tied=tied, head=head, answers=module is answers)
     return bases
 
 

@@ -42,12 +42,13 @@ class Stack(NamedTuple):
     def base(self, path: str) -> BaseLinear:
         """What a lowering may ask of it: the widths of each expert, or of the one matrix. No lowering reads it."""
         parameter = cast(Tensor, getattr(self.module, self.name))
-        experts, inputs, outputs = _widths(parameter, is_transposed(self.module))
+        transposed = is_transposed(self.module)
+        experts, inputs, outputs = _widths(parameter, transposed)
 
         def weight() -> Tensor:
             raise errors.UnsupportedAdapterError(f"parameter {path}: what depends on its base value is not served")
 
-        return BaseLinear(path, inputs, outputs, weight, lambda: None, experts=experts)
+        return BaseLinear(path, inputs, outputs, weight, lambda: None, experts=experts, transposed=transposed)
 
 
 def stacks_of(module: nn.Module) -> list[str]:

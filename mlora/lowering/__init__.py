@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from .. import errors
 from ..adapters.adapter import Adapter
@@ -11,8 +12,8 @@ from .boft import BOFT
 from .delora import DELORA
 from .delta import BaseLinear, Conv, Delta, Dense, approximate
 from .dense import C3A, FOURIERFT, HIRA, SHIRA, WAVEFT
+from .gather import gather
 from .gather import module_names as _module_names
-from .gather import modules_of
 from .gralora import GRALORA
 from .hra import HRA
 from .ia3 import IA3
@@ -28,6 +29,7 @@ from .parts import lower_module
 from .randlora import RANDLORA
 from .road import ROAD
 from .saved import LN_TUNING
+from .targets import some
 from .tokens import TRAINABLE_TOKENS
 from .turn import Turn
 from .vblora import VBLORA
@@ -53,11 +55,36 @@ REFUSED = {
 }
 
 
-def lower(adapter: Adapter, bases: Mapping[str, BaseLinear], approximately: int | None = None) -> dict[str, Delta]:
+@dataclass(frozen=True)
+class Lowered:
+    """An adapter on one model.
+
+    Args:
+        deltas: dotted path -> what it does there.
+        missing: paths of what its config targets and its files have nothing for: the base there, as in PEFT.
+    """
+
+    deltas: Mapping[str, Delta]
+    missing: tuple[str, ...] = ()
+
+    @property
+    def remark(self) -> str:
+        """What the user should be told of it, "" if nothing."""
+        if not self.missing:
+            return ""
+        return (
+            f"its config targets {some(self.missing)}, for which it has no weights: the base serves there, as in PEFT"
+        )
+
+
+def lower(
+    adapter: Adapter, bases: Mapping[str, BaseLinear], approximately: int | None = None, *, strict: bool = False
+) -> Lowered:
     """Lower `adapter` for a model whose linears are `bases` (dotted path -> linear).
 
     Args:
         approximately: the rank at which deltas of full rank may be approximated; None refuses them.
+        strict: whether to refuse what there is a `remark` on.
 
     Raises:
         UnsupportedAdapterError: the type or one of its options is not served.
@@ -68,7 +95,11 @@ def lower(adapter: Adapter, bases: Mapping[str, BaseLinear], approximately: int 
     adapter.check_file()
     lowering = _lowering_of(adapter)
     deltas: dict[str, Delta] = {}
-    for module in modules_of(adapter, lowering, bases):
+    gathered = gather(adapter, lowering, bases)
+    lowered = Lowered(deltas, tuple(gathered.missing))
+    if strict and lowered.remark:
+        raise errors.AdapterError(f"adapter from {adapter.source}: {lowered.remark}; strict=True refuses that")
+    for module in gathered.modules:
         delta = lower_module(module, lowering)
         if isinstance(delta, Dense):
             if approximately is None:
@@ -81,7 +112,7 @@ def lower(adapter: Adapter, bases: Mapping[str, BaseLinear], approximately: int 
             delta = approximate(delta, approximately)
         deltas[module.base.name] = delta
     _check_vocabularies(deltas, bases, adapter.source)
-    return deltas
+    return lowered
 
 
 def _check_vocabularies(deltas: Mapping[str, Delta], bases: Mapping[str, BaseLinear], source: str) -> None:
@@ -119,4 +150,15 @@ def module_names(adapter: Adapter) -> list[str]:
     return _module_names(adapter, _lowering_of(adapter))
 
 
-__all__ = ["LOWERINGS", "REFUSED", "BaseLinear", "Conv", "Delta", "Turn", "lower", "module_names", "to_adapter"]
+__all__ = [
+    "LOWERINGS",
+    "REFUSED",
+    "BaseLinear",
+    "Conv",
+    "Delta",
+    "Lowered",
+    "Turn",
+    "lower",
+    "module_names",
+    "to_adapter",
+]

@@ -130,9 +130,11 @@ class BaseLinear:
             `weight` returns (out,).
         aliases: the other paths of the same module. `tied`: those of other modules that hold its very weight.
         head: whether it gives the model's answer, so that another size is no matter to any other module.
+        answers: whether it is what the model names as its `get_output_embeddings`.
         conv: what it is if it is a convolution.
         experts: of a parameter that holds the matrices of that many experts, of the widths above each, or one matrix; 0
             of what is no parameter. Its delta has as many rank rows for each of them, those of the first expert first.
+        transposed: of such a parameter, whether it lies as (experts, in, out); others lie as (experts, out, in).
         turned: of a module whose `weight` is a plain parameter which it does nothing with but to multiply or look up:
             whether that lies as (in, out), as GPT-2's `Conv1D`'s and embeddings' do. None of others.
     """
@@ -148,9 +150,16 @@ class BaseLinear:
     aliases: tuple[str, ...] = ()
     tied: tuple[str, ...] = ()
     head: bool = False
+    answers: bool = False
     conv: Conv | None = None
     experts: int = 0
+    transposed: bool = False
     turned: bool | None = None
+
+    @property
+    def linear(self) -> bool:
+        """Whether it is a linear, and none of the other things that are seen as one."""
+        return self.embed_scale is None and self.offset is None and self.conv is None and not self.experts
 
     @property
     def kernel(self) -> tuple[int, ...]:

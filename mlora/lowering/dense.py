@@ -128,6 +128,7 @@ FOURIERFT = Lowering(
         neutral={"init_weights"},
     ),
     _fourierft,
+    starts=lambda config: bool(config.get("init_weights")),
 )
 WAVEFT = Lowering(
     Format(
@@ -140,6 +141,7 @@ WAVEFT = Lowering(
 C3A = Lowering(
     Format(parts={"c3a_kernel": "c3a_kernel"}, honoured={"block_size", "block_size_pattern"}, neutral={"init_weights"}),
     _c3a,
+    starts=lambda config: config.get("init_weights") is True,
 )
 SHIRA = Lowering(
     Format(

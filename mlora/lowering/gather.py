@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Set
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -20,7 +20,9 @@ from .module import (
     Lowering,
     Module,
 )
-from .targets import parameters_of, targets_of
+from .parameters import swapped_in
+from .targets import parameters_of, some, targets_of
+from .tied import follow, tied_targets
 
 # Options of every type that say which modules are changed, or how a base weight lies.
 _HONOURED = {
@@ -45,7 +47,15 @@ _SHAPES: dict[str, tuple[type, str]] = {
 }
 
 
-def modules_of(adapter: Adapter, lowering: Lowering, bases: Mapping[str, BaseLinear]) -> Iterator[Module]:
+class Gathered(NamedTuple):
+    """`modules` of an adapter, and the paths of those of the model that its config targets and its files have nothing
+    for, `missing`."""
+
+    modules: Iterator[Module]
+    missing: list[str]
+
+
+def gather(adapter: Adapter, lowering: Lowering, bases: Mapping[str, BaseLinear]) -> Gathered:
     """The modules of `adapter`, after checks of its options, keys and targets.
 
     Raises:
@@ -62,42 +72,55 @@ def modules_of(adapter: Adapter, lowering: Lowering, bases: Mapping[str, BaseLin
         if len(set(named.values())) != len(modules):
             raise errors.AdapterError(f"adapter from {adapter.source}: several of its modules are one of this model's")
         modules = {named[name]: parts for name, parts in modules.items()}
-    modules, weights = _with_parameters(adapter, modules, bases)
+    modules, weights, missing = _with_parameters(adapter, modules, bases)
     beside = BASE_NAMES if lowering.tied else BASE_NAMES | {TOKENS}
     targeted = {name for name, parts in modules.items() if not parts.keys() <= beside}
     if unsaved := [name for name in bases if _is_saved(adapter, name) and "saved weight" not in modules.get(name, ())]:
         raise errors.AdapterError(
             f"adapter from {adapter.source}: its modules_to_save {adapter.config['modules_to_save']!r} name "
-            f"{_some(unsaved)}, for which it has no weights"
+            f"{some(unsaved)}, for which it has no weights"
         )
-    _check_targets(adapter, modules, targeted, weights.keys(), bases, lowering)
+    missing += _check_targets(adapter, modules, targeted, weights.keys(), bases, lowering)
+    follow(adapter, modules, bases, lambda name: _is_saved(adapter, name))
+    missing = [name for name in missing if name not in modules]
+    if missing and not lowering.starts(adapter.config):
+        raise errors.AdapterError(
+            f"adapter from {adapter.source}: it has no weights for {some(missing)}, which its config targets, and "
+            f"where PEFT would put new ones that change the result"
+        )
     if adapter.config.get("trainable_token_indices") and not any(TOKENS in parts for parts in modules.values()):
         raise errors.AdapterError(
             f"adapter from {adapter.source}: its trainable_token_indices name tokens, for which it has no weights"
         )
-    _follow(adapter, modules, bases)
     peers = tuple(bases[name] for name in sorted(targeted))
-    for name, parts in modules.items():
-        yield Module(adapter.config, parts, shared, bases[name], peers, adapter.source, weights.get(name, ""))
+    swapped = swapped_in(adapter, modules, bases)
+    found = (
+        Module(
+            adapter.config, parts, shared, bases[name], peers, adapter.source, weights.get(name, ""), name in swapped
+        )
+        for name, parts in modules.items()
+    )
+    return Gathered(found, missing)
 
 
 def _with_parameters(
     adapter: Adapter, modules: dict[str, dict[str, Tensor]], bases: Mapping[str, BaseLinear]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, str], list[str]]:
     """What `target_parameters` names.
 
     Returns:
         `modules` with the layers that PEFT puts around fused experts, routers and their like under the paths of their
-        parameters; and the modules of which the weight is named: path -> that of the weight.
+        parameters; the modules of which the weight is named: path -> that of the weight; and the paths of those that
+        are named and not in the files.
     """
     if named := [name for name in modules if name in bases and bases[name].experts]:
         raise errors.AdapterError(
-            f"adapter from {adapter.source}: it has weights for {_some(named)} as if it were a module; it is a "
+            f"adapter from {adapter.source}: it has weights for {some(named)} as if it were a module; it is a "
             f"parameter of this model, which target_parameters name"
         )
     targets = adapter.config.get("target_parameters")
     if not targets:
-        return modules, {}
+        return modules, {}, []
     if isinstance(targets, str) or not all(isinstance(target, str) for target in targets):
         raise errors.AdapterError(
             f"adapter from {adapter.source}: target_parameters is {targets!r}; it must be a list of names"
@@ -108,17 +131,13 @@ def _with_parameters(
     unknown += [path for path, base in found.items() if not base.experts and base.turned is None]
     if unknown:
         raise errors.UnsupportedAdapterError(
-            f"adapter from {adapter.source}: its target_parameters name {_some(unknown)}; served are the weights of "
+            f"adapter from {adapter.source}: its target_parameters name {some(unknown)}; served are the weights of "
             f"plain linears and token embeddings, and the matrices, or experts' stacks of them, that other modules "
             f"hold themselves, and this model has none of that name"
         )
-    if lacking := [path for name, path in wrapped.items() if name not in modules]:
-        raise errors.AdapterError(
-            f"adapter from {adapter.source}: its target_parameters {sorted(targets)!r} name {_some(lacking)}, for "
-            f"which it has no weights"
-        )
     weights = {base.name: path for path, base in found.items() if not base.experts}
-    return {held.get(wrapped.get(name, ""), name): parts for name, parts in modules.items()}, weights
+    renamed = {held.get(wrapped.get(name, ""), name): parts for name, parts in modules.items()}
+    return renamed, weights, [path for name, path in wrapped.items() if name not in modules]
 
 
 def module_names(adapter: Adapter, lowering: Lowering) -> list[str]:
@@ -215,56 +234,40 @@ def _check_targets(
     weights: Set[str],
     bases: Mapping[str, BaseLinear],
     lowering: Lowering,
-) -> None:
+) -> list[str]:
+    """Refuse weights of what the model does not have or the config does not target.
+
+    Returns:
+        The modules that it targets and that have none: the base's, as in PEFT.
+    """
     config = adapter.config
     if missing := [name for name in modules if name not in bases]:
         if not targeted & set(missing):
             option = "modules_to_save" if any("saved weight" in modules[name] for name in missing) else "bias"
             raise errors.UnsupportedAdapterError(
-                f"adapter from {adapter.source}: it has trained weights of {_some(missing)}, which are no linears, "
+                f"adapter from {adapter.source}: it has trained weights of {some(missing)}, which are no linears, "
                 f"norms or token embeddings of this model; {option}={config.get(option)!r} is served for those only"
             )
         raise errors.AdapterError(
-            f"adapter from {adapter.source}: it has weights for {_some(missing)}, which this model has no linear "
+            f"adapter from {adapter.source}: it has weights for {some(missing)}, which this model has no linear "
             f"or convolution for (transposed ones, and subclasses with a forward of their own, are not served); was it "
             f"made for another base? (its config names {config.get('base_model_name_or_path')!r})"
         )
     targets = config.get("target_modules")
-    if targets is None or targets == "all-linear":
-        return  # resolved by PEFT when it was trained: the tensors say which
+    if targets is None:
+        return []
     experts = {name for name, base in bases.items() if base.experts}
     unless = set() if lowering.norms else {name for name, base in bases.items() if base.offset is not None} - targeted
-    wanted = targets_of(config, bases) - unless - experts
+    wanted = (targets_of(config, bases) | tied_targets(config, bases)) - unless
     along = {n for name in wanted for n in (*bases[name].aliases, *bases[name].tied)} if lowering.tied else set()
     if both := sorted(wanted & weights):
         raise errors.AdapterError(
             f"adapter from {adapter.source}: both its target_modules {targets!r} and its target_parameters name "
-            f"{_some(both)}"
+            f"{some(both)}"
         )
     if left := sorted(targeted - wanted - along - experts - weights):
         raise errors.AdapterError(
-            f"adapter from {adapter.source}: it has weights for {_some(left)}, which its target_modules "
+            f"adapter from {adapter.source}: it has weights for {some(left)}, which its target_modules "
             f"{targets!r} do not name"
         )
-    if lacking := sorted(wanted - targeted):
-        raise errors.AdapterError(
-            f"adapter from {adapter.source}: its target_modules {targets!r} name {_some(lacking)}, "
-            "for which it has no weights"
-        )
-
-
-def _follow(adapter: Adapter, modules: dict[str, dict[str, Tensor]], bases: Mapping[str, BaseLinear]) -> None:
-    """Trained tokens of an embedding are those of all that holds its weight and has none of its own; and so is a weight
-    that was saved along, which no `modules_to_save` names."""
-    for name, parts in list(modules.items()):
-        if "saved weight" in parts and not _is_saved(adapter, name):
-            for other in bases[name].tied:
-                modules.setdefault(other, {}).setdefault("saved weight", parts["saved weight"])
-        if TOKENS in parts and bases[name].embed_scale is not None:
-            for other in (*bases[name].aliases, *bases[name].tied):
-                modules.setdefault(other, {}).setdefault(TOKENS, parts[TOKENS])
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    return sorted(wanted - targeted)

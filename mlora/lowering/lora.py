@@ -269,4 +269,4 @@ def _check_config(module: Module) -> None:
         )
 
 
-LORA = Lowering(FORMAT, delta)
+LORA = Lowering(FORMAT, delta, starts=lambda config: not config.get("kasa_config"))

@@ -74,6 +74,7 @@ class Module:
         base: the linear that it changes. `peers`: those of the whole adapter.
         source: of the adapter, for messages.
         parameter: the path of its weight where it is that which `target_parameters` names, else "".
+        swapped: of experts' parameters, whether `lora_A` is as wide as its outputs and `lora_B` as its inputs.
     """
 
     config: Mapping[str, Any]
@@ -83,6 +84,7 @@ class Module:
     peers: tuple[BaseLinear, ...]
     source: str
     parameter: str = ""
+    swapped: bool = False
 
     @property
     def where(self) -> str:
@@ -175,6 +177,8 @@ class Lowering:
         format: how it is saved.
         delta: the pure function from one of its modules to a delta.
         norms: whether it targets norms too. `tied`: whether what it targets takes along what is tied to it.
+        starts: config -> whether a layer that PEFT has just made changes nothing, so that a target which the files have
+            nothing for is the base.
         names: where files do not use the model's own names: (those in the file, the model's) -> the model's
             name of each.
     """
@@ -184,6 +188,7 @@ class Lowering:
     names: Callable[[Iterable[str], Iterable[str]], dict[str, str]] | None = None
     norms: bool = False
     tied: bool = False
+    starts: Callable[[Mapping[str, Any]], bool] = lambda config: True
 
 
 def _shaped(tensor: Tensor, what: str, shape: tuple[int | None, ...]) -> Tensor:

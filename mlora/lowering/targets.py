@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 import regex
 
 from .. import errors
+from .delta import BaseLinear
 
-_OPTIONS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+_OPTIONS = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
 
 _SECONDS = 0.2  # for one match; those of real configs take microseconds
 
@@ -25,10 +26,13 @@ def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -
     return default
 
 
-def targets_of(config: Mapping[str, Any], names: Iterable[str]) -> frozenset[str]:
-    """Those of `names` that `config` targets. Adapters of one model have the same targets again and again."""
+def targets_of(config: Mapping[str, Any], bases: Mapping[str, BaseLinear]) -> frozenset[str]:
+    """Those of `bases` that `config` targets. Adapters of one model have the same targets again and again."""
     options = {option: config[option] for option in _OPTIONS if option in config}
-    return _targets_of(json.dumps(options, default=sorted), tuple(names))  # PEFT's config objects hold sets
+    if is_all_linear(config.get("target_modules")):
+        options["target_modules"] = [name for name, base in bases.items() if base.linear and not base.answers]
+    names = tuple(name for name, base in bases.items() if not base.experts)
+    return _targets_of(json.dumps(options, default=sorted), names)  # PEFT's config objects hold sets
 
 
 @lru_cache(maxsize=64)
@@ -37,11 +41,18 @@ def _targets_of(options: str, names: tuple[str, ...]) -> frozenset[str]:
     return frozenset(name for name in names if is_target(config, name))
 
 
+def is_all_linear(targets: Any) -> bool:
+    """Whether `target_modules` is PEFT's word for all linears but the model's output embedding."""
+    return isinstance(targets, str) and targets.lower() == "all-linear"
+
+
 def is_target(config: Mapping[str, Any], name: str) -> bool:
     """Whether `config` targets the module at `name`."""
     exclude = config.get("exclude_modules")
     if exclude and _matches(exclude, name):
         return False
+    if any(full_match(rf"(?:(^|.*\.){saved}($|\..*)).*", name) for saved in config.get("modules_to_save") or ()):
+        return False  # what is saved whole, or lies in such a module, has no adapter
     targets = config.get("target_modules")
     if not targets or not _matches(targets, name):
         return False
@@ -103,3 +114,9 @@ def full_match(pattern: str, name: str) -> Any:
         raise errors.AdapterError(f"{pattern!r} is not a valid module pattern: {error}") from error
     except TimeoutError as error:
         raise errors.AdapterError(f"the module pattern {pattern!r} takes too long to match {name!r}") from error
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names, for a message."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

@@ -59,4 +59,4 @@ def _mixtures(module: Module, side: str, first: int, second: int) -> Tensor:
     return result
 
 
-VBLORA = Lowering(FORMAT, delta)
+VBLORA = Lowering(FORMAT, delta, starts=lambda config: False)  # its logits start as random numbers

@@ -140,7 +140,7 @@ def merge_files(
         bases = known
     else:
         own = [dict(bases)] * len(how.adapters)
-    lowered = [lower(adapters[name], mine) for name, mine in zip(how.adapters, own, strict=True)]
+    lowered = [dict(lower(adapters[name], mine).deltas) for name, mine in zip(how.adapters, own, strict=True)]
     total = len({name for deltas in lowered for name in deltas})
     deltas = dict(track(merge_adapters(lowered, how, bases), total))
     merged = to_adapter(deltas, how.label, bases)

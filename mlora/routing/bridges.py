@@ -9,7 +9,7 @@ from .. import errors
 from ..arena.bits import GAIN, INPUT, TURN
 from ..arena.store import Store
 from ..folding.fold import Folded
-from ..lowering import BaseLinear, Delta, to_adapter
+from ..lowering import BaseLinear, Delta, Lowered, to_adapter
 from ..merge import relative
 from ..plan.plan import Recipe
 from .registry import Registry
@@ -73,7 +73,7 @@ class Bridges:
         with self._lock:
             same = all(self._registry.get(name) is one for name, one in sources.items())
             if same and label not in self._registry:  # another thread may have made it
-                self._registry.add(label, adapter, deltas, sources=tuple(sources), group=self._bridges)
+                self._registry.add(label, adapter, Lowered(deltas), sources=tuple(sources), group=self._bridges)
 
     def drop(self) -> None:
         """Forget those that no call uses; what is folded in has changed. Called under the lock."""

@@ -15,7 +15,7 @@ from ..arena.bits import INPUT, TAIL, TURN
 from ..arena.pack import Packed
 from ..arena.store import Store
 from ..folding.fold import Folded
-from ..lowering import BaseLinear, Delta, lower, to_adapter
+from ..lowering import BaseLinear, Delta, Lowered, lower, to_adapter
 from ..lowering.delta import kernel_major
 from ..merge import Merge, merge_adapters
 from ..plan.plan import Recipe
@@ -36,6 +36,7 @@ class AdapterInfo:
         location: "device" or "host".
         errors: module -> |D - D'| / |D| (Frobenius), for each whose delta D is approximated by D'; empty
             where all is exact.
+        missing: dotted paths of what its config targets and its files have nothing for: the base there, as in PEFT.
     """
 
     name: str
@@ -48,6 +49,7 @@ class AdapterInfo:
     bytes: int
     location: str
     errors: Mapping[str, float] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
 
     @property
     def error(self) -> float:
@@ -73,7 +75,7 @@ class Loaded:
 
     def lower(self, bases: Mapping[str, BaseLinear]) -> dict[str, Delta]:
         """Its deltas, dotted path -> delta."""
-        return lower(self.adapter, bases, self.approximate)
+        return dict(lower(self.adapter, bases, self.approximate).deltas)
 
 
 class Registry:
@@ -160,22 +162,24 @@ class Registry:
         self,
         name: str,
         adapter: Adapter,
-        deltas: Mapping[str, Delta],
+        lowered: Lowered,
         approximate: int | None = None,
         sources: Sequence[str] = (),
         group: MutableMapping[str, None] | None = None,
     ) -> AdapterInfo:
-        """Register an adapter that was lowered to `deltas` (dotted path -> delta). For the others see `Loaded`.
+        """Register an adapter. For the last three arguments see `Loaded`.
 
         Raises:
             DuplicateAdapterError: the name is taken. AdapterError, UnsupportedAdapterError: it does not fit the model.
             CapacityError: it is larger than the whole arena.
         """
+        deltas = lowered.deltas
         packed = self._pack(name, deltas)
         ranks = tuple(sorted({delta.rank // (self.bases[path].experts or 1) for path, delta in deltas.items()}))
         info = AdapterInfo(
             name, adapter.source, adapter.peft_type, _variant(adapter), ranks[-1], ranks, tuple(deltas),
             packed.nbytes, "host", {path: delta.error for path, delta in deltas.items() if delta.error},
+            lowered.missing,
         )  # fmt: skip
         with self._lock:
             self.check_new(name)  # another thread may have taken the name meanwhile
@@ -197,7 +201,7 @@ class Registry:
         lowered = [loaded.lower(self.bases) for loaded in sources]
         deltas = dict(merge_adapters(lowered, how, self.bases))
         adapter = to_adapter(deltas, how.label, self.bases)
-        return self.add(name, adapter, deltas, sources=() if group is None else how.adapters, group=group)
+        return self.add(name, adapter, Lowered(deltas), sources=() if group is None else how.adapters, group=group)
 
     def remove(self, name: str) -> None:
         """Forget an adapter, and those that were made of it.

@@ -241,7 +241,7 @@ def test_factor_space_refuses_turns(folders: Any) -> None:
     base = build("llama")
     name, module = next((n, m) for n, m in base.named_modules() if n.endswith("q_proj"))
     linear = base_linear(name, module)
-    delta = lower(mlora.Adapter.from_pretrained(folders("llama", "oft")["oft"]), bases_of(base))[name]
+    delta = lower(mlora.Adapter.from_pretrained(folders("llama", "oft")["oft"]), bases_of(base)).deltas[name]
     with pytest.raises(errors.MergeError, match="a turn or a bias"):
         merge_module([delta], Merge(["a"], [1.0], "linear", space="factor"), linear)
 
