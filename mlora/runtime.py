@@ -55,8 +55,9 @@ class Runtime:
         self._store = store
         self._shared = shared
         # Guards the registry with the names that the merge cache and the bridges keep of theirs, the number of readers,
-        # the default, and the weights as they change. The store's own lock may be taken under it, the cache's never.
-        lock = self._lock = threading.RLock()
+        # the default, which scopes are open, and the weights as they change. The store's own lock may be taken under
+        # it, the cache's never.
+        lock = self._lock = shared.scopes.lock
         modules = {indices[name]: (name, module) for name, module in paths.items()}
         modules.update({indices[name]: (name, stack.module) for name, stack in stacks.items()})
         folded = self._folded = Folded(model, store, modules)
@@ -280,7 +281,7 @@ class Runtime:
     def use_adapters(self, entries: Entries) -> Iterator[None]:
         """Route everything that runs inside the `with`, and in tasks started there: one entry a row, or one for all."""
         rows = len(entries) if isinstance(entries, Sequence) else 1
-        with self._router.route(entries, rows, 1):
+        with self._router.use(entries, rows):
             self._router.arrive()
             yield
 

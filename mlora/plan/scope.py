@@ -1,17 +1,27 @@
 """`Scope`: what a `with use_adapters`, a call or a `generate` routes; `Scopes`: which one code runs in.
 
-The scope that is active is a context variable: asyncio gives each task a copy, so tasks do not see each other's. Scopes
-may end in any order, and in another task than they began in. One that has ended is never active again.
+The active scope is in a context variable: asyncio gives each task a copy, so tasks do not see each other's, and
+`threads.py` hands it to threads. Scopes may end in any order, and in another task than they began in. One that has
+ended is never active again.
+
+Generators share the variable with their callers. A scope that began in one counts while that generator runs, and while
+it waits nobody can tell whether it was meant for its caller, so that is an error.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar, Token
-from typing import Any
+from types import FrameType
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 from torch import Tensor
 
 from .. import errors
+from . import frames
 from .activation import Activation, Prompt
 from .late import Late
 from .modality import Others
@@ -36,102 +46,226 @@ class Siblings:
 
 
 class Scope:
-    """Made when something begins to route, from `outer`, what is active around it.
+    """Made when something begins to route, inside of `outer`.
 
     Args:
-        plan: the active plan. `entries`: those it came from. Both None where nothing is routed.
+        own: its plan. `entries`: those it came from. Both None where nothing is routed.
+        kept: whether it only goes on with what `outer` routes, which then counts when it has ended.
+        frame: of the generator that it began in, if it did.
+        source: what it stands for in another thread, if it does; it ends with that. `open`: until it ends.
 
     Of the call that is running: the `length` of its sequences (0 if there is none), `unobserved`, whether nothing
     looked at the operators when it began, what its layers left for their `siblings`, `activation`, to what aLoRAs apply
     in it, the `prompt` of the `generate` that is running if it has some, `late`, what is asked of the call when it ends
     (None if none runs), and, of a model that reads more than text, what the call tells of `others`.
 
-    Layers read `plan` of whatever scope is active. One that has ended has none: `__getattr__` finds what counts then.
+    Layers read `plan` of whatever is in the variable. It is `own`, and missing where that need not be what counts, as
+    Python then asks `__getattr__`.
     """
 
     __slots__ = (
-        "_before", "_scopes", "_token", "activation", "entries", "late", "length", "open", "others", "plan", "prompt",
-        "siblings", "unobserved",
+        "_before", "_scopes", "_token", "activation", "entries", "frame", "kept", "late", "length", "open", "others",
+        "outer", "own", "plan", "prompt", "siblings", "source", "unobserved",
     )  # fmt: skip
 
     plan: Plan | None
-    _before: Scope
-    _token: Token[None]
 
-    def __init__(self, scopes: Scopes, outer: Scope | None, plan: Plan | None, entries: Any) -> None:
+    def __init__(
+        self, scopes: Scopes, outer: Scope | None, own: Plan | None, entries: Any, frame: FrameType | None = None
+    ) -> None:
         self._scopes = scopes
+        self._before = outer or self
+        self._token: Token[None] | None = None
         self.open = True
-        self.plan = plan
+        self.outer = outer
+        self.own = own
         self.entries = entries
+        self.frame = frame
+        self.kept = False
+        self.source: Scope | None = None
         self.length: int = 0 if outer is None else outer.length
         self.unobserved: bool = False if outer is None else outer.unobserved
         self.late: list[Late] | None = None if outer is None else outer.late
         self.others: Others | None = None if outer is None else outer.others
         self.prompt: Prompt | None = None if outer is None else outer.prompt
-        self.activation: Activation | None = None if outer is None or outer.plan is not plan else outer.activation
+        self.activation: Activation | None = None if outer is None or outer.own is not own else outer.activation
         self.siblings: Siblings | None = None
 
     def __getattr__(self, name: str) -> Any:
         if name == "plan":
-            return self._scopes.current().plan
+            return self._scopes.current().own
         raise AttributeError(name)
+
+    def hide(self) -> None:
+        """Make who reads `plan` ask what counts."""
+        with suppress(AttributeError):
+            del self.plan
+
+    def lineage(self) -> Iterator[Scope]:
+        """Itself and what it is inside of."""
+        scope: Scope | None = self
+        while scope is not None:
+            yield scope
+            scope = scope.outer
 
 
 class Scopes:
     """Those of one patched model. `active` has the one that began last in this context, and layers read it there."""
 
+    live: ClassVar[WeakSet[Scopes]] = WeakSet()
+
     def __init__(self) -> None:
         self._root = Scope(self, None, None, None)
+        self._root.plan = None
         self.active: ContextVar[Scope] = ContextVar("mlora", default=self._root)
+        self._lasting = {self._root: None}  # that are open, and no calls
+        self._suspendable: dict[Scope, None] = {}  # of those the ones that began in generators
+        self.lock = threading.RLock()  # the runtime's: a generator may be collected, and end its scope, under any
+        Scopes.live.add(self)
 
     def current(self) -> Scope:
         """The scope that code runs in here; one without a plan where nothing is routed.
 
         Raises:
-            RoutingError: it has ended.
+            RoutingError: it has ended, or cannot be told.
         """
-        scope = self._settled()
-        if not scope.open:
+        active = self._settled()
+        found = self._found(active)
+        if found is active and active.open:
+            return found
+        if found in active.lineage():
+            if active.open:
+                raise errors.RoutingError(
+                    "use_adapters was opened in a generator that now waits inside of it, and it cannot be told whether "
+                    "it was opened for this call too. Name adapters in the call (adapter_names=, '__base__' for none), "
+                    "close the generator, or make it a context manager (contextlib.contextmanager)"
+                )
             raise errors.RoutingError(
                 "the use_adapters or call in which this task or thread was started has ended; name adapters in the "
                 "call (adapter_names=), or open use_adapters inside of the task or thread"
             )
-        return scope
+        return found
 
-    def begin(self, plan: Plan | None, entries: Any) -> Scope:
+    def begin(self, plan: Plan | None, entries: Any, *, lasting: bool = False, kept: bool = False) -> Scope:
+        """A scope of this plan. A `lasting` one may end before others that begin in it, and wait in a generator."""
         before = self._settled()
-        scope = Scope(self, before if before.open else self._root, plan, entries)
-        if before is not self._root:
-            before._before = _remaining(before._before)  # or chains of what has ended would grow
-        scope._before, scope._token = before, _HERE.set(None)
+        outer = self._found(before)
+        scope = Scope(self, outer if outer.open else self._root, plan, entries, frames.generator() if lasting else None)
+        scope._before, scope._token, scope.kept = before, _HERE.set(None), kept
+        for around in (before, outer):  # or chains of what has ended would grow
+            around._before = _remaining(around._before)
+            while around.outer is not None and not around.outer.open:
+                around.outer = around.outer.outer
+        if lasting:
+            self._add(scope)
+        else:
+            scope.plan = plan
         self.active.set(scope)
         return scope
 
     def end(self, scope: Scope) -> None:
         """From any context, and in any order."""
-        scope.open = False
-        del scope.plan
+        with self.lock:
+            for one in (scope, *(alias for alias in self._suspendable if alias.source is scope)):
+                one.open, one.own, one.frame = False, None, None
+                self._lasting.pop(one, None)
+                self._suspendable.pop(one, None)
+                one.hide()
+            self._show()
         self._settled()
 
+    def handed(self) -> Scope | None:
+        """What is to be in the variable for code that another thread will run; None where nothing is routed here. The
+        scope of a generator, which does not run there, has one to stand for it."""
+        active = self._settled()
+        found = self._found(active)
+        if found is not active and found in active.lineage():
+            return active  # it cannot be told here, nor there
+        if found.frame is None:
+            return None if found is self._root else found
+        scope = Scope(self, found, found.own, found.entries)
+        scope.source = found.source or found
+        self._add(scope)
+        if not scope.source.open:
+            self.end(scope)
+        return scope
+
+    @contextmanager
+    def inside(self, scope: Scope, frame: FrameType | None = None) -> Iterator[None]:
+        """Run what was handed over with `scope`: in a thread of its own, or else in this frame."""
+        token = self.active.set(scope)
+        if scope.source is not None:
+            scope.frame = frame
+        try:
+            yield
+        finally:
+            self.active.reset(token)
+            if scope.source is not None:
+                self.end(scope)
+
+    def clear(self) -> None:
+        """Leave nothing in the variable of this context."""
+        self.active.set(self._root)
+
+    def _add(self, scope: Scope) -> None:
+        with self.lock:
+            self._lasting[scope] = None
+            if scope.frame is not None or scope.source is not None:
+                self._suspendable[scope] = None
+            self._show()
+
+    def _show(self) -> None:
+        """Let layers read lasting scopes' plans in passing where no other can count."""
+        for scope in self._lasting:
+            if self._suspendable:
+                scope.hide()
+            else:
+                scope.plan = scope.own
+
     def _settled(self) -> Scope:
-        """What is active, after what has ended of that which began in this context."""
+        """What is in the variable, after what has ended of that which began in this context."""
         scope = self.active.get()
         if not scope.open:
             scope = _remaining(scope)
             self.active.set(scope)
         return scope
 
+    def _found(self, active: Scope) -> Scope:
+        """Of `active`, what is around it, and the generators that run: the innermost that is no waiting generator's."""
+        if not self._suspendable:
+            return active
+        by_frame = {scope.frame: scope for scope in tuple(self._suspendable)}  # of one frame's the last
+        running = [by_frame[frame] for frame in frames.running() if frame in by_frame]
+        found = active
+        while (found.frame is not None and found not in running) or not (found.open or found is active):
+            assert found.outer is not None  # the root has neither a frame nor an end
+            found = found.outer
+        inner = running[0] if running else found
+        return found if inner in found.lineage() else inner
+
 
 _HERE: ContextVar[None] = ContextVar("mlora_here")  # a token can be used in the context that gave it only
 
 
 def _remaining(scope: Scope) -> Scope:
-    """`scope`, or if it has ended what was active before it. One that has ended and began in another context stays:
-    this context is a copy, made inside of it."""
+    """`scope`, or if it has ended what counts in its place: what was active before it; or if it began in another
+    context, of which this one is a copy made inside of it, what it went on with. Else the one that has ended."""
     while not scope.open:
-        try:
-            _HERE.reset(scope._token)
-        except (ValueError, RuntimeError):  # of another context; used there already
+        if _began_here(scope):
+            scope = scope._before
+        elif scope.kept and scope.outer is not None:
+            scope = scope.outer
+        else:
             break
-        scope = scope._before
     return scope
+
+
+def _began_here(scope: Scope) -> bool:
+    """In this context; asked once."""
+    if scope._token is None:
+        return False
+    try:
+        _HERE.reset(scope._token)
+    except (ValueError, RuntimeError):  # it is another context's; it was used there
+        return False
+    return True

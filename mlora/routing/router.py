@@ -19,6 +19,7 @@ from ..plan.modality import Others
 from ..plan.plan import Plan
 from ..plan.scope import Scope
 from ..plan.shared import Shared
+from ..plan.threads import hand_over
 from .entries import Entry, is_single
 from .merge_cache import MergeCache
 from .planner import Planner
@@ -50,6 +51,7 @@ class Router:
         self._store = store
         self._shared = shared
         self._lock = lock
+        hand_over()
         self._words = _bytes_of(shared.plan)
         self._header = _bytes_of(shared.header)
 
@@ -64,8 +66,12 @@ class Router:
                 self._store.release(previous.names)
         self._publish()
 
-    def route(self, entries: Any, rows: int, expansion: int) -> AbstractContextManager[Scope]:
-        """All that runs inside; `rows` in a batch, each of which `generate` repeats `expansion` times."""
+    def use(self, entries: Any, rows: int) -> AbstractContextManager[Scope]:
+        """All that runs inside, however long; `rows` in a batch."""
+        return self._scope(lambda: (self._planner.acquire(entries, rows, 1), entries), lasting=True)
+
+    def _route(self, entries: Any, rows: int, expansion: int) -> AbstractContextManager[Scope]:
+        """A call; each of `rows` is repeated `expansion` times."""
         return self._scope(lambda: (self._planner.acquire(entries, rows, expansion), entries))
 
     def arrive(self) -> None:
@@ -78,7 +84,7 @@ class Router:
     def forward(self, entries: Any, call: Call) -> Iterator[None]:
         """A call of the model."""
         shape = call.shape
-        with self._kept() if entries is None else self.route(entries, shape[0] if shape else 1, 1) as scope:
+        with self._kept() if entries is None else self._route(entries, shape[0] if shape else 1, 1) as scope:
             plan, listed = scope.plan, entries is None and not is_single(scope.entries)
             if plan is not None and listed and shape and shape[0] not in plan.row_counts:
                 raise errors.EntryError(
@@ -99,7 +105,7 @@ class Router:
         """A `generate` that repeats each row `expansion` times."""
         rows = call.shape[0] if call.shape else 1
         if entries is not None:
-            with self.route(entries, rows, expansion) as scope:
+            with self._route(entries, rows, expansion) as scope:
                 self._prompt(scope, call)
                 yield
             return
@@ -108,7 +114,7 @@ class Router:
                 self._prompt(scope, call)
                 yield
                 return
-            with self.route(scope.entries, rows, expansion) as scope:
+            with self._route(scope.entries, rows, expansion) as scope:
                 self._prompt(scope, call)
                 yield
 
@@ -125,7 +131,7 @@ class Router:
     def _kept(self) -> AbstractContextManager[Scope]:
         """Go on under what is active or the default of now, with its adapters pinned: another task or thread may end
         the one, or set a new default, meanwhile."""
-        return self._scope(self._pin_active)
+        return self._scope(self._pin_active, kept=True)
 
     def _pin_active(self) -> tuple[Plan | None, Any]:
         with self._lock:  # under which scopes end and defaults change
@@ -136,12 +142,12 @@ class Router:
             return plan, active.entries
 
     @contextmanager
-    def _scope(self, acquire: Callable[[], tuple[Plan | None, Any]]) -> Iterator[Scope]:
-        """One for the plan that `acquire` pins, and the entries that it came from."""
+    def _scope(self, acquire: Callable[[], tuple[Plan | None, Any]], **kind: bool) -> Iterator[Scope]:
+        """One of the plan that `acquire` pins, and the entries that it came from. `kind`: as `Scopes.begin` has it."""
         scopes = self._shared.scopes
         with self._readers:
             plan, entries = acquire()
-            scope = scopes.begin(plan, entries)
+            scope = scopes.begin(plan, entries, **kind)
             try:
                 self._publish()
                 yield scope
@@ -156,7 +162,11 @@ class Router:
         """Copy the current plan into the buffer that compiled code reads. Of one that is too large only the header:
         kernels on the host refuse a plan that is shorter than its header says, and on other devices `Planner` did."""
         shared = self._shared
-        plan, buffer = shared.active.get().plan or shared.default or shared.blank, shared.plan
+        try:
+            plan = shared.local.plan
+        except errors.RoutingError:  # nothing may run here but what names its adapters
+            plan = None
+        plan, buffer = plan or shared.default or shared.blank, shared.plan
         if self._words is None or self._header is None:
             buffer[: plan.tensor.numel()].copy_(plan.tensor)
             shared.header.copy_(plan.header)

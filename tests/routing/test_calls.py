@@ -403,9 +403,11 @@ def test_a_default_set_by_one_thread_serves_another(patched: Any) -> None:
     want = logits(patched, batch, adapter_names="r3")
     patched.mlora.set_adapter("r3")
     out: list[Tensor] = []
-    with patched.mlora.use_adapters("rs16"):  # this thread's own routing is not the other thread's
-        thread = threading.Thread(target=lambda: out.append(logits(patched, batch)))
-        thread.start()
+    go_on = threading.Event()
+    thread = threading.Thread(target=lambda: go_on.wait(10) and out.append(logits(patched, batch)))
+    thread.start()
+    with patched.mlora.use_adapters("rs16"):  # this thread's own routing is not that of one started before
+        go_on.set()
         thread.join()
     assert torch.equal(out[0], want)
 
