@@ -1,15 +1,16 @@
-# make demo | test | lint | bench | gpu | clean. Everything is installed into .venv; PYTHON=... picks the interpreter.
+# make demo | test | lint | docs | bench | gpu | clean. Everything is installed into .venv; PYTHON=... picks the interpreter.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS)
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: help install demo test lint bench gpu clean
+.PHONY: help install demo test lint docs bench gpu clean
 help:
 	@echo "make demo    install, build, and answer one batch whose rows use different adapters"
 	@echo "make test    the test suite"
 	@echo "make lint    ruff, mypy, and the order of the package's imports"
+	@echo "make docs    the reference of the public names, into build/reference"
 	@echo "make bench   the benchmarks, into bench/results (BENCH_FLAGS=--smoke for a quick look)"
 	@echo "make gpu     on a machine with a GPU: its tests, decoding in a CUDA graph, and the kernels' times"
 	@echo "make clean   remove .venv and what was built"
@@ -46,6 +47,9 @@ lint: $(VENV)/.built
 	$(BIN)/ruff format --check mlora tests bench examples setup.py
 	$(BIN)/mypy mlora
 	$(BIN)/lint-imports
+
+docs: $(VENV)/.built
+	$(BIN)/python -W error -m pdoc --docformat google -o build/reference mlora '!mlora\..*' mlora.errors
 
 bench: $(VENV)/.model
 	@$(BIN)/mlora bench $(BENCH_FLAGS)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import conformance_table
 import pytest
 import torch
 from hypothesis import settings
@@ -496,47 +497,5 @@ def verdicts(request: pytest.FixtureRequest) -> Any:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     file, table = session.config.getoption("--conformance-table"), session.config.stash.get(VERDICTS, None)
-    if not file or not table:
-        return
-    models = ("gpt2", "t5", "bert", "qwen2", "conv", "vit", "qwen2moe")
-    columns = ("single", "mixed", "weighted", "generate", "bf16", *models)
-    lines = [*_TITLE, "| adapter | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
-    for name, cells in table.items():
-        row = [
-            _cell(cells.get(column, cells.get("refusal", set()) if column in columns[:5] else set()))
-            for column in columns
-        ]
-        lines.append(f"| {name} | " + " | ".join(row) + " |")
-    Path(file).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    readme = Path(__file__).parent.parent / "README.md"
-    before, start, rest = readme.read_text(encoding="utf-8").partition(_MARKS[0])
-    _, end, after = rest.partition(_MARKS[1])
-    readme.write_text(before + start + _summary(table) + end + after, encoding="utf-8")
-
-
-_MARKS = ("<!-- conformance: written by the suite -->\n", "<!-- /conformance -->\n")
-
-
-def _summary(table: dict[str, dict[str, set[str]]]) -> str:
-    """Verdict -> what it was given to in every scenario."""
-    names: dict[str, list[str]] = {}
-    for name, cells in table.items():
-        names.setdefault(_cell(set.union(*cells.values())), []).append(name)
-    rows = [f"| {verdict} | {'; '.join(of)} |" for verdict, of in sorted(names.items())]
-    return "\n".join(["| verdict | adapters |", "|---|---|", *rows, ""])
-
-
-_TITLE = (
-    "# Conformance",
-    "",
-    "Written by `pytest tests/conformance --conformance-table docs/conformance.md`. *exact*: a row gets what a fresh",
-    "PEFT model with that adapter alone gives it, in fp32 within 1e-5 of the largest value; in the column bf16, no",
-    "further from fp32 than twice PEFT's own bf16. *refused*: loading fails with an error that says why;",
-    "*approximate=r* serves it at a rank. The first five columns are a tiny Llama, the others the models they name;",
-    "these are *exact or refused* where an adapter brings weights of another size, of which there is no weighted sum.",
-    "",
-)
-
-
-def _cell(verdicts: set[str]) -> str:
-    return "WRONG" if "WRONG" in verdicts else " or ".join(sorted(verdicts))
+    if file and table:
+        conformance_table.write(Path(file), table)

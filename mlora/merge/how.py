@@ -125,10 +125,12 @@ class Merge:
 
     @property
     def strategy(self) -> str:
+        """The type without its cut to a rank: one of `STRATEGIES`."""
         return "linear" if self.combination_type == "svd" else self.combination_type.removesuffix("_svd")
 
     @property
     def prunes(self) -> bool:
+        """Whether it drops values, and so takes a `density`."""
         return self.strategy not in ("linear", "cat")
 
     @property

@@ -1,0 +1,70 @@
+"""The conformance suite's verdicts as Markdown: a table of all, and a summary for the README."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections import Counter
+from pathlib import Path
+
+Table = dict[str, dict[str, set[str]]]
+"""Adapter -> column -> verdicts."""
+
+README = Path(__file__).parent.parent / "README.md"
+MARKS = ("<!-- conformance: written by the suite -->\n", "<!-- /conformance -->\n")
+
+_TITLE = (
+    "# Conformance",
+    "",
+    "Written by `pytest tests/conformance --conformance-table docs/conformance.md`. *exact*: a row gets what a fresh",
+    "PEFT model with that adapter alone gives it, in fp32 within 1e-5 of the largest value; in the column bf16, no",
+    "further from fp32 than twice PEFT's own bf16. *refused*: loading fails with an error that says why;",
+    "*approximate=r* serves it at a rank. The first five columns are a tiny Llama, the others the models they name;",
+    "these are *exact or refused* where an adapter brings weights of another size, of which there is no weighted sum.",
+    "",
+)
+_MODELS = ("gpt2", "t5", "bert", "qwen2", "conv", "vit", "qwen2moe")
+_SCENARIOS = ("single", "mixed", "weighted", "generate", "bf16")
+_WIDTH = 84  # of a summary's cell
+
+
+def write(file: Path, table: Table) -> None:
+    """The table into `file`, and its summary between the README's marks."""
+    columns = (*_SCENARIOS, *_MODELS)
+    lines = [*_TITLE, "| adapter | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
+    for name, cells in table.items():
+        refusal = cells.get("refusal", set())
+        row = [_cell(cells.get(column, refusal if column in _SCENARIOS else set())) for column in columns]
+        lines.append(f"| {name} | " + " | ".join(row) + " |")
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    before, start, rest = README.read_text(encoding="utf-8").partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    verdicts = {name: _cell(set.union(*cells.values())) for name, cells in table.items()}
+    README.write_text(before + start + summary(verdicts) + end + after, encoding="utf-8")
+
+
+def summary(verdicts: dict[str, str]) -> str:
+    """Verdict -> the adapters that got it in every scenario: exact ones as families with a number of forms, the others
+    by name. Rows are short enough for the README."""
+    names: dict[str, list[str]] = {}
+    for name, verdict in verdicts.items():
+        names.setdefault(verdict, []).append(name)
+    lines = ["| verdict | adapters |", "|---|---|"]
+    for verdict, found in sorted(names.items()):
+        if verdict == "exact":
+            families = Counter(_family(name, verdicts) for name in found)
+            found = [name if forms == 1 else f"{name} ({forms})" for name, forms in families.items()]
+        cell = "; ".join(name.replace(" ", "\0") for name in found)  # a name is not torn apart where a row ends
+        for number, part in enumerate(textwrap.wrap(cell, _WIDTH, break_long_words=False, break_on_hyphens=False)):
+            lines.append(f"| {'' if number else verdict} | {part} |".replace("\0", " ").replace("|  |", "| |"))
+    return "\n".join([*lines, ""])
+
+
+def _family(name: str, verdicts: dict[str, str]) -> str:
+    """`RandLora, sparse` and `RandLora` are forms of RandLora; `PiSSA, converted` is none of PiSSA: that is refused."""
+    family = re.split(r",| with(?:out)? | of | mini$| bat$| \d$", name)[0]
+    return family if verdicts.get(family, "exact") == "exact" else name
+
+
+def _cell(verdicts: set[str]) -> str:
+    return "WRONG" if "WRONG" in verdicts else " or ".join(sorted(verdicts))
