@@ -153,7 +153,7 @@ class Runtime:
         return self.add_merge(adapter_name, how)
 
     def add_merge(self, adapter_name: str, how: Merge) -> AdapterInfo:
-        """`add_weighted_adapter` of a `Merge`."""
+        """`add_weighted_adapter` of a `Merge`; raises as that does."""
         self._registry.check_new(adapter_name)
         return self._registry.add_merge(adapter_name, how)
 
@@ -167,7 +167,12 @@ class Runtime:
         self._registry.remove(adapter_name)
 
     def save_adapter(self, adapter_name: str, folder: str | Path) -> None:
-        """Write an adapter as a PEFT folder, with the very tensors that were loaded."""
+        """Write an adapter as a PEFT folder, with the very tensors that were loaded.
+
+        Raises:
+            UnknownAdapterError: there is none of that name.
+            AdapterError: its file was overwritten in place since it was read.
+        """
         self._registry[adapter_name].adapter.save_pretrained(folder)
 
     @property
@@ -279,7 +284,12 @@ class Runtime:
 
     @contextmanager
     def use_adapters(self, entries: Entries) -> Iterator[None]:
-        """Route everything that runs inside the `with`, and in tasks started there: one entry a row, or one for all."""
+        """Route everything that runs inside the `with`, and in tasks started there: one entry a row, or one for all.
+
+        Raises:
+            EntryError, UnknownAdapterError, MergeError: an entry is none.
+            CapacityError: its adapters do not fit on the device together.
+        """
         rows = len(entries) if isinstance(entries, Sequence) else 1
         with self._router.use(entries, rows):
             self._router.arrive()

@@ -98,6 +98,9 @@ class Merge:
         """From JSON or YAML; LoRAX's and Ludwig's field names are accepted too.
 
         Ludwig's `sources` makes the weights relative: they are normalised, and equal where none are given.
+
+        Raises:
+            MergeError: a key is unknown or comes twice, or a value is none that `Merge` takes.
         """
         known = {f.name for f in fields(cls)}
         given: dict[str, Any] = {}
