@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from . import bench, demo, generate, inspect, merge
+from .errors import InputError as InputError
+from .lines import read_lines as _read_lines  # noqa: F401
 
 app = typer.Typer(
     name="mlora",

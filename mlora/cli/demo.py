@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .errors import one_line_errors
-from .options import ModelOption
+from .models import check_device, check_model
+from .options import DeviceOption, DtypeOption, ModelOption
 
 if TYPE_CHECKING:
     from .chat import Entry
@@ -32,49 +33,61 @@ def demo(
     table: Annotated[
         bool, typer.Option("--table/--no-table", help="Also time it against the bare model and PEFT.")
     ] = True,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Answer one batch whose rows use different adapters, none, and a weighted mix; then time it."""
     with one_line_errors():
-        _run(model, adapters, max_new_tokens, table)
+        check_device(device, dtype)
+        adapters = adapters.expanduser() if adapters else None
+        _run(check_model(model), adapters, max_new_tokens, table, device, dtype)
 
 
-def _run(model: str | None, folder: Path | None, max_new_tokens: int, timings: bool) -> None:
+def _run(
+    model: str | None, folder: Path | None, max_new_tokens: int, timings: bool, device: str | None, dtype: str
+) -> None:
     """Answer one mixed batch, print every row, then (with `timings`) the timing table."""
     adapters = find_adapters(folder)
     from rich.console import Console
     from rich.table import Table
 
-    import mlora
-
     from .chat import complete
-    from .models import load_model, load_tokenizer
+    from .models import load_tokenizer
+    from .progress import Progress
+    from .prompts import encode_lines
+    from .served import Served, Source
     from .timing import print_timings
 
     warnings.filterwarnings("ignore", category=FutureWarning)
-    out, progress = Console(), Console(stderr=True)
-    with progress.status("Loading the model"):
-        tokenizer, bare = load_tokenizer(model), load_model(model)
+    out, progress = Console(), Progress()
+    texts, entries = map(list, zip(*rows_for(adapters), strict=True))
+    sources = {name: Source(str(path), path, {}) for name, path in adapters.items()}
+    wanted = Served(model, sources, list(sources), {}, None, None)
+    with progress.step("reading adapters and tokenizers"):
+        wanted.read()
+        prompts = encode_lines([{"prompt": text} for text in texts], entries, wanted, False, False)
+    with progress.step("loading the model"):
+        bare = wanted.load(device, dtype)
         served = copy.deepcopy(bare)
-        runtime = mlora.patch(served)
-        for name, path in adapters.items():
-            runtime.load_adapter(str(path), name)
+        wanted.patch(served)
 
-    prompts, entries = map(list, zip(*rows_for(adapters), strict=True))
-    with progress.status(f"Generating {len(prompts)} rows in one batch"):
+    with progress.step(f"generating {len(texts)} rows in one batch"):
         start = time.perf_counter()
-        answers = complete(served, tokenizer, prompts, entries, max_new_tokens)
+        tokens = complete(served, prompts.ids, entries, prompts.pad, max_new_tokens=max_new_tokens, do_sample=False)
         seconds = time.perf_counter() - start
+    decoded = zip(prompts.tokenizers, tokens, strict=True)
+    answers = [tokenizer.decode(row, skip_special_tokens=True) for tokenizer, row in decoded]
 
     table = Table(title="One batch, one model: every row under its own adapter", show_lines=True, title_justify="left")
     table.add_column("adapter", style="bold cyan", max_width=14)
     table.add_column("prompt", ratio=2)
     table.add_column("answer", ratio=3, style="green")
-    for prompt, entry, answer in zip(prompts, entries, answers, strict=True):
-        table.add_row(label(entry), prompt, answer.strip(), style="dim" if entry is None else "")
+    for text, entry, answer in zip(texts, entries, answers, strict=True):
+        table.add_row(label(entry), text, answer.strip(), style="dim" if entry is None else "")
     out.print(table, markup=False)
-    out.print(f"{len(prompts)} rows, {max_new_tokens} tokens at most each, one generate() call: {seconds:.1f} s\n")
+    out.print(f"{len(texts)} rows, {max_new_tokens} tokens at most each, one generate() call: {seconds:.1f} s\n")
     if timings:
-        print_timings(out, progress, bare, served, tokenizer, adapters, prompts)
+        print_timings(out, progress.console, bare, served, load_tokenizer(model), adapters, texts)
 
 
 def find_adapters(folder: Path | None) -> dict[str, Path]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import typer
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    typer.echo(f"mlora: warning: {' '.join(str(message).split())}", err=True)
 
 
 class InputError(ValueError):
@@ -14,9 +20,13 @@ class InputError(ValueError):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn an expected failure into one line on stderr and an exit code."""
+    """Turn an expected failure into one line on stderr and an exit code, and warnings into a line each."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning  # type: ignore[assignment]
+            yield
+    except BrokenPipeError:  # who read the output has enough: click ends the program without a word
+        raise
     except (OSError, ValueError, LookupError, RuntimeError, ImportError, TypeError) as error:
         # str() of a KeyError puts quotes around its message.
         message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)

@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from .errors import InputError, one_line_errors
-from .lines import check_tokens, read_lines
-from .options import ModelOption, parse_size
+from .lines import WRITTEN, copied_fields, read_lines
+from .models import check_device, check_model
+from .options import (
+    AdapterOption,
+    ApproximateOption,
+    DeviceOption,
+    DtypeOption,
+    ForceOption,
+    ModelOption,
+    PickleOption,
+    StrictOption,
+    parse_size,
+)
+from .output import Output, open_output
+from .progress import Progress, counted
+from .prompts import Prompts, encode_lines
+from .served import from_options, from_yaml
 
 
 def generate(
     input: Annotated[
-        Path, typer.Option(help='JSON lines: {"prompt": TEXT, "adapter": NAME | null | {NAME: WEIGHT} | MERGE}.')
+        Path,
+        typer.Option(
+            help='JSON lines: {"prompt": TEXT, "adapter": NAME | null | {NAME: WEIGHT} | MERGE}, or "messages": '
+            '[{"role": ..., "content": ...}] in place of "prompt". - is stdin.'
+        ),
     ],
-    output: Annotated[Path, typer.Option(help='Where to write the same lines with a "completion" each.')],
-    adapter: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=PATH", help="A PEFT folder or hub id; repeatable.")
-    ] = None,
+    output: Annotated[
+        Path,
+        typer.Option(help='Where to write the same lines with a "completion" each, when all are there. - is stdout.'),
+    ],
+    adapter: AdapterOption = None,
     model: ModelOption = None,
     config: Annotated[
         Path | None,
@@ -32,93 +51,114 @@ def generate(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per generate() call, whatever their adapters.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most, of each completion.")] = 64,
     raw: Annotated[bool, typer.Option("--raw", help="Feed prompts as they are, without the chat template.")] = False,
+    base_tokenizer: Annotated[
+        bool, typer.Option("--base-tokenizer", help="Ignore the tokenizers and chat templates that adapters bring.")
+    ] = False,
+    do_sample: Annotated[
+        bool | None,
+        typer.Option(
+            "--do-sample/--greedy", help="Default: greedy, unless an option of sampling is given.", show_default=False
+        ),
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of sampling; above 0.", show_default=False)] = None,
+    top_p: Annotated[float | None, typer.Option(help="Of sampling; above 0, at most 1.", show_default=False)] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Of sampling.", show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of sampling.", show_default=False)] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
+    approximate: ApproximateOption = None,
+    strict: StrictOption = False,
+    allow_pickle: PickleOption = False,
     memory: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="For adapters on the device: bytes, or 512MiB, 2GiB, 2GB; those of one batch have to fit. Default: "
+            help="For adapters on the device: bytes, or 512MiB, 2GiB, 2GB. Batches that need more are split. Default: "
             "half the size of the model, at least 64MiB.",
             show_default=False,
         ),
     ] = None,
-    max_adapters: Annotated[int, typer.Option(min=1, help="How many adapters are on the device at once.")] = 256,
+    max_adapters: Annotated[
+        int, typer.Option(min=1, help="How many adapters are on the device at once. Batches that need more are split.")
+    ] = 256,
+    force: ForceOption = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on after the answers in OUTPUT.part, which a run left that broke off.")
+    ] = False,
 ) -> None:
-    """Complete the prompts of a file, each under its own adapter, greedily and in mixed batches.
+    """Complete the prompts of a file, each under its own adapter, in mixed batches.
 
     A MERGE is {"ids": [NAME, ...], "weights": [...], "merge_strategy": "ties", "density": 0.5}.
     """
     with one_line_errors():
-        from rich.console import Console
-        from rich.progress import Progress
-
-        folders = _parse_adapters(adapter or [])
-        known, active = set(folders), None
-        if config is not None:
-            known, active, model = _parse_config(config, model, folders)
-        lines = read_lines(input, known)
-        _check_output(output, input)
+        options = _options(max_new_tokens, do_sample, temperature, top_p, top_k)
+        if seed is not None and not options["do_sample"]:
+            raise InputError("--seed: greedy decoding draws nothing; wanted --do-sample beside it")
         room = None if memory is None else parse_size(memory)
-        console = Console(stderr=True)
-        with console.status("Loading the model"):
-            import mlora
-            from mlora.cli.chat import complete
-            from mlora.cli.models import load_model, load_tokenizer
-
-            tokenizer = load_tokenizer(model)
-            if raw:
-                check_tokens(input, lines, tokenizer)
-            loaded = load_model(model)
-            if config is not None:
-                mlora.from_config(config, model=loaded, memory=room, max_adapters=max_adapters)
-            else:
-                runtime = mlora.patch(loaded, memory=room, max_adapters=max_adapters)
-                for name, path in folders.items():
-                    runtime.load_adapter(path, name)
-        with Progress(console=console) as progress, output.open("w", encoding="utf-8") as sink:
-            task = progress.add_task("Generating", total=len(lines))
-            for start in range(0, len(lines), batch_size):
-                batch = lines[start : start + batch_size]
-                entries = [line.get("adapter", active) for line in batch]
-                prompts = [line["prompt"] for line in batch]
-                answers = complete(loaded, tokenizer, prompts, entries, max_new_tokens, raw)
-                for line, answer in zip(batch, answers, strict=True):
-                    sink.write(json.dumps({**line, "completion": answer}, ensure_ascii=False) + "\n")
-                sink.flush()
-                progress.advance(task, len(batch))
-        console.print(f"{len(lines)} completions in {output}", markup=False, highlight=False)
-
-
-def _parse_adapters(options: list[str]) -> dict[str, str]:
-    folders: dict[str, str] = {}
-    for option in options:
-        name, equals, path = option.partition("=")
-        if not (name and equals and path):
-            raise InputError(f"--adapter {option!r}: wanted NAME=PATH")
-        if name in folders:
-            raise InputError(f"--adapter {option!r}: the name {name!r} is taken by {folders[name]!r}")
-        folders[name] = path
-    return folders
+        input, output = input.expanduser(), output.expanduser()
+        if config is not None:
+            given = {
+                "--model": model,
+                "--adapter": adapter,
+                "--approximate": approximate,
+                "--strict": strict,
+                "--allow-pickle": allow_pickle,
+            }
+            served = from_yaml(config.expanduser(), [option for option, value in given.items() if value])
+        else:
+            served = from_options(check_model(model), adapter or [], approximate, strict, allow_pickle)
+        lines = read_lines(input, served.names)
+        with open_output(output, input, lines, force, resume) as out:
+            progress = Progress()
+            if copied := copied_fields(lines):
+                progress.note(f"copied to the output, and not read: {', '.join(copied)}")
+            served.check_entries([line.get("adapter") for line in lines], max_adapters, progress)
+            check_device(device, dtype)
+            entries = [line.get("adapter", served.active) for line in lines]
+            with progress.step("reading adapters and tokenizers"):
+                served.read()
+                prompts = encode_lines(lines, entries, served, raw, base_tokenizer)
+            with progress.step(f"loading the model{f' {served.model}' if served.model else ''}"):
+                loaded = served.load(device, dtype)
+            with progress.step(f"loading {counted(len(served.names), 'adapter')}"):
+                served.patch(loaded, memory=room, max_adapters=max_adapters)
+            with progress.counting("completions", out.done, len(lines)) as count:
+                for start in range(out.done, len(lines), batch_size):
+                    _answer(loaded, prompts, lines, slice(start, start + batch_size), options, seed, out)
+                    count(out.done)
+        progress.note(f"{counted(len(lines), 'completion')} in {'stdout' if output == Path('-') else output}")
 
 
-def _parse_config(file: Path, model: str | None, folders: Mapping[str, str]) -> tuple[set[str], str | None, str]:
-    """A config's names, the active one of them, and its model; nothing is loaded."""
-    from mlora.config import parse
-    from mlora.errors import MloraError
+def _options(
+    max_new_tokens: int, do_sample: bool | None, temperature: float | None, top_p: float | None, top_k: int | None
+) -> dict[str, Any]:
+    """For `model.generate`."""
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    given: dict[str, Any] = {name: value for name, value in sampling.items() if value is not None}
+    if given and do_sample is False:
+        raise InputError(f"--greedy excludes --{next(iter(given)).replace('_', '-')}, which is of sampling")
+    if temperature is not None and not (temperature > 0 and math.isfinite(temperature)):
+        raise InputError(f"--temperature {temperature:g}: wanted a number above 0; --greedy is what 0 stands for")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise InputError(f"--top-p {top_p:g}: wanted a number above 0, at most 1")
+    return {"max_new_tokens": max_new_tokens, "do_sample": bool(do_sample or given), **given}
 
-    if model is not None or folders:
-        raise InputError(f"--config excludes {'--model' if model is not None else '--adapter'}: the file says it")
-    try:
-        parsed = parse(file)
-        return set(parsed.names), parsed.active, parsed.model_source()
-    except MloraError as error:
-        raise InputError(f"--config: {error}") from None
 
+def _answer(
+    model: Any, prompts: Prompts, lines: list[dict[str, Any]], rows: slice, options: Any, seed: int | None, out: Output
+) -> None:
+    """Complete some of the lines, and write them."""
+    from .chat import complete
 
-def _check_output(output: Path, input: Path) -> None:
-    """Refuse what cannot be written, and what would take the prompts with it if the run broke off."""
-    if output.is_dir() or not output.parent.is_dir():
-        raise InputError(f"--output {output}: wanted a file in a folder that exists")
-    if output.exists() and output.samefile(input):
-        raise InputError(f"--output {output} is --input; wanted another file")
+    if seed is not None:
+        import torch
+
+        torch.manual_seed(seed + rows.start)  # so that what is resumed is drawn as it would have been
+    answers = complete(model, prompts.ids[rows], prompts.entries[rows], prompts.pad, **options)
+    texts = [
+        tokenizer.decode(answer, skip_special_tokens=True)
+        for tokenizer, answer in zip(prompts.tokenizers[rows], answers, strict=True)
+    ]
+    out.write([{**line, WRITTEN: text} for line, text in zip(lines[rows], texts, strict=True)])

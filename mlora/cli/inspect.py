@@ -8,8 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import one_line_errors
+from .adapters import Given, expanded, find
+from .errors import InputError, one_line_errors
+from .models import check_device, check_model
+from .options import ApproximateOption, DeviceOption, DtypeOption, PickleOption, StrictOption
 from .shapes import linears_of
+from .tokenizers import files_of
 
 # Options whose tensors do not tell the widths of what they change.
 _FROM_BASE = ("use_bdlora", "target_parameters")
@@ -20,12 +24,20 @@ def inspect(
     model: Annotated[
         str | None, typer.Option("--model", help="Also load it into this base model (hub id or folder).")
     ] = None,
-    approximate: Annotated[
-        int | None, typer.Option(min=1, metavar="RANK", help="With --model: serve full-rank deltas at this rank.")
-    ] = None,
+    approximate: ApproximateOption = None,
+    strict: StrictOption = False,
+    allow_pickle: PickleOption = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Show what an adapter is, and whether mlora serves it exactly or refuses it, and why."""
     with one_line_errors():
+        source = expanded(folder)
+        path, model = find(Given(folder, folder, source, None), "adapter"), check_model(model)
+        if model is None and (strict or approximate is not None):
+            option = "--strict" if strict else "--approximate"
+            raise InputError(f"{option} needs what the base model tells; wanted --model beside it")
+        check_device(device, dtype)
         from rich.console import Console
 
         from mlora import Adapter
@@ -33,16 +45,17 @@ def inspect(
         from mlora.lowering import module_names
 
         out = Console(soft_wrap=True, highlight=False, markup=False)
-        adapter = Adapter.from_pretrained(folder)
+        adapter = Adapter.from_pretrained(source, allow_pickle=allow_pickle)
+        files = files_of(folder, source, path)
         linears = linears_of(adapter.tensors)
         copied = any(key.endswith("base_layer.weight") for key in adapter.tensors)  # to be compared with the base
         ranks = sorted({rank for rank, _, _ in linears.values()})
-        options = {
-            key: value for key, value in sorted(adapter.config.items()) if value not in (None, False, {}, [], "", 0.0)
-        }
+        options = {k: v for k, v in sorted(adapter.config.items()) if v is not None and v not in ({}, [], "")}
         out.print(f"source   {adapter.source}")
         out.print(f"type     {adapter.peft_type}")
         out.print("options  " + ", ".join(f"{key}={_short(value)}" for key, value in options.items()))
+        if files:
+            out.print(f"brings   a tokenizer or chat template ({', '.join(file.name for file in files)})")
         out.print(f"ranks    {', '.join(map(str, ranks)) or '-'}")
         size = sum(tensor.nbytes for tensor in adapter.tensors.values())
         out.print(f"bytes    {size:,} in {len(adapter.tensors)} tensors")
@@ -54,8 +67,8 @@ def inspect(
                 import mlora
                 from mlora.cli.models import load_model
 
-                runtime = mlora.patch(load_model(model))
-                info = runtime.add_adapter("inspected", adapter, approximate=approximate)
+                runtime = mlora.patch(load_model(model, device, dtype))
+                info = runtime.add_adapter("inspected", adapter, approximate=approximate, strict=strict)
                 how = f"with an error of up to {info.error:.1e}" if info.errors else "exactly"
                 where = f"on {len(info.modules)} modules of {model}; {info.bytes:,} bytes there"
                 out.print(f"served   {how}, {where}")

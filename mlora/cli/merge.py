@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
-import math
+import os
+import shutil
 import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from .adapters import GRAMMAR, Given, find, parse_adapters
 from .errors import InputError, one_line_errors
+from .models import DTYPES, check_device, check_model
+from .options import BaseOption, DeviceOption, ForceOption, PickleOption
+from .progress import Progress, counted
 from .shapes import linears_of
+from .tokenizers import FILES, TEMPLATES, files_of, own_tokenizer, serving
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+WAY_OUT = "--base-tokenizer leaves them out"
 
 
 def merge(
-    out: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; new or empty, or with --force an adapter's.")],
     adapter: Annotated[
         list[str],
-        typer.Option(metavar="FOLDER[=WEIGHT]", help="A PEFT folder or hub id, of weight 1 by default; repeatable."),
+        typer.Option(
+            metavar=GRAMMAR, help="A PEFT folder, .safetensors file, URL or hub id, of weight 1 by default. Repeatable."
+        ),
     ],
     type: Annotated[
         str,
@@ -34,24 +49,36 @@ def merge(
         str, typer.Option(help='"delta" merges what adapters do to weights; "factor" merges A and B, as PEFT does.')
     ] = "delta",
     sign: Annotated[str, typer.Option(help="How ties elects signs: total or frequency.")] = "total",
-    seed: Annotated[
-        int, typer.Option(help="Of dare's masks, which also depend on an adapter's name: its folder's last part.")
-    ] = 0,
+    seed: Annotated[int, typer.Option(help="Of dare's masks, which also depend on an adapter's name.")] = 0,
     normalize: Annotated[bool, typer.Option("--normalize", help="Divide the weights by their sum.")] = False,
-    model: Annotated[
+    model: BaseOption = None,
+    device: DeviceOption = None,
+    dtype: Annotated[
         str | None,
-        typer.Option("--model", help="Base model (hub id or folder), for what the adapters alone do not tell."),
+        typer.Option(
+            help="Of the result: float32, float16, bfloat16. Default: the adapters', if all have one; else float32.",
+            show_default=False,
+        ),
     ] = None,
+    base_tokenizer: Annotated[
+        bool, typer.Option("--base-tokenizer", help="Leave out the tokenizers and chat templates that adapters bring.")
+    ] = False,
+    allow_pickle: PickleOption = False,
+    force: ForceOption = False,
 ) -> None:
     """Merge adapters into a new one, without the base model where the method allows."""
     with one_line_errors():
-        from rich.console import Console
-        from rich.progress import track
-        from rich.table import Table
+        out, model = out.expanduser(), check_model(model)
+        _check_out(out, force)
+        if dtype is not None and dtype not in DTYPES[1:]:
+            raise InputError(f"--dtype {dtype!r}: wanted {', '.join(DTYPES[1:])}")
+        given = parse_adapters(adapter)
+        weights = [1.0 if one.weight is None else one.weight for one in given]
+        folders = {one.name: find(one) for one in given}
+        check_device(device, "auto")
 
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise InputError(f"{out} exists and is not an empty folder")
-        folders, weights = _parse_weighted(adapter)
+        from rich.console import Console
+        from rich.table import Table
 
         from mlora import Adapter, Merge
         from mlora.errors import MloraError
@@ -63,24 +90,25 @@ def merge(
             )  # fmt: skip
         except MloraError as error:
             raise InputError(str(error)) from None
-        console = Console(stderr=True)
+        progress = Progress()
         show = Console(soft_wrap=True, highlight=False, markup=False)
-        adapters = {name: Adapter.from_pretrained(folder) for name, folder in folders.items()}
+        with progress.step(f"reading {counted(len(given), 'adapter')}"):
+            adapters = {one.name: Adapter.from_pretrained(one.source, allow_pickle=allow_pickle) for one in given}
+            tokenizer, tokenizer_note = ([], "") if base_tokenizer else _tokenizer_files(given, folders)
         bases = None
         if model is not None:
-            with console.status("Loading the model"):
+            with progress.step(f"loading the model {model}"):
                 import mlora
                 from mlora.cli.models import load_model
 
-                bases = mlora.patch(load_model(model)).bases
+                bases = mlora.patch(load_model(model, device)).bases
         try:
-            merged, deltas = merge_files(
-                adapters, how, bases, lambda modules, total: track(modules, "Merging", total, console=console)
-            )
+            merged, deltas = merge_files(adapters, how, bases, progress.track)
         except MloraError as error:
             hint = "; pass --model BASE" if str(error).endswith("the base model is needed") else ""
             raise RuntimeError(f"{error}{hint}") from None
-        _write(merged, out)
+        merged, rounded = _in_dtype(merged, adapters.values(), dtype)
+        _write(merged, tokenizer, out)
 
         table = Table("adapter", "weight", "type", "ranks", "modules", "bytes", box=None, pad_edge=False)
         total = sum(weights) if normalize else 1.0
@@ -101,44 +129,92 @@ def merge(
             show.print(
                 "note     with gains, or a module without rank rows, it is a DELTA: mlora reads it, PEFT does not"
             )
+        if tokenizer_note:
+            show.print(f"note     {tokenizer_note}")
+        if tokenizer:
+            show.print(f"brings   the adapters' tokenizer ({', '.join(file.name for file in tokenizer)})")
+        if rounded:
+            show.print(
+                f"dtype    {rounded}, to which the result is rounded; --dtype float32 keeps what merging computes"
+            )
         if how.in_factors:
             show.print("error    none is defined: factor space merges A and B, not what they do")
         else:
             worst, where, mean = distance(deltas)
-            show.print(f"error    worst {worst:.1e} ({where}), mean {mean:.1e}" if worst else "error    0: exact")
+            end = f", but for rounding to {rounded}" if rounded else ""
+            show.print(
+                f"error    worst {worst:.1e} ({where}), mean {mean:.1e}{end}" if worst else f"error    0: exact{end}"
+            )
 
 
-def _parse_weighted(options: list[str]) -> tuple[dict[str, str], list[float]]:
-    """FOLDER[=WEIGHT] options -> name -> folder, and the weights. Names are the folders' last parts where those
-    differ."""
-    found: list[tuple[str, float]] = []
-    for option in options:
-        folder, equals, text = option.rpartition("=")
-        if not equals or Path(option).exists():
-            folder, text = option, "1"
-        try:
-            weight = float(text)
-        except ValueError:
-            raise InputError(f"--adapter {option!r}: the weight is {text!r}, wanted a number") from None
-        if not math.isfinite(weight):
-            raise InputError(f"--adapter {option!r}: the weight is {text!r}, wanted a finite number")
-        if not folder:
-            raise InputError(f"--adapter {option!r}: wanted FOLDER[=WEIGHT]")
-        if folder in [known for known, _ in found]:
-            raise InputError(f"--adapter {option!r}: {folder!r} is given twice")
-        found.append((folder, weight))
-    short = [Path(folder).name or folder for folder, _ in found]
-    names = [name if short.count(name) == 1 else folder for name, (folder, _) in zip(short, found, strict=True)]
-    return {name: folder for name, (folder, _) in zip(names, found, strict=True)}, [weight for _, weight in found]
+def _check_out(out: Path, force: bool) -> None:
+    """Refuse what cannot be written, and what was not to be replaced."""
+    there = out.exists() or out.is_symlink()
+    if there and not out.is_dir():
+        raise InputError(f"{out} is a file; wanted a folder to write")
+    if there and any(out.iterdir()) and not force:
+        raise InputError(
+            f"{out} exists and is not an empty folder; wanted another, or --force to replace the adapter in it"
+        )
+    parent = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.exists())
+    if not os.access(parent if parent != out.resolve() else parent.parent, os.W_OK):
+        raise InputError(f"{out} cannot be written: no permission in {parent}")
 
 
-def _write(adapter: Any, out: Path) -> None:
-    """Write a PEFT folder, whole or not at all."""
+def _tokenizer_files(adapters: Sequence[Given], folders: Mapping[str, Path]) -> tuple[list[Path], str]:
+    """The tokenizer files that the merged adapter brings, and what to say of those that it does not.
+
+    Raises:
+        InputError: the adapters' tokenizers or chat templates differ.
+    """
+    brought = {given.name: files_of(given.name, given.source, folders[given.name]) for given in adapters}
+    own = {name: files for name, files in brought.items() if files}
+    contents = {name: {file.name: file.read_bytes() for file in files} for name, files in own.items()}
+    first, *rest = own or [""]
+    if any(contents[name] != contents[first] for name in rest):
+        if bare := [name for name in own if set(contents[name]) <= set(TEMPLATES)]:
+            raise InputError(f"adapter {bare[0]!r} brings another chat template than the others; {WAY_OUT}")
+        serving(own, None, {name: own_tokenizer(name, files, None) for name, files in own.items()}, way_out=WAY_OUT)
+    if own and len(own) < len(brought):
+        return (
+            [],
+            f"{', '.join(own)} brings a tokenizer and others do not: the merged adapter is to be used with its base's",
+        )
+    return own.get(first, []), ""
+
+
+def _in_dtype(merged: Any, adapters: Iterable[Any], dtype: str | None) -> tuple[Any, str]:
+    """The merged adapter in a dtype, by default that of the adapters where all have one; and what was rounded to, if it
+    was."""
+    import torch
+
+    kinds = {tensor.dtype for one in adapters for tensor in one.tensors.values() if tensor.is_floating_point()}
+    kind = getattr(torch, dtype) if dtype else kinds.pop() if len(kinds) == 1 else torch.float32
+    if kind not in (torch.float16, torch.bfloat16):
+        return merged, ""
+    tensors = {key: t.to(kind) if t.is_floating_point() else t for key, t in merged.tensors.items()}
+    if worst := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise RuntimeError(f"{worst[0]} is beyond what {kind} holds; wanted --dtype float32")
+    return replace(merged, tensors=tensors), str(kind).removeprefix("torch.")
+
+
+def _write(adapter: Any, tokenizer: Sequence[Path], out: Path) -> None:
+    """Write a PEFT folder, whole or not at all; of one that is there, the files of the same names are replaced."""
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".mlora-", dir=out.parent) as temp:
-        adapter.save_pretrained(Path(temp) / out.name)
-        (Path(temp) / out.name).replace(out)
+        new = Path(temp) / out.name
+        adapter.save_pretrained(new)
+        for file in tokenizer:
+            shutil.copyfile(file, new / file.name)
+        if not out.is_dir() or not any(out.iterdir()):
+            new.replace(out)
+            return
+        for stale in (WEIGHTS, PICKLE, *FILES):  # the config goes in last: with it, the folder is an adapter
+            if not (new / stale).exists():
+                (out / stale).unlink(missing_ok=True)
+        for file in sorted(new.iterdir(), key=lambda file: file.name == CONFIG):
+            file.replace(out / file.name)
 
 
 def _listed(ranks: list[int]) -> str:

@@ -7,12 +7,42 @@ from typing import Annotated
 
 import typer
 
+from .adapters import GRAMMAR
 from .errors import InputError
 
 ModelOption = Annotated[
     str | None,
     typer.Option("--model", help="Hub id or folder; default: SmolLM2-135M-Instruct.", show_default=False),
 ]
+BaseOption = Annotated[
+    str | None,
+    typer.Option("--model", help="The base model (hub id or folder), for what the adapters alone do not tell."),
+]
+AdapterOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar=GRAMMAR,
+        help="A PEFT folder, .safetensors file, URL or hub id; its name is the path's last part. Repeatable.",
+        show_default=False,
+    ),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(help="Of the model: cpu, cuda, cuda:1; default: a GPU if there is one.", show_default=False),
+]
+DtypeOption = Annotated[str, typer.Option(help="Of the model: auto (as it was saved), float32, float16 or bfloat16.")]
+PickleOption = Annotated[
+    bool, typer.Option("--allow-pickle", help="Also read adapter_model.bin, with torch's weights_only unpickler.")
+]
+ApproximateOption = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="RANK", help="Serve deltas of full rank at this one, which are refused otherwise."),
+]
+StrictOption = Annotated[
+    bool,
+    typer.Option("--strict", help="Refuse adapters whose config targets modules that their files have nothing for."),
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
 
 def parse_size(text: str) -> int:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from .chat import encode
+from .chat import encode, padded
 
 TIMED_ROWS = 12
 TIMED_TOKENS = 16
@@ -51,7 +51,7 @@ def print_timings(
     names = list(adapters)
     mixed = [names[i % len(names)] for i in range(TIMED_ROWS)]
     prompts = [texts[i % len(texts)] for i in range(TIMED_ROWS)]
-    inputs = encode(tokenizer, prompts).to(served.device)
+    inputs = padded([encode(tokenizer, prompt) for prompt in prompts], tokenizer.pad_token_id, served.device)
 
     def generate(model: Any, rows: list[int] | None = None, **routing: Any) -> None:
         batch = inputs if rows is None else {key: value[rows] for key, value in inputs.items()}

@@ -10,46 +10,40 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from chat_model import save, tokenizer
 from typer.testing import CliRunner
 
 import mlora
-import mlora.cli.chat
 import mlora.cli.models
 from mlora.cli import app
 
 MERGE = {"ids": ["one", "two"], "weights": [2, 1], "merge_strategy": "ties", "density": 0.5}
 
 
+@pytest.fixture(scope="module")
+def base(llama: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save(llama, tmp_path_factory.mktemp("base")))
+
+
 @pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch, llama: Any) -> list[Any]:
-    """The models that were loaded. A prompt is a list of tokens, and so is a completion."""
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The models that were loaded."""
     seen: list[Any] = []
+    load = mlora.cli.models.load_model
 
-    def load(name: str | None) -> Any:
+    def recorded(name: str | None, *options: Any) -> Any:
         seen.append(name)
-        return copy.deepcopy(llama)
+        return load(name, *options)
 
-    def complete(
-        model: Any, tokenizer: Any, prompts: list[str], entries: list[Any], new: int, raw: bool = False
-    ) -> list[str]:
-        ids = torch.tensor([[int(word) for word in prompt.split()] for prompt in prompts])
-        out = model.generate(ids, adapter_names=entries, max_new_tokens=new, do_sample=False, pad_token_id=0)
-        return [" ".join(map(str, row.tolist())) for row in out[:, ids.shape[1] :]]
-
-    def tokenize(texts: list[str], add_special_tokens: bool) -> dict[str, list[list[str]]]:
-        return {"input_ids": [text.split() for text in texts]}
-
-    monkeypatch.setattr(mlora.cli.models, "load_tokenizer", lambda name: tokenize)
-    monkeypatch.setattr(mlora.cli.models, "load_model", load)
-    monkeypatch.setattr(mlora.cli.chat, "complete", complete)
+    monkeypatch.setattr(mlora.cli.models, "load_model", recorded)
     return seen
 
 
 @pytest.fixture
-def config(folders: dict[str, Path], tmp_path: Path) -> Path:
+def config(base: str, folders: dict[str, Path], tmp_path: Path) -> Path:
     (tmp_path / "r3").symlink_to(folders["r3"], target_is_directory=True)
     content = {
-        "base_model": "BASE",
+        "base_model": base,
         "adapters": {
             "adapters": {"one": {"path": "r3"}, "two": {"path": str(folders["rs16"])}},
             "merge": {"name": "both", "sources": ["one", "two"], "combination_type": "ties", "density": 0.5},
@@ -60,25 +54,37 @@ def config(folders: dict[str, Path], tmp_path: Path) -> Path:
     return tmp_path / "adapters.yaml"
 
 
+def run(*arguments: str, stdin: str | None = None) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["generate", *arguments], input=stdin)
+    return result.exit_code, " ".join(result.output.split())
+
+
 def generate(tmp_path: Path, lines: list[dict[str, Any]], *options: str) -> tuple[int, str, list[dict[str, Any]]]:
     source, sink = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    result = CliRunner().invoke(
-        app, ["generate", "--input", str(source), "--output", str(sink), "--max-new-tokens", "8", *options]
-    )
+    code, output = run("--input", str(source), "--output", str(sink), "--max-new-tokens", "8", *options)
     done = [json.loads(line) for line in sink.read_text().splitlines()] if sink.exists() else []
-    return result.exit_code, " ".join(result.output.split()), done
+    return code, output, done
+
+
+def alone(runtime: Any, prompt: str, entry: Any) -> str:
+    """The completion, with nothing of the command line but its tokenizer."""
+    words = tokenizer()
+    text = words.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False)
+    ids = torch.tensor([words(text)["input_ids"]])
+    out = runtime.model.generate(ids, adapter_names=[entry], max_new_tokens=8, do_sample=False)
+    return words.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 def test_a_config_and_entries_of_every_form(
-    llama: Any, loads: list[Any], config: Path, folders: dict[str, Path], tmp_path: Path
+    llama: Any, base: str, loads: list[Any], config: Path, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     prompt = "5 9 33 2 17"
     entries: list[Any] = ["one", "two", "both", None, {"one": 0.7, "two": -0.3}, MERGE]
     lines = [{"prompt": prompt, "adapter": entry} for entry in entries] + [{"prompt": prompt}]
     code, output, done = generate(tmp_path, lines, "--config", str(config))
     assert code == 0, output
-    assert loads == ["BASE"]
+    assert loads == [base]
     assert [{k: v for k, v in line.items() if k != "completion"} for line in done] == lines
     runtime = mlora.patch(copy.deepcopy(llama))
     runtime.load_adapter(folders["r3"], "one")
@@ -87,7 +93,7 @@ def test_a_config_and_entries_of_every_form(
         "one", "two", mlora.Merge(["one", "two"], [0.5, 0.5], "ties", density=0.5), None, {"one": 0.7, "two": -0.3},
         mlora.Merge(["one", "two"], [2, 1], "ties", density=0.5), "two",
     ]  # fmt: skip
-    want = [mlora.cli.chat.complete(runtime.model, None, [prompt], [entry], 8)[0] for entry in by_hand]
+    want = [alone(runtime, prompt, entry) for entry in by_hand]
     assert [line["completion"] for line in done] == want
     assert len(set(want)) > 3
 
@@ -110,18 +116,17 @@ def test_a_config_excludes(loads: list[Any], config: Path, tmp_path: Path, optio
     [
         (["--memory", "12KiB"], "the arena has 12,288 (patch(memory=...), mlora generate --memory)"),
         (["--memory", "12000"], "the arena has 11,968 ("),
-        (["--max-adapters", "1"], "there are 1 slots (patch(max_adapters=...), mlora generate --max-adapters)"),
+        (["--max-adapters", "1"], ""),
         (["--memory", "0.25 mib", "--max-adapters", "2"], ""),
         (["--memory", "1MB"], ""),
     ],
 )
 def test_room(
-    loads: list[Any], config: Path, folders: dict[str, Path], tmp_path: Path, source: str, option: list[str],
-    wanted: str,
+    base: str, config: Path, folders: dict[str, Path], tmp_path: Path, source: str, option: list[str], wanted: str
 ) -> None:  # fmt: skip
     given = ["--config", str(config)]
     if source == "adapters":
-        given = ["--adapter", f"one={folders['r3']}", "--adapter", f"two={folders['rs16']}"]
+        given = ["--model", base, "--adapter", f"one={folders['r3']}", "--adapter", f"two={folders['rs16']}"]
     lines = [{"prompt": "1 2", "adapter": name} for name in ("one", "two")]
     code, output, done = generate(tmp_path, lines, *given, *option)
     if wanted:
@@ -174,7 +179,7 @@ def test_what_ends_a_line(loads: list[Any], config: Path, tmp_path: Path, mark: 
             app, ["generate", "--config", str(config), "--input", str(file), "--output", str(target)]
         )
         assert result.exit_code == 0, result.output
-        target.rename(sink)
+        target.replace(sink)
         done = [json.loads(line) for line in sink.read_text(encoding="utf-8").split("\n") if line]
         assert [line["note"] for line in done] == notes
 
@@ -186,6 +191,14 @@ def test_what_ends_a_line(loads: list[Any], config: Path, tmp_path: Path, mark: 
         ("\n \n", "has no prompts"),
         ('{"prompt": "1"}\n[1]', 'line 2: wanted an object with a string "prompt"'),
         ('{"prompt": "1"}\n{"adapter": "one"}', 'line 2: wanted an object with a string "prompt"'),
+        ('{"prompt": "1", "prompt": "2"}', "line 1: 'prompt' is there twice"),
+        ('{"text": "1"}', 'line 1: wanted an object with a string "prompt"'),
+        ('{"promt": "1"}', 'a string "prompt", not "promt"'),
+        ('{"prompt": "1", "messages": []}', 'both "prompt" and "messages"'),
+        ('{"messages": []}', "with at least one"),
+        ('{"messages": [{"role": "user"}]}', "a message is {'role': 'user'}"),
+        ('{"messages": "1"}', '"messages" is a list'),
+        ("hello", "line 1: Expecting value at column 1; wanted one JSON object a line"),
         ('{"prompt": 3}', 'line 1: wanted an object with a string "prompt"'),
         ('{"prompt": "1"}\n\n{"prompt": ', "line 3: "),
         ('{"prompt": "a \\ud83d b"}', "line 1: 'utf-8' codec can't encode character '\\ud83d'"),
@@ -207,7 +220,9 @@ def test_bad_files(loads: list[Any], config: Path, tmp_path: Path, content: str,
 def test_raw_prompts_without_a_token(loads: list[Any], config: Path, tmp_path: Path, prompts: list[str]) -> None:
     lines = [{"prompt": prompt} for prompt in prompts]
     code, output, done = generate(tmp_path, lines, "--config", str(config), "--raw")
-    assert code == 2 and "the prompt '' gives no token, so that --raw has nothing" in output, output
+    assert code == 2 and f"prompt {prompts.index('') + 1}: '' gives no token, so that there is nothing" in output, (
+        output
+    )
     assert not loads and not done
     code, output, done = generate(tmp_path, [{"prompt": "1"}], "--config", str(config), "--raw")
     assert code == 0 and len(done) == 1, output

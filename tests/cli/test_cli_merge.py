@@ -23,7 +23,7 @@ def base(monkeypatch: pytest.MonkeyPatch, llama: Any) -> Any:
     """What `--model` loads; without that option nothing may load a model."""
     import mlora.cli.models
 
-    def load(name: str) -> Any:
+    def load(name: str, device: str | None = None) -> Any:
         assert name == "BASE"
         return copy.deepcopy(llama)
 
@@ -65,7 +65,7 @@ def test_is_what_a_runtime_makes(
     if "r3b" in weights:
         make_adapter(tmp_path / "r3", base, 78, r=3, target_modules=["q_proj", "v_proj"])
     found = {name: tmp_path / name if "r3b" in weights else folders[name] for name in weights}
-    code, output = merge(tmp_path / "out", [f"{found[name]}={w}" for name, w in weights.items()], *flags)
+    code, output = merge(tmp_path / "out", [f"{found[name]}@{w}" for name, w in weights.items()], *flags)
     assert code == 0, output
     runtime = mlora.patch(copy.deepcopy(base))
     for name, folder in found.items():
@@ -86,7 +86,7 @@ def test_is_what_a_runtime_makes(
 
 
 def test_the_base_model_is_asked_for_where_it_is_needed(base: Any, folders: dict[str, Path], tmp_path: Path) -> None:
-    adapters = [str(folders["dora1"]), f"{folders['r3']}=0.5"]
+    adapters = [str(folders["dora1"]), f"{folders['r3']}@0.5"]
     code, output = merge(tmp_path / "out", adapters)
     assert code == 1 and "'dora1'" in output and "_proj" in output and "pass --model BASE" in output
     assert not (tmp_path / "out").exists()
@@ -130,23 +130,27 @@ def test_adapters_of_different_bases(base: Any, folders: dict[str, Path], tmp_pa
 @pytest.mark.parametrize(
     ("adapters", "options", "wanted"),
     [
-        (["r3=x"], [], "the weight is 'x'"),
-        (["r3=nan"], [], "a finite number"),
-        (["r3=inf"], [], "a finite number"),
-        (["r3", "r3=2"], [], "given twice"),
-        (["=2"], [], "FOLDER[=WEIGHT]"),
+        (["r3@x"], [], "the weight is 'x'"),
+        (["r3@nan"], [], "a finite number"),
+        (["r3@inf"], [], "a finite number"),
+        (["r3", "r3@2"], [], "given twice"),
+        (["@2"], [], "[NAME=]PATH[@WEIGHT]"),
         (["r3"], ["--type", "tise"], "'tise'"),
         (["r3"], ["--type", "ties"], "density is None"),
         (["r3"], ["--type", "ties", "--density", "1.5"], "density is 1.5"),
         (["r3"], ["--rank", "0"], "svd_rank is 0"),
         (["r3"], ["--space", "weights"], "'weights'"),
-        (["r3=1", "rs16=-1"], ["--normalize"], "sum to 0"),
+        (["r3@1", "rs16@-1"], ["--normalize"], "sum to 0"),
     ],
 )
 def test_bad_options(
     base: Any, folders: dict[str, Path], tmp_path: Path, adapters: list[str], options: list[str], wanted: str
 ) -> None:
-    given = [str(folders[a.split("=")[0]]) + a[len(a.split("=")[0]) :] if a[0] != "=" else a for a in adapters]
+    given = [
+        str(folders[name]) + at + weight if name else option
+        for option in adapters
+        for name, at, weight in [option.partition("@")]
+    ]
     code, output = merge(tmp_path / "out", given, *options)
     assert code == 2 and wanted in output, output
     assert not list(tmp_path.iterdir())
@@ -158,9 +162,9 @@ def test_an_output_that_is_there(base: Any, folders: dict[str, Path], tmp_path: 
     empty.mkdir()
     (full / "notes").write_text("mine")
     file.write_text("mine")
-    for out in (full, file):
+    for out, wanted in ((full, "not an empty folder"), (file, "is a file")):
         code, output = merge(out, [str(folders["r3"])])
-        assert code == 2 and "not an empty folder" in output
+        assert code == 2 and wanted in output
     assert [p.name for p in full.iterdir()] == ["notes"] and file.read_text() == "mine"
     assert merge(empty, [str(folders["r3"])])[0] == 0
     assert sorted(p.name for p in empty.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
@@ -191,3 +195,48 @@ def test_what_the_sources_agree_on_is_kept(base: Any, folders: dict[str, Path], 
     code, output = merge(tmp_path / "ac", [str(tmp_path / "a"), str(tmp_path / "c")])
     assert code == 0 and "different bases: org/base, org/other" in output
     assert "base_model_name_or_path" not in json.loads((tmp_path / "ac" / "adapter_config.json").read_text())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_dtype_of_the_adapters_is_kept(base: Any, tmp_path: Path, dtype: torch.dtype) -> None:
+    for seed, name in enumerate("ab"):
+        make_adapter(tmp_path / name, base, seed, dtype=dtype, r=2, target_modules=["q_proj"])
+    make_adapter(tmp_path / "c", base, 3, r=2, target_modules=["q_proj"])
+    kept, name = [str(tmp_path / "a@0.5"), str(tmp_path / "b")], str(dtype).removeprefix("torch.")
+
+    def dtypes(out: str) -> set[torch.dtype]:
+        return {tensor.dtype for tensor in mlora.Adapter.from_pretrained(tmp_path / out).tensors.values()}
+
+    code, output = merge(tmp_path / "kept", kept)
+    assert code == 0 and dtypes("kept") == {dtype} and f"exact, but for rounding to {name}" in output, output
+    code, output = merge(tmp_path / "asked", kept, "--dtype", "float32")
+    assert code == 0 and dtypes("asked") == {torch.float32} and "rounding" not in output, output
+    assert merge(tmp_path / "mixed", [*kept, str(tmp_path / "c")])[0] == 0 and dtypes("mixed") == {torch.float32}
+    exact, rounded = (mlora.Adapter.from_pretrained(tmp_path / out).tensors for out in ("asked", "kept"))
+    assert all(torch.equal(rounded[key], exact[key].to(dtype)) for key in exact)
+
+
+def test_what_16_bits_do_not_hold(base: Any, tmp_path: Path) -> None:
+    make_adapter(tmp_path / "a", base, 1, dtype=torch.float16, r=2, target_modules=["q_proj"])
+    code, output = merge(tmp_path / "out", [str(tmp_path / "a@1e6")])
+    assert code == 1 and "beyond what torch.float16 holds; wanted --dtype float32" in output, output
+    assert not (tmp_path / "out").exists()
+
+
+def test_force_replaces_the_adapter_and_keeps_the_rest(base: Any, folders: dict[str, Path], tmp_path: Path) -> None:
+    assert merge(tmp_path / "out", [str(folders["r3"])])[0] == 0
+    (tmp_path / "out" / "notes").write_text("mine")
+    before = mlora.Adapter.from_pretrained(tmp_path / "out").tensors
+    code, output = merge(tmp_path / "out", [str(folders["rs16"])])
+    assert code == 2 and "--force" in output
+    assert merge(tmp_path / "out", [str(folders["rs16"])], "--force")[0] == 0
+    assert mlora.Adapter.from_pretrained(tmp_path / "out").tensors.keys() != before.keys()
+    assert (tmp_path / "out" / "notes").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_the_old_form_of_weights_and_names(base: Any, folders: dict[str, Path], tmp_path: Path) -> None:
+    code, output = merge(tmp_path / "out", [f"{folders['r3']}=0.7"])
+    assert code == 2 and f"as in {folders['r3']}@0.7" in output
+    code, output = merge(tmp_path / "out", [f"x={folders['r3']}@0.7"])
+    assert code == 0 and "linear(0.7*x)" in output

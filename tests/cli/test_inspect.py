@@ -17,7 +17,7 @@ from mlora.cli import app
 def model(monkeypatch: pytest.MonkeyPatch) -> None:
     import mlora.cli.models
 
-    monkeypatch.setattr(mlora.cli.models, "load_model", lambda name: build("llama"))
+    monkeypatch.setattr(mlora.cli.models, "load_model", lambda name, device, dtype: build("llama"))
 
 
 def inspect(config: Any, folder: Path, *options: str) -> tuple[int, str]:
@@ -78,3 +78,26 @@ def test_inspect(
     assert got == code, output
     for part in wanted:
         assert part in output, output
+
+
+def test_every_option_with_a_value_is_shown(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=3, target_modules=TARGETS, lora_alpha=0, rank_pattern={}, lora_dropout=0.0)
+    _, output = inspect(config, tmp_path)
+    for option in ("lora_alpha=0,", "lora_dropout=0.0,", "r=3,", "use_rslora=false"):
+        assert option in output, output
+    for option in ("rank_pattern", "layers_pattern"):
+        assert option not in output
+
+
+def test_approximate_takes_a_model(tmp_path: Path) -> None:
+    code, output = inspect(peft.LoraConfig(r=3, target_modules=TARGETS), tmp_path, "--approximate", "2")
+    assert code == 2 and "wanted --model beside it" in output
+
+
+def test_what_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "sql").mkdir()
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path / "sqk")])
+    output = " ".join(result.output.split())
+    assert result.exit_code == 2 and f"did you mean '{tmp_path / 'sql'}'" in output and "--adapter" not in output, (
+        output
+    )
