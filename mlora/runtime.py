@@ -70,7 +70,7 @@ class Runtime:
             for name, base in bases.items()
         }
         encoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-        self._registry = Registry(store, shared, folded, self.bases, indices, encoder, lock)
+        self._registry = Registry(model, store, shared, folded, self.bases, indices, encoder, lock)
         self._merges = MergeCache(self._registry, max_merges, lock)
         self._bridges = Bridges(self._registry, folded, store, lock)
         self._readers = Readers(lock)
@@ -101,8 +101,9 @@ class Runtime:
         Args:
             approximate: serve a delta of full rank, which is refused otherwise, as the nearest one of this
                 rank; the info's `errors` tell how near. What has an exact form stays exact.
-            strict: refuse an adapter whose config targets modules that its files have nothing for. PEFT leaves those as
-                they are, and so does mlora otherwise, with a warning; the info's `missing` tells which.
+            strict: refuse an adapter whose config targets modules that its files have nothing for, or whose files have
+                weights for modules that this model does without. PEFT leaves both alone, and so does mlora otherwise,
+                with a warning; the info's `missing` and `unused` tell which.
 
         Raises:
             DuplicateAdapterError: the name is taken.
@@ -124,7 +125,7 @@ class Runtime:
         return self._add(adapter_name, adapter, approximate, strict)
 
     def _add(self, name: str, adapter: Adapter, approximate: int | None, strict: bool) -> AdapterInfo:
-        lowered = lower(adapter, self.bases, approximate, strict=strict)
+        lowered = lower(adapter, self.bases, approximate, model=self._model, strict=strict)
         info = self._registry.add(name, adapter, lowered, approximate)
         if lowered.remark:
             warnings.warn(f"adapter {name!r} from {adapter.source}: {lowered.remark}", stacklevel=3)

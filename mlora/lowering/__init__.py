@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import nn
+
 from .. import errors
 from ..adapters.adapter import Adapter
 from .adalora import ADALORA
@@ -23,6 +25,7 @@ from .lora import LORA
 from .lycoris import LYCORIS
 from .miss import MISS
 from .module import Lowering
+from .names import Names
 from .native import NATIVE, to_adapter
 from .oft import OFT
 from .parts import lower_module
@@ -62,28 +65,43 @@ class Lowered:
     Args:
         deltas: dotted path -> what it does there.
         missing: paths of what its config targets and its files have nothing for: the base there, as in PEFT.
+        unused: what its files call modules that the model does not have and does without.
     """
 
     deltas: Mapping[str, Delta]
     missing: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     @property
     def remark(self) -> str:
         """What the user should be told of it, "" if nothing."""
-        if not self.missing:
-            return ""
-        return (
-            f"its config targets {some(self.missing)}, for which it has no weights: the base serves there, as in PEFT"
-        )
+        remarks = []
+        if self.missing:
+            remarks.append(
+                f"its config targets {some(self.missing)}, for which it has no weights: the base serves there, as in "
+                f"PEFT"
+            )
+        if self.unused:
+            remarks.append(
+                f"it has weights for {some(self.unused)}, which this model does not have and does without: they change "
+                f"nothing"
+            )
+        return "; ".join(remarks)
 
 
 def lower(
-    adapter: Adapter, bases: Mapping[str, BaseLinear], approximately: int | None = None, *, strict: bool = False
+    adapter: Adapter,
+    bases: Mapping[str, BaseLinear],
+    approximately: int | None = None,
+    *,
+    model: nn.Module | None = None,
+    strict: bool = False,
 ) -> Lowered:
     """Lower `adapter` for a model whose linears are `bases` (dotted path -> linear).
 
     Args:
         approximately: the rank at which deltas of full rank may be approximated; None refuses them.
+        model: the model itself, by whose rules names of older versions are understood; None takes its names only.
         strict: whether to refuse what there is a `remark` on.
 
     Raises:
@@ -95,8 +113,8 @@ def lower(
     adapter.check_file()
     lowering = _lowering_of(adapter)
     deltas: dict[str, Delta] = {}
-    gathered = gather(adapter, lowering, bases)
-    lowered = Lowered(deltas, tuple(gathered.missing))
+    gathered = gather(adapter, lowering, Names(model, bases))
+    lowered = Lowered(deltas, tuple(gathered.missing), tuple(gathered.unused))
     if strict and lowered.remark:
         raise errors.AdapterError(f"adapter from {adapter.source}: {lowered.remark}; strict=True refuses that")
     for module in gathered.modules:

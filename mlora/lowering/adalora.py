@@ -45,7 +45,7 @@ def _kept(module: Module, initial: int) -> int:
     masks = module.config.get("rank_pattern") or {}
     if not isinstance(masks, dict):
         raise errors.AdapterError(f"adapter from {module.source}: rank_pattern must be an object")
-    mask = next((m for key, m in masks.items() if key.partition(".lora_E")[0] == module.base.name), None)
+    mask = next((m for key, m in masks.items() if key.partition(".lora_E")[0] == module.file), None)
     if mask is None:
         return initial
     if not isinstance(mask, list) or len(mask) != initial:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -20,8 +20,10 @@ from .module import (
     Lowering,
     Module,
 )
+from .names import Names
 from .parameters import swapped_in
-from .targets import parameters_of, some, targets_of
+from .places import Places, place
+from .targets import is_all_linear, is_target, some, targets_of
 from .tied import follow, tied_targets
 
 # Options of every type that say which modules are changed, or how a base weight lies.
@@ -48,31 +50,29 @@ _SHAPES: dict[str, tuple[type, str]] = {
 
 
 class Gathered(NamedTuple):
-    """`modules` of an adapter, and the paths of those of the model that its config targets and its files have nothing
-    for, `missing`."""
+    """`modules` of an adapter; the paths of those of the model that its config targets and its files have nothing for,
+    `missing`; and what its files call those that the model does without, `unused`."""
 
     modules: Iterator[Module]
     missing: list[str]
+    unused: list[str]
 
 
-def gather(adapter: Adapter, lowering: Lowering, bases: Mapping[str, BaseLinear]) -> Gathered:
+def gather(adapter: Adapter, lowering: Lowering, names: Names) -> Gathered:
     """The modules of `adapter`, after checks of its options, keys and targets.
 
     Raises:
         UnsupportedAdapterError: an option or a tensor that the type does not serve.
         AdapterError: it does not fit the model.
     """
+    bases = names.bases
     check_options(adapter, lowering.format)
     vocabulary = {name for name, base in bases.items() if base.embed_scale is not None or base.head}
-    modules, shared = _group(adapter, lowering.format, vocabulary)
-    if not modules:
+    grouped, shared = _group(adapter, lowering.format, lambda name: names.find(name) in vocabulary)
+    if not grouped:
         raise errors.AdapterError(f"adapter from {adapter.source}: it has no weights of any module")
-    if lowering.names is not None:
-        named = lowering.names(modules, bases)
-        if len(set(named.values())) != len(modules):
-            raise errors.AdapterError(f"adapter from {adapter.source}: several of its modules are one of this model's")
-        modules = {named[name]: parts for name, parts in modules.items()}
-    modules, weights, missing = _with_parameters(adapter, modules, bases)
+    placed = place(adapter, grouped, shared, lowering, names)
+    modules, weights = placed.modules, placed.weights
     beside = BASE_NAMES if lowering.tied else BASE_NAMES | {TOKENS}
     targeted = {name for name, parts in modules.items() if not parts.keys() <= beside}
     if unsaved := [name for name in bases if _is_saved(adapter, name) and "saved weight" not in modules.get(name, ())]:
@@ -80,8 +80,8 @@ def gather(adapter: Adapter, lowering: Lowering, bases: Mapping[str, BaseLinear]
             f"adapter from {adapter.source}: its modules_to_save {adapter.config['modules_to_save']!r} name "
             f"{some(unsaved)}, for which it has no weights"
         )
-    missing += _check_targets(adapter, modules, targeted, weights.keys(), bases, lowering)
-    follow(adapter, modules, bases, lambda name: _is_saved(adapter, name))
+    missing = placed.missing + _check_targets(adapter, placed, targeted, bases, lowering)
+    follow(adapter, modules, bases, lambda name: any(_is_saved(adapter, n) for n in placed.files.get(name, (name,))))
     missing = [name for name in missing if name not in modules]
     if missing and not lowering.starts(adapter.config):
         raise errors.AdapterError(
@@ -93,57 +93,29 @@ def gather(adapter: Adapter, lowering: Lowering, bases: Mapping[str, BaseLinear]
             f"adapter from {adapter.source}: its trainable_token_indices name tokens, for which it has no weights"
         )
     peers = tuple(bases[name] for name in sorted(targeted))
-    swapped = swapped_in(adapter, modules, bases)
+    swapped = swapped_in(adapter, {n: parts for n, parts in modules.items() if n not in placed.configs}, bases)
     found = (
         Module(
-            adapter.config, parts, shared, bases[name], peers, adapter.source, weights.get(name, ""), name in swapped
+            placed.configs.get(name, adapter.config),
+            parts,
+            shared,
+            bases[name],
+            peers,
+            adapter.source,
+            placed.files.get(name, (name,))[0],
+            weights.get(name, ""),
+            name in swapped,
         )
         for name, parts in modules.items()
     )
-    return Gathered(found, missing)
-
-
-def _with_parameters(
-    adapter: Adapter, modules: dict[str, dict[str, Tensor]], bases: Mapping[str, BaseLinear]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, str], list[str]]:
-    """What `target_parameters` names.
-
-    Returns:
-        `modules` with the layers that PEFT puts around fused experts, routers and their like under the paths of their
-        parameters; the modules of which the weight is named: path -> that of the weight; and the paths of those that
-        are named and not in the files.
-    """
-    if named := [name for name in modules if name in bases and bases[name].experts]:
-        raise errors.AdapterError(
-            f"adapter from {adapter.source}: it has weights for {some(named)} as if it were a module; it is a "
-            f"parameter of this model, which target_parameters name"
-        )
-    targets = adapter.config.get("target_parameters")
-    if not targets:
-        return modules, {}, []
-    if isinstance(targets, str) or not all(isinstance(target, str) for target in targets):
-        raise errors.AdapterError(
-            f"adapter from {adapter.source}: target_parameters is {targets!r}; it must be a list of names"
-        )
-    held = {name if base.experts else f"{name}.weight": name for name, base in bases.items()}
-    wrapped, unknown = parameters_of(targets, held)
-    found = {path: bases[held[path]] for path in wrapped.values()}
-    unknown += [path for path, base in found.items() if not base.experts and base.turned is None]
-    if unknown:
-        raise errors.UnsupportedAdapterError(
-            f"adapter from {adapter.source}: its target_parameters name {some(unknown)}; served are the weights of "
-            f"plain linears and token embeddings, and the matrices, or experts' stacks of them, that other modules "
-            f"hold themselves, and this model has none of that name"
-        )
-    weights = {base.name: path for path, base in found.items() if not base.experts}
-    renamed = {held.get(wrapped.get(name, ""), name): parts for name, parts in modules.items()}
-    return renamed, weights, [path for name, path in wrapped.items() if name not in modules]
+    return Gathered(found, missing, placed.unused)
 
 
 def module_names(adapter: Adapter, lowering: Lowering) -> list[str]:
     """The modules that the files of `adapter` change, as they name them; raises as `modules_of` does."""
     check_options(adapter, lowering.format)
-    return sorted(_group(adapter, lowering.format, None)[0])
+    usual = _group(adapter, lowering.format, lambda name: name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES)
+    return sorted(usual[0])
 
 
 def check_options(adapter: Adapter, format: Format) -> None:
@@ -165,10 +137,10 @@ def check_options(adapter: Adapter, format: Format) -> None:
 
 
 def _group(
-    adapter: Adapter, format: Format, vocabulary: Set[str] | None
+    adapter: Adapter, format: Format, is_vocabulary: Callable[[str], bool]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Module path -> its tensors by part, and the adapter's own tensors; every key must be understood. `vocabulary` are
-    the embeddings of tokens and the heads; where no model tells, those that have the usual names."""
+    """Module path -> its tensors by part, and the adapter's own tensors; every key must be understood.
+    `is_vocabulary`: whether a module is an embedding of tokens or a head."""
     modules: dict[str, dict[str, Tensor]] = {}
     shared: dict[str, Tensor] = {}
     suffixes = {**format.parts, **BASE_PARTS}
@@ -182,8 +154,7 @@ def _group(
         else:
             suffix = _suffix(key, endings)
             name = "" if suffix is None else key[: -len(suffix) - 1]
-            known = name in vocabulary if vocabulary is not None else name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES
-            if suffix is None or (suffix == "weight" and not (tied or known or _is_saved(adapter, name))):
+            if suffix is None or (suffix == "weight" and not (tied or _is_saved(adapter, name) or is_vocabulary(name))):
                 raise errors.UnsupportedAdapterError(
                     f"adapter from {adapter.source}: tensor {key!r} is left over ({_guess(key)}); it is not served"
                 )
@@ -228,19 +199,14 @@ def _guess(key: str) -> str:
 
 
 def _check_targets(
-    adapter: Adapter,
-    modules: Mapping[str, Any],
-    targeted: Set[str],
-    weights: Set[str],
-    bases: Mapping[str, BaseLinear],
-    lowering: Lowering,
+    adapter: Adapter, placed: Places, targeted: Set[str], bases: Mapping[str, BaseLinear], lowering: Lowering
 ) -> list[str]:
     """Refuse weights of what the model does not have or the config does not target.
 
     Returns:
         The modules that it targets and that have none: the base's, as in PEFT.
     """
-    config = adapter.config
+    config, modules, weights = adapter.config, placed.modules, placed.weights.keys()
     if missing := [name for name in modules if name not in bases]:
         if not targeted & set(missing):
             option = "modules_to_save" if any("saved weight" in modules[name] for name in missing) else "bias"
@@ -265,9 +231,15 @@ def _check_targets(
             f"adapter from {adapter.source}: both its target_modules {targets!r} and its target_parameters name "
             f"{some(both)}"
         )
-    if left := sorted(targeted - wanted - along - experts - weights):
+    left = targeted - wanted - along - weights
+    if is_all_linear(targets):
+        left -= experts
+    # Targets are told in the names that modules had when the file was made; parameters are none.
+    files = {name: placed.files[name] for name in left}
+    left = {n for n in left if files[n] != (n,) or n not in experts}
+    if left := {n for n in left if not any(is_target(config, file) for file in files[n])}:
         raise errors.AdapterError(
-            f"adapter from {adapter.source}: it has weights for {some(left)}, which its target_modules "
+            f"adapter from {adapter.source}: it has weights for {some(sorted(left))}, which its target_modules "
             f"{targets!r} do not name"
         )
     return sorted(wanted - targeted)

@@ -33,7 +33,7 @@ def delta(module: Module) -> Delta:
 
 
 def _feedforward(module: Module) -> bool:
-    names, name = module.config.get("feedforward_modules") or [], module.base.name
+    names, name = module.config.get("feedforward_modules") or [], module.file
     if isinstance(names, str):
         return full_match(names, name) is not None
     return any(name.endswith(suffix) for suffix in names)  # PEFT takes any ending, not whole names only

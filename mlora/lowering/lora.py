@@ -213,7 +213,7 @@ def _blocked(module: Module) -> str:
         return ""
     if not isinstance(options, dict):
         raise errors.AdapterError(f"adapter from {module.source}: use_bdlora is {options!r}; it must be an object")
-    child = module.base.name.rsplit(".", 1)[-1]
+    child = module.file.rsplit(".", 1)[-1]
     factors = [
         part
         for part, key in (("lora_A", "target_modules_bd_a"), ("lora_B", "target_modules_bd_b"))

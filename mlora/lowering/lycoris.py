@@ -8,7 +8,7 @@ kohya and LyCORIS name a module `lora_unet_down_blocks_0_...`: its path with und
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -17,6 +17,7 @@ from .. import errors
 from . import loha, lokr
 from .delta import Delta, Dense
 from .module import Format, Lowering, Module
+from .names import Names
 
 PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_transformer_", "lycoris_")
 COMPONENTS = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")
@@ -40,19 +41,31 @@ FORMAT = Format(
 )
 
 
-def names(saved: Iterable[str], bases: Iterable[str]) -> dict[str, str]:
+def names(saved: Iterable[str], model: Names) -> dict[str, str]:
     """The model's name of each module, where there is one."""
-    known = set(bases)
-    flat: dict[str, str] = {}
-    for base in sorted(known):
-        if flat.setdefault(base.replace(".", "_"), base) != base:
-            flat[base.replace(".", "_")] = ""  # two modules, which the file cannot tell apart
+    known = sorted(model.bases)
+    flat = _flat({base: base for base in known})
+    former: dict[str, str] | None = None
     found = {}
     for name in saved:
         dotted = next((name[len(c) :] for c in COMPONENTS if name.startswith(c)), name)
         bare = next((name[len(p) :] for p in PREFIXES if name.startswith(p)), name)
-        found[name] = next((n for n in (name, dotted, flat.get(bare)) if n in known), name)
+        here = next((n for n in (name, dotted, flat.get(bare), model.find(dotted)) if n in model.bases), None)
+        if here is None:  # its names may have changed
+            former = _flat({old: base for base in known for old in model.former(base)}) if former is None else former
+            here = former.get(bare)
+        found[name] = here or name
     return found
+
+
+def _flat(names: Mapping[str, str]) -> dict[str, str]:
+    """Each name with underscores for dots -> what it names; "" for those that several have, which no file can tell
+    apart."""
+    flat: dict[str, str] = {}
+    for name, base in names.items():
+        if flat.setdefault(name.replace(".", "_"), base) != base:
+            flat[name.replace(".", "_")] = ""
+    return flat
 
 
 def delta(module: Module) -> Delta | Dense:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import errors
 from .delta import BaseLinear, Delta, Dense
+from .names import Names
 from .targets import pattern_value
 
 # Beside a type's own tensors, files may hold the base's: PEFT adds the weight of a targeted lm_head, with
@@ -73,6 +74,7 @@ class Module:
         config: the adapter's config. `parts`: its tensors. `shared`: the adapter's own tensors.
         base: the linear that it changes. `peers`: those of the whole adapter.
         source: of the adapter, for messages.
+        file: what the adapter's files call it, which is what the patterns of its config match.
         parameter: the path of its weight where it is that which `target_parameters` names, else "".
         swapped: of experts' parameters, whether `lora_A` is as wide as its outputs and `lora_B` as its inputs.
     """
@@ -83,6 +85,7 @@ class Module:
     base: BaseLinear
     peers: tuple[BaseLinear, ...]
     source: str
+    file: str
     parameter: str = ""
     swapped: bool = False
 
@@ -132,7 +135,7 @@ class Module:
         table = self.config.get(patterns) or {}
         if not isinstance(table, dict):
             raise errors.AdapterError(f"adapter from {self.source}: {patterns} must be an object")
-        return pattern_value(table, self.parameter or self.base.name, value)
+        return pattern_value(table, self.parameter or self.file, value)
 
     def expect(self, what: str, seen: int, wanted: int) -> None:
         """Refuse a tensor whose size is not what the config says."""
@@ -179,13 +182,13 @@ class Lowering:
         norms: whether it targets norms too. `tied`: whether what it targets takes along what is tied to it.
         starts: config -> whether a layer that PEFT has just made changes nothing, so that a target which the files have
             nothing for is the base.
-        names: where files do not use the model's own names: (those in the file, the model's) -> the model's
-            name of each.
+        names: where files do not use names as PEFT does: (those in the file, what the model knows of names) -> the
+            model's name of each.
     """
 
     format: Format
     delta: Callable[[Module], Delta | Dense]
-    names: Callable[[Iterable[str], Iterable[str]], dict[str, str]] | None = None
+    names: Callable[[Iterable[str], Names], dict[str, str]] | None = None
     norms: bool = False
     tied: bool = False
     starts: Callable[[Mapping[str, Any]], bool] = lambda config: True

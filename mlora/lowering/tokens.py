@@ -51,7 +51,7 @@ def indices_of(module: Module) -> Any:
     indices = module.config.get("trainable_token_indices")
     if not isinstance(indices, Mapping):
         return indices
-    names = (module.base.name, *module.base.aliases, *module.base.tied)
+    names = (module.file, module.base.name, *module.base.aliases, *module.base.tied)
     return next((value for name in names for key, value in indices.items() if name.endswith(key)), None)
 
 

@@ -68,7 +68,7 @@ class Bridges:
             folded = self._folded.recipe
             sources = {name: self._registry[name] for name, _ in (*recipe, *folded)}
         bases, label = self._registry.bases, _label(recipe, folded)
-        deltas = _between(folded, recipe, {name: one.lower(bases) for name, one in sources.items()}, bases)
+        deltas = _between(folded, recipe, {name: self._registry.lower(one) for name, one in sources.items()}, bases)
         adapter = to_adapter(deltas, label, bases)
         with self._lock:
             same = all(self._registry.get(name) is one for name, one in sources.items())

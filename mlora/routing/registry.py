@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import numpy as np
+from torch import nn
 
 from .. import errors
 from ..adapters.adapter import Adapter
@@ -37,6 +38,7 @@ class AdapterInfo:
         errors: module -> |D - D'| / |D| (Frobenius), for each whose delta D is approximated by D'; empty
             where all is exact.
         missing: dotted paths of what its config targets and its files have nothing for: the base there, as in PEFT.
+        unused: what its files call modules that the model does not have and does without.
     """
 
     name: str
@@ -50,6 +52,7 @@ class AdapterInfo:
     location: str
     errors: Mapping[str, float] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     @property
     def error(self) -> float:
@@ -73,16 +76,12 @@ class Loaded:
     sources: Sequence[str] = ()
     group: MutableMapping[str, None] | None = None
 
-    def lower(self, bases: Mapping[str, BaseLinear]) -> dict[str, Delta]:
-        """Its deltas, dotted path -> delta."""
-        return dict(lower(self.adapter, bases, self.approximate).deltas)
-
 
 class Registry:
     """Name -> `Loaded`; each has its blob in the store under the same name.
 
     Args:
-        store, shared: of the patched model. `folded`: what is in its weights, and so cannot go.
+        model: the patched one; store, shared: its own. `folded`: what is in its weights, and so cannot go.
         bases: dotted path -> what an adapter can change. `indices`: -> its number in the store.
         encoder: whether a part of the model reads other tokens than input_ids.
         lock: the runtime's, see its `__init__`; reentrant.
@@ -92,6 +91,7 @@ class Registry:
 
     def __init__(
         self,
+        model: nn.Module,
         store: Store,
         shared: Shared,
         folded: Folded,
@@ -101,6 +101,7 @@ class Registry:
         lock: threading.RLock,
     ) -> None:
         self.bases = bases
+        self._model = model
         self.paths = {index: path for path, index in indices.items()}
         self._indices = indices
         self._store = store
@@ -131,6 +132,10 @@ class Registry:
         """Of all adapters, in the order of loading."""
         with self._lock:
             return {name: self.info(name) for name in self._loaded}
+
+    def lower(self, loaded: Loaded) -> dict[str, Delta]:
+        """Its deltas, dotted path -> delta."""
+        return dict(lower(loaded.adapter, self.bases, loaded.approximate, model=self._model).deltas)
 
     def recipes(self, entries: Any) -> list[Recipe]:
         """One a row of entries without merges; a single entry gives one.
@@ -179,7 +184,7 @@ class Registry:
         info = AdapterInfo(
             name, adapter.source, adapter.peft_type, _variant(adapter), ranks[-1], ranks, tuple(deltas),
             packed.nbytes, "host", {path: delta.error for path, delta in deltas.items() if delta.error},
-            lowered.missing,
+            lowered.missing, lowered.unused,
         )  # fmt: skip
         with self._lock:
             self.check_new(name)  # another thread may have taken the name meanwhile
@@ -198,7 +203,7 @@ class Registry:
         """
         how = how.canonical()
         sources = [self[source] for source in how.adapters]
-        lowered = [loaded.lower(self.bases) for loaded in sources]
+        lowered = [self.lower(loaded) for loaded in sources]
         deltas = dict(merge_adapters(lowered, how, self.bases))
         adapter = to_adapter(deltas, how.label, self.bases)
         return self.add(name, adapter, Lowered(deltas), sources=() if group is None else how.adapters, group=group)
