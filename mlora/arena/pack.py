@@ -39,6 +39,7 @@ class Packed:
             size, relative to the blob's start; the module's row in `rows` is empty.
         rests: whether any of the latter has a part.
         invocation: of an aLoRA, see `Delta`; it is that of every module with TAIL.
+        number: the how manieth it was to be registered.
         slot, offset: where it is resident, or -1.
         pins: how many active routings use it.
     """
@@ -49,6 +50,7 @@ class Packed:
     heads: Mapping[int, tuple[int, int, int]] = field(default_factory=dict)
     rests: bool = field(default=False)
     invocation: tuple[int, ...] = ()
+    number: int = field(default=0)
     slot: int = field(default=-1)
     offset: int = field(default=-1)
     pins: int = field(default=0)

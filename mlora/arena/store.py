@@ -52,6 +52,7 @@ class Store:
         self._free_slots = list(range(slots))[::-1]
         self._adapters: OrderedDict[str, Packed] = OrderedDict()  # least recently used first
         self.placements = 0  # changes whenever something comes onto the device, moves there or leaves it
+        self.registered = 0  # how many adapters ever were
         self._lock = threading.RLock()
 
     @property
@@ -92,6 +93,8 @@ class Store:
         """Add a packed adapter under a new name; it becomes resident if it fits without an eviction."""
         with self._lock:
             self._adapters[name] = packed
+            self.registered += 1
+            packed.number = self.registered
             if self._free_slots:
                 self._place(packed)
 

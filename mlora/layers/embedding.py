@@ -33,7 +33,10 @@ class EmbeddingLayer(LoraLayer):
             if state.index in shared.heads:
                 check_heads(shared.header)
             return self._changed(input, shared.plan)
-        plan = shared.active.get().plan or shared.default
+        scope = shared.active.get()
+        plan = scope.plan or shared.default
+        if shared.recorded and torch.is_grad_enabled():
+            scope.check_told(state.name)
         if plan is None or not (touches := plan.touches[state.index]):
             return self._base(input)
         self._check_rows(input, plan)

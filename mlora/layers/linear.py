@@ -50,6 +50,8 @@ class LoraLayer(nn.Module):
         held: Any = self._parameters
         plain = state.plain and "weight" in held and "bias" in held  # and nobody has parametrized them since
         if not plain or touches & _APART or (torch.is_grad_enabled() and self._recorded(x)):
+            if shared.recorded and torch.is_grad_enabled():
+                scope.check_told(state.name)
             return self._apart(x, plan, touches) if plan is not None and touches else self._base(x)
         if plan is None or not touches:
             plan = shared.blank

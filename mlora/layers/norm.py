@@ -85,7 +85,10 @@ class NormLayer(LoraLayer):
                 check_foreign(shared.header)
             words = shared.plan
         else:
-            plan = shared.active.get().plan or shared.default
+            scope = shared.active.get()
+            plan = scope.plan or shared.default
+            if shared.recorded and torch.is_grad_enabled():
+                scope.check_told(state.name)
             if plan is None or not plan.touches[state.index]:
                 return self._base(x)
             self._check_autocast(x)

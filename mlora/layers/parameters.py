@@ -124,7 +124,10 @@ class ParametersLayer(LoraLayer):
             if shared.experts:
                 check_experts(shared.header)
             return self._whole(args, named)
-        plan = shared.active.get().plan or shared.default
+        scope = shared.active.get()
+        plan = scope.plan or shared.default
+        if shared.recorded and torch.is_grad_enabled():
+            scope.check_told(state.name)
         if plan is None or not any(plan.touches[index] for index in state.stacks.values()):
             return self._whole(args, named)
         x = args[0] if args else named.get(state.input)

@@ -123,7 +123,8 @@ def _part(arena: Tensor, offset: int, count: int, slot: int, dtype: torch.dtype)
         raise RuntimeError(
             f"mlora: slot {slot}: elements {offset} to {offset + count} are outside of the arena of {arena.numel()}"
         )
-    return arena[offset : offset + count].to(dtype)
+    # Autograd keeps what it was given, and by the time of the backward pass another adapter may lie there.
+    return arena[offset : offset + count].to(dtype, copy=torch.is_grad_enabled())
 
 
 def turned(x: Tensor, turn: Tensor, stride: int, transposed: bool = False) -> Tensor:

@@ -93,6 +93,10 @@ class Others:
         self._placeholders = placeholders
         self._served: set[int] = set()
 
+    def again(self) -> Others:
+        """Of the same call, for a part of it that is run once more."""
+        return Others(self._call, self._placeholders)
+
     def attribute(self, x: Tensor, index: int, name: str) -> bool:
         """Whether the first dimension of a foreign module's input counts inputs of which each row has one, in order;
         False if the call has no such input beside text, so that its rows are those of any module. `index`, `name`: the

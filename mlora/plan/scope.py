@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any, ClassVar
 from weakref import WeakSet
 
+import torch
 from torch import Tensor
 
 from .. import errors
@@ -52,6 +53,7 @@ class Scope:
         own: its plan. `entries`: those it came from. Both None where nothing is routed.
         kept: whether it only goes on with what `outer` routes, which then counts when it has ended.
         frame: of the generator that it began in, if it did.
+        since: in what a backward pass computes again, how many adapters had been registered before the forward pass.
         source: what it stands for in another thread, if it does; it ends with that. `open`: until it ends.
 
     Of the call that is running: the `length` of its sequences (0 if there is none), `unobserved`, whether nothing
@@ -64,8 +66,8 @@ class Scope:
     """
 
     __slots__ = (
-        "_before", "_scopes", "_token", "activation", "entries", "frame", "kept", "late", "length", "open", "others",
-        "outer", "own", "plan", "prompt", "siblings", "source", "unobserved",
+        "_backward", "_before", "_scopes", "_token", "activation", "entries", "frame", "kept", "late", "length", "open",
+        "others", "outer", "own", "plan", "prompt", "siblings", "since", "source", "unobserved",
     )  # fmt: skip
 
     plan: Plan | None
@@ -82,6 +84,8 @@ class Scope:
         self.entries = entries
         self.frame = frame
         self.kept = False
+        self.since: int | None = None if outer is None else outer.since
+        self._backward = torch._C._current_graph_task_id()  # -1 outside of any backward pass
         self.source: Scope | None = None
         self.length: int = 0 if outer is None else outer.length
         self.unobserved: bool = False if outer is None else outer.unobserved
@@ -95,6 +99,17 @@ class Scope:
         if name == "plan":
             return self._scopes.current().own
         raise AttributeError(name)
+
+    def check_told(self, what: str) -> None:
+        """Raise `RoutingError` where `what` runs in a backward pass that did not begin this scope: it may compute part
+        of some forward pass again, and nobody knows of which."""
+        task = torch._C._current_graph_task_id()
+        if task not in (-1, self._backward):
+            raise errors.RoutingError(
+                f"{what} runs in a backward pass, and it cannot be told which adapters it had in the forward pass. "
+                f"torch.utils.checkpoint hands them over: use it in place of a checkpointing of your own, or name "
+                f"adapters in the call (adapter_names=)"
+            )
 
     def hide(self) -> None:
         """Make who reads `plan` ask what counts."""
@@ -152,6 +167,8 @@ class Scopes:
         outer = self._found(before)
         scope = Scope(self, outer if outer.open else self._root, plan, entries, frames.generator() if lasting else None)
         scope._before, scope._token, scope.kept = before, _HERE.set(None), kept
+        if kept:
+            scope._backward = outer._backward
         for around in (before, outer):  # or chains of what has ended would grow
             around._before = _remaining(around._before)
             while around.outer is not None and not around.outer.open:

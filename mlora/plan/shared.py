@@ -29,6 +29,7 @@ class Shared:
             kernel gives the library's bits, 0 where none does; filled as they occur.
         groups: first layer's number -> the layers that read the same input after it (q, k, v; gate, up), learned as
             calls come; None where serving several modules in one call gains nothing.
+        recorded: whether adapters were ever routed while autograd was on.
         inputs, turns, norms, embeddings, experts: whether an adapter was ever loaded that changes what a base reads,
             turns outputs, or changes norms, embeddings or parameters; `heads`: numbers of the modules for which one
             brought another size; `tails`: of those that an aLoRA changes. Until then compiled code leaves their ops
@@ -49,6 +50,7 @@ class Shared:
         self.kblocks: dict[tuple[int, int, bool, torch.dtype], dict[tuple[int, int], int]] = {}
         self.placeholders = tuple(placeholders)
         self.foreign = frozenset(foreign)
+        self.recorded = False
         self.inputs = self.turns = self.norms = self.embeddings = self.experts = False
         self.heads: frozenset[int] = frozenset()
         self.tails: frozenset[int] = frozenset()

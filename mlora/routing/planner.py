@@ -13,6 +13,7 @@ import torch
 
 from .. import errors, layout
 from ..arena.bits import BOTH, GAIN, INPUT, TURN
+from ..arena.pack import Packed
 from ..arena.store import Store
 from ..layers import Head, group_heads, group_routes
 from ..plan.plan import Plan, Recipe, plan_words, to_device
@@ -48,6 +49,22 @@ class _Kept:
             and self.made_of[1:] == (rows, expansion, placements)
             and self.folded == folded
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A plan, and all that it holds for; it pins nothing.
+
+    Args:
+        adapters: what was packed under its names. `since`: how many adapters had been registered.
+        placements: of the store. `folded`: what was folded in.
+    """
+
+    plan: Plan
+    adapters: Mapping[str, Packed]
+    since: int
+    placements: int
+    folded: Recipe
 
 
 class Planner:
@@ -99,6 +116,51 @@ class Planner:
                     self._merges.trim()
                     return plan
             self._bridges.make(unmade)
+
+    def made(self, plan: Plan) -> Made:
+        """Of a plan whose adapters are pinned; called under the lock."""
+        store = self._store
+        adapters = {name: store[name] for name in plan.names}
+        return Made(plan, adapters, store.registered, store.placements, self._bridges.folded)
+
+    def again(self, made: Made) -> Plan:
+        """The plan, pinned: of the very same adapters, wherever they lie by now. The caller is a reader of the weights.
+
+        Raises:
+            RoutingError: one of them is gone, or something else is folded into the weights.
+            CapacityError: they do not fit on the device together.
+        """
+        plan, store = made.plan, self._store
+        with self._lock:
+            if self._bridges.folded is not made.folded:
+                raise errors.RoutingError(
+                    "a checkpointed forward pass cannot be computed again: what is folded into the weights has changed "
+                    "since. Run backward before merge_adapter or unmerge_adapter"
+                )
+            for name, packed in made.adapters.items():
+                if name not in store or store[name] is not packed:
+                    raise errors.RoutingError(
+                        f"a checkpointed forward pass cannot be computed again: its adapter {name!r} was deleted "
+                        f"since. Run backward before delete_adapter"
+                    )
+            store.acquire(plan.names)
+            if not plan.names or store.placements == made.placements:
+                return plan
+            try:
+                owners = [self._owners(recipe) for recipe in plan.recipes]
+                return self._of_pinned(plan.recipes, plan.names, owners, plan.rows, plan.row_counts[1] // plan.rows)
+            except BaseException:
+                store.release(plan.names)
+                raise
+
+    def check_since(self, plan: Plan, since: int) -> None:
+        """Raise `RoutingError` if a name means an adapter that is newer than what is computed again."""
+        for name in plan.names:
+            if self._store[name].number > since:
+                raise errors.RoutingError(
+                    f"a checkpointed forward pass cannot be computed again: adapter {name!r}, which it names, was "
+                    f"loaded since. Load it before, and run backward before delete_adapter"
+                )
 
     def _plan(self, entries: Any, recipes: Sequence[Recipe], rows: int | None, expansion: int) -> Plan:
         """Of one recipe a row, which came of `entries`; `rows` is None where one serves them all."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,8 +23,9 @@ from ..plan.shared import Shared
 from ..plan.threads import hand_over
 from .entries import Entry, is_single
 from .merge_cache import MergeCache
-from .planner import Planner
+from .planner import Made, Planner
 from .readers import Readers
+from .recompute import follow
 
 
 class Router:
@@ -51,7 +53,10 @@ class Router:
         self._store = store
         self._shared = shared
         self._lock = lock
+        # As good as none, and no default counts beside it.
+        self._nothing = replace(shared.blank, touches=bytes(len(store.tables)))
         hand_over()
+        follow(self)
         self._words = _bytes_of(shared.plan)
         self._header = _bytes_of(shared.header)
 
@@ -124,6 +129,29 @@ class Router:
         scope.prompt = prompt_of(plan, call) if plan is not None and plan.invocations else None
         scope.others = self._others(call)
 
+    def remember(self) -> Callable[[], AbstractContextManager[Any]] | None:
+        """What `recompute.py` asks: a context of the very plan, call and default of now, which raises `RoutingError`
+        where an adapter of it is gone by then."""
+        with self._lock:
+            try:
+                scope = self._shared.local
+            except errors.RoutingError:
+                return None
+            plan = scope.plan or self._shared.default or self._nothing
+            made = self._planner.made(plan)
+        return lambda: self._again(scope, made)
+
+    @contextmanager
+    def _again(self, was: Scope, made: Made) -> Iterator[None]:
+        with self._scope(lambda: (self._planner.again(made), was.entries)) as scope:
+            scope.length, scope.late, scope.since = was.length, None if was.late is None else [], made.since
+            scope.others = None if was.others is None else was.others.again()
+            scope.prompt, plan = was.prompt, scope.plan
+            if was.activation is not None and plan is not None:
+                same = was.activation.plan is plan
+                scope.activation = was.activation if same else replace(was.activation, plan=plan)
+            yield
+
     def _others(self, call: Call) -> Others | None:
         placeholders = self._shared.placeholders
         return Others(call, placeholders) if placeholders else None
@@ -136,6 +164,8 @@ class Router:
     def _pin_active(self) -> tuple[Plan | None, Any]:
         with self._lock:  # under which scopes end and defaults change
             active = self._shared.local
+            if self._shared.recorded:
+                active.check_told("the model")
             plan = active.plan or self._shared.default
             if plan is not None:
                 self._store.acquire(plan.names)
@@ -149,6 +179,10 @@ class Router:
             plan, entries = acquire()
             scope = scopes.begin(plan, entries, **kind)
             try:
+                if plan is not None and plan.names:
+                    self._shared.recorded |= torch.is_grad_enabled()
+                    if scope.since is not None:
+                        self._planner.check_since(plan, scope.since)
                 self._publish()
                 yield scope
             finally:

@@ -464,6 +464,31 @@ def test_gradients_of_inputs(world: World) -> None:
     assert_close(grads[0], grads[1])
 
 
+@pytest.mark.parametrize("use_reentrant", (True, False))
+def test_gradients_where_the_forward_pass_is_computed_again(world: World, use_reentrant: bool) -> None:
+    """By when the adapters lie elsewhere, and each other call has tokens of its own."""
+    ids, grads = prompts(ROWS[:3]), []
+    for checkpointed in (False, True):
+        model = served(world.base, world.folders, max_adapters=3)
+        model.train()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+        model.get_input_embeddings().register_forward_hook(lambda *_, embeds=embeds: embeds * 1)
+        out = model(input_ids=ids, adapter_names=["a", "plain", {"a": -0.5}], use_cache=False).logits
+        if checkpointed:
+            before = model.mlora._store["a"].slot
+            others = [name for name in model.mlora.adapters if name not in ("a", "plain")]
+            with torch.no_grad():
+                for name in (*others, "plain", "a"):
+                    model(input_ids=ids.flip(1), adapter_names=name)
+            assert model.mlora._store["a"].slot != before
+        with model.mlora.use_adapters("plain"):
+            out.square().sum().backward()
+        grads.append(embeds.grad)
+    assert_close(grads[1], grads[0], 1e-5)
+
+
 def test_compiled_code_refuses_them_and_serves_others(world: World) -> None:
     torch._dynamo.reset()
     model, batch = served(world.base, world.folders), {"input_ids": prompts(ROWS[:2])}
