@@ -11,7 +11,7 @@ from torch import nn
 from . import errors
 from .layers import LoraLayer, mixin_of, refuse_copy, refuse_move, restore_class, swap_forward
 from .lowering import BaseLinear
-from .ops.checks import check_rows
+from .ops.checks import check_rows, fetch_plan
 from .plan.call import Call
 from .plan.shared import Shared
 from .routing.router import Router
@@ -46,8 +46,10 @@ class PatchedModel(nn.Module):
                     "adapter_names= cannot be given inside torch.compile, where every new list of names would be a "
                     "new graph; route with `with runtime.use_adapters(names):` around the compiled call"
                 )
+            shared = self.mlora._shared
+            fetch_plan(shared.plan, shared.header, shared.number)
             if shape := Call(args, kwargs).shape:
-                check_rows(self.mlora._shared.plan, shape[0])
+                check_rows(shared.plan, shape[0])
             return super().__call__(*args, **kwargs)
         with self.mlora._router.forward(adapter_names, Call(args, kwargs)):
             return super().__call__(*args, **kwargs)

@@ -1,12 +1,15 @@
-"""What compiled code must refuse when it runs: operators that read the plan's header on the host, and raise.
+"""What compiled code asks on the host when it runs: operators that fetch the plan of who runs it, or read its header
+and raise.
 
 They are declared to write what they read, so that no compiler drops the calls as ones without an effect.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -16,12 +19,32 @@ from .. import errors
 LIBRARY = torch.library.Library("mlora", "FRAGMENT")
 
 
+class Publisher(Protocol):
+    def publish(self, plan: Tensor, header: Tensor) -> None:
+        """Put what is routed here into `plan` and `header`; raises `RoutingError` where that cannot be told."""
+
+
+_publishers: WeakValueDictionary[int, Publisher] = WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def add_publisher(publisher: Publisher) -> int:
+    """Its number, for `fetch_plan`."""
+    number = next(_numbers)
+    _publishers[number] = publisher
+    return number
+
+
 def _define(schema: str, check: Callable[..., None]) -> Any:
     name = schema.partition("(")[0]
     LIBRARY.define(f"{schema} -> ()")
     LIBRARY.impl(name, check, "CPU")
     torch.library.register_fake(f"mlora::{name}", lambda *args: None, lib=LIBRARY)
     return getattr(torch.ops.mlora, name).default
+
+
+def _fetch_plan(plan: Tensor, header: Tensor, number: int) -> None:
+    _publishers[number].publish(plan, header)
 
 
 def _check_rows(plan: Tensor, rows: int) -> None:
@@ -65,6 +88,7 @@ def _check_foreign(header: Tensor) -> None:
         )
 
 
+_fetch = _define("fetch_plan_(Tensor(a!) plan, Tensor(b!) header, int number)", _fetch_plan)
 _rows = _define("check_rows_(Tensor(a!) plan, SymInt rows)", _check_rows)
 
 # Layers call these only once an adapter was loaded that needs them, the last one foreign modules at all times.
@@ -73,6 +97,13 @@ check_heads = _define("check_heads_(Tensor(a!) header)", _check_heads)
 check_experts = _define("check_experts_(Tensor(a!) header)", _check_experts)
 check_tails = _define("check_tails_(Tensor(a!) header)", _check_tails)
 check_foreign = _define("check_foreign_(Tensor(a!) header)", _check_foreign)
+
+
+def fetch_plan(plan: Tensor, header: Tensor, number: int) -> None:
+    """Have the buffers of compiled code filled for the task or thread that runs it. In host memory only; elsewhere a
+    call to the host would keep compilers from capturing graphs, and they have what began or ended last."""
+    if plan.device.type == "cpu":
+        _fetch(plan, header, number)
 
 
 def check_rows(plan: Tensor, rows: int) -> None:

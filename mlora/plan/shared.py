@@ -19,6 +19,7 @@ class Shared:
 
     Args:
         arena, plan: the arena and the plan buffer that compiled code reads. `header`: of that plan, on the host.
+        number: by which `ops.checks` knows who fills these buffers.
         scopes: what is routed where. `active` is theirs: the scope whose plan eager code reads.
         default: the plan of `Runtime.set_adapter`, for code in no scope.
         blank: the plan that routes nothing.
@@ -42,6 +43,7 @@ class Shared:
         self.arena = arena
         self.plan = plan
         self.header = torch.zeros(layout.PLAN_HEADER, dtype=torch.int32)
+        self.number = -1
         self.scopes = Scopes()
         self.active = self.scopes.active
         self.default: Plan | None = None

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import errors
 from ..arena.store import Store
 from ..ops import direct
+from ..ops.checks import add_publisher
 from ..plan.activation import activation_of, prompt_of
 from ..plan.call import Call
 from ..plan.modality import Others
@@ -57,8 +58,7 @@ class Router:
         self._nothing = replace(shared.blank, touches=bytes(len(store.tables)))
         hand_over()
         follow(self)
-        self._words = _bytes_of(shared.plan)
-        self._header = _bytes_of(shared.header)
+        shared.number = add_publisher(self)
 
     def set_default(self, entry: Entry) -> None:
         """Route what has no entries of its own; raises as `Planner.acquire`."""
@@ -192,24 +192,32 @@ class Router:
                         self._store.release(plan.names)
                 self._publish()
 
+    def publish(self, buffer: Tensor, header: Tensor) -> None:
+        """Copy the plan of what runs here into the buffers that compiled code reads; raises as `Scopes.current`."""
+        self._copy(self._shared.local.plan, buffer, header)
+
     def _publish(self) -> None:
-        """Copy the current plan into the buffer that compiled code reads. Of one that is too large only the header:
-        kernels on the host refuse a plan that is shorter than its header says, and on other devices `Planner` did."""
         shared = self._shared
         try:
             plan = shared.local.plan
-        except errors.RoutingError:  # nothing may run here but what names its adapters
+        except errors.RoutingError:  # compiled code on the host asks itself, and this is raised there
             plan = None
-        plan, buffer = plan or shared.default or shared.blank, shared.plan
-        if self._words is None or self._header is None:
+        self._copy(plan, shared.plan, shared.header)
+
+    def _copy(self, plan: Plan | None, buffer: Tensor, header: Tensor) -> None:
+        """Of a plan that is too large only the header: kernels on the host refuse one that is shorter than its header
+        says, and on other devices `Planner` did."""
+        plan = plan or self._shared.default or self._shared.blank
+        words, first = _bytes_of(buffer), _bytes_of(header)
+        if words is None or first is None:
             buffer[: plan.tensor.numel()].copy_(plan.tensor)
-            shared.header.copy_(plan.header)
+            header.copy_(plan.header)
             return
         # As bytes: torch's copies, whose code a step leaves cold, take ten times as long.
-        size = len(self._header)
-        raw = plan.raw if len(plan.raw) <= len(self._words) else plan.raw[:size]
-        self._words[: len(raw)] = raw
-        self._header[:] = raw[:size]
+        size = len(first)
+        raw = plan.raw if len(plan.raw) <= len(words) else plan.raw[:size]
+        words[: len(raw)] = raw
+        first[:] = raw[:size]
 
 
 def _bytes_of(words: Tensor) -> memoryview | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 from collections.abc import Iterator
 from pathlib import Path
@@ -212,3 +213,37 @@ def test_the_mark_of_a_constant_is_torchs() -> None:
         pass
 
     assert vars(torch.compiler.assume_constant_result(function)) == vars(cuda_tokens)
+
+
+def test_tasks_in_turn_run_compiled_code_under_their_own(patched: Any) -> None:
+    batch = inputs_for("llama", 2)
+    want = {name: logits(patched, batch, adapter_names=name) for name in ("r3", "rs16", "__base__")}
+    counting = Counting("aot_eager")
+    compiled = torch.compile(patched, fullgraph=True, backend=counting)
+
+    async def task(name: str) -> None:
+        with patched.mlora.use_adapters(name):
+            for _ in range(2):
+                assert_close(logits(compiled, batch), want[name], 1e-6)
+                await asyncio.sleep(0)
+        assert_close(logits(compiled, batch), want["__base__"], 1e-6)
+
+    def stream(name: str) -> Iterator[None]:
+        with patched.mlora.use_adapters(name):
+            while True:
+                assert_close(logits(compiled, batch), want[name], 1e-6)
+                logits(patched, batch, adapter_names="bias8")
+                yield
+
+    async def main() -> None:
+        await asyncio.gather(task("r3"), task("rs16"))
+
+    asyncio.run(main())
+    one, two = stream("r3"), stream("rs16")
+    for generator in (one, two, one, two):
+        next(generator)
+    with pytest.raises(errors.RoutingError, match="generator"):
+        logits(compiled, batch)
+    one.close(), two.close()
+    assert_close(logits(compiled, batch), want["__base__"], 1e-6)
+    assert counting.graphs == 1
