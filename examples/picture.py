@@ -17,10 +17,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mlora
-from mlora.cli.chat import complete
-from mlora.cli.models import load_model, load_tokenizer
+from mlora.cli.demo_model import resolve_model
 
 ROOT = Path(__file__).resolve().parent.parent
 ADAPTERS = ("sql", "json", "emoji", "pirate")
@@ -49,12 +49,18 @@ def main() -> None:
 
 def answers(prompt: str) -> dict[str, str]:
     """Adapter -> the greedy answer of its row; all rows in one batch."""
-    tokenizer, model = load_tokenizer(None), load_model(None)
+    path = resolve_model(None)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(path)
     runtime = mlora.patch(model)
     for name in ADAPTERS:
         runtime.load_adapter(ROOT / "examples" / "adapters" / name, name)
     entries = [None, *ADAPTERS]
-    found = complete(model, tokenizer, [prompt] * len(entries), entries, max_new_tokens=40)
+    chat = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer([text] * len(entries), return_tensors="pt")  # of one length: nothing is padded
+    out = model.generate(**inputs, max_new_tokens=40, do_sample=False, adapter_names=entries)
+    found = tokenizer.batch_decode(out[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     return {entry or "no adapter": answer.strip() for entry, answer in zip(entries, found, strict=True)}
 
 

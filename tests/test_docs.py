@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import inspect
 import io
+import json
 import re
 import shlex
 import shutil
@@ -82,6 +84,19 @@ def test_every_block_of_using_runs(checkout: Path, monkeypatch: pytest.MonkeyPat
                 assert done.exit_code == 0, f"{page}:{line}: {command}\n{done.output}"
         ran += 1
     assert ran == text.count("\n```") / 2 > 15
+
+
+def test_the_picture_is_drawn(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a tiny model's answers, and of the figures that are recorded."""
+    spec = importlib.util.spec_from_file_location("picture", ROOT / "examples" / "picture.py")
+    picture = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(picture)
+    monkeypatch.setattr(picture, "ROOT", checkout)
+    found = picture.answers("Who?")
+    assert list(found) == ["no adapter", "sql", "json", "emoji", "pirate"]
+    lines = (ROOT / "bench/results/generate.jsonl").read_text(encoding="utf-8").splitlines()
+    drawn = picture.draw("Who?", found, [json.loads(line) for line in lines], checkout / "picture.png")
+    assert drawn.stat().st_size > 10_000
 
 
 def test_the_readmes_lines_print_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
