@@ -195,7 +195,7 @@ class Runtime:
                     str(len(info.modules)),
                     f"{info.bytes:,}",
                     info.location,
-                    f"{info.error:.1e}" if info.errors else "exact",
+                    (f"{info.error:.1e}" if info.errors else "exact") + ("; its delta is zero" if info.zero else ""),
                 )
             )
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -167,20 +167,22 @@ class Store:
             self._evict(victim)
 
     def _place(self, packed: Packed) -> bool:
-        offset = self._allocator.alloc(packed.blob.numel())
-        if offset is None and self._allocator.free_size >= packed.blob.numel():
+        size = packed.blob.numel()
+        offset = self._allocator.alloc(size) if size else 0
+        if offset is None and self._allocator.free_size >= size:
             self._compact()
-            offset = self._allocator.alloc(packed.blob.numel())
+            offset = self._allocator.alloc(size)
         if offset is None:
             return False
         packed.slot, packed.offset = self._free_slots.pop(), offset
-        self.arena[offset : offset + packed.blob.numel()].copy_(packed.blob, non_blocking=True)
+        self.arena[offset : offset + size].copy_(packed.blob, non_blocking=True)
         self._write_rows(packed)
         return True
 
     def _evict(self, packed: Packed) -> None:
         if packed.resident:
-            self._allocator.free(packed.offset)
+            if packed.blob.numel():
+                self._allocator.free(packed.offset)
             self._free_slots.append(packed.slot)
             self.tables[:, packed.slot :: self.slots] = torch.from_numpy(self._empty_rows).to(self.tables.device)
             packed.slot = packed.offset = -1

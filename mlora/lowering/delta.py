@@ -62,6 +62,24 @@ class Delta:
         """Whether it has a gain or a turn of what the base reads."""
         return self.in_gain is not None or self.in_turn is not None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has no parts, and so changes nothing."""
+        return not (self.rank or self.changes_outputs or self.changes_inputs) and self.shift is None
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether it changes nothing: each of its numbers is zero, or meets only zeros."""
+        turns = [turn.values for turn in (self.turn, self.in_turn) if turn is not None]
+        if self.replaces or any(
+            part is not None and part.any() for part in (self.gain, self.in_gain, self.shift, *turns)
+        ):
+            return False
+        if self.a is None or self.b is None or self.scale == 0:
+            return True
+        a, b = self.a.float(), self.b.float()  # not every dtype of files can be compared
+        return not bool((a.any(dim=1) & b.any(dim=1)).any())
+
     def equals(self, other: Delta) -> bool:
         """Whether both have the same numbers."""
         return self is other or all(

@@ -67,7 +67,7 @@ def to_adapter(deltas: Mapping[str, Delta], source: str, bases: Mapping[str, Bas
     """The adapter that lowers to `deltas` (dotted path -> delta) on `bases`: a LoRA, which PEFT reads too, or a DELTA
     where one of them has gains, turns or no rank rows, or is of a convolution for which PEFT's LoRA has no such
     form."""
-    deltas = {name: d for name, d in deltas.items() if any(getattr(d, part) is not None for part in (*PARTS, *TURNS))}
+    deltas = {name: d for name, d in deltas.items() if not d.is_empty}
     plain = all(
         d.a is not None
         and not d.changes_outputs

@@ -5,12 +5,14 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 
+import torch
+
 from .. import errors
 from ..lowering.delta import BaseLinear, Delta
 from .delta_space import merge_deltas
 from .factor_space import merge_factors
 from .how import Merge
-from .sums import weighted_sum
+from .sums import weighted_sum, without_cancelled
 
 
 def merge_adapters(
@@ -19,6 +21,18 @@ def merge_adapters(
     """Module by module, what `merge_module` makes of the deltas that are there: (dotted path, delta)."""
     for name in dict.fromkeys(name for deltas in adapters for name in deltas):
         yield name, merge_module([deltas.get(name) for deltas in adapters], how, bases[name])
+
+
+def kept(deltas: Mapping[str, Delta], bases: Mapping[str, BaseLinear]) -> dict[str, Delta]:
+    """What an adapter holds of a merge's deltas (dotted path -> delta): those that have parts. Where none has, zeros: a
+    merge to nothing is an adapter that changes nothing."""
+    return {name: d for name, d in deltas.items() if not d.is_empty} or {name: _zeros(bases[name]) for name in deltas}
+
+
+def _zeros(base: BaseLinear) -> Delta:
+    if base.offset is not None:  # a norm, which has no rank rows
+        return Delta(gain=torch.zeros(base.out_features))
+    return Delta(torch.zeros(1, base.in_features), torch.zeros(1, base.out_features))
 
 
 def merge_module(deltas: Sequence[Delta | None], how: Merge, base: BaseLinear) -> Delta:
@@ -34,7 +48,7 @@ def merge_module(deltas: Sequence[Delta | None], how: Merge, base: BaseLinear) -
     terms = [(d, w) for d, w, _ in present]
     _refuse_unmergeable([d for d, _ in terms], base)
     if how.is_sum:
-        return weighted_sum(terms, base.name)
+        return without_cancelled(weighted_sum(terms, base.name))
     seeds = [zlib.crc32(f"{how.seed}/{base.name}/{name}".encode()) for _, _, name in present]
     return (merge_factors if how.in_factors else merge_deltas)(terms, how, base, seeds)
 

@@ -13,7 +13,7 @@ from .. import errors
 from ..adapters.adapter import Adapter
 from ..lowering import Conv, lower, module_names, to_adapter
 from ..lowering.delta import BaseLinear, Delta
-from . import Merge, merge_adapters
+from . import Merge, kept, merge_adapters
 
 # The ends of the keys that say how wide a module is: (part, the dimension that is `in`, the one that is `out`).
 _WIDTHS = {
@@ -142,7 +142,7 @@ def merge_files(
         own = [dict(bases)] * len(how.adapters)
     lowered = [dict(lower(adapters[name], mine).deltas) for name, mine in zip(how.adapters, own, strict=True)]
     total = len({name for deltas in lowered for name in deltas})
-    deltas = dict(track(merge_adapters(lowered, how, bases), total))
+    deltas = kept(dict(track(merge_adapters(lowered, how, bases), total)), bases)
     merged = to_adapter(deltas, how.label, bases)
     used = [adapters[name] for name in how.adapters]
     agreed = {key: _agreed(used, key) for key in ("base_model_name_or_path", "task_type")}

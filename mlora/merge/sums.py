@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,23 @@ from torch import Tensor
 from .. import errors
 from ..lowering.delta import Delta
 from ..lowering.turn import Turn
+
+
+# How much of a sum's terms, as a share of their sizes, fp64 may leave of one that is zero.
+_LEFT = 1e-12
+
+
+def without_cancelled(delta: Delta) -> Delta:
+    """The same delta; without rank rows where these add up to zero, as those of an adapter and its negative do.
+
+    B^T (A x) of one random x tells, since a matrix that is not zero maps almost none to zero.
+    """
+    if delta.a is None or delta.b is None:
+        return delta
+    a, b = delta.a.double(), delta.b.double()
+    x = torch.randn(a.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    left, size = b.t() @ (a @ x), b.t().abs() @ (a.abs() @ x.abs())
+    return replace(delta, a=None, b=None) if bool((left.abs() <= _LEFT * size).all()) else delta
 
 
 def weighted_sum(terms: Sequence[tuple[Delta, float]], where: str) -> Delta:

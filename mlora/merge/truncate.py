@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..lowering.delta import Delta
+from .sums import without_cancelled
 
 # A step of the low-rank factorisation that lowers its squared error by less than this share ends it.
 SETTLED = 1e-3
@@ -16,8 +17,9 @@ SETTLED = 1e-3
 
 def truncate_sum(delta: Delta, rank: int, clamp: float | None) -> Delta:
     """The best `rank` rank rows of a low-rank delta, from the QR of its stacked factors: B^T A is never formed."""
+    delta = without_cancelled(delta)
     if delta.a is None or delta.b is None:
-        return replace(delta, a=None, b=None)
+        return delta
     qa, ra = torch.linalg.qr(delta.a.t().double())
     qb, rb = torch.linalg.qr(delta.b.t().double())
     u, s, vh = torch.linalg.svd(rb @ ra.t(), full_matrices=False)

@@ -18,7 +18,7 @@ from ..arena.store import Store
 from ..folding.fold import Folded
 from ..lowering import BaseLinear, Delta, Lowered, lower, to_adapter
 from ..lowering.delta import kernel_major
-from ..merge import Merge, merge_adapters
+from ..merge import Merge, kept, merge_adapters
 from ..plan.plan import Recipe
 from ..plan.shared import Shared
 from .entries import BASE, resolve
@@ -39,6 +39,7 @@ class AdapterInfo:
             where all is exact.
         missing: dotted paths of what its config targets and its files have nothing for: the base there, as in PEFT.
         unused: what its files call modules that the model does not have and does without.
+        zero: whether its delta is zero, so that it changes nothing: never trained, scaled by 0, or a merge to nothing.
     """
 
     name: str
@@ -53,6 +54,7 @@ class AdapterInfo:
     errors: Mapping[str, float] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    zero: bool = False
 
     @property
     def error(self) -> float:
@@ -184,7 +186,7 @@ class Registry:
         info = AdapterInfo(
             name, adapter.source, adapter.peft_type, _variant(adapter), ranks[-1], ranks, tuple(deltas),
             packed.nbytes, "host", {path: delta.error for path, delta in deltas.items() if delta.error},
-            lowered.missing, lowered.unused,
+            lowered.missing, lowered.unused, all(delta.is_zero for delta in deltas.values()),
         )  # fmt: skip
         with self._lock:
             self.check_new(name)  # another thread may have taken the name meanwhile
@@ -204,7 +206,7 @@ class Registry:
         how = how.canonical()
         sources = [self[source] for source in how.adapters]
         lowered = [self.lower(loaded) for loaded in sources]
-        deltas = dict(merge_adapters(lowered, how, self.bases))
+        deltas = kept(dict(merge_adapters(lowered, how, self.bases)), self.bases)
         adapter = to_adapter(deltas, how.label, self.bases)
         return self.add(name, adapter, Lowered(deltas), sources=() if group is None else how.adapters, group=group)
 

@@ -199,7 +199,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.held: list[list[str]] = []
         self.count = 0
 
-    @rule(ranks=st.tuples(st.integers(0, 6), st.integers(1, 6)), extras=st.integers(0, 7))
+    @rule(ranks=st.tuples(st.integers(0, 6), st.integers(0, 6)), extras=st.integers(0, 7))
     def register(self, ranks: tuple[int, int], extras: int) -> None:
         name, deltas = f"a{self.count}", deltas_of(self.count, ranks, extras)
         self.count += 1

@@ -12,9 +12,10 @@ import pytest
 import torch
 from conftest import assert_close, formula, logits, row_of, served, state_hash
 
-from mlora import Merge, errors, patch
+from mlora import Adapter, Merge, errors, patch
 from mlora.lowering import lower, to_adapter
 from mlora.lowering.delta import Delta
+from mlora.merge import COMBINATION_TYPES
 
 
 @pytest.fixture
@@ -94,6 +95,93 @@ def test_bad_merges_change_nothing(model: Any, change: dict[str, Any], error: An
             **{"adapters": ["r3", "rs16"], "weights": [1.0, 1.0], "adapter_name": "new", **change}
         )
     assert (dict(model.mlora.adapters), state_hash(model)) == before
+
+
+# To nothing
+
+
+class Kinds(torch.nn.Module):
+    """A token embedding, a linear, a norm and a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = torch.nn.Embedding(11, 8)
+        self.linear = torch.nn.Linear(8, 6)
+        self.norm = torch.nn.LayerNorm(6)
+        self.conv = torch.nn.Conv1d(6, 4, 3)
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.tokens
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.conv(self.norm(self.linear(self.tokens(ids))).transpose(1, 2))
+
+
+SHAPES = {
+    "tokens.lora_embedding_A": (2, 11), "tokens.lora_embedding_B": (8, 2), "linear.lora_A.weight": (2, 8),
+    "linear.lora_B.weight": (6, 2), "conv.lora_A.weight": (2, 6, 3), "conv.lora_B.weight": (4, 2, 1),
+}  # fmt: skip
+
+
+def kinds_adapter(seed: int, fresh: bool = False, alpha: int = 4) -> Adapter:
+    draw = torch.Generator().manual_seed(seed)
+    tensors = {key: torch.randn(shape, generator=draw) for key, shape in SHAPES.items()}
+    for key in ("tokens.lora_embedding_A", "linear.lora_B.weight", "conv.lora_B.weight"):
+        tensors[key] *= not fresh
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": alpha, "target_modules": ["tokens", "linear", "conv"]}
+    return Adapter(config, tensors)
+
+
+@pytest.fixture
+def kinds() -> Any:
+    torch.manual_seed(0)
+    model = Kinds().eval()
+    runtime = patch(model)
+    runtime.add_adapter("one", kinds_adapter(1))
+    runtime.add_adapter("same", kinds_adapter(1))
+    for name, made in {"fresh": kinds_adapter(2, fresh=True), "scaled": kinds_adapter(3, alpha=0)}.items():
+        runtime.add_adapter(name, made)
+    norm = {"norm.ln_tuning_layers.weight": model.norm.weight.detach().clone(), "norm.ln_tuning_layers.bias": torch.zeros(6)}
+    runtime.add_adapter("norm", Adapter({"peft_type": "LN_TUNING", "target_modules": ["norm"]}, norm))
+    return model
+
+
+@pytest.mark.parametrize("kind", COMBINATION_TYPES)
+@pytest.mark.parametrize(
+    "names, weights",
+    [(["one", "same"], [1, -1]), (["fresh", "scaled"], [1, 2]), (["norm", "fresh"], [1, 1]), (["norm"], [2])],
+)
+def test_a_merge_to_nothing_changes_nothing(
+    kinds: Any, tmp_path: Path, kind: str, names: list[str], weights: list[float]
+) -> None:
+    if "dare" in kind and "one" in names:
+        pytest.skip("masks differ by name, so this is not zero")
+    runtime, ids = kinds.mlora, torch.arange(10).view(2, 5)
+    how = Merge(names, weights, kind, density=0.5 if "_" in kind or kind == "ties" else None)
+    with torch.no_grad():
+        bare = kinds(ids)
+        info = runtime.add_merge("new", how)
+        assert info.zero and "its delta is zero" in runtime.status()
+        assert torch.equal(kinds(ids, adapter_names="new"), bare)
+        asked = kinds(ids, adapter_names=how)  # a sum's terms are added up in the kernel
+        assert_close(asked, bare) if how.is_sum else torch.equal(asked, bare)
+        runtime.save_adapter("new", tmp_path / "new")
+        assert runtime.load_adapter(tmp_path / "new", "again").zero
+        assert torch.equal(kinds(ids, adapter_names="again"), bare)
+
+
+def test_which_adapters_are_zero(kinds: Any) -> None:
+    zero = {name: info.zero for name, info in kinds.mlora.adapters.items()}
+    assert zero == {"one": False, "same": False, "fresh": True, "scaled": True, "norm": True}
+
+
+def test_what_nearly_cancels_is_kept(kinds: Any) -> None:
+    """Weights whose sum is not zero, though their largest digits cancel."""
+    info = kinds.mlora.add_weighted_adapter(["one", "same"], [1.0, -1 + 2**-20], "new")
+    assert not info.zero
+    ids = torch.arange(10).view(2, 5)
+    got, want = (kinds(ids, adapter_names=entry) for entry in ("new", {"one": 2.0**-20}))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 # As entries
