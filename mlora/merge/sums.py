@@ -13,7 +13,6 @@ from .. import errors
 from ..lowering.delta import Delta
 from ..lowering.turn import Turn
 
-
 # How much of a sum's terms, as a share of their sizes, fp64 may leave of one that is zero.
 _LEFT = 1e-12
 

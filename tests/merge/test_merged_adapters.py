@@ -141,7 +141,10 @@ def kinds() -> Any:
     runtime.add_adapter("same", kinds_adapter(1))
     for name, made in {"fresh": kinds_adapter(2, fresh=True), "scaled": kinds_adapter(3, alpha=0)}.items():
         runtime.add_adapter(name, made)
-    norm = {"norm.ln_tuning_layers.weight": model.norm.weight.detach().clone(), "norm.ln_tuning_layers.bias": torch.zeros(6)}
+    norm = {
+        "norm.ln_tuning_layers.weight": model.norm.weight.detach().clone(),
+        "norm.ln_tuning_layers.bias": torch.zeros(6),
+    }
     runtime.add_adapter("norm", Adapter({"peft_type": "LN_TUNING", "target_modules": ["norm"]}, norm))
     return model
 

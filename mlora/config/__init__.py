@@ -1,0 +1,80 @@
+"""A model and its adapters from one YAML file, in Ludwig's schema for several adapters."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..patching import patch, patching
+from ..runtime import Runtime
+from .fresh import fresh
+from .schema import LOADING, Config, parse
+
+__all__ = ["Config", "from_config", "parse"]
+
+
+def from_config(config: str | Path | Mapping[str, Any], *, model: nn.Module | None = None, **options: Any) -> Runtime:
+    """Load a base model, patch it, load its adapters, merge and activate as a config says.
+
+        base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+        adapters:
+          adapters:
+            sql:  {path: adapters/sql}              # a folder, relative to the file, or hub_id: org/name
+            new:  {type: lora, r: 8, alpha: 16, target_modules: [q_proj]}  # no weights: fresh, its delta is 0
+          merge:  {name: both, sources: [sql, new], weights: [0.7, 0.3], combination_type: linear}
+          active: both
+
+    `adapter: {...}` in place of `adapters` is one adapter named "default", which is active. `merge` may be a list.
+    Defaults are Ludwig's: r 8, alpha 2 r, PEFT's target_modules for the type of the model, density 0.5, and as active
+    the first adapter. A whole file of Ludwig's is taken; a warning names what of it does not concern serving.
+
+    Args:
+        config: a YAML or JSON file, or its contents. `model`: a loaded model, in place of `base_model`.
+        options: for `mlora.patch`.
+
+    Returns:
+        The runtime; the model is `runtime.model`.
+
+    Raises:
+        ConfigError: a key is unknown (the nearest valid one is named), missing, or excluded by another, a name is no
+            string, or the file loads its model in a way of its own (quantized, say) and no `model` is given.
+        Whatever `patch`, `load_adapter` and `add_weighted_adapter` raise; the model is left as it was then.
+    """
+    parsed = parse(config)
+    if model is None:
+        model = _load(parsed.model_source())
+    if ignored := [*parsed.ignored, *(parsed.loading or ())]:
+        warnings.warn(f"the config has what mlora leaves alone: {'; '.join(ignored)}", stacklevel=2)
+    patched = inspect.signature(patch).bind(model, **options)
+    patched.apply_defaults()
+    with patching(*patched.args, **patched.kwargs) as runtime:
+        for name, entry in parsed.adapters.items():
+            _add(runtime, name, entry, parsed.folder)
+        for name, how in parsed.merges:
+            runtime.add_merge(name, how)
+        if parsed.active is not None:
+            runtime.set_adapter(parsed.active)
+        return runtime
+
+
+def _load(base: str) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    loaded: nn.Module = AutoModelForCausalLM.from_pretrained(base, dtype="auto").eval()
+    return loaded
+
+
+def _add(runtime: Runtime, name: str, entry: Mapping[str, Any], folder: Path) -> None:
+    loading = {key: entry[key] for key in LOADING if key in entry}
+    if "path" in entry:
+        runtime.load_adapter(folder / entry["path"], name, **loading)
+    elif source := entry.get("hub_id", entry.get("pretrained_adapter_weights")):
+        here = folder / source
+        runtime.load_adapter(here if here.is_dir() else source, name, **loading)
+    else:
+        runtime.add_adapter(name, fresh(runtime, name, entry))
