@@ -12,6 +12,7 @@ from torch import nn
 
 from . import errors
 from .adapters.adapter import Adapter
+from .arena.memory import default_room, fixed
 from .arena.store import Store
 from .layers import (
     DENSE,
@@ -57,8 +58,10 @@ def patch(
             model with adapters, hands its adapters over: PEFT's layers are taken out, its adapters are
             loaded under their names, and the active one becomes the default (`Runtime.set_adapter`). Of a
             `PeftModel` it is the model inside that is patched, `runtime.model`; the wrapper refuses calls.
-        memory: bytes of device memory for resident adapters; the others wait on the host. The default
-            is half the size of the model's weights, at least 64 MiB, and at most half of what is free.
+        memory: bytes of device memory for resident adapters; the others wait on the host. The default is a quarter of
+            what is free, on the CPU of what the machine and a container's limits leave, where pages that no adapter
+            needs are not taken; or half the size of the model's weights, where that is more and free twice over.
+            `Runtime.status` tells it.
         max_adapters: how many adapters can be resident at once.
         max_merges: how many results of merges in requests are kept; of more, those that were not used for longest are
             forgotten, and computed again when asked for.
@@ -130,10 +133,8 @@ def _patch(
     dtypes = {key: compute_dtype(module, usual) for key, (_, module) in modules.items()}
     kinds = Counter(dtypes[key] for key, (_, module) in modules.items() if not is_norm_like(module))
     arena_dtype = dtype or kinds.most_common(1)[0][0]
-    if memory is None:
-        memory = _default_memory(model, device)
     for option, value, least in (
-        ("memory", memory, 1),
+        ("memory", 1 if memory is None else memory, 1),
         ("max_adapters", max_adapters, 1),
         ("max_merges", max_merges, 0),
     ):
@@ -141,7 +142,9 @@ def _patch(
             raise errors.PatchError(f"{option}={value!r}, wanted a whole number of at least {least}")
     if arena_dtype not in DENSE:
         raise errors.PatchError(f"dtype={dtype!r}, wanted one of {', '.join(sorted(map(str, DENSE)))}")
-    store = Store(device, arena_dtype, memory, len(modules) + len(stacks), max_adapters)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    room = default_room(weights, arena_dtype, device) if memory is None else fixed(int(memory))
+    store = Store(device, arena_dtype, room, len(modules) + len(stacks), max_adapters)
     numbers = {key: number for number, key in enumerate(modules)}
     indices = {name: numbers[id(module)] for name, module in paths.items()}
     indices.update({path: len(modules) + number for number, path in enumerate(stacks)})
@@ -181,14 +184,3 @@ def _patch(
 def _device(model: nn.Module) -> torch.device:
     devices = Counter(p.device for p in model.parameters() if not p.is_meta)
     return devices.most_common(1)[0][0] if devices else torch.device("cpu")
-
-
-def _default_memory(model: nn.Module, device: torch.device) -> int:
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        import os
-
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else weights
-    return max(1, min(max(weights // 2, 64 << 20), free // 2))

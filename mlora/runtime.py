@@ -202,6 +202,7 @@ class Runtime:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
         store = self._store
         lines.append(f"arena: {store.used:,} of {store.capacity:,} bytes, {store.arena.dtype} on {store.arena.device}")
+        lines.append(f"  {store.room.why}")
         return "\n".join(line.rstrip() for line in lines)
 
     # Folding into the weights

@@ -38,6 +38,13 @@ class Allocator:
             raise ValueError(f"no span starts at {offset}")
         del self.spans[index]
 
+    def hole(self, offset: int) -> tuple[int, int]:
+        """The free range around `offset`, (start, end); it is empty where a span has it."""
+        index = bisect_left(self.spans, (offset + 1, 0))
+        start = sum(self.spans[index - 1]) if index else 0
+        end = self.spans[index][0] if index < len(self.spans) else self.capacity
+        return (start, end) if start <= offset else (offset, offset)
+
     def compact(self, fixed: Iterable[int] = ()) -> list[tuple[int, int, int]]:
         """Slide spans to the lowest offsets, except those at the offsets `fixed`.
 

@@ -16,6 +16,7 @@ import torch
 from .. import errors, layout
 from ..lowering import Delta
 from .allocator import Allocator
+from .memory import Room, fixed, give_back, reserve
 from .pack import ALIGNMENT, OFFSETS, Packed, pack
 
 _MORE_MEMORY = "patch(memory=...), mlora generate --memory"  # what an error says to do
@@ -26,7 +27,7 @@ class Store:
 
     Args:
         device, dtype: of the arena.
-        capacity: its size in bytes.
+        room: how many bytes it has, and how they are used; or just their number.
         modules: number of modules, in the order in which `register` numbers them.
         slots: how many adapters can be resident at once.
 
@@ -39,16 +40,16 @@ class Store:
     beside the first: to kernels that sum the gains of a recipe's terms it is one more term.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, capacity: int, modules: int, slots: int) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, room: Room | int, modules: int, slots: int) -> None:
         self.itemsize = dtype.itemsize
-        elements = capacity // ALIGNMENT * (ALIGNMENT // self.itemsize)
-        self.arena = torch.empty(elements, dtype=dtype, device=device)
+        self.room = fixed(room) if isinstance(room, int) else room
+        self.arena, self._pages = reserve(self.room.size // ALIGNMENT * ALIGNMENT, dtype, device)
         empty = np.full((modules, 2 * slots, layout.TABLE_WIDTH), -1, dtype=np.int64)
         empty[..., layout.RANK] = 0
         empty[..., layout.SCALE] = 0
         self.tables = torch.from_numpy(empty).to(device)
         self._empty_rows = empty[:, :2].copy()
-        self._allocator = Allocator(elements)
+        self._allocator = Allocator(self.arena.numel())
         self._free_slots = list(range(slots))[::-1]
         self._adapters: OrderedDict[str, Packed] = OrderedDict()  # least recently used first
         self.placements = 0  # changes whenever something comes onto the device, moves there or leaves it
@@ -90,19 +91,24 @@ class Store:
         return packed
 
     def register(self, name: str, packed: Packed) -> None:
-        """Add a packed adapter under a new name; it becomes resident if it fits without an eviction."""
+        """Add a packed adapter under a new name; it becomes resident if what is ready of the arena has room for it."""
         with self._lock:
             self._adapters[name] = packed
             self.registered += 1
             packed.number = self.registered
-            if self._free_slots:
+            if self._free_slots and self.used + packed.nbytes <= self.room.ready:
                 self._place(packed)
 
     def unregister(self, name: str) -> None:
         """Forget an adapter that no routing uses."""
         with self._lock:
-            self._evict(self._adapters[name])
+            packed = self._adapters[name]
+            at = packed.offset
+            self._evict(packed)
             del self._adapters[name]
+            if self._pages is not None and at >= 0:
+                start, end = (edge * self.itemsize for edge in self._allocator.hole(at))
+                give_back(self._pages, max(start, self.room.ready), end)
 
     def acquire(self, names: Sequence[str]) -> None:
         """Make all of `names` resident and pin them until `release`. All of them or none.
