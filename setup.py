@@ -1,7 +1,7 @@
-"""Builds mlora._C, the CPU operators, and where nvcc is mlora._C_cuda. Without a working C++ compiler the package
-installs without them.
+"""Builds mlora._C, the CPU operators, and where nvcc is mlora._C_cuda. Without a C++ compiler the package installs
+without them; where there is one, a failed build of the CPU operators is an error.
 
-MLORA_WERROR=1: warnings and a failed build are errors. MLORA_NO_EXT=1, MLORA_NO_CUDA=1: leave out both, the second.
+MLORA_NO_EXT=1, MLORA_NO_CUDA=1: leave out both, the second. MLORA_WERROR=1: warnings and any failed build are errors.
 """
 
 import os
@@ -10,13 +10,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import setup
 
+OLDEST_TORCH, OLDEST_SETUPTOOLS = (2, 10), 77  # as in pyproject.toml
 ARCHITECTURES = (80, 90, 100, 120)
 LOST = {
     "mlora._C": "C++ operators and will be slow on the CPU",
     "mlora._C_cuda": "CUDA operators; its Triton kernels serve GPUs",
 }
+NO_EXT = "or set MLORA_NO_EXT=1 for an mlora without its C++ operators, which is many times as slow on the CPU"
+
+
+def must_build(name):
+    """Whether the package may not install without this library."""
+    if os.environ.get("MLORA_WERROR") == "1":
+        return True
+    compilers = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    return name == "mlora._C" and any(map(shutil.which, compilers))
 
 
 def toolkit():
@@ -73,8 +84,14 @@ def cuda_extension():
 
 def extension():
     """(ext_modules, cmdclass) for the operators; raises ImportError without torch."""
+    import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+        wanted = ".".join(map(str, OLDEST_TORCH))
+        raise SystemExit(
+            f"mlora builds with torch {wanted} or later, this is {torch.__version__}: upgrade it, {NO_EXT}"
+        )
     flags = ["-O3", "-fvisibility=hidden", "-ffp-contract=off", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     if os.environ.get("MLORA_WERROR") == "1":
         flags += ["-Wall", "-Werror"]
@@ -93,7 +110,8 @@ def extension():
             try:
                 super().run()
             except Exception as error:
-                if os.environ.get("MLORA_WERROR") == "1":
+                if must_build("mlora._C"):
+                    print(f"error: mlora's C++ operators do not build: mend it, {NO_EXT}", file=sys.stderr)
                     raise
                 without(error)
 
@@ -107,7 +125,7 @@ def extension():
             try:
                 super().build_extension(ext)
             except Exception as error:
-                if os.environ.get("MLORA_WERROR") == "1":
+                if must_build(ext.name):
                     raise
                 self.failed.append(ext)
                 print(f"warning: mlora installs without its {LOST[ext.name]}: {error}", file=sys.stderr)
@@ -132,9 +150,18 @@ def configure():
     try:
         return extension()
     except ImportError as error:
+        if must_build("mlora._C"):
+            raise SystemExit(
+                f"mlora builds with torch, which is not there ({error}): install it first, {NO_EXT}"
+            ) from None
         return without(error)
 
 
+if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+    raise SystemExit(
+        f"mlora builds with setuptools {OLDEST_SETUPTOOLS} or later, this is {setuptools.__version__}: "
+        f"pip install -U setuptools"
+    )
 ext_modules, cmdclass = configure()
 setup(
     ext_modules=ext_modules,

@@ -1,11 +1,14 @@
-"""Installing and running without a compiler: one warning, and the reference serves."""
+"""Installing: without a compiler there is one warning, and the reference serves; what is too old is named."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,6 +36,38 @@ def test_a_build_without_a_compiler_warns_once(tmp_path: Path) -> None:
 
 def test_a_build_that_has_to_succeed_fails(tmp_path: Path) -> None:
     assert build(tmp_path, MLORA_WERROR="1").returncode != 0
+
+
+def test_a_build_that_fails_where_there_is_a_compiler_fails(tmp_path: Path) -> None:
+    """Or a package would be installed that is many times as slow as it should be."""
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    done = build(tmp_path, CXX=str(compiler))
+    assert done.returncode != 0 and "set MLORA_NO_EXT=1" in done.stderr, done.stderr
+    assert build(tmp_path, CXX=str(compiler), MLORA_NO_EXT="1").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "old, wanted",
+    [
+        ("import torch; torch.__version__ = '2.9.1+cpu'", "torch 2.10 or later, this is 2.9.1+cpu"),
+        ("import setuptools; setuptools.__version__ = '76.1'", "setuptools 77 or later, this is 76.1: pip install"),
+        ("import sys; sys.modules['torch'] = None", "torch, which is not there"),
+    ],
+)
+def test_what_is_too_old_or_missing_is_named(old: str, wanted: str) -> None:
+    code = f"{old}; import sys; sys.argv = ['setup.py', '--version']; import runpy; runpy.run_path('setup.py')"
+    environment = {**os.environ, "MLORA_NO_CUDA": "1", "MLORA_NO_EXT": "", "MLORA_WERROR": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0 and wanted in done.stderr, done.stderr
+
+
+def test_the_floors_are_those_of_the_project() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    torch, setuptools = re.findall(r'"torch>=([\d.]+)"', project), re.findall(r'"setuptools>=(\d+)"', project)
+    assert len(torch) == 2 and f"= ({torch[0].replace('.', ', ')}), {setuptools[0]}" in setup and torch[0] == torch[1]
 
 
 def test_a_package_without_its_library_says_so_once_and_serves() -> None:

@@ -19,6 +19,9 @@
 #if MLORA_X86
 #include <xmmintrin.h>
 #endif
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // of torch 2.12; before, errors have no text of their own
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
 
 namespace mlora {
 namespace {

@@ -54,13 +54,13 @@ def default_room(weights: int, dtype: torch.dtype, device: torch.device) -> Room
     else:
         free, where = free_memory()
     usual = max(1, min(max(weights // 2, _LEAST), free // 2))
-    share = free // 4
-    if device.type == "cuda":
-        share = min(share, _REACH * dtype.itemsize)
+    share, part = free // 4, "a quarter"
+    if device.type == "cuda" and share > _REACH * dtype.itemsize:
+        share, part = _REACH * dtype.itemsize, "as far as 32-bit offsets reach,"
     if share <= usual:
-        return Room(usual, f"for a model of {weights:,} bytes, where {free:,} are what {where}; {_SETS}", usual)
+        return Room(usual, f"for a model of {weights:,} bytes; {where} {free:,}; {_SETS}", usual)
     ready = usual if device.type == "cpu" else share
-    return Room(share, f"of {free:,} that {where}; {_SETS}", ready)
+    return Room(share, f"{part} of the {free:,} bytes that {where}; {_SETS}", ready)
 
 
 def free_memory(root: Path = Path("/")) -> tuple[int, str]:
