@@ -12,7 +12,7 @@ from torch import nn
 
 from ..patching import patch, patching
 from ..runtime import Runtime
-from .fresh import fresh
+from .fresh import fresh_lora
 from .schema import LOADING, Config, parse
 
 __all__ = ["Config", "from_config", "parse"]
@@ -77,4 +77,4 @@ def _add(runtime: Runtime, name: str, entry: Mapping[str, Any], folder: Path) ->
         here = folder / source
         runtime.load_adapter(here if here.is_dir() else source, name, **loading)
     else:
-        runtime.add_adapter(name, fresh(runtime, name, entry))
+        runtime.add_adapter(name, fresh_lora(runtime, name, entry))

@@ -18,7 +18,7 @@ from ..runtime import Runtime
 _NAMES = {"alpha": "lora_alpha"}
 
 
-def fresh(runtime: Runtime, name: str, entry: Mapping[str, Any]) -> Adapter:
+def fresh_lora(runtime: Runtime, name: str, entry: Mapping[str, Any]) -> Adapter:
     """The LoRA that a checked entry without weights stands for, with Ludwig's defaults: r 8, alpha 2 r, dropout 0.05.
 
     A is random (Kaiming uniform with a = sqrt(5)), B zero.

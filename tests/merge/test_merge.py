@@ -283,7 +283,7 @@ def test_peft(pefted: Any, kind: str, weights: list[float], monkeypatch: pytest.
         torch.testing.assert_close(ours.a, theirs.a, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(ours.b, theirs.b, rtol=1e-6, atol=1e-6)
     else:
-        # Both cut a matrix to a rank in fp32, and how far that is off depends on the matrix and on the machine's LAPACK.
+        # Both cut a matrix to a rank in fp32, and how far that is off depends on the matrix and the machine's LAPACK.
         # PEFT's distance from fp64 tells how much it is here; twice that is the bound of an fp32 method of our own.
         parts = [dense(d) for d in peft_factors(pefted, "abc")]
         if "dare" in kind:
