@@ -70,7 +70,8 @@ class LoraLayer(nn.Module):
                     return y
             if touches:
                 self._check_weight(weight)
-            return dispatch.linear(x, weight, bias, shared.arena, state.table, plan.tensor, kblock)
+            if weight.is_contiguous():  # or somebody has replaced it since
+                return dispatch.linear(x, weight, bias, shared.arena, state.table, plan.tensor, kblock)
         y = F.linear(x, weight, bias)
         if touches and not (past and direct.apply(state.direct, plan.raw, y, x)):
             if y.dtype is not x.dtype:
