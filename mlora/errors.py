@@ -52,7 +52,7 @@ class ConfigError(MloraError, ValueError):
 
 class AttributionError(MloraError, RuntimeError):
     """A module got tokens that cannot be attributed to the rows of the batch, or to the part of a row that an adapter
-    applies to."""
+    applies to; or its weight is read for all rows at once while an adapter changes it for some."""
 
 
 class TokenError(MloraError, IndexError):

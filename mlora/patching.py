@@ -175,7 +175,7 @@ def _patch(
         module.__dict__["_mlora"] = states[key]
         swap_class(module, mixin)
     for module in ancestors(model, runtime.bases):
-        guard_moves(module)
+        guard_moves(module, shared)
     swap_class(model, PatchedModel)
     model.__dict__["mlora"] = runtime
     return runtime

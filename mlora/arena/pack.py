@@ -37,6 +37,7 @@ class Packed:
         touches: one byte a module: LORA | GAIN | INPUT | SHIFT | HEAD | TAIL | TURN.
         heads: module number -> (offset of its weight, of its bias or -1, width) of a head or token embedding of another
             size, relative to the blob's start; the module's row in `rows` is empty.
+        trained: the numbers of the modules with a `Delta` that is `trained`.
         rests: whether any of the latter has a part.
         invocation: of an aLoRA, see `Delta`; it is that of every module with TAIL.
         number: the how manieth it was to be registered.
@@ -48,6 +49,7 @@ class Packed:
     rows: np.ndarray
     touches: np.ndarray
     heads: Mapping[int, tuple[int, int, int]] = field(default_factory=dict)
+    trained: frozenset[int] = frozenset()
     rests: bool = field(default=False)
     invocation: tuple[int, ...] = ()
     number: int = field(default=0)
@@ -128,7 +130,8 @@ def pack(deltas: Mapping[int, Delta], empty: np.ndarray, dtype: torch.dtype, pin
         )
     rests = bool((rows[:, 1, OFFSETS] >= 0).any())
     invocation = next((delta.invocation for delta in deltas.values() if delta.invocation), ())
-    return Packed(blob, rows, touches, heads, rests, invocation)
+    trained = frozenset(index for index, delta in deltas.items() if delta.trained)
+    return Packed(blob, rows, touches, heads, trained, rests, invocation)
 
 
 def _lay_out(parts: Sequence[Tensor], dtype: torch.dtype, pin: bool) -> tuple[Tensor, np.ndarray]:

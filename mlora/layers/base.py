@@ -16,8 +16,9 @@ from .. import errors
 from ..lowering import BaseLinear, Conv
 from ..lowering.delta import spread
 from .conv import CONVS
-from .dense import DENSE, compute_dtype, is_dense, tensors_of
+from .dense import DENSE, compute_dtype, is_cast, is_dense, tensors_of
 from .norm import is_norm_like, norm_offset
+from .owners import owners_of
 from .swap import twin_of
 
 _IDENTITY_ROWS = 1024  # of the identity that is sent through a quantized linear at a time
@@ -39,13 +40,16 @@ def base_linears(
     for name, module in paths.items():
         modules.setdefault(id(module), []).append(name)
         weights.setdefault(held[name], []).append(name)
+    owners = owners_of(model, paths)
     answers = getattr(model, "get_output_embeddings", lambda: None)()
     last = next((name for name in reversed(bases) if bases[name].offset is None), None)
     for name, module in paths.items():
         aliases = tuple(other for other in modules[id(module)] if other != name)
         tied = tuple(n for n in weights[held[name]] if n != name and n not in aliases)
         head = (name == last or module is answers) and type(module) is nn.Linear
-        bases[name] = replace(bases[name], aliases=aliases, tied=tied, head=head, answers=module is answers)
+        bases[name] = replace(
+            bases[name], aliases=aliases, tied=tied, head=head, answers=module is answers, owner=owners.get(name, "")
+        )
     return bases
 
 
@@ -120,7 +124,7 @@ def _dense(name: str, module: nn.Module, originals: Callable[[], Mapping[str, Te
             f"module {name}: this adapter's delta depends on the base weight, which is offloaded "
             f"({type(module).__name__})"
         )
-    if not is_dense(tensor):
+    if not is_dense(tensor) and not is_cast(twin_of(module)[0]):
         tensor = dequantize(name, module)
     return cast(Tensor, tensor).detach().to("cpu", torch.float32, copy=True)
 
@@ -139,7 +143,8 @@ def dequantize(name: str, module: nn.Module) -> Tensor:
     """The dense weight of a quantized linear, laid out as its `weight` would be.
 
     Tensor subclasses that define `dequantize` (torchao, quanto) are asked; so is bitsandbytes for its own. For any
-    other module, packed in whatever way, it is what the module makes of the identity, in its activations' dtype.
+    other module, packed in whatever way, it is what the module makes of the identity, in its activations' dtype; and so
+    it is for bitsandbytes' 4 bits on the CPU, which the first call packs once more, with scales rounded to bf16.
 
     Raises:
         UnsupportedAdapterError: the module or its library fails at it.
@@ -150,7 +155,8 @@ def dequantize(name: str, module: nn.Module) -> Tensor:
             if isinstance(weight, Tensor) and type(weight).dequantize is not Tensor.dequantize:
                 dense: Tensor = weight.dequantize()
                 return dense
-            if (state := getattr(weight, "quant_state", None)) is not None:  # bitsandbytes, 4 bits
+            state = getattr(weight, "quant_state", None)  # bitsandbytes, 4 bits
+            if state is not None and weight.device.type != "cpu":
                 from bitsandbytes import functional
 
                 dense = functional.dequantize_4bit(weight.data, state)
@@ -176,10 +182,8 @@ def _through_identity(module: nn.Module) -> Tensor:
             held["bias"] = torch.zeros_like(held["bias"])
         twin.__dict__[kind] = held
     device = next(tensors_of(module)).device
-    width, dtype = (
-        twin.in_features,
-        compute_dtype(module, next(t.dtype for t in tensors_of(module) if t.dtype in DENSE)),
-    )
+    usual = next((t.dtype for t in tensors_of(module) if t.dtype in DENSE), torch.float32)
+    width, dtype = twin.in_features, compute_dtype(module, usual)
     columns = []
     for start in range(0, width, _IDENTITY_ROWS):
         rows = torch.arange(start, min(start + _IDENTITY_ROWS, width), device=device)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_TORCH = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 DENSE = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 
 
@@ -16,6 +17,14 @@ def is_dense(weight: Any) -> bool:
     """Whether `weight` is a plain floating-point tensor: no subclass, which may be quantized, and no 8-bit float,
     whose scale is kept elsewhere."""
     return type(weight) in (Tensor, nn.Parameter) and weight.dtype in DENSE
+
+
+def is_cast(module: nn.Module) -> bool:
+    """Whether the weight rests in an 8-bit float, which the module, of a class of torch's own, does not multiply in: a
+    hook casts it around each call, as diffusers' layerwise casting does."""
+    weight: Any = getattr(module, "weight", None)
+    eight = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.dtype not in DENSE
+    return eight and any(type(module).forward is kind.forward for kind in _TORCH)
 
 
 def tensors_of(module: nn.Module) -> Iterator[Tensor]:

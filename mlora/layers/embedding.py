@@ -68,7 +68,7 @@ class EmbeddingLayer(LoraLayer):
     def _under(self, weight: Tensor, ids: Tensor) -> Tensor:
         """The module's own forward under another weight."""
         twin, cls = twin_of(self)
-        twin.__dict__["_parameters"] = {"weight": weight.to(self.weight.dtype)}
+        twin.__dict__["_parameters"] = {"weight": weight.to(self._mlora.own.weight.dtype)}
         twin.padding_idx = None  # of training only, and it need not lie in this one
         found: Tensor = cls.forward(twin, ids)
         return found

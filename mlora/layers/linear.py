@@ -17,7 +17,9 @@ from ..ops.checks import check_foreign, check_heads, check_rows, check_tails
 from ..plan.activation import Activation
 from ..plan.plan import Plan
 from ..plan.scope import Siblings
+from .dense import DENSE
 from .head import answer
+from .reads import shown
 from .state import LayerState
 from .swap import refuse_copy, refuse_move
 
@@ -31,6 +33,10 @@ class LoraLayer(nn.Module):
     weight: Tensor
     bias: Tensor | None
     out_features: int
+
+    def __getattr__(self, name: str) -> Any:
+        held = self.__dict__["_parameters"].get(name)
+        return super().__getattr__(name) if held is None else shown(self, self.__dict__["_mlora"], name, held)
 
     def forward(self, x: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:
         if x is None:  # nn.Linear calls it `input`
@@ -58,7 +64,7 @@ class LoraLayer(nn.Module):
         else:
             shape = x.shape
             if x.dtype is not state.dtype or not x.is_cpu:
-                self._check(x, plan)
+                return self._apart(x, plan, touches)
             if plan.rows != 1 and (shape[0] not in plan.row_counts or len(shape) == 1 or state.loose):
                 self._check_rows(x, plan)
         weight, bias = held["weight"], held["bias"]
@@ -144,8 +150,9 @@ class LoraLayer(nn.Module):
         return y
 
     def _base(self, x: Tensor) -> Tensor:
-        outer = self._mlora.outer
-        return super().forward(x) if outer is None else outer(x)
+        state = self._mlora
+        own: Any = state.own
+        return type(own).forward(own, x) if state.outer is None else state.outer(x)
 
     def _recorded(self, x: Tensor) -> bool:
         """Whether autograd, if it is on, would record the base."""
@@ -207,20 +214,25 @@ class LoraLayer(nn.Module):
             return self._routed(x, shared.plan, touches)
         if state.plain and not (torch.is_grad_enabled() and self._recorded(x)):
             kblock = dispatch.PROBED if state.fused else dispatch.LIBRARY
-            return dispatch.linear(x, self.weight, self.bias, shared.arena, state.table, shared.plan, kblock)
+            held: Any = self._parameters
+            return dispatch.linear(x, held["weight"], held["bias"], shared.arena, state.table, shared.plan, kblock)
         return self._routed(x, shared.plan, LORA | GAIN)
 
     def _check(self, x: Tensor, plan: Plan) -> None:
         state = self._mlora
         if torch.is_autocast_enabled(state.device_type):
             self._check_autocast(x)
-        if x.dtype is not state.dtype or x.device != state.device:
+        if (x.dtype is not state.dtype and not self._is_cast(x.dtype)) or x.device != state.device:
             raise errors.ModelMovedError(
                 f"{state.name} got an input in {x.dtype} on {x.device}; the model was patched in {state.dtype} on "
                 f"{state.device}. Unpatch, move the model and patch again"
             )
         if plan.rows != 1:
             self._check_rows(x, plan)
+
+    def _is_cast(self, dtype: torch.dtype) -> bool:
+        """Whether hooks let the base work in `dtype`."""
+        return dtype in DENSE and (self._mlora.cast or self._mlora.outer is not None)
 
     def _check_rows(self, x: Tensor, plan: Plan) -> None:
         state = self._mlora
@@ -267,7 +279,11 @@ class LoraLayer(nn.Module):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        refuse_move(self, fn)
+        state = self._mlora
+        if state.shared.active.get().late is not None:  # a call runs: a hook's, which casts the layer
+            state.cast = True
+        elif not state.cast:
+            refuse_move(self, fn)
         return super()._apply(fn, recurse)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:

@@ -75,7 +75,8 @@ class NormLayer(LoraLayer):
         state = self._mlora
         shared = state.shared
         if not shared.norms and state.outer is None:  # models have many norms, and few adapters change any
-            return cast(Tensor, super(LoraLayer, self).forward(*args, **named))  # the norm's own
+            own: Any = state.own
+            return cast(Tensor, type(own).forward(own, *args, **named))
         (x,) = (*args, *named.values())
         if torch.compiler.is_compiling():
             if not shared.norms:

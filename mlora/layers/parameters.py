@@ -104,6 +104,9 @@ class ParametersState(LayerState):
         self.input = cast(str, _input_name(type(module)))
         self.experts = any(getattr(module, name).dim() == 3 for name in stacks)
 
+    def number_of(self, parameter: str) -> int | None:
+        return self.stacks.get(parameter)
+
 
 class ParametersLayer(LoraLayer):
     """Mixed in before the class of a module with such parameters: fused experts, a router.
@@ -140,7 +143,8 @@ class ParametersLayer(LoraLayer):
 
     def _whole(self, args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
         """The module as it is."""
-        return super(LoraLayer, self).forward(*args, **named)
+        own: Any = self._mlora.own
+        return type(own).forward(own, *args, **named)
 
     def _divided(self, x: Tensor, args: tuple[Any, ...], named: Mapping[str, Any], plan: Plan) -> Any:
         """One call of the base for each thing that recipes do to it, nothing included; a single one gets all arguments
@@ -225,7 +229,7 @@ class ParametersLayer(LoraLayer):
 
     def _weight(self, name: str, terms: Iterable[Factors]) -> Tensor:
         """W + sum_i w_i s_i B_i A_i (of every expert), summed in fp32 (fp64 for fp64) and rounded once."""
-        weight: Tensor = getattr(self, name)
+        weight = cast(Tensor, self._parameters[name])
         wide = torch.promote_types(weight.dtype, torch.float32)
         transposed, arena = is_transposed(self) and weight.dim() == 3, self._mlora.shared.arena
         experts, inputs, outputs = _widths(weight, transposed)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..ops import direct, dispatch
 from ..plan.shared import Shared
-from .dense import is_dense
-from .swap import bound_forwards
+from .dense import is_cast, is_dense
+from .swap import alias_of, bound_forwards
 
 # A list of this name holds experts, whose inputs are tokens gathered from any rows in any order.
 GATHERED = "experts"
@@ -28,15 +28,18 @@ class LayerState:
         fused: whether, of a plain one, the base product may be computed by `dispatch.linear`.
         gathered, foreign: whether it is an expert, or reads another modality than text; `loose`: either, so that the
             first dimension of its input alone does not tell that it is the rows'.
+        cast: whether hooks cast it for each call: its weight rests in a dtype that nothing multiplies in, or one has.
         shape: of a plain one's weight. `direct`: what `ops.direct` takes for it, or None.
+        own: the module under the class that it had, for what reads its parameters as the base does.
+        embeds: whether it is an embedding.
         outer: the `forward` that somebody put on the instance, called for the base, or None. Not one that
             keeps the module's own in another attribute, as accelerate's hooks do: there `swap_forward`
             exchanges what it wraps.
     """
 
     __slots__ = (
-        "_asked", "_kblocks", "device", "device_type", "direct", "dtype", "foreign", "fused", "gathered", "index",
-        "loose", "name", "outer", "plain", "shape", "shared", "table",
+        "_asked", "_kblocks", "cast", "device", "device_type", "direct", "dtype", "embeds", "foreign", "fused",
+        "gathered", "index", "loose", "name", "outer", "own", "plain", "shape", "shared", "table",
     )  # fmt: skip
 
     def __init__(
@@ -49,10 +52,13 @@ class LayerState:
         self.dtype, self.device, self.device_type = dtype, shared.arena.device, shared.arena.device.type
         wraps = bound_forwards(module, type(module).forward)
         self.outer: Callable[..., Tensor] | None = None if wraps else module.__dict__.get("forward")
+        self.own = alias_of(module)
+        self.embeds = isinstance(module, nn.Embedding)
         self.gathered = GATHERED in name.split(".")[:-1]
         self.foreign = index in shared.foreign
         self.loose = self.gathered or self.foreign
         weight = module._parameters.get("weight")
+        self.cast = is_cast(module)
         self.plain = (
             self.outer is None
             and type(module).forward is nn.Linear.forward
@@ -69,6 +75,10 @@ class LayerState:
             self.direct = direct.layer_of(shared.arena, table, inputs, outputs)
             self._asked = inputs, outputs, module.bias is not None
             self._kblocks = shared.kblocks.setdefault((*self._asked, dtype), {})
+
+    def number_of(self, parameter: str) -> int | None:
+        """Under which plans tell what they do to a parameter of the module; None of one that no adapter changes."""
+        return self.index if parameter in ("weight", "bias") else None
 
     def kblock(self, x: Tensor) -> int:
         """The block with which `dispatch.linear` gives the library's bits for `x`, 0 if none does, or if the library is

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import errors
+from ..plan.shared import Shared
 
 _swapped: dict[tuple[type, type], type] = {}
 
@@ -37,6 +38,14 @@ def twin_of(module: nn.Module) -> tuple[Any, Any]:
     return twin, cls
 
 
+def alias_of(module: nn.Module) -> Any:
+    """An object of the class of `module`, which is not patched yet, with the very same `__dict__`: it stays the module
+    as it was, whatever class `module` gets and whatever becomes of its parameters."""
+    alias: Any = object.__new__(type(module))
+    object.__setattr__(alias, "__dict__", module.__dict__)
+    return alias
+
+
 def bound_forwards(module: nn.Module, forward: Callable[..., Any]) -> list[str]:
     """The attributes in which `module` itself holds `forward`, bound to it."""
     return [
@@ -52,11 +61,13 @@ def swap_forward(module: nn.Module, old: Callable[..., Any], new: Callable[..., 
         module.__dict__[name] = MethodType(new, module)
 
 
-def guard_moves(module: nn.Module) -> None:
-    """Make a module that has layers below it refuse a move before it moves any of its other children."""
+def guard_moves(module: nn.Module, shared: Shared) -> None:
+    """Make a module that has layers below it refuse a move before it moves any of its other children. Within a call of
+    the model it is a hook that moves: one that casts what rests in another dtype, and casts it back."""
 
     def apply(fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        refuse_move(module, fn)
+        if shared.active.get().late is None:
+            refuse_move(module, fn)
         return type(module)._apply(module, fn, recurse)
 
     module.__dict__["_apply"] = apply

@@ -24,7 +24,7 @@ from .lokr import LOKR
 from .lora import LORA
 from .lycoris import LYCORIS
 from .miss import MISS
-from .module import Lowering
+from .module import Lowering, Module
 from .names import Names
 from .native import NATIVE, to_adapter
 from .oft import OFT
@@ -119,6 +119,9 @@ def lower(
         raise errors.AdapterError(f"adapter from {adapter.source}: {lowered.remark}; strict=True refuses that")
     for module in gathered.modules:
         delta = lower_module(module, lowering)
+        if module.base.owner:
+            _check_idle(module, delta)
+            delta = Delta()
         if isinstance(delta, Dense):
             if approximately is None:
                 whole = min(module.base.in_features, module.base.out_features)
@@ -131,6 +134,17 @@ def lower(
         deltas[module.base.name] = delta
     _check_vocabularies(deltas, bases, adapter.source)
     return lowered
+
+
+def _check_idle(module: Module, delta: Delta | Dense) -> None:
+    """Of a module that is read and never called: PEFT trains nothing there but saved modules, biases and tokens, and
+    what it did not train changes nothing."""
+    if isinstance(delta, Dense) or not delta.idle:
+        raise errors.UnsupportedAdapterError(
+            f"{module.where}: this model's {module.base.owner} computes with its weights and never calls it, so that "
+            f"no row could have its own; leave it out of the adapter (exclude_modules), or merge that into the model's "
+            f"weights before it is patched"
+        )
 
 
 def _check_vocabularies(deltas: Mapping[str, Delta], bases: Mapping[str, BaseLinear], source: str) -> None:

@@ -32,6 +32,8 @@ class Delta:
         error: |D - B^T A| / |D| (Frobenius) where B^T A approximates a dense D; 0 where it is exact.
         replaces: of a head or a token embedding of another size, in place of all of the above: y = A x + c of width
             `rank`, or y = A[ids], for `rank` tokens, before an embedding's own scale; `b` is absent.
+        trained: whether it stands for a weight or tokens that were trained themselves, so that PEFT shows those to
+            whoever reads the module's weight.
         invocation: of an activated LoRA: the delta applies to a row's tokens from the last place on where it has these,
             and to none where it has not; empty: to all of them.
     """
@@ -46,7 +48,17 @@ class Delta:
     shift: Tensor | None = None
     error: float = 0.0
     replaces: bool = False
+    trained: bool = False
     invocation: tuple[int, ...] = ()
+
+    @property
+    def idle(self) -> bool:
+        """Whether it changes nothing: of a trained adapter, what training did not reach."""
+        factors = (self.a, self.b) if self.b is not None else (self.a,)
+        turns = [turn.values for turn in (self.turn, self.in_turn) if turn is not None]
+        others = [part for part in (self.gain, self.in_gain, self.shift, *turns) if part is not None]
+        product = self.a is not None and self.scale != 0 and all(part is None or part.any() for part in factors)
+        return not product and not any(part.any() for part in others)
 
     @property
     def rank(self) -> int:
@@ -153,6 +165,7 @@ class BaseLinear:
         experts: of a parameter that holds the matrices of that many experts, of the widths above each, or one matrix; 0
             of what is no parameter. Its delta has as many rank rows for each of them, those of the first expert first.
         transposed: of such a parameter, whether it lies as (experts, in, out); others lie as (experts, out, in).
+        owner: the class of the module that holds it, if that computes with its weight and never calls it; "" of others.
         turned: of a module whose `weight` is a plain parameter which it does nothing with but to multiply or look up:
             whether that lies as (in, out), as GPT-2's `Conv1D`'s and embeddings' do. None of others.
     """
@@ -172,6 +185,7 @@ class BaseLinear:
     conv: Conv | None = None
     experts: int = 0
     transposed: bool = False
+    owner: str = ""
     turned: bool | None = None
 
     @property

@@ -42,9 +42,9 @@ def saved(module: Module, weight: str, bias: str) -> Delta:
         return _norm(module, base.offset, weight, bias)
     if base.embed_scale is not None:
         if module.parts[weight].shape[:1] != (base.in_features,):
-            return Delta(module.part(weight, None, base.out_features), replaces=True)
+            return Delta(module.part(weight, None, base.out_features), replaces=True, trained=True)
         trained = module.part(weight, base.in_features, base.out_features).double().t() * base.embed_scale
-        return whole(trained - base.weight().double())
+        return replace(whole(trained - base.weight().double()), trained=True)
     if base.head and module.parts[weight].shape[:1] != (base.out_features,):
         head = module.part(weight, None, base.in_features)
         return Delta(head, shift=module.part(bias, head.shape[0]) if bias in module.parts else None, replaces=True)

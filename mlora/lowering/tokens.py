@@ -41,7 +41,8 @@ def trained_tokens(module: Module, indices: Any) -> Delta:
     one_hot = torch.zeros(len(indices), vocab)
     one_hot[torch.arange(len(indices)), at] = 1
     if embeds:
-        return Delta(one_hot, (trained * (base.embed_scale or 1.0) - base.weight().double()[:, at].t()).float())
+        change = trained * (base.embed_scale or 1.0) - base.weight().double()[:, at].t()
+        return Delta(one_hot, change.float(), trained=True)
     return Delta((trained - base.weight().double()[at]).float(), one_hot)
 
 

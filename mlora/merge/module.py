@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -48,9 +49,11 @@ def merge_module(deltas: Sequence[Delta | None], how: Merge, base: BaseLinear) -
     terms = [(d, w) for d, w, _ in present]
     _refuse_unmergeable([d for d, _ in terms], base)
     if how.is_sum:
-        return without_cancelled(weighted_sum(terms, base.name))
-    seeds = [zlib.crc32(f"{how.seed}/{base.name}/{name}".encode()) for _, _, name in present]
-    return (merge_factors if how.in_factors else merge_deltas)(terms, how, base, seeds)
+        merged = without_cancelled(weighted_sum(terms, base.name))
+    else:
+        seeds = [zlib.crc32(f"{how.seed}/{base.name}/{name}".encode()) for _, _, name in present]
+        merged = (merge_factors if how.in_factors else merge_deltas)(terms, how, base, seeds)
+    return replace(merged, trained=any(d.trained for d, _ in terms))
 
 
 def _refuse_unmergeable(deltas: Sequence[Delta], base: BaseLinear) -> None:

@@ -59,7 +59,8 @@ def relative(recipe: Sequence[tuple[Delta, float]], folded: Sequence[tuple[Delta
         else:
             minus = replace(minus, a=_scaled(minus.a, ratio, transposed=True))
     rest = replace(want, gain=None, in_gain=None, turn=None, in_turn=None)
-    return replace(weighted_sum([(rest, 1.0), (minus, 1.0)], where), **made)
+    trained = any(d.trained for d, _ in (*recipe, *folded))
+    return replace(weighted_sum([(rest, 1.0), (minus, 1.0)], where), trained=trained, **made)
 
 
 def _ratio(ours: Tensor | None, theirs: Tensor | None, where: str) -> Tensor:

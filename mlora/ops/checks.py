@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 from weakref import WeakValueDictionary
 
 import torch
@@ -22,6 +22,9 @@ LIBRARY = torch.library.Library("mlora", "FRAGMENT")
 class Publisher(Protocol):
     def publish(self, plan: Tensor, header: Tensor) -> None:
         """Put what is routed here into `plan` and `header`; raises `RoutingError` where that cannot be told."""
+
+    def touched(self) -> bytes:
+        """What that does to each module (`Plan.touches`); raises as `publish`."""
 
 
 _publishers: WeakValueDictionary[int, Publisher] = WeakValueDictionary()
@@ -88,6 +91,11 @@ def _check_foreign(header: Tensor) -> None:
         )
 
 
+def _check_reads(header: Tensor, number: int, index: int, bits: int, name: str) -> None:
+    if _publishers[number].touched()[index] & bits:
+        refuse_read(name, "the active routing")
+
+
 _fetch = _define("fetch_plan_(Tensor(a!) plan, Tensor(b!) header, int number)", _fetch_plan)
 _rows = _define("check_rows_(Tensor(a!) plan, SymInt rows)", _check_rows)
 
@@ -97,6 +105,15 @@ check_heads = _define("check_heads_(Tensor(a!) header)", _check_heads)
 check_experts = _define("check_experts_(Tensor(a!) header)", _check_experts)
 check_tails = _define("check_tails_(Tensor(a!) header)", _check_tails)
 check_foreign = _define("check_foreign_(Tensor(a!) header)", _check_foreign)
+check_reads = _define("check_reads_(Tensor(a!) header, int number, int index, int bits, str name)", _check_reads)
+
+
+def refuse_read(name: str, adapters: str) -> NoReturn:
+    """Of a parameter: somebody takes its values while what `adapters` tells of changes them for some rows."""
+    raise errors.AttributionError(
+        f"{name} is read by code that does not call its module, which gives all rows the base's, and {adapters} "
+        f"changes it. Use adapters that do not target it, or fold one in (merge_adapter), which changes the weight"
+    )
 
 
 def fetch_plan(plan: Tensor, header: Tensor, number: int) -> None:

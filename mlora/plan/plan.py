@@ -32,6 +32,7 @@ class Plan:
         routes: of each recipe, where one changes parameters: its rows, and the terms (`layers.route.Route`).
         recipes: of each row. `invocations`: aLoRAs among its adapters -> the tokens from which on each applies; see
             `activation.py`.
+        trained: the numbers of the modules whose own weights were trained, so that PEFT shows those to who reads them.
         raw: the words of `tensor`, where that is on the CPU.
     """
 
@@ -45,6 +46,7 @@ class Plan:
     routes: tuple[Any, ...] = ()
     recipes: tuple[Recipe, ...] = ()
     invocations: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    trained: frozenset[int] = frozenset()
     raw: bytes = field(init=False, repr=False, default=b"")
 
     def __post_init__(self) -> None:

@@ -225,8 +225,19 @@ class Planner:
         grouped = {index: group_heads(found, self._width(index), device) for index, found in heads.items()}
         routes = group_routes(recipes, packed, self._experts, device) if experts else ()
         counts = (rows, rows * expansion)
+        trained = frozenset().union(*(one.trained for one in packed.values()))
         return Plan(
-            tensor, header, touches.tobytes(), names, rows, counts, grouped, routes, tuple(recipes), invocations
+            tensor,
+            header,
+            touches.tobytes(),
+            names,
+            rows,
+            counts,
+            grouped,
+            routes,
+            tuple(recipes),
+            invocations,
+            trained,
         )
 
     def _width(self, index: int) -> int:

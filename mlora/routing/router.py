@@ -196,6 +196,9 @@ class Router:
         """Copy the plan of what runs here into the buffers that compiled code reads; raises as `Scopes.current`."""
         self._copy(self._shared.local.plan, buffer, header)
 
+    def touched(self) -> bytes:
+        return (self._shared.local.plan or self._shared.default or self._nothing).touches
+
     def _publish(self) -> None:
         shared = self._shared
         try:

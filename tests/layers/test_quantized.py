@@ -1,16 +1,14 @@
 """Quantized linears: served without touching their weights, dequantized once by what needs them, never folded into.
 
-torchao's int8 and grouped int4 run for real where it is installed. GPTQ, AWQ, HQQ, bitsandbytes and FP8 are stand-ins
-of the same interface, since those need their own kernels; `bitsandbytes` itself was not run.
+torchao's int8 and grouped int4 run for real where it is installed; bitsandbytes has a file of its own. GPTQ, AWQ, HQQ
+and FP8 are stand-ins of the same interface, since those need their own kernels.
 """
 
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,7 +44,7 @@ class Packed(nn.Module):
 
 
 class OwnWeight(nn.Linear):
-    """Like FP8 and bitsandbytes: an `nn.Linear` whose `weight` is not what it multiplies by."""
+    """Like FP8: an `nn.Linear` whose `weight` is not what it multiplies by."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
@@ -67,41 +65,7 @@ class Fp8(OwnWeight):
         return nn.functional.linear(input, dense, self.bias)
 
 
-class Bits8(OwnWeight):
-    """int8 values whose row maxima are in the weight's `SCB`."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear)
-        values, scales = quantized(linear.weight.detach())
-        self.weight = nn.Parameter(values, requires_grad=False)
-        self.weight.SCB = scales * 127
-        self.state = SimpleNamespace(SCB=None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.state.SCB is None:  # as in bitsandbytes, the first call moves it
-            self.state.SCB, self.weight.SCB = self.weight.SCB, None
-        return nn.functional.linear(x, self.weight.to(x.dtype) * (self.state.SCB.to(x.dtype) / 127)[:, None], self.bias)
-
-
-class Bits4(OwnWeight):
-    """Bytes whose meaning only `bitsandbytes.functional` knows, by the weight's `quant_state`."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear)
-        values, scales = quantized(linear.weight.detach())
-        self.weight = nn.Parameter(values.view(torch.uint8).reshape(-1, 1), requires_grad=False)
-        self.weight.quant_state = (values.shape, scales)
-
-    @staticmethod
-    def dense(data: Tensor, state: Any) -> Tensor:
-        shape, scales = state
-        return data.view(torch.int8).view(shape) * scales[:, None]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.dense(self.weight, self.weight.quant_state).to(x.dtype), self.bias)
-
-
-STAND_INS = (Packed, Fp8, Bits8, Bits4)
+STAND_INS = (Packed, Fp8)
 
 
 def replaced(model: Any, make: Callable[[nn.Linear], nn.Module]) -> Any:
@@ -156,14 +120,6 @@ def both(kind: Any, model: Any) -> tuple[Any, Any]:
 
 KINDS = (8, 4, *STAND_INS)
 IDS = ("torchao-int8", "torchao-int4", *(kind.__name__.lower() for kind in STAND_INS))
-
-
-@pytest.fixture(autouse=True)
-def bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one function of it that is used."""
-    package: Any = ModuleType("bitsandbytes")
-    package.functional = SimpleNamespace(dequantize_4bit=Bits4.dense)
-    monkeypatch.setitem(sys.modules, "bitsandbytes", package)
 
 
 @pytest.fixture(scope="module")
