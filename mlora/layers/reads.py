@@ -36,6 +36,7 @@ _TOLD = frozenset((
     "new_ones", "new_tensor", "new_zeros", "numel", "ones_like", "promote_types", "rand_like", "randn_like",
     "result_type", "size", "storage_offset", "stride", "zeros_like",
 ))  # fmt: skip
+_REWRITES = frozenset(name for name in dir(Tensor) if name.endswith("_") and not name.endswith("__"))  # as rwkv does
 _LIKE = frozenset(("expand_as", "reshape_as", "to", "type_as", "view_as"))  # of another tensor, which comes first
 _VALUES = frozenset(("H", "T", "data", "grad", "imag", "mH", "mT", "real"))  # the attributes that are tensors
 
@@ -53,13 +54,18 @@ class Read(Tensor):
             for read in [value for value in tree_leaves((args, kwargs)) if isinstance(value, Read)]:
                 _check(read)
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+        return _read(args[0]._layer, args[0]._name, result) if _is_same(func) and isinstance(args[0], Read) else result
 
 
 def shown(layer: nn.Module, state: LayerState, name: str, tensor: Tensor) -> Tensor:
     """What who reads the layer's parameter `name` gets of it."""
     if not torch.compiler.is_compiling() and not _changed(state, name):
         return tensor
+    return _read(layer, name, tensor)
+
+
+def _read(layer: nn.Module, name: str, tensor: Tensor) -> Tensor:
     read = tensor.as_subclass(Read)
     read._layer, read._name = layer, name
     return read
@@ -81,8 +87,15 @@ def _tells(func: Any, args: Any) -> bool:
     """Whether the result says nothing of the values of what was read."""
     name = func.__name__
     if name == "__get__":
-        return func.__self__.__name__ not in _VALUES
-    return name in _TOLD or (name in _LIKE and not isinstance(args[0], Read))
+        return func.__self__.__name__ not in _VALUES or _is_same(func)
+    if name in _REWRITES:
+        return not any(isinstance(value, Read) for value in args[1:])
+    return name in _TOLD or _is_same(func) or (name in _LIKE and not isinstance(args[0], Read))
+
+
+def _is_same(func: Any) -> bool:
+    """Whether the result is what was read, by another name."""
+    return func.__name__ == "detach" or (func.__name__ == "__get__" and func.__self__.__name__ == "data")
 
 
 def _check(read: Read) -> None:

@@ -109,6 +109,7 @@ TELLS: dict[str, Callable[[Any, Tensor], Any]] = {
     "like": lambda m, x: x + torch.zeros_like(m.proj.weight)[0] + m.proj.weight.new_zeros(1),
     "as": lambda m, x: x.type_as(m.proj.weight).to(m.proj.bias),
     "checked": lambda m, x: x if isinstance(m.proj.weight, Tensor) and m.proj.weight.is_floating_point() else None,
+    "rewritten": lambda m, x: x + 0 * len(m.proj.weight.data.div_(1).detach().mul_(1)),
     "other": lambda m, x: x + m.proj.bias,  # which LoRA leaves alone
 }
 
