@@ -76,7 +76,7 @@ def generate(
         typer.Option(
             metavar="SIZE",
             help="For adapters on the device: bytes, or 512MiB, 2GiB, 2GB. Batches that need more are split. Default: "
-            "half the size of the model, at least 64MiB.",
+            "a quarter of what is free, or half the size of the model where that is more.",
             show_default=False,
         ),
     ] = None,

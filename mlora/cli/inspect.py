@@ -74,28 +74,41 @@ def inspect(
                 out.print(f"served   {how}, {where}")
                 for name, error in sorted(info.errors.items(), key=lambda item: -item[1]):
                     out.print(f"error    {error:.1e} {name}")
+                zero = info.zero
             elif set(linears) == set(names) and not (copied or any(map(adapter.config.get, _FROM_BASE))):
-                _check_served(adapter, linears)
+                zero = _is_zero(adapter, linears)
                 out.print("served   yes (pass --model to check that it fits a base model)")
             else:
+                zero = False
                 out.print("served   its options and tensors are known; pass --model to check it against a base model")
+            if zero:
+                out.print(
+                    "note     its delta is zero, so that it changes nothing: it was never trained, or is scaled by 0"
+                )
         except MloraError as error:
             out.print("served   no")
             raise RuntimeError(f"refused: {error}") from None
 
 
-def _check_served(adapter: Any, modules: Mapping[str, tuple[int, int, int]]) -> None:
-    """Lower `adapter` for stand-in linears and convolutions of its own widths; raises MloraError as loading would."""
+def _is_zero(adapter: Any, modules: Mapping[str, tuple[int, int, int]]) -> bool:
+    """Whether the delta of `adapter` is zero, as far as its own tensors tell: it is lowered for stand-in linears and
+    convolutions of its own widths. Raises MloraError as loading would."""
     import torch
 
     from mlora.lowering import BaseLinear, lower
     from mlora.merge.offline import conv_of
 
-    def stand_in(name: str, inputs: int, outputs: int) -> BaseLinear:
-        conv = conv_of(adapter.tensors, name)
-        return BaseLinear(name, inputs, outputs, lambda: torch.ones(outputs, inputs), lambda: None, conv=conv)
+    asked = []
 
-    lower(adapter, {name: stand_in(name, *widths) for name, (_, *widths) in modules.items()})
+    def stand_in(name: str, inputs: int, outputs: int) -> BaseLinear:
+        def weight() -> torch.Tensor:
+            asked.append(name)
+            return torch.ones(outputs, inputs)
+
+        return BaseLinear(name, inputs, outputs, weight, lambda: None, conv=conv_of(adapter.tensors, name))
+
+    lowered = lower(adapter, {name: stand_in(name, *widths) for name, (_, *widths) in modules.items()})
+    return not asked and all(delta.is_zero for delta in lowered.deltas.values())
 
 
 def _short(value: Any) -> str:

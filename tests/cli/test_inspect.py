@@ -30,6 +30,24 @@ TARGETS = ["q_proj", "down_proj"]
 
 
 @pytest.mark.parametrize(
+    ("config", "zero"),
+    [
+        (peft.LoraConfig(r=3, target_modules=TARGETS), True),  # never trained
+        (peft.LoraConfig(r=3, lora_alpha=0, init_lora_weights=False, target_modules=TARGETS), True),
+        (peft.LoraConfig(r=3, init_lora_weights=False, target_modules=TARGETS), False),
+        (peft.LoraConfig(r=3, use_dora=True, init_lora_weights=False, target_modules=TARGETS), False),
+        (peft.LoHaConfig(r=3, target_modules=TARGETS), True),
+    ],
+)
+def test_an_adapter_that_changes_nothing_is_said_to(model: None, tmp_path: Path, config: Any, zero: bool) -> None:
+    for options in ((), ("--model", "x")):
+        code, output = inspect(config, tmp_path, *options)
+        tells = bool(options) or config.peft_type == "LORA"  # of other types the base tells
+        assert code == 0 and ("its delta is zero" in output) == (zero and tells), output
+        assert ("lora_alpha=0" in output) == (getattr(config, "lora_alpha", 1) == 0)
+
+
+@pytest.mark.parametrize(
     ("config", "options", "code", "wanted"),
     (
         (peft.LoraConfig(r=3, target_modules=TARGETS), (), 0, ("LORA", "4 (down_proj, q_proj)", "ranks    3", "yes")),
