@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from types import FrameType
 from typing import Any, ClassVar
@@ -65,35 +65,32 @@ class Scope:
     Python then asks `__getattr__`.
     """
 
-    __slots__ = (
-        "_backward", "_before", "_scopes", "_token", "activation", "entries", "frame", "kept", "late", "length", "open",
-        "others", "outer", "own", "plan", "prompt", "siblings", "since", "source", "unobserved",
-    )  # fmt: skip
-
     plan: Plan | None
+    kept = False
+    since: int | None = None
+    frame: FrameType | None = None
+    source: Scope | None = None
+    length = 0
+    unobserved = False
+    siblings: Siblings | None = None
+    activation: Activation | None = None
+    prompt: Prompt | None = None
+    late: list[Late] | None = None
+    others: Others | None = None
+    _token: Token[None] | None = None
 
-    def __init__(
-        self, scopes: Scopes, outer: Scope | None, own: Plan | None, entries: Any, frame: FrameType | None = None
-    ) -> None:
+    def __init__(self, scopes: Scopes, outer: Scope | None, own: Plan | None, entries: Any) -> None:
         self._scopes = scopes
         self._before = outer or self
-        self._token: Token[None] | None = None
+        self._backward = torch._C._current_graph_task_id()  # -1 outside of any backward pass
         self.open = True
         self.outer = outer
         self.own = own
         self.entries = entries
-        self.frame = frame
-        self.kept = False
-        self.since: int | None = None if outer is None else outer.since
-        self._backward = torch._C._current_graph_task_id()  # -1 outside of any backward pass
-        self.source: Scope | None = None
-        self.length: int = 0 if outer is None else outer.length
-        self.unobserved: bool = False if outer is None else outer.unobserved
-        self.late: list[Late] | None = None if outer is None else outer.late
-        self.others: Others | None = None if outer is None else outer.others
-        self.prompt: Prompt | None = None if outer is None else outer.prompt
-        self.activation: Activation | None = None if outer is None or outer.own is not own else outer.activation
-        self.siblings: Siblings | None = None
+        if outer is not None and outer.outer is not None:  # as most calls, the outermost is in no other
+            self.since, self.length, self.unobserved = outer.since, outer.length, outer.unobserved
+            self.prompt, self.late, self.others = outer.prompt, outer.late, outer.others
+            self.activation = outer.activation if outer.own is own else None
 
     def __getattr__(self, name: str) -> Any:
         if name == "plan":
@@ -113,8 +110,13 @@ class Scope:
 
     def hide(self) -> None:
         """Make who reads `plan` ask what counts."""
-        with suppress(AttributeError):
-            del self.plan
+        self.__dict__.pop("plan", None)
+
+    def forget(self) -> None:
+        """Let go of what has ended around it, or chains of that would grow while scopes overlap."""
+        self._before = _remaining(self._before)
+        while self.outer is not None and not self.outer.open:
+            self.outer = self.outer.outer
 
     def lineage(self) -> Iterator[Scope]:
         """Itself and what it is inside of."""
@@ -144,6 +146,9 @@ class Scopes:
         Raises:
             RoutingError: it has ended, or cannot be told.
         """
+        active = self.active.get()
+        if active.open and not self._suspendable:
+            return active
         active = self._settled()
         found = self._found(active)
         if found is active and active.open:
@@ -165,15 +170,15 @@ class Scopes:
         """A scope of this plan. A `lasting` one may end before others that begin in it, and wait in a generator."""
         before = self._settled()
         outer = self._found(before)
-        scope = Scope(self, outer if outer.open else self._root, plan, entries, frames.generator() if lasting else None)
-        scope._before, scope._token, scope.kept = before, _HERE.set(None), kept
+        if before is not self._root:
+            before.forget()
+            outer.forget()
+        scope = Scope(self, outer if outer.open else self._root, plan, entries)
+        scope._before, scope._token = before, _HERE.set(None)
         if kept:
-            scope._backward = outer._backward
-        for around in (before, outer):  # or chains of what has ended would grow
-            around._before = _remaining(around._before)
-            while around.outer is not None and not around.outer.open:
-                around.outer = around.outer.outer
+            scope.kept, scope._backward = True, outer._backward
         if lasting:
+            scope.frame = frames.generator()
             self._add(scope)
         else:
             scope.plan = plan
@@ -183,12 +188,15 @@ class Scopes:
     def end(self, scope: Scope) -> None:
         """From any context, and in any order."""
         with self.lock:
-            for one in (scope, *(alias for alias in self._suspendable if alias.source is scope)):
-                one.open, one.own, one.frame = False, None, None
-                self._lasting.pop(one, None)
-                self._suspendable.pop(one, None)
-                one.hide()
-            self._show()
+            scope.open, scope.own = False, None
+            scope.hide()
+            if scope in self._lasting:
+                del self._lasting[scope]
+                if self._suspendable.pop(scope, self) is None:
+                    scope.frame = None
+                    for alias in [alias for alias in self._suspendable if alias.source is scope]:
+                        self.end(alias)
+                self._show()
         self._settled()
 
     def handed(self) -> Scope | None:

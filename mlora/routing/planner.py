@@ -153,9 +153,9 @@ class Planner:
                 store.release(plan.names)
                 raise
 
-    def check_since(self, plan: Plan, since: int) -> None:
-        """Raise `RoutingError` if a name means an adapter that is newer than what is computed again."""
-        for name in plan.names:
+    def check_since(self, names: Sequence[str], since: int) -> None:
+        """Raise `RoutingError` if one means an adapter that is newer than what is computed again."""
+        for name in names:
             if self._store[name].number > since:
                 raise errors.RoutingError(
                     f"a checkpointed forward pass cannot be computed again: adapter {name!r}, which it names, was "

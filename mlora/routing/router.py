@@ -59,6 +59,8 @@ class Router:
         hand_over()
         follow(self)
         shared.number = add_publisher(self)
+        self._words, self._header = _bytes_of(shared.plan), _bytes_of(shared.header)
+        self._published: Plan | None = None  # what they hold, if that is known
 
     def set_default(self, entry: Entry) -> None:
         """Route what has no entries of its own; raises as `Planner.acquire`."""
@@ -167,7 +169,7 @@ class Router:
             if self._shared.recorded:
                 active.check_told("the model")
             plan = active.plan or self._shared.default
-            if plan is not None:
+            if plan is not None and plan.names:
                 self._store.acquire(plan.names)
             return plan, active.entries
 
@@ -178,40 +180,51 @@ class Router:
         with self._readers:
             plan, entries = acquire()
             scope = scopes.begin(plan, entries, **kind)
+            names = () if plan is None else plan.names
             try:
-                if plan is not None and plan.names:
+                if names:
                     self._shared.recorded |= torch.is_grad_enabled()
                     if scope.since is not None:
-                        self._planner.check_since(plan, scope.since)
+                        self._planner.check_since(names, scope.since)
                 self._publish()
                 yield scope
             finally:
                 with self._lock:
                     scopes.end(scope)
-                    if plan is not None:
-                        self._store.release(plan.names)
+                    if names:
+                        self._store.release(names)
                 self._publish()
 
     def publish(self, buffer: Tensor, header: Tensor) -> None:
-        """Copy the plan of what runs here into the buffers that compiled code reads; raises as `Scopes.current`."""
-        self._copy(self._shared.local.plan, buffer, header)
+        """Copy the plan of what runs here into buffers of compiled code, which end up in the shared ones; raises as
+        `Scopes.current`."""
+        shared = self._shared
+        plan = shared.local.plan or shared.default or shared.blank
+        with self._lock:
+            self._published = None
+            self._copy(plan, buffer, header)
 
     def touched(self) -> bytes:
         return (self._shared.local.plan or self._shared.default or self._nothing).touches
 
     def _publish(self) -> None:
+        """As `publish`, into the shared buffers."""
         shared = self._shared
         try:
             plan = shared.local.plan
         except errors.RoutingError:  # compiled code on the host asks itself, and this is raised there
             plan = None
-        self._copy(plan, shared.plan, shared.header)
+        plan = plan or shared.default or shared.blank
+        with self._lock:
+            if plan is not self._published:
+                self._copy(plan, shared.plan, shared.header)
+                self._published = plan
 
-    def _copy(self, plan: Plan | None, buffer: Tensor, header: Tensor) -> None:
+    def _copy(self, plan: Plan, buffer: Tensor, header: Tensor) -> None:
         """Of a plan that is too large only the header: kernels on the host refuse one that is shorter than its header
         says, and on other devices `Planner` did."""
-        plan = plan or self._shared.default or self._shared.blank
-        words, first = _bytes_of(buffer), _bytes_of(header)
+        shared = buffer is self._shared.plan and header is self._shared.header
+        words, first = (self._words, self._header) if shared else (_bytes_of(buffer), _bytes_of(header))
         if words is None or first is None:
             buffer[: plan.tensor.numel()].copy_(plan.tensor)
             header.copy_(plan.header)
