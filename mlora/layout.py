@@ -27,10 +27,11 @@ elements. The store gives each adapter two rows, the second for the rests of its
 **Plan**, one per forward: int32, one dimension, refreshed by one copy. With R rows, P routes and
 E terms (a route is a distinct recipe; a term is one weighted slot of a recipe):
 
-    [0:8]            header: R, P, E, X, H, F, L, 0, where X is how often `generate` repeats a row, and H is 1 where
-                     one has a head or an embedding of another size, F where one changes parameters
-                     (`target_parameters`), L where one is an aLoRA, which applies to some of a row's tokens; compiled
-                     code must refuse all three
+    [0:8]            header: R, P, E, X, N, F, 0, 0, where X is how often `generate` repeats a row, N is how many
+                     entries were listed (R; of equal ones R is 1), and F says what compiled code must refuse: the sum
+                     of HEADS, where one has a head or an embedding of another size, EXPERTS, where one changes
+                     parameters (`target_parameters`), TAILS, where one is an aLoRA, which applies to some of a row's
+                     tokens, and FOREIGN, where rows differ in a module that reads another modality than text
     row_start  P+1   rows of route p are row_order[row_start[p] : row_start[p+1]]
     row_order  R     rows sorted by route; those that take no adapter come last, after row_start[P]
     term_start P+1   terms of route p are [term_start[p], term_start[p+1])
@@ -62,3 +63,4 @@ def size_and_stride(word: int) -> tuple[int, int]:
 
 
 PLAN_HEADER = 8
+HEADS, EXPERTS, TAILS, FOREIGN = 1, 2, 4, 8

@@ -29,7 +29,7 @@ from .layers import (
     swap_class,
     swap_forward,
 )
-from .patched import PatchedModel, ancestors, unpatch
+from .patched import PatchedModel, ancestors, mix_in, unpatch
 from .plan.modality import foreign_in, placeholders_of
 from .plan.shared import Shared
 from .runtime import Runtime
@@ -176,8 +176,7 @@ def _patch(
         swap_class(module, mixin)
     for module in ancestors(model, runtime.bases):
         guard_moves(module, shared)
-    swap_class(model, PatchedModel)
-    model.__dict__["mlora"] = runtime
+    mix_in(model, runtime)
     return runtime
 
 

@@ -102,10 +102,11 @@ def check_tokens(ids: Tensor, heads: Heads, tokens: int, name: str) -> None:
     the model's own; `name` is the module's."""
     rows = ids.reshape(heads.rows, -1)
     if (beyond := (rows < 0) | (rows >= heads.widths)).any():
-        row, column = beyond.nonzero()[0].tolist()
-        width = int(heads.widths[row])
+        planned, column = beyond.nonzero()[0].tolist()
+        width = int(heads.widths[planned])
+        row = (planned * rows.shape[1] + column) * len(ids) // ids.numel()  # of the batch
         raise errors.TokenError(
-            f"row {row} has token {int(rows[row, column])}; {name} has {width} tokens "
+            f"row {row} has token {int(rows[planned, column])}; {name} has {width} tokens "
             f"{'in the model' if width == tokens else 'in the adapter of that row'}"
         )
 

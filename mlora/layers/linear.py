@@ -65,7 +65,7 @@ class LoraLayer(nn.Module):
             shape = x.shape
             if x.dtype is not state.dtype or not x.is_cpu:
                 return self._apart(x, plan, touches)
-            if plan.rows != 1 and (shape[0] not in plan.row_counts or len(shape) == 1 or state.loose):
+            if plan.entries != 1 and (shape[0] not in plan.row_counts or len(shape) == 1 or state.loose):
                 self._check_rows(x, plan)
         weight, bias = held["weight"], held["bias"]
         past = scope.unobserved and state.direct is not None and type(x) is Tensor  # the dispatcher
@@ -227,7 +227,7 @@ class LoraLayer(nn.Module):
                 f"{state.name} got an input in {x.dtype} on {x.device}; the model was patched in {state.dtype} on "
                 f"{state.device}. Unpatch, move the model and patch again"
             )
-        if plan.rows != 1:
+        if plan.entries != 1:
             self._check_rows(x, plan)
 
     def _is_cast(self, dtype: torch.dtype) -> bool:
@@ -236,10 +236,13 @@ class LoraLayer(nn.Module):
 
     def _check_rows(self, x: Tensor, plan: Plan) -> None:
         state = self._mlora
-        if plan.uniform:
+        if plan.entries == 1:
+            return
+        scope = state.shared.active.get()
+        if plan.uniform and scope.counted:  # equal ones
             return
         if state.foreign:
-            others = state.shared.active.get().others
+            others = scope.others
             if others is None:
                 raise errors.AttributionError(
                     f"{state.name} reads another modality than text, and runs outside of a call of the patched model, "
@@ -252,13 +255,13 @@ class LoraLayer(nn.Module):
         if not state.gathered:
             if rows in plan.row_counts:
                 return
-            length = state.shared.active.get().length
+            length = scope.length
             if x.dim() == 2 and length and any(rows == count * length for count in plan.row_counts):
                 return  # (rows, length, in) flattened in order
         what = "an expert, which gets tokens gathered from any rows" if state.gathered else "the module"
         raise errors.AttributionError(
             f"{state.name} got an input of shape {tuple(x.shape)}, which cannot be attributed to the batch's "
-            f"{plan.rows} rows ({what}); use one adapter for all rows, or adapters that do not target it"
+            f"{plan.entries} rows ({what}); use one adapter for all rows, or adapters that do not target it"
         )
 
     def _check_weight(self, weight: Tensor) -> None:

@@ -137,8 +137,7 @@ class ParametersLayer(LoraLayer):
         if not isinstance(x, Tensor) or not x.dim():
             raise errors.AttributionError(f"{state.name} got no hidden states as its {state.input}")
         self._check_autocast(x)
-        if not plan.uniform:
-            self._check_rows(x, plan)
+        self._check_rows(x, plan)
         return self._divided(x, args, named, plan)
 
     def _whole(self, args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:

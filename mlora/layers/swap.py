@@ -15,11 +15,17 @@ from ..plan.shared import Shared
 _swapped: dict[tuple[type, type], type] = {}
 
 
-def swap_class(module: nn.Module, mixin: type) -> None:
-    """Give `module` a subclass of (mixin, its own class) that keeps the class's name."""
+def swap_class(module: nn.Module, mixin: type, forward_over: Callable[[Any], Callable[..., Any]] | None = None) -> None:
+    """Give `module` a subclass of (mixin, its own class) that keeps the class's name.
+
+    Args:
+        forward_over: makes the subclass's forward of the class, where the mixin has none for all of them.
+    """
     cls = type(module)
     if (mixin, cls) not in _swapped:
-        body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+        body: dict[str, Any] = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+        if forward_over is not None:
+            body["forward"] = forward_over(cls)
         _swapped[mixin, cls] = type(cls.__name__, (mixin, cls), body)
     module.__class__ = _swapped[mixin, cls]
 

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from .. import errors
+from .. import errors, layout
 
 LIBRARY = torch.library.Library("mlora", "FRAGMENT")
 
@@ -51,15 +51,16 @@ def _fetch_plan(plan: Tensor, header: Tensor, number: int) -> None:
 
 
 def _check_rows(plan: Tensor, rows: int) -> None:
-    planned, routes, _, expansion = plan[:4].tolist()
-    if routes and planned != 1 and rows not in (planned, planned * expansion):
+    planned, routes, _, expansion, entries = plan[:5].tolist()
+    equal = planned == 1 and rows == 0
+    if routes and entries != 1 and not equal and rows not in (entries, entries * expansion):
         raise errors.AttributionError(
-            f"the active routing has {planned} entries; compiled code got a batch of {rows} rows"
+            f"the active routing has {entries} entries; compiled code got a batch of {rows} rows"
         )
 
 
 def _check_heads(header: Tensor) -> None:
-    if int(header[4]):
+    if int(header[5]) & layout.HEADS:
         raise errors.UnsupportedAdapterError(
             "the active routing has an adapter with a head or a token embedding of another size than the model's; "
             "under torch.compile, where sizes are fixed, it is not served"
@@ -67,7 +68,7 @@ def _check_heads(header: Tensor) -> None:
 
 
 def _check_experts(header: Tensor) -> None:
-    if int(header[5]):
+    if int(header[5]) & layout.EXPERTS:
         raise errors.UnsupportedAdapterError(
             "the active routing has an adapter with target_parameters, whose modules run once for each recipe of the "
             "batch; under torch.compile, where what is run is fixed, it is not served"
@@ -75,7 +76,7 @@ def _check_experts(header: Tensor) -> None:
 
 
 def _check_tails(header: Tensor) -> None:
-    if int(header[6]):
+    if int(header[5]) & layout.TAILS:
         raise errors.UnsupportedAdapterError(
             "the active routing has an aLoRA (alora_invocation_tokens), whose tokens are looked for in each batch; "
             "under torch.compile it is not served"
@@ -83,7 +84,7 @@ def _check_tails(header: Tensor) -> None:
 
 
 def _check_foreign(header: Tensor) -> None:
-    if int(header[7]):
+    if int(header[5]) & layout.FOREIGN:
         raise errors.AttributionError(
             "the active routing has several entries, and adapters of modules that read another modality than text, "
             "whose inputs are attributed to rows by token ids; under torch.compile, where those are not looked at, use "
@@ -124,7 +125,8 @@ def fetch_plan(plan: Tensor, header: Tensor, number: int) -> None:
 
 
 def check_rows(plan: Tensor, rows: int) -> None:
-    """Raise `AttributionError` unless `plan` routes batches of `rows` rows; one entry for all routes any.
+    """Raise `AttributionError` unless `plan` routes batches of `rows` rows; one entry for all routes any. 0 stands for
+    tokens of any rows, which several entries route only if they are equal.
 
     The plan is read on the host, so this is for plans in host memory; on other devices the caller's own
     check of the batch has to do.

@@ -91,7 +91,7 @@ class Activation:
                 runs.append(end - begin)
         words = to_device(plan_words(recipes, runs=runs), self.plan.tensor.device)
         rows = len(self.starts)
-        return replace(self.plan, tensor=words, rows=rows, row_counts=(rows,))
+        return replace(self.plan, tensor=words, rows=rows, row_counts=(rows,), entries=rows)
 
     def _within(self, start: int | None, count: int) -> int:
         """Where an aLoRA's tokens start among the last `count`; `count` if none of them is one."""

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import layout
+
 Recipe: TypeAlias = tuple[tuple[str, float], ...]
 """A resolved entry: (adapter name, weight), sorted by name, without zero weights; `()` is base."""
 Terms: TypeAlias = tuple[tuple[int, float], ...]
@@ -26,8 +28,10 @@ class Plan:
         touches: one byte a module, what the plan's adapters do to it (`arena.bits.LORA`, ...).
         names: the adapters that it pins.
         rows: batch rows, or 1 if one recipe serves every row of any batch.
-        row_counts: the leading sizes that a module's input may have: `rows`, and `rows` times the
+        row_counts: the leading sizes that a module's input may have: as many as there are entries, and that times the
             expansion of `generate` (beams, returned sequences), entries repeated in place.
+        entries: how many were listed; 1 if one was given for all rows. Equal ones are one recipe for all rows, and
+            are counted still.
         heads: module number -> which rows heads or token embeddings of another size answer (`layers.head.Heads`).
         routes: of each recipe, where one changes parameters: its rows, and the terms (`layers.route.Route`).
         recipes: of each row. `invocations`: aLoRAs among its adapters -> the tokens from which on each applies; see
@@ -47,6 +51,7 @@ class Plan:
     recipes: tuple[Recipe, ...] = ()
     invocations: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     trained: frozenset[int] = frozenset()
+    entries: int = 1
     raw: bytes = field(init=False, repr=False, default=b"")
 
     def __post_init__(self) -> None:
@@ -66,9 +71,10 @@ def plan_words(
     tails: bool = False,
     foreign: bool = False,
     runs: Sequence[int] | None = None,
+    entries: int | None = None,
 ) -> np.ndarray:
     """The plan of `recipes` as int32 words in the layout of `mlora.layout`; each is that of the next row, or of as
-    many of the next rows as `runs` says."""
+    many of the next rows as `runs` says. `entries`: how many were listed, if not one a row."""
     routes: dict[Terms, list[int]] = {}
     base: list[int] = []
     rows = 0
@@ -76,7 +82,8 @@ def plan_words(
         (routes.setdefault(recipe, []) if recipe else base).extend(range(rows, rows + run))
         rows += run
     terms = [term for recipe in routes for term in recipe]
-    header = [rows, len(routes), len(terms), expansion, int(heads), int(experts), int(tails), int(foreign)]
+    refused = layout.HEADS * heads | layout.EXPERTS * experts | layout.TAILS * tails | layout.FOREIGN * foreign
+    header = [rows, len(routes), len(terms), expansion, rows if entries is None else entries, refused, 0, 0]
     row_start = np.cumsum([0, *map(len, routes.values())])
     row_order = [row for own in [*routes.values(), base] for row in own]
     term_start = np.cumsum([0, *map(len, routes)])

@@ -59,7 +59,8 @@ class Scope:
     Of the call that is running: the `length` of its sequences (0 if there is none), `unobserved`, whether nothing
     looked at the operators when it began, what its layers left for their `siblings`, `activation`, to what aLoRAs apply
     in it, the `prompt` of the `generate` that is running if it has some, `late`, what is asked of the call when it ends
-    (None if none runs), and, of a model that reads more than text, what the call tells of `others`.
+    (None if none runs), `counted`, whether its rows, or those of the `generate`, were found to be as many as the
+    entries, and, of a model that reads more than text, what the call tells of `others`.
 
     Layers read `plan` of whatever is in the variable. It is `own`, and missing where that need not be what counts, as
     Python then asks `__getattr__`.
@@ -72,6 +73,7 @@ class Scope:
     source: Scope | None = None
     length = 0
     unobserved = False
+    counted = False
     siblings: Siblings | None = None
     activation: Activation | None = None
     prompt: Prompt | None = None
@@ -90,7 +92,8 @@ class Scope:
         if outer is not None and outer.outer is not None:  # as most calls, the outermost is in no other
             self.since, self.length, self.unobserved = outer.since, outer.length, outer.unobserved
             self.prompt, self.late, self.others = outer.prompt, outer.late, outer.others
-            self.activation = outer.activation if outer.own is own else None
+            if outer.own is own:
+                self.activation, self.counted = outer.activation, outer.counted
 
     def __getattr__(self, name: str) -> Any:
         if name == "plan":

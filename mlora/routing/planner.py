@@ -166,6 +166,8 @@ class Planner:
         """Of one recipe a row, which came of `entries`; `rows` is None where one serves them all."""
         if rows is not None and len(recipes) != rows:
             raise errors.EntryError(f"adapter_names has {len(recipes)} entries for a batch of {rows} rows")
+        if len(set(recipes)) == 1:
+            recipes = recipes[:1]
         owners = [self._owners(recipe) for recipe in recipes]
         names = tuple(sorted({name for recipe in recipes for name, _ in recipe}))
         self._store.acquire(names)
@@ -189,10 +191,11 @@ class Planner:
         recipes: Sequence[Recipe],
         names: tuple[str, ...],
         owners: Sequence[Mapping[int, str]],
-        rows: int,
+        entries: int,
         expansion: int,
     ) -> Plan:
-        """Of recipes of adapters that do not move. `owners`: of each recipe, as `_owners` says."""
+        """Of recipes of adapters that do not move: one for each of `entries`, or one for all of them. `owners`: of each
+        recipe, as `_owners` says."""
         store = self._store
         packed = {name: store[name] for name in names}
         heads: dict[int, list[Head | None]] = {}
@@ -212,8 +215,9 @@ class Planner:
         terms = [store.terms(recipe) for recipe in recipes]
         invocations = {name: one.invocation for name, one in packed.items() if one.invocation}
         experts = bool(touches[self._experts].any())
+        rows = len(recipes)
         foreign = rows > 1 and any(touches[index] for index in self._shared.foreign)
-        words = plan_words(terms, expansion, bool(heads), experts, bool(invocations), foreign)
+        words = plan_words(terms, expansion, bool(heads), experts, bool(invocations), foreign, entries=entries)
         device, most = store.arena.device, self._shared.plan.numel()
         if len(words) > most and device.type != "cpu":
             raise errors.CapacityError(
@@ -224,7 +228,7 @@ class Planner:
         header = torch.from_numpy(words[: layout.PLAN_HEADER])
         grouped = {index: group_heads(found, self._width(index), device) for index, found in heads.items()}
         routes = group_routes(recipes, packed, self._experts, device) if experts else ()
-        counts = (rows, rows * expansion)
+        counts = (entries, entries * expansion)
         trained = frozenset().union(*(one.trained for one in packed.values()))
         return Plan(
             tensor,
@@ -238,6 +242,7 @@ class Planner:
             tuple(recipes),
             invocations,
             trained,
+            entries,
         )
 
     def _width(self, index: int) -> int:

@@ -77,7 +77,7 @@ class Router:
         """All that runs inside, however long; `rows` in a batch."""
         return self._scope(lambda: (self._planner.acquire(entries, rows, 1), entries), lasting=True)
 
-    def _route(self, entries: Any, rows: int, expansion: int) -> AbstractContextManager[Scope]:
+    def route(self, entries: Any, rows: int, expansion: int) -> AbstractContextManager[Scope]:
         """A call; each of `rows` is repeated `expansion` times."""
         return self._scope(lambda: (self._planner.acquire(entries, rows, expansion), entries))
 
@@ -91,13 +91,10 @@ class Router:
     def forward(self, entries: Any, call: Call) -> Iterator[None]:
         """A call of the model."""
         shape = call.shape
-        with self._kept() if entries is None else self._route(entries, shape[0] if shape else 1, 1) as scope:
-            plan, listed = scope.plan, entries is None and not is_single(scope.entries)
-            if plan is not None and listed and shape and shape[0] not in plan.row_counts:
-                raise errors.EntryError(
-                    f"the active routing has {plan.rows} entries; the model was called with {shape[0]} rows"
-                )
-            scope.unobserved = direct.unobserved()
+        with self._kept() if entries is None else self.route(entries, shape[0] if shape else 1, 1) as scope:
+            plan = scope.plan
+            self.check_rows(call)
+            scope.unobserved, scope.counted = direct.unobserved(), True
             scope.length, scope.activation, scope.late = shape[1] if len(shape) > 1 else 0, None, []
             scope.others = self._others(call)
             if plan is not None and plan.invocations:  # to which tokens do its aLoRAs apply?
@@ -107,12 +104,21 @@ class Router:
             for late in scope.late:
                 late.settle()
 
+    def check_rows(self, call: Call) -> None:
+        """Raise `EntryError` unless a call of the model has as many rows as entries are routed."""
+        scope, shape = self._shared.local, call.shape
+        plan = scope.plan
+        if plan is not None and not is_single(scope.entries) and shape and shape[0] not in plan.row_counts:
+            raise errors.EntryError(
+                f"the active routing has {plan.entries} entries; the model was called with {shape[0]} rows"
+            )
+
     @contextmanager
     def generation(self, entries: Any, call: Call, expansion: int) -> Iterator[None]:
         """A `generate` that repeats each row `expansion` times."""
         rows = call.shape[0] if call.shape else 1
         if entries is not None:
-            with self._route(entries, rows, expansion) as scope:
+            with self.route(entries, rows, expansion) as scope:
                 self._prompt(scope, call)
                 yield
             return
@@ -121,13 +127,13 @@ class Router:
                 self._prompt(scope, call)
                 yield
                 return
-            with self._route(scope.entries, rows, expansion) as scope:
+            with self.route(scope.entries, rows, expansion) as scope:
                 self._prompt(scope, call)
                 yield
 
     def _prompt(self, scope: Scope, call: Call) -> None:
         """Tell a scope what `generate` was given."""
-        plan = scope.plan
+        plan, scope.counted = scope.plan, True
         scope.prompt = prompt_of(plan, call) if plan is not None and plan.invocations else None
         scope.others = self._others(call)
 

@@ -30,8 +30,8 @@ entries = st.one_of(
 def decode(words: np.ndarray) -> list[dict[int, float]]:
     """Per row, slot -> weight: the layout's documentation read backwards."""
     assert words.dtype == np.int32 and words.ndim == 1
-    rows, routes, terms, _, *rest = (int(word) for word in words[: layout.PLAN_HEADER])
-    assert rest == [0] * (layout.PLAN_HEADER - 4)
+    rows, routes, terms, _, listed, *rest = (int(word) for word in words[: layout.PLAN_HEADER])
+    assert listed == rows and rest == [0] * (layout.PLAN_HEADER - 5)
     parts = np.split(words[layout.PLAN_HEADER :], np.cumsum([routes + 1, rows, routes + 1, terms, terms]))
     row_start, row_order, term_start, slots, bits, beyond = parts
     assert len(bits) == terms and not len(beyond)
