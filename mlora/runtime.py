@@ -19,7 +19,7 @@ from .arena.store import Store
 from .folding.fold import Folded
 from .folding.originals import KEEPS
 from .layers import Stack, base_linears
-from .lowering import BaseLinear, lower
+from .lowering import BaseLinear, Names, lower, part_of
 from .merge import Merge
 from .patched import unpatch
 from .plan.shared import Shared
@@ -92,13 +92,18 @@ class Runtime:
         *,
         revision: str | None = None,
         token: str | None = None,
+        subfolder: str | None = None,
         allow_pickle: bool = False,
         approximate: int | None = None,
         strict: bool = False,
+        ignore: Sequence[str] = (),
     ) -> AdapterInfo:
-        """Load a PEFT folder or a hub id, under `adapter_name` (default: the last part of its path).
+        """Load a PEFT folder or a hub id, or the `subfolder` of one, under `adapter_name` (default: the last part of
+        its path).
 
         Args:
+            ignore: config fields and tensors that are left out, by name or, of tensors, by pattern (`v_head.*`): for
+                what mlora does not know and refuses, and you know to say nothing. The info's `ignored` tells what was.
             approximate: serve a delta of full rank, which is refused otherwise, as the nearest one of this
                 rank; the info's `errors` tell how near. What has an exact form stays exact.
             strict: refuse an adapter whose config targets modules that its files have nothing for, or whose files have
@@ -110,21 +115,36 @@ class Runtime:
             AdapterError, UnsupportedAdapterError: it is damaged, does not fit, or cannot be served exactly.
             CapacityError: it is larger than the whole arena.
         """
-        name = adapter_name if adapter_name is not None else Path(path_or_id).name
+        name = adapter_name if adapter_name is not None else Path(subfolder or path_or_id).name
         self._registry.check_new(name)
-        adapter = Adapter.from_pretrained(path_or_id, revision=revision, token=token, allow_pickle=allow_pickle)
+        adapter = Adapter.from_pretrained(
+            path_or_id,
+            revision=revision,
+            token=token,
+            subfolder=subfolder,
+            allow_pickle=allow_pickle,
+            ignore=ignore,
+        )
         return self._add(name, adapter, approximate, strict)
 
     def add_adapter(
-        self, adapter_name: str, adapter: Adapter, *, approximate: int | None = None, strict: bool = False
+        self,
+        adapter_name: str,
+        adapter: Adapter,
+        *,
+        approximate: int | None = None,
+        strict: bool = False,
+        ignore: Sequence[str] = (),
     ) -> AdapterInfo:
-        """Add an adapter that is in memory. Takes `approximate` and `strict` and raises as `load_adapter` does."""
+        """Add an adapter that is in memory. Takes `approximate`, `strict` and `ignore` and raises as `load_adapter`
+        does."""
         if not isinstance(adapter, Adapter):
             raise errors.AdapterError(f"add_adapter takes an mlora.Adapter, not {adapter!r}; load_adapter reads files")
         self._registry.check_new(adapter_name)
-        return self._add(adapter_name, adapter, approximate, strict)
+        return self._add(adapter_name, adapter.ignoring(ignore), approximate, strict)
 
     def _add(self, name: str, adapter: Adapter, approximate: int | None, strict: bool) -> AdapterInfo:
+        adapter = part_of(adapter, Names(self._model, self.bases))
         lowered = lower(adapter, self.bases, approximate, model=self._model, strict=strict)
         info = self._registry.add(name, adapter, lowered, approximate)
         if lowered.remark:

@@ -14,7 +14,7 @@ from torch import nn
 
 from . import errors
 from .adapters.adapter import Adapter
-from .layers import INNER, base_linears, find_layers, inner_module
+from .layers import base_linears, find_layers, inner_module, inside_peft
 from .lowering import lower
 
 
@@ -92,11 +92,7 @@ def _put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 
 def _tuner_layers(model: nn.Module) -> dict[str, Any]:
     """Dotted path -> every layer of PEFT's that wraps a module of the model's."""
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if any(isinstance(getattr(module, inner, None), nn.Module) for inner in INNER)
-    }
+    found = {name: module for name, module in model.named_modules() if inside_peft(module) is not None}
     return {name: layer for name, layer in found.items() if not any(name.startswith(f"{o}.") for o in found)}
 
 

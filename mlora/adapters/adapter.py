@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import errors
+from .header import DTYPES
+from .keys import PEFT_PREFIX, SHARED_PREFIX, plain_keys, without
 from .loader import read_adapter
 
-PEFT_PREFIX = "base_model.model."
-SHARED_PREFIX = "base_model."  # of tensors that belong to the whole adapter, as VeRA's projections
+_SERVED = frozenset(DTYPES.values())
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,11 @@ class Adapter:
     Args:
         config: the contents of PEFT's `adapter_config.json`; `peft_type` is required.
         tensors: parameter name -> CPU tensor in PEFT's file format, for example
-            `model.layers.0.self_attn.q_proj.lora_A.weight` of shape (rank, in). PEFT's
-            `base_model.model.` prefix is accepted and removed.
+            `model.layers.0.self_attn.q_proj.lora_A.weight` of shape (rank, in). PEFT's prefix
+            `base_model.model.`, the adapter's name (`lora_A.default.weight`), and what torch.compile, FSDP or
+            activation checkpointing put around modules (`_orig_mod`) are removed.
         source: where it came from, for messages and listings.
-        mapped: the file whose bytes the tensors are, and its state when it was read; None if they are in memory.
+        ignored: names of config fields and tensors, or patterns of them, that were there and are left out.
 
     Raises:
         AdapterError: no `peft_type`, no tensors, or a tensor that is not finite.
@@ -41,7 +42,7 @@ class Adapter:
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     source: str = field(default="memory")
-    mapped: tuple[Path, os.stat_result] | None = field(default=None, repr=False, compare=False)
+    ignored: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for what, value in (("config", self.config), ("tensors", self.tensors)):
@@ -54,19 +55,19 @@ class Adapter:
             raise errors.AdapterError(f"adapter from {self.source}: its config has no 'peft_type'")
         if not self.tensors:
             raise errors.AdapterError(f"adapter from {self.source}: it has no tensors")
+        if wrong := next((key for key, tensor in self.tensors.items() if tensor.dtype not in _SERVED), None):
+            raise errors.AdapterError(
+                f"adapter from {self.source}: {wrong} is {self.tensors[wrong].dtype}, which is not served; those that "
+                f"are: {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES.values())}"
+            )
         floats = {key: tensor for key, tensor in self.tensors.items() if tensor.is_floating_point()}
         if not all(map(all_finite, _vectors(floats.values()))):
-            key, bad = next((k, int((~torch.isfinite(t)).sum())) for k, t in floats.items() if not all_finite(t))
+            key, bad = next((k, int((~_finite(t)).sum())) for k, t in floats.items() if not all_finite(t))
             raise errors.AdapterError(
                 f"adapter from {self.source}: {key} has {bad} values that are NaN or infinite, "
                 f"of {floats[key].numel()}; all must be finite"
             )
-        tensors = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in self.tensors.items()}
-        if len(tensors) != len(self.tensors):
-            raise errors.AdapterError(
-                f"adapter from {self.source}: some tensors come both with and without the prefix {PEFT_PREFIX!r}"
-            )
-        object.__setattr__(self, "tensors", tensors)
+        object.__setattr__(self, "tensors", plain_keys(self.tensors, self.source))
 
     @property
     def peft_type(self) -> str:
@@ -81,20 +82,35 @@ class Adapter:
         *,
         revision: str | None = None,
         token: str | None = None,
+        subfolder: str | None = None,
         allow_pickle: bool = False,
+        ignore: Sequence[str] = (),
     ) -> Adapter:
-        """Read a PEFT folder, or a Hugging Face hub id.
+        """Read a PEFT folder, or a Hugging Face hub id, into memory. What is written there meanwhile or later does not
+        matter: the files are read whole and as they were at one moment.
 
         Args:
             path_or_id: a folder with `adapter_config.json` and `adapter_model.safetensors`, or `org/name`.
             revision: branch, tag or commit on the hub.
             token: hub token; the default is the one that is logged in.
+            subfolder: of the folder or the hub id.
             allow_pickle: also read `adapter_model.bin`, with torch's `weights_only` unpickler.
+            ignore: names of config fields and of tensors, or patterns of the latter, that are left out; `ignored` tells
+                those that were there.
 
         Raises:
-            AdapterError: something is missing, damaged or not finite.
+            AdapterError: something is missing, damaged or not finite, or the files do not come to rest.
         """
-        return cls(*read_adapter(path_or_id, revision=revision, token=token, allow_pickle=allow_pickle))
+        return cls(
+            *read_adapter(
+                path_or_id,
+                revision=revision,
+                token=token,
+                subfolder=subfolder,
+                allow_pickle=allow_pickle,
+                ignore=ignore,
+            )
+        )
 
     @classmethod
     def from_peft(cls, model: Any, name: str = "default") -> Adapter:
@@ -117,26 +133,19 @@ class Adapter:
         tensors = {key: tensor.detach().to("cpu", copy=True) for key, tensor in state.items()}
         return cls(copy.deepcopy(configs[name].to_dict()), tensors, source=f"{type(model).__name__} adapter {name!r}")
 
-    def check_file(self) -> None:
-        """Raise `AdapterError` if the file that the tensors lie in was written to since it was read: its values are
-        others then, and reading what was cut off would end the process. One that took its place is no matter."""
-        if self.mapped is None:
-            return
-        path, then = self.mapped
-        try:
-            now = path.stat()
-        except OSError:  # its name is gone, its bytes are not
-            return
-        same = (now.st_dev, now.st_ino) == (then.st_dev, then.st_ino)
-        if same and (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns):
-            raise errors.AdapterError(
-                f"adapter from {self.source}: {path} was overwritten in place since it was read; read it again, and "
-                f"have new files take the place of old ones by renaming"
-            )
+    def ignoring(self, ignore: Sequence[str]) -> Adapter:
+        """The adapter without what `ignore` names, see `from_pretrained`; itself where there is none of it."""
+        config, tensors, ignored = without(self.config, self.tensors, ignore)
+        return Adapter(config, tensors, self.source, (*self.ignored, *ignored)) if ignored else self
+
+    def holding(self, tensors: Mapping[str, Tensor]) -> Adapter:
+        """The adapter with the same tensors in other memory."""
+        moved = copy.copy(self)
+        object.__setattr__(moved, "tensors", tensors)
+        return moved
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the adapter as a PEFT folder, which both PEFT and `from_pretrained` read back."""
-        self.check_file()
         config = json.dumps(dict(self.config), indent=2, sort_keys=False, default=_to_json)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -151,7 +160,11 @@ class Adapter:
 def all_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite. The sum, which takes a tenth of the time, shows it unless it overflows; of
     8-bit floats there is none."""
-    return (tensor.itemsize > 1 and math.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+    return (tensor.itemsize > 1 and math.isfinite(tensor.sum())) or bool(_finite(tensor).all())
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    return torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor)
 
 
 def _vectors(tensors: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -15,49 +15,74 @@ from pathlib import Path
 from typing import Any
 
 from .. import errors
+from .instead import CONFIG, DIFFUSERS, instead, names_under
 
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
-DIFFUSERS = "pytorch_lora_weights.safetensors"
 FILES = (CONFIG, WEIGHTS, PICKLE, DIFFUSERS)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def local_path(name: str, revision: str | None, token: str | None, cache: Path | None = None) -> Path:
-    """The folder or `.safetensors` file that `name` stands for, fetched if it is not local.
+def local_path(
+    name: str, revision: str | None, token: str | None, subfolder: str | None = None, cache: Path | None = None
+) -> Path:
+    """The folder or `.safetensors` file that `name` stands for, or a folder in it, fetched if it is not local.
 
     Raises:
         AdapterError: there is nothing of that name.
     """
     if "://" in name:
-        return from_url(name, cache)
-    path = Path(name)
+        return from_url(f"{name.rstrip('/')}/{subfolder}" if subfolder else name, cache)
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:  # no such user
+        raise errors.AdapterError(f"there is no folder {name!r}: {error}") from error
     try:
         folder, there = path.is_dir(), path.exists()
     except OSError as error:
         raise errors.AdapterError(f"there is no folder {name!r}: {error.strerror}") from error
+    if folder and subfolder:
+        if not (path / subfolder).is_dir():
+            raise errors.AdapterError(f"{name!r} has no subfolder {subfolder!r}{instead(names_under(path))}")
+        return path / subfolder
     if folder:
         return path
     if there:
-        if path.is_file() and path.suffix == ".safetensors":
+        if path.is_file() and path.suffix == ".safetensors" and not subfolder:
             return path
         raise errors.AdapterError(f"{name!r} is a file; an adapter is a PEFT folder, or a .safetensors file")
     if not _HUB_ID.fullmatch(name):
         raise errors.AdapterError(f"there is no folder {name!r}, and it is not a hub id of the form 'org/name'")
-    return _from_hub(name, revision, token)
+    return _from_hub(name, revision, token, subfolder)
 
 
-def _from_hub(name: str, revision: str | None, token: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+def _from_hub(name: str, revision: str | None, token: str | None, subfolder: str | None) -> Path:
+    from huggingface_hub import list_repo_files, snapshot_download
 
+    inner = f"{subfolder.strip('/')}/" if subfolder else ""
     try:
-        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=list(FILES)))
+        patterns = [inner + file for file in FILES]
+        snapshot = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns))
+        folder = snapshot / inner
+        there = [file for file in FILES if (folder / file).is_file()]
+        names = [] if there else list_repo_files(name, revision=revision, token=token)
     except Exception as error:  # the hub client's errors have no common base short of Exception
         raise errors.AdapterError(
             f"there is no folder {name!r}, and as a hub id it could not be fetched: {_reason(error)}"
         ) from error
+    if not there:
+        raise errors.AdapterError(f"{name}/{inner} on the hub has none of {', '.join(FILES)}{instead(names)}")
+    for file in there:
+        _check_link(snapshot, folder / file)
+    return folder
+
+
+def _check_link(snapshot: Path, path: Path) -> None:
+    """Refuse what leads out of a download: the hub's cache links into the `blobs` beside its snapshots."""
+    roots, target = (snapshot.resolve(), snapshot.parent.parent.resolve() / "blobs"), path.resolve()
+    if not any(target.is_relative_to(root) for root in roots):
+        raise errors.AdapterError(f"{path} is a link out of its download, to {target}")
 
 
 def from_url(url: str, cache: Path | None = None) -> Path:
@@ -69,14 +94,15 @@ def from_url(url: str, cache: Path | None = None) -> Path:
     import fsspec
     from fsspec.callbacks import TqdmCallback
 
-    root = cache or Path(os.environ.get("MLORA_CACHE") or Path.home() / ".cache" / "mlora")
+    root = cache or Path(os.environ.get("MLORA_CACHE") or "~/.cache/mlora").expanduser()
     try:
         files, path = fsspec.core.url_to_fs(url)
         folder, _, single = path.rpartition("/") if path.endswith(".safetensors") else (path, "", "")
         wanted = (single, CONFIG) if single else FILES
         present = [name for name in wanted if files.isfile(f"{folder}/{name}")]
         if not present or (single and single not in present):
-            raise errors.AdapterError(f"{url} has none of {', '.join(wanted)}")
+            below = "" if single else instead(_names_below(files, folder))
+            raise errors.AdapterError(f"{url} has none of {', '.join(wanted)}{below}")
         state = [url, *(f"{name} {files.ukey(f'{folder}/{name}')}" for name in present)]
         target = root / hashlib.sha256("\n".join(state).encode()).hexdigest()
         if not target.is_dir():
@@ -99,6 +125,10 @@ def from_url(url: str, cache: Path | None = None) -> Path:
     except Exception as error:  # each filesystem has errors of its own
         raise errors.AdapterError(f"{url} could not be fetched: {_reason(error)}") from error
     return target / single if single else target
+
+
+def _names_below(files: Any, folder: str) -> list[str]:
+    return [name.removeprefix(folder).lstrip("/") for name in files.find(folder, maxdepth=3)]
 
 
 def _move(half: Path, target: Path) -> None:

@@ -25,6 +25,8 @@ OFFSETS = (layout.A, layout.B, layout.GAIN, layout.IN_GAIN, layout.SHIFT, layout
 
 _TURNED_BYTES = 1 << 18
 
+_REST = 8  # what part of a blob may be copied so that the rest need not be there twice
+
 
 @dataclass
 class Packed:
@@ -132,6 +134,35 @@ def pack(deltas: Mapping[int, Delta], empty: np.ndarray, dtype: torch.dtype, pin
     invocation = next((delta.invocation for delta in deltas.values() if delta.invocation), ())
     trained = frozenset(index for index, delta in deltas.items() if delta.trained)
     return Packed(blob, rows, touches, heads, trained, rests, invocation)
+
+
+def tensors_in(packed: Packed, deltas: Mapping[int, Delta], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, in no memory beside the blob where nearly all are in it as they are: the factors of a LoRA in
+    the arena's dtype. Else as they were given.
+
+    Args:
+        deltas: what was packed, made of `tensors`.
+    """
+    blob, offsets = packed.blob, packed.rows[:, 0][:, (layout.A, layout.B)].tolist()
+    places = {
+        part.data_ptr(): (part, offset)
+        for index, delta in deltas.items()
+        for part, offset in zip((delta.a, delta.b), offsets[index], strict=True)
+        if part is not None and offset >= 0
+    }
+    found = {}
+    for key, tensor in tensors.items():
+        part, offset = places.get(tensor.data_ptr(), (None, 0))
+        if part is None or tensor.dtype is not blob.dtype or not (tensor.is_cpu and tensor.is_contiguous()):
+            continue
+        if part is tensor or (part.shape == tensor.shape and part.is_contiguous()):
+            found[key] = blob.as_strided(tensor.shape, tensor.stride(), offset)
+        elif tensor.dim() == 2 and part.stride() == tensor.stride()[::-1] and part.shape == tensor.shape[::-1]:
+            found[key] = blob.as_strided(tensor.shape, (1, tensor.shape[0]), offset)
+    rest = {key: tensor for key, tensor in tensors.items() if key not in found}
+    if sum(tensor.nbytes for tensor in rest.values()) > packed.nbytes / _REST:
+        return dict(tensors)
+    return {key: found[key] if key in found else tensor.clone() for key, tensor in tensors.items()}
 
 
 def _lay_out(parts: Sequence[Tensor], dtype: torch.dtype, pin: bool) -> tuple[Tensor, np.ndarray]:

@@ -9,7 +9,7 @@ from .base import base_linear, base_linears
 from .conv import CONVS, ConvLayer
 from .dense import DENSE, compute_dtype, is_dense, model_dtype
 from .embedding import EmbeddingLayer
-from .find import INNER, find_layers, find_stacks, inner_module, mixin_of
+from .find import find_layers, find_stacks, inner_module, inside_peft, mixin_of
 from .head import Head, group_heads
 from .linear import LoraLayer
 from .norm import NormLayer, is_norm_like, norm_offset
@@ -21,7 +21,6 @@ from .swap import guard_moves, refuse_copy, refuse_move, restore_class, swap_cla
 __all__ = [
     "CONVS",
     "DENSE",
-    "INNER",
     "ConvLayer",
     "EmbeddingLayer",
     "Head",
@@ -41,6 +40,7 @@ __all__ = [
     "group_routes",
     "guard_moves",
     "inner_module",
+    "inside_peft",
     "is_dense",
     "is_norm_like",
     "mixin_of",

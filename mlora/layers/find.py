@@ -18,7 +18,7 @@ from .parameters import ParametersLayer, Stack, stacks_of
 from .swap import bound_forwards
 
 # Where PEFT's layers, and its copies of whole modules, keep the model's own.
-INNER = ("base_layer", "original_module")
+_INNER = ("base_layer", "original_module")
 
 MODULE_CLASSES: tuple[type[nn.Module], ...] = (nn.Linear, Conv1D)
 
@@ -97,9 +97,16 @@ def token_embeddings(model: nn.Module) -> Iterator[nn.Embedding]:
 
 def inner_module(module: Any) -> Any:
     """The model's own module inside one of PEFT's, which may hold it several layers deep; else `module`."""
-    while inner := next((c for name in INNER if isinstance(c := getattr(module, name, None), nn.Module)), None):
+    while (inner := inside_peft(module)) is not None:
         module = inner
     return module
+
+
+def inside_peft(module: nn.Module) -> nn.Module | None:
+    """What a layer of PEFT's wraps; None of other modules, which may call one of theirs `base_layer` too."""
+    if all(cls.__module__.partition(".")[0] != "peft" for cls in type(module).__mro__):
+        return None
+    return next((inner for name in _INNER if isinstance(inner := getattr(module, name, None), nn.Module)), None)
 
 
 def is_packed_linear(module: nn.Module) -> bool:

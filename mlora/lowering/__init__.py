@@ -32,6 +32,7 @@ from .parts import lower_module
 from .randlora import RANDLORA
 from .road import ROAD
 from .saved import LN_TUNING
+from .several import check_one, part_of
 from .targets import some
 from .tokens import TRAINABLE_TOKENS
 from .turn import Turn
@@ -53,7 +54,7 @@ REFUSED = {
     ),
     "ADAPTION_PROMPT": "it adds virtual tokens inside attention, not deltas to linears",
     "LILY": "what it adds to a row depends on the other rows of the batch",
-    "XLORA": "it runs the model twice and mixes adapters by what it sees, and its classifier is not in the file",
+    "XLORA": "an X-LoRA runs the model twice and mixes adapters by what it sees; its classifier is not in the file",
     "POLY": "it chooses by task_ids, an input of the model",
 }
 
@@ -106,14 +107,15 @@ def lower(
 
     Raises:
         UnsupportedAdapterError: the type or one of its options is not served.
-        AdapterError: it does not fit the model, or its file was written to since it was read.
+        AdapterError: it does not fit the model.
     """
     if approximately is not None and (type(approximately) is not int or approximately < 1):
         raise errors.AdapterError(f"approximate is {approximately!r}; it must be a rank: a positive integer")
-    adapter.check_file()
+    names = Names(model, bases)
+    adapter = part_of(adapter, names)
     lowering = _lowering_of(adapter)
     deltas: dict[str, Delta] = {}
-    gathered = gather(adapter, lowering, Names(model, bases))
+    gathered = gather(adapter, lowering, names)
     lowered = Lowered(deltas, tuple(gathered.missing), tuple(gathered.unused))
     if strict and lowered.remark:
         raise errors.AdapterError(f"adapter from {adapter.source}: {lowered.remark}; strict=True refuses that")
@@ -179,6 +181,7 @@ def module_names(adapter: Adapter) -> list[str]:
     Raises:
         UnsupportedAdapterError: its type, an option or a tensor is not served.
     """
+    check_one(adapter)
     return _module_names(adapter, _lowering_of(adapter))
 
 
@@ -189,8 +192,10 @@ __all__ = [
     "Conv",
     "Delta",
     "Lowered",
+    "Names",
     "Turn",
     "lower",
     "module_names",
+    "part_of",
     "to_adapter",
 ]

@@ -35,7 +35,15 @@ _HONOURED = {
 # Options of every type that do not change what a trained adapter computes.
 _NEUTRAL = {
     "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "task_type", "inference_mode",
+    "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr",  # ms-swift's, of training
+    "merge_weights",  # loralib's: whether evaluation folds the adapter in
 }  # fmt: skip
+
+# Options of other trainers, and those of their values that say what is done here anyway.
+_AS_HERE = {"swift_type": ("LORA", "ADALORA", "VERA", "BOFT"), "lora_B_layout": ("rank_major",)}
+
+# Honoured options of which one value or another is refused that may be harmless on a model that fits.
+_MAY_BE_IGNORED = {"init_lora_weights", "modules_to_save"}
 
 _TEXTS = (str, "a pattern or a list of names")
 _SHAPES: dict[str, tuple[type, str]] = {
@@ -68,7 +76,9 @@ def gather(adapter: Adapter, lowering: Lowering, names: Names) -> Gathered:
     bases = names.bases
     check_options(adapter, lowering.format)
     vocabulary = {name for name, base in bases.items() if base.embed_scale is not None or base.head}
-    grouped, shared = _group(adapter, lowering.format, lambda name: names.find(name) in vocabulary)
+    grouped, shared = _group(
+        adapter, lowering.format, lambda name: names.find(name) in vocabulary, lambda name: names.find(name) in bases
+    )
     if not grouped:
         raise errors.AdapterError(f"adapter from {adapter.source}: it has no weights of any module")
     placed = place(adapter, grouped, shared, lowering, names)
@@ -78,7 +88,7 @@ def gather(adapter: Adapter, lowering: Lowering, names: Names) -> Gathered:
     if unsaved := [name for name in bases if _is_saved(adapter, name) and "saved weight" not in modules.get(name, ())]:
         raise errors.AdapterError(
             f"adapter from {adapter.source}: its modules_to_save {adapter.config['modules_to_save']!r} name "
-            f"{some(unsaved)}, for which it has no weights"
+            f"{some(unsaved)}, for which it has no weights; ignore=['modules_to_save'] serves the model's own"
         )
     missing = placed.missing + _check_targets(adapter, placed, targeted, bases, lowering)
     follow(adapter, modules, bases, lambda name: any(_is_saved(adapter, n) for n in placed.files.get(name, (name,))))
@@ -114,8 +124,13 @@ def gather(adapter: Adapter, lowering: Lowering, names: Names) -> Gathered:
 def module_names(adapter: Adapter, lowering: Lowering) -> list[str]:
     """The modules that the files of `adapter` change, as they name them; raises as `modules_of` does."""
     check_options(adapter, lowering.format)
-    usual = _group(adapter, lowering.format, lambda name: name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES)
+    usual = _group(
+        adapter, lowering.format, lambda name: name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES, lambda name: False
+    )
     return sorted(usual[0])
+
+
+_COPIES = {suffix for suffix in BASE_PARTS if suffix.startswith("base_layer.")}
 
 
 def check_options(adapter: Adapter, format: Format) -> None:
@@ -127,50 +142,76 @@ def check_options(adapter: Adapter, format: Format) -> None:
         if value is not None and type(value) is not kind and not (many and option != "bias"):
             raise errors.AdapterError(f"adapter from {adapter.source}: {option} is {value!r}; it must be {wanted}")
     honoured = _HONOURED | format.honoured
+    if kept := [option for option in adapter.ignored if option in honoured - _MAY_BE_IGNORED]:
+        raise errors.UnsupportedAdapterError(
+            f"adapter from {adapter.source}: ignore names {kept[0]!r}, by which mlora computes; it may name options "
+            f"that are not served"
+        )
     for option, value in adapter.config.items():
         if option in honoured or option in _NEUTRAL or option in format.neutral or value in (None, False, {}, []):
             continue
+        if value in _AS_HERE.get(option, ()):
+            continue
         why = format.notes.get(option, "it may change what the adapter computes and mlora does not implement it")
         raise errors.UnsupportedAdapterError(
-            f"adapter from {adapter.source}: option {option}={value!r} is not served: {why}"
+            f"adapter from {adapter.source}: option {option}={value!r} is not served: {why}; ignore=[{option!r}] "
+            f"serves the adapter as if it were not there"
         )
 
 
 def _group(
-    adapter: Adapter, format: Format, is_vocabulary: Callable[[str], bool]
+    adapter: Adapter, format: Format, is_vocabulary: Callable[[str], bool], is_module: Callable[[str], bool]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Module path -> its tensors by part, and the adapter's own tensors; every key must be understood.
-    `is_vocabulary`: whether a module is an embedding of tokens or a head."""
+    `is_vocabulary`: whether a module is an embedding of tokens or a head. `is_module`: whether the model has it."""
     modules: dict[str, dict[str, Tensor]] = {}
     shared: dict[str, Tensor] = {}
     suffixes = {**format.parts, **BASE_PARTS}
     endings = frozenset(suffixes)
     # What is tied to a module to save is saved with it, unnamed.
     tied = adapter.config.get("modules_to_save") and adapter.config.get("ensure_weight_tying")
-    for key, tensor in adapter.tensors.items():
+    for key, stored in adapter.tensors.items():
+        # 8-bit floats are a format of storage, which torch computes little with.
+        tensor = stored.float() if stored.itemsize == 1 and stored.is_floating_point() else stored
         if key in format.shared:
             part = format.shared[key]
             shared[part] = tensor
         else:
-            suffix = _suffix(key, endings)
+            suffix = suffix_of(key, endings)
             name = "" if suffix is None else key[: -len(suffix) - 1]
+            if suffix in _COPIES and not is_module(name) and is_module(f"{name}.base_layer"):
+                name, suffix = f"{name}.base_layer", suffix.removeprefix("base_layer.")  # a module's own name
             if suffix is None or (suffix == "weight" and not (tied or _is_saved(adapter, name) or is_vocabulary(name))):
                 raise errors.UnsupportedAdapterError(
-                    f"adapter from {adapter.source}: tensor {key!r} is left over ({_guess(key)}); it is not served"
+                    f"adapter from {adapter.source}: tensor {key!r} is left over ({_guess(key)}); it is not served; "
+                    f"ignore=[{key!r}] serves the adapter without it, and takes patterns (v_head.*)"
                 )
             part = suffixes[suffix]
             parts = modules.setdefault(name, {})
             if part in parts:
                 raise errors.AdapterError(f"adapter from {adapter.source}: {key} is there under two names")
+            if tensor.dim() < 2 and (not tensor.numel() or _is_matrix(part, name)):
+                wanted = "a matrix" if _is_matrix(part, name) else "whole"
+                raise errors.AdapterError(
+                    f"adapter from {adapter.source}, module {name}: {part} has shape {tuple(tensor.shape)}; it must be "
+                    f"{wanted} (ZeRO-3 and FSDP leave such shards in files that were saved without gathering them)"
+                )
             parts[part] = tensor
-        if tensor.is_floating_point() == (part in format.integers):
+        if part not in format.numbers and tensor.is_floating_point() == (part in format.integers):
             kind = "whole numbers" if part in format.integers else "floating-point"
             raise errors.AdapterError(f"adapter from {adapter.source}: {key} is {tensor.dtype}; it must be {kind}")
     return modules, shared
 
 
+def _is_matrix(part: str, name: str) -> bool:
+    """Whether a part of a module is no vector in any type."""
+    if part in ("copy", "saved weight"):
+        return name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES
+    return part in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B") or part.startswith(("hada_", "lokr_"))
+
+
 @lru_cache(maxsize=1 << 13)  # adapters of one model have the same keys again and again
-def _suffix(key: str, suffixes: frozenset[str]) -> str | None:
+def suffix_of(key: str, suffixes: frozenset[str]) -> str | None:
     """The longest of `suffixes`, which have three steps at most, that ends `key`."""
     found, at = None, len(key)
     for _ in range(3):
@@ -194,7 +235,7 @@ def _guess(key: str) -> str:
     if "_embedding_" in key:
         return "embedding LoRA, which its type does not have"
     if key.startswith("v_head."):
-        return "the value head of a TRL trainer, which no answer of the model depends on; save the adapter without it"
+        return "the value head of a TRL trainer, which no answer of the model depends on"
     return "a trained copy of a base weight, or unknown"
 
 

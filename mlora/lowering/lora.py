@@ -35,7 +35,8 @@ from .parameters import parameter_delta
 
 _REWRITTEN = (
     "this initialisation rewrites the base weights; save the adapter with PEFT's "
-    "path_initial_model_for_weight_conversion, which turns it into a plain LoRA"
+    "path_initial_model_for_weight_conversion, which turns it into a plain LoRA, or load the base as it was rewritten "
+    "and pass ignore=['init_lora_weights']"
 )
 
 # Initialisations that leave the base weights alone; the others rewrite them.
@@ -66,6 +67,8 @@ FORMAT = Format(
     notes={
         "layer_replication": "it changes the number of layers",
         "arrow_config": "it routes each token by itself among other adapters",
+        "enable_lora": "its factors are loralib's, of some parts of a module",
+        "lora_B_layout": "its lora_B has the ranks of an expert side by side, PEFT's the experts of a rank",
     },
     convs={1, 2, 3},
     grouped=True,

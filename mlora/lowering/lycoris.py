@@ -20,7 +20,16 @@ from .module import Format, Lowering, Module
 from .names import Names
 
 PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_transformer_", "lycoris_")
-COMPONENTS = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")
+COMPONENTS = (
+    "unet.", "transformer.", "text_encoder.", "text_encoder_2.", "text_encoder_3.",  # diffusers
+    "diffusion_model.", "model.diffusion_model.",  # ComfyUI
+    *(f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl")),
+)  # fmt: skip
+
+_UNTOLD = (
+    "the header of the file tells it and no tensor does; some programs scale by alpha / r then and some do not. Add a "
+    "tensor '<module>.alpha' to each module, or take a scale of 1"
+)
 
 FORMAT = Format(
     parts={
@@ -37,8 +46,15 @@ FORMAT = Format(
         **loha.FORMAT.parts,
         **lokr.FORMAT.parts,
     },
+    numbers={"alpha"},
+    notes=dict.fromkeys(("ss_network_alpha", "alpha", "lora_alpha"), _UNTOLD),
     convs={1, 2, 3},
 )
+
+
+def component(key: str) -> str:
+    """Which model of a pipeline a tensor or module is of, by the start of its name; "" where that does not say."""
+    return next((start for start in (*PREFIXES, *COMPONENTS) if key.startswith(start)), "")
 
 
 def names(saved: Iterable[str], model: Names) -> dict[str, str]:
@@ -49,7 +65,7 @@ def names(saved: Iterable[str], model: Names) -> dict[str, str]:
     found = {}
     for name in saved:
         dotted = next((name[len(c) :] for c in COMPONENTS if name.startswith(c)), name)
-        bare = next((name[len(p) :] for p in PREFIXES if name.startswith(p)), name)
+        bare = next((name[len(p) :] for p in PREFIXES if name.startswith(p)), name).replace("_orig_mod_", "")
         here = next((n for n in (name, dotted, flat.get(bare), model.find(dotted)) if n in model.bases), None)
         if here is None:  # its names may have changed
             former = _flat({old: base for base in known for old in model.former(base)}) if former is None else former
@@ -111,7 +127,12 @@ def _pointwise(module: Module, part: str, kernel: tuple[int, ...]) -> Module:
 
 
 def _scale(module: Module, rank: int) -> float:
-    return float(module.part("alpha")) / rank if "alpha" in module.parts else 1.0
+    if "alpha" not in module.parts:
+        return 1.0
+    alpha = module.parts["alpha"]
+    if alpha.numel() != 1:
+        raise errors.AdapterError(f"{module.where}: alpha has shape {tuple(alpha.shape)}; it must be one number")
+    return float(alpha) / rank
 
 
 LYCORIS = Lowering(FORMAT, delta, names)

@@ -50,7 +50,7 @@ class Format:
         honoured: options that the lowering reads. `neutral`: options that do not change the result of
             a trained adapter: training and initialisation. Any other option must be null, false or empty.
         shared: key of a tensor that belongs to the whole adapter -> the part's name.
-        integers: parts that hold whole numbers.
+        integers: parts that hold whole numbers. `numbers`: those that hold one number, of whichever kind.
         notes: option -> why it is refused, if not just for want of an implementation.
         convs: the numbers of spatial dimensions of the convolutions that PEFT has such a layer for.
         grouped: whether grouped ones are served as well.
@@ -61,6 +61,7 @@ class Format:
     neutral: Set[str] = frozenset()
     shared: Mapping[str, str] = field(default_factory=dict)
     integers: Set[str] = frozenset()
+    numbers: Set[str] = frozenset()
     notes: Mapping[str, str] = field(default_factory=dict)
     convs: Set[int] = frozenset()
     grouped: bool = False

@@ -13,7 +13,7 @@ from torch import nn
 from .. import errors
 from ..adapters.adapter import Adapter
 from ..arena.bits import INPUT, TAIL, TURN
-from ..arena.pack import Packed
+from ..arena.pack import Packed, tensors_in
 from ..arena.store import Store
 from ..folding.fold import Folded
 from ..lowering import BaseLinear, Delta, Lowered, lower, to_adapter
@@ -40,6 +40,8 @@ class AdapterInfo:
         missing: dotted paths of what its config targets and its files have nothing for: the base there, as in PEFT.
         unused: what its files call modules that the model does not have and does without.
         zero: whether its delta is zero, so that it changes nothing: never trained, scaled by 0, or a merge to nothing.
+        ignored: what its files hold beside: config fields and tensors that `ignore` named, and parts of other models
+            (`lora_te_*`).
     """
 
     name: str
@@ -55,6 +57,7 @@ class AdapterInfo:
     missing: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     zero: bool = False
+    ignored: tuple[str, ...] = ()
 
     @property
     def error(self) -> float:
@@ -181,12 +184,12 @@ class Registry:
             CapacityError: it is larger than the whole arena.
         """
         deltas = lowered.deltas
-        packed = self._pack(name, deltas)
+        packed, adapter = self._pack(name, deltas, adapter)
         ranks = tuple(sorted({delta.rank // (self.bases[path].experts or 1) for path, delta in deltas.items()}))
         info = AdapterInfo(
             name, adapter.source, adapter.peft_type, _variant(adapter), ranks[-1], ranks, tuple(deltas),
             packed.nbytes, "host", {path: delta.error for path, delta in deltas.items() if delta.error},
-            lowered.missing, lowered.unused, all(delta.is_zero for delta in deltas.values()),
+            lowered.missing, lowered.unused, all(delta.is_zero for delta in deltas.values()), adapter.ignored,
         )  # fmt: skip
         with self._lock:
             self.check_new(name)  # another thread may have taken the name meanwhile
@@ -237,7 +240,8 @@ class Registry:
                 del loaded.group[name]
             del self._loaded[name]
 
-    def _pack(self, name: str, deltas: Mapping[str, Delta]) -> Packed:
+    def _pack(self, name: str, deltas: Mapping[str, Delta], adapter: Adapter) -> tuple[Packed, Adapter]:
+        """The blob, and the adapter in memory that it shares with it where it can."""
         by_index: dict[int, Delta] = {}
         for path, delta in deltas.items():
             turned = kernel_major(delta, self.bases[path])
@@ -253,7 +257,7 @@ class Registry:
                 f"adapter {name!r}: option alora_invocation_tokens is not served on a model with an encoder, "
                 f"whose decoder reads other tokens than input_ids"
             )
-        return packed
+        return packed, adapter.holding(tensors_in(packed, by_index, adapter.tensors))
 
     def _note(self, packed: Packed) -> None:
         """Tell compiled code which ops it needs from now on; each is one compilation more, once."""

@@ -8,6 +8,7 @@ import os
 import shutil
 import struct
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import mlora
+import mlora.adapters.folder
 from mlora import errors
 from mlora.lowering import LOWERINGS
 
@@ -52,10 +54,12 @@ CONFIGS: dict[str, peft.PeftConfig] = {
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
+def model() -> Iterator[Any]:
     model = build("llama")
     mlora.patch(model, memory=1 << 20, max_adapters=4)
-    return model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlora.adapters.folder, "MOMENT", 0.0)  # nobody else writes to these folders
+        yield model
 
 
 @pytest.fixture(scope="module")

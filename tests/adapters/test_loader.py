@@ -19,7 +19,6 @@ from torch import Tensor
 import mlora
 from mlora import errors
 from mlora.adapters.adapter import Adapter, _vectors, all_finite
-from mlora.adapters.loader import map_tensors
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 ROOT = "base_model.model"
@@ -464,35 +463,42 @@ def test_an_adapter_from_pefts_own_objects(llama: Any, patched: Any, folders: di
     assert torch.equal(logits(patched, batch, adapter_names="again"), logits(patched, batch, adapter_names="r3"))
 
 
-def refuse_to_read_again(patched: Any, *wanted: str) -> None:
-    for again in (
-        lambda: patched.mlora.save_adapter("new", "never"),
-        lambda: patched.mlora.add_weighted_adapter(["new", "r3"], [1, 1], "sum"),
-        lambda: patched(
-            **inputs_for("llama", 1), adapter_names=mlora.Merge(["new", "r3"], [1, 1], "ties", density=0.5)
-        ),
-    ):
-        with refused(patched, errors.AdapterError, WEIGHTS, "overwritten", *wanted):
-            again()
-    assert not Path("never").exists()
-
-
-def test_a_file_that_is_overwritten_after_it_was_read(
-    patched: Any, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its tensors are its bytes: what is served are copies, but what would be read again is another adapter's."""
-    monkeypatch.chdir(tmp_path)
+def test_a_file_that_is_overwritten_after_it_was_read(patched: Any, folders: dict[str, Path], tmp_path: Path) -> None:
+    """What was read is in memory: it is served, merged and saved, whatever is in the file by then."""
     folder = shutil.copytree(folders["r3"], tmp_path / "new")
-    file, old, batch = folder / WEIGHTS, (folder / WEIGHTS).read_bytes(), inputs_for("llama", 2)
+    batch = inputs_for("llama", 2)
     patched.mlora.load_adapter(folder, "new")
     early = Adapter.from_pretrained(folder)
     want = logits(patched, batch, adapter_names="new")
-    for content in (old[:-4] + b"\0\0\0\0", b""):  # of the same length; and none, of which a read would be a crash
-        file.write_bytes(content)
-        refuse_to_read_again(patched, str(folder))
-        with refused(patched, errors.AdapterError, "overwritten"):
-            patched.mlora.add_adapter("early", early)
-        assert torch.equal(logits(patched, batch, adapter_names="new"), want)
+    for content in ((folder / WEIGHTS).read_bytes()[:-4] + b"\0\0\0\0", b""):
+        (folder / WEIGHTS).write_bytes(content)
+        patched.mlora.save_adapter("new", tmp_path / "saved")
+        assert (tmp_path / "saved" / WEIGHTS).read_bytes() == (folders["r3"] / WEIGHTS).read_bytes()
+    patched.mlora.add_weighted_adapter(["new"], [1.0], "sum")
+    patched.mlora.add_adapter("early", early)
+    for name in ("new", "early"):
+        assert torch.equal(logits(patched, batch, adapter_names=name), want)
+    assert_close(logits(patched, batch, adapter_names="sum"), want)
+
+
+@pytest.mark.parametrize(("dtype", "there"), ((torch.float32, False), (torch.bfloat16, True)))
+def test_an_adapter_in_the_arenas_dtype_is_in_memory_once(
+    folders: dict[str, Path], tmp_path: Path, dtype: torch.dtype, there: bool
+) -> None:
+    """Its tensors are views of the blob, to the bit; those of another dtype have memory of their own."""
+    model = build("llama", torch.bfloat16)
+    runtime = mlora.patch(model, memory=1 << 20)
+    folder = rewrite(folders["rs16"], tmp_path / "a", tensors=lambda state: {k: t.to(dtype) for k, t in state.items()})
+    runtime.load_adapter(folder, "a")
+    blob = runtime._store["a"].blob.untyped_storage().data_ptr()
+    tensors = runtime._registry["a"].adapter.tensors
+    assert all((tensor.untyped_storage().data_ptr() == blob) == there for tensor in tensors.values())
+    for key, tensor in load_file(folder / WEIGHTS).items():
+        mine = tensors[key.removeprefix(f"{ROOT}.")]
+        assert mine.dtype == tensor.dtype and torch.equal(mine, tensor), key
+    runtime.save_adapter("a", tmp_path / "saved")
+    got, want = load_file(tmp_path / "saved" / WEIGHTS), load_file(folder / WEIGHTS)
+    assert got.keys() == want.keys() and all(torch.equal(got[key], want[key]) for key in want)
 
 
 def test_a_file_that_another_takes_the_place_of(patched: Any, folders: dict[str, Path], tmp_path: Path) -> None:
@@ -549,21 +555,6 @@ def test_adapters_tell_what_is_loaded(patched: Any) -> None:
     status = patched.mlora.status()
     for part in ("r3", "rsLoRA", "DoRA", "2-8", f"{infos['r3'].bytes:,}", "device", "float32"):
         assert part in status
-
-
-@pytest.mark.parametrize("dtypes", [("bfloat16",), ("float32", "bfloat16", "int64", "uint8"), ("float64", "bool")])
-def test_tensors_are_mapped_as_safetensors_reads_them(tmp_path: Path, dtypes: tuple[str, ...]) -> None:
-    tensors = {
-        f"{index}.{name}": torch.randint(0, 2, (3, 2 * index + 1)).to(getattr(torch, name))
-        for index in range(3)
-        for name in dtypes
-    } | {"scalar": torch.tensor(2.5).to(getattr(torch, dtypes[0]))}
-    file = tmp_path / "x.safetensors"
-    save_file(tensors, file, metadata={"format": "pt", "odd": "x" * len(dtypes)})
-    got = map_tensors(file)
-    assert got.keys() == tensors.keys()
-    for key, tensor in load_file(file).items():
-        assert got[key].dtype == tensor.dtype and torch.equal(got[key], tensor), key
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

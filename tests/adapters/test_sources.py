@@ -113,24 +113,42 @@ def test_urls_that_lead_nowhere(patched: Any, remote: Any, cache: Path, url: str
         patched.mlora.load_adapter(url, "new")
 
 
-def test_a_link_out_of_the_folder_is_refused(patched: Any, good: Path, tmp_path: Path) -> None:
-    for file in (CONFIG, WEIGHTS):
-        folder = tmp_path / file
-        shutil.copytree(good, folder)
-        (folder / file).unlink()
-        (folder / file).symlink_to(good / file)
-        with refused(patched, errors.AdapterError, file, "link out of its folder"):
-            patched.mlora.load_adapter(folder, "new")
+def linked(good: Path, folder: Path, file: str) -> Path:
+    """A copy of `good` in which `file` is a link to the original."""
+    shutil.copytree(good, folder)
+    (folder / file).unlink()
+    (folder / file).symlink_to(good / file)
+    return folder
 
 
-def test_the_hubs_own_links_are_followed(patched: Any, good: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", (CONFIG, WEIGHTS))
+def test_links_are_read_in_a_users_own_folder_and_not_out_of_a_download(
+    patched: Any, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    import huggingface_hub
+
+    patched.mlora.load_adapter(linked(good, tmp_path / "own", file), "own")
+    assert same(patched, "own", "r3")
+    snapshot = linked(good, tmp_path / "hub" / "snapshots" / "abc", file)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(snapshot))
+    with refused(patched, errors.AdapterError, file, "link out of its download"):
+        patched.mlora.load_adapter("some/adapter", "new")
+
+
+def test_the_hubs_own_links_are_followed(
+    patched: Any, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
     shutil.copytree(good, blobs)
     snapshot.mkdir(parents=True)
     for file in (CONFIG, WEIGHTS):
         (snapshot / file).symlink_to(Path("../../blobs") / file)
     patched.mlora.load_adapter(snapshot, "new")
-    assert same(patched, "new", "r3")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(snapshot))
+    patched.mlora.load_adapter("some/adapter", "hub")
+    assert same(patched, "new", "r3") and same(patched, "hub", "r3")
 
 
 # Other trainers
@@ -255,11 +273,15 @@ REFUSED: tuple[tuple[str, dict[str, Tensor], tuple[str, ...]], ...] = (
         ("lora_mid", "is a linear"),
     ),
     ("only-alpha", {"lora_unet_down_blocks_0_attentions_0_to_q.alpha": torch.tensor(1.0)}, ("to_q", "no weights")),
-    ("value-head", {"v_head.summary.weight": numbers(1, 12)}, ("v_head", "value head")),
+    (
+        "value-head",
+        {"lora_unet_x.alpha": torch.tensor(1.0), "v_head.summary.weight": numbers(1, 12)},
+        ("v_head", "value head", "ignore=['v_head.summary.weight']"),
+    ),
     (
         "two-names",
         {f"{p}down_blocks_0_attentions_0_to_q.alpha": torch.tensor(1.0) for p in ("lora_unet_", "lycoris_")},
-        ("several of its modules",),
+        ("several models (lora_unet, lycoris)", "ignore=['lycoris_*']"),
     ),
 )
 
@@ -307,3 +329,78 @@ def test_the_same_lora_from_pefts_file_and_from_kohyas(tmp_path: Path) -> None:
     want = logits(peft_alone(base, folder), batch)
     mlora.patch(base).load_adapter(tmp_path / "kohya.safetensors", "kohya")
     assert_close(logits(base, batch, adapter_names="kohya"), want)
+
+
+# Subfolders, and what is there instead of an adapter
+
+
+@pytest.fixture
+def run(good: Path, tmp_path: Path) -> Path:
+    """A run's folder: an adapter by its name, and one in each checkpoint."""
+    for name in ("sql", "checkpoint-10", "checkpoint-20/sql"):
+        shutil.copytree(good, tmp_path / "run" / name)
+    return tmp_path / "run"
+
+
+def test_subfolders_are_named_and_read(patched: Any, run: Path) -> None:
+    with refused(
+        patched, errors.AdapterError, "checkpoint-10, checkpoint-20/sql, sql", "subfolder='checkpoint-10'", CONFIG
+    ):
+        patched.mlora.load_adapter(run, "new")
+    for name in ("sql", "checkpoint-20/sql"):
+        info = patched.mlora.load_adapter(run, "new", subfolder=name)
+        assert info.source == f"{run}/{name}" and same(patched, "new", "r3")
+        patched.mlora.delete_adapter("new")
+    assert patched.mlora.load_adapter(run, subfolder="checkpoint-10").name == "checkpoint-10"
+    with refused(patched, errors.AdapterError, "no subfolder 'chat'", "sql"):
+        patched.mlora.load_adapter(run, "new", subfolder="chat")
+    with refused(patched, errors.AdapterError, "is a file"):
+        patched.mlora.load_adapter(run / "sql" / WEIGHTS, "new", subfolder="chat")
+
+
+def test_a_subfolder_of_a_hub_id(patched: Any, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked: list[Any] = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **options: asked.append(options) or str(run))
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: [f"sql/{CONFIG}", "README.md"])
+    info = patched.mlora.load_adapter("some/adapters", "new", subfolder="sql")
+    assert info.source == "some/adapters/sql" and same(patched, "new", "r3")
+    assert f"sql/{WEIGHTS}" in asked[0]["allow_patterns"] and WEIGHTS not in asked[0]["allow_patterns"]
+    with refused(patched, errors.AdapterError, "some/adapters", "subfolder='sql'"):
+        patched.mlora.load_adapter("some/adapters", "other")
+
+
+def test_a_subfolder_of_a_url(patched: Any, remote: Any, cache: Path) -> None:
+    assert patched.mlora.load_adapter("memory://adapters", "new", subfolder="r3").source == "memory://adapters/r3"
+    assert same(patched, "new", "r3")
+    with refused(patched, errors.AdapterError, "subfolder='r3'"):
+        patched.mlora.load_adapter("memory://adapters", "other")
+
+
+def test_a_path_from_home(patched: Any, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(good, tmp_path / "here")
+    patched.mlora.load_adapter("~/here", "new")
+    assert same(patched, "new", "r3")
+    with refused(patched, errors.AdapterError, "~nobody_of_this_name/x"):
+        patched.mlora.load_adapter("~nobody_of_this_name/x", "other")
+
+
+@pytest.mark.parametrize("name", ("model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"))
+def test_a_model_is_called_one(patched: Any, tmp_path: Path, name: str) -> None:
+    save_file({"model.embed_tokens.weight": torch.ones(2, 2), "lm_head.bias": torch.ones(2)}, tmp_path / name)
+    with refused(patched, errors.AdapterError, "full model", name):
+        patched.mlora.load_adapter(tmp_path, "new")
+    if name.endswith(".safetensors"):
+        with refused(patched, errors.AdapterError, "full model", name):
+            patched.mlora.load_adapter(tmp_path / name, "new")
+
+
+def test_an_x_lora_is_called_one(patched: Any, tmp_path: Path) -> None:
+    (tmp_path / "xlora_config.json").write_text("{}")
+    with refused(patched, errors.AdapterError, "X-LoRA"):
+        patched.mlora.load_adapter(tmp_path, "new")
+    (tmp_path / CONFIG).write_text('{"peft_type": "XLORA"}')
+    with refused(patched, errors.UnsupportedAdapterError, "X-LoRA", str(tmp_path)):
+        patched.mlora.load_adapter(tmp_path, "new")
