@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ _INPUTS = (
 )  # fmt: skip
 
 
-class Call(NamedTuple):
+@dataclass(slots=True)  # torch 2.10 compiles no properties of named tuples
+class Call:
     """The arguments of a call of a model, or of its `generate`."""
 
     args: tuple[Any, ...]
