@@ -17,6 +17,7 @@ from .options import (
     DeviceOption,
     DtypeOption,
     ForceOption,
+    IgnoreOption,
     ModelOption,
     PickleOption,
     StrictOption,
@@ -70,6 +71,7 @@ def generate(
     dtype: DtypeOption = "auto",
     approximate: ApproximateOption = None,
     strict: StrictOption = False,
+    ignore: IgnoreOption = None,
     allow_pickle: PickleOption = False,
     memory: Annotated[
         str | None,
@@ -104,11 +106,13 @@ def generate(
                 "--adapter": adapter,
                 "--approximate": approximate,
                 "--strict": strict,
+                "--ignore": ignore,
                 "--allow-pickle": allow_pickle,
             }
             served = from_yaml(config.expanduser(), [option for option, value in given.items() if value])
         else:
-            served = from_options(check_model(model), adapter or [], approximate, strict, allow_pickle)
+            loading = {"allow_pickle": allow_pickle, "ignore": ignore or ()}
+            served = from_options(check_model(model), adapter or [], approximate, strict, **loading)
         lines = read_lines(input, served.names)
         with open_output(output, input, lines, force, resume) as out:
             progress = Progress()

@@ -11,7 +11,7 @@ import typer
 from .adapters import Given, expanded, find
 from .errors import InputError, one_line_errors
 from .models import check_device, check_model
-from .options import ApproximateOption, DeviceOption, DtypeOption, PickleOption, StrictOption
+from .options import ApproximateOption, DeviceOption, DtypeOption, IgnoreOption, PickleOption, StrictOption
 from .shapes import linears_of
 from .tokenizers import files_of
 
@@ -26,6 +26,7 @@ def inspect(
     ] = None,
     approximate: ApproximateOption = None,
     strict: StrictOption = False,
+    ignore: IgnoreOption = None,
     allow_pickle: PickleOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
@@ -45,7 +46,7 @@ def inspect(
         from mlora.lowering import module_names
 
         out = Console(soft_wrap=True, highlight=False, markup=False)
-        adapter = Adapter.from_pretrained(source, allow_pickle=allow_pickle)
+        adapter = Adapter.from_pretrained(source, allow_pickle=allow_pickle, ignore=ignore or ())
         files = files_of(folder, source, path)
         linears = linears_of(adapter.tensors)
         copied = any(key.endswith("base_layer.weight") for key in adapter.tensors)  # to be compared with the base
@@ -54,6 +55,8 @@ def inspect(
         out.print(f"source   {adapter.source}")
         out.print(f"type     {adapter.peft_type}")
         out.print("options  " + ", ".join(f"{key}={_short(value)}" for key, value in options.items()))
+        if adapter.ignored:
+            out.print(f"ignored  {', '.join(adapter.ignored)}")
         if files:
             out.print(f"brings   a tokenizer or chat template ({', '.join(file.name for file in files)})")
         out.print(f"ranks    {', '.join(map(str, ranks)) or '-'}")

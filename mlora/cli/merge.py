@@ -15,7 +15,7 @@ import typer
 from .adapters import GRAMMAR, Given, find, parse_adapters
 from .errors import InputError, one_line_errors
 from .models import DTYPES, check_device, check_model
-from .options import BaseOption, DeviceOption, ForceOption, PickleOption
+from .options import BaseOption, DeviceOption, ForceOption, IgnoreOption, PickleOption
 from .progress import Progress, counted
 from .shapes import linears_of
 from .tokenizers import FILES, TEMPLATES, files_of, own_tokenizer, serving
@@ -63,6 +63,7 @@ def merge(
     base_tokenizer: Annotated[
         bool, typer.Option("--base-tokenizer", help="Leave out the tokenizers and chat templates that adapters bring.")
     ] = False,
+    ignore: IgnoreOption = None,
     allow_pickle: PickleOption = False,
     force: ForceOption = False,
 ) -> None:
@@ -93,7 +94,8 @@ def merge(
         progress = Progress()
         show = Console(soft_wrap=True, highlight=False, markup=False)
         with progress.step(f"reading {counted(len(given), 'adapter')}"):
-            adapters = {one.name: Adapter.from_pretrained(one.source, allow_pickle=allow_pickle) for one in given}
+            loading: dict[str, Any] = {"allow_pickle": allow_pickle, "ignore": ignore or ()}
+            adapters = {one.name: Adapter.from_pretrained(one.source, **loading) for one in given}
             tokenizer, tokenizer_note = ([], "") if base_tokenizer else _tokenizer_files(given, folders)
         bases = None
         if model is not None:

@@ -42,6 +42,14 @@ StrictOption = Annotated[
     bool,
     typer.Option("--strict", help="Refuse adapters whose config targets modules that their files have nothing for."),
 ]
+IgnoreOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="A config field, a tensor or a pattern of tensors (v_head.*) to do without. Repeatable.",
+        show_default=False,
+    ),
+]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
 

@@ -79,9 +79,13 @@ class Served:
 
 
 def from_options(
-    model: str | None, options: Sequence[str], approximate: int | None, strict: bool, allow_pickle: bool
+    model: str | None,
+    options: Sequence[str],
+    approximate: int | None,
+    strict: bool,
+    **loading: Any,
 ) -> Served:
-    """Raises InputError where there is no such adapter."""
+    """`loading`: options of `Adapter.from_pretrained`. Raises InputError where there is no such adapter."""
     sources: dict[str, Source] = {}
     for given in parse_adapters(options):
         if given.weight is not None:
@@ -89,7 +93,7 @@ def from_options(
                 f"--adapter {given.option!r}: weights are for lines to give, as in "
                 f'"adapter": {{"{given.name}": {given.weight:g}}}'
             )
-        sources[given.name] = Source(given.source, find(given), {"allow_pickle": allow_pickle})
+        sources[given.name] = Source(given.source, find(given), loading)
     return Served(model, sources, list(sources), {}, None, None, approximate, strict)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +120,15 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     assert result.exit_code == 2 and f"did you mean '{tmp_path / 'sql'}'" in output and "--adapter" not in output, (
         output
     )
+
+
+def test_ignore(tmp_path: Path) -> None:
+    """What is not known is refused with the way out, and that is one."""
+    code, output = inspect(peft.LoraConfig(r=3, target_modules=TARGETS), tmp_path)
+    assert code == 0 and "ignored" not in output
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "sparkle": 3}))
+    refused = CliRunner().invoke(app, ["inspect", str(tmp_path)])
+    assert refused.exit_code == 1 and "sparkle" in refused.output and "ignore" in refused.output
+    taken = CliRunner().invoke(app, ["inspect", str(tmp_path), "--ignore", "sparkle"])
+    assert taken.exit_code == 0 and "ignored  sparkle" in taken.output
