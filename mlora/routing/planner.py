@@ -148,7 +148,8 @@ class Planner:
                 return plan
             try:
                 owners = [self._owners(recipe) for recipe in plan.recipes]
-                return self._of_pinned(plan.recipes, plan.names, owners, plan.rows, plan.row_counts[1] // plan.rows)
+                entries, repeated = plan.row_counts
+                return self._of_pinned(plan.recipes, plan.names, owners, entries, repeated // entries)
             except BaseException:
                 store.release(plan.names)
                 raise

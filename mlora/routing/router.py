@@ -152,7 +152,8 @@ class Router:
     @contextmanager
     def _again(self, was: Scope, made: Made) -> Iterator[None]:
         with self._scope(lambda: (self._planner.again(made), was.entries)) as scope:
-            scope.length, scope.late, scope.since = was.length, None if was.late is None else [], made.since
+            scope.length, scope.counted, scope.since = was.length, was.counted, made.since
+            scope.late = None if was.late is None else []  # what it asked was answered in the forward pass
             scope.others = None if was.others is None else was.others.again()
             scope.prompt, plan = was.prompt, scope.plan
             if was.activation is not None and plan is not None:

@@ -277,3 +277,45 @@ def test_a_call_in_a_backward_pass_that_names_its_adapters(world: World) -> None
     with torch.no_grad():
         assert torch.equal(seen[0], world.model(world.x, adapter_names="b"))
     assert_close(seen[1], world.want(["b"] * 4), 1e-5)
+
+
+class Gathering(nn.Module):
+    """Its experts get tokens of any rows, which is served where all rows take the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(WIDTH, WIDTH)])
+
+    def forward(self, x: Tensor, use_reentrant: bool | None) -> Tensor:
+        def gathered(x: Tensor) -> Tensor:
+            return torch.cat([x[:1, :2], self.experts[0](x.flatten(0, 1)[2:])[None]], 1)
+
+        return gathered(x) if use_reentrant is None else checkpoint(gathered, x, use_reentrant=use_reentrant)
+
+
+def test_equal_rows_stay_equal() -> None:
+    """Also where their plan is made anew."""
+    model, draw, gradients = Gathering(), torch.Generator().manual_seed(0), []
+    runtime = mlora.patch(model, max_adapters=2)
+    for name in "abc":
+        tensors = {
+            f"experts.0.lora_{side}.weight": torch.randn(shape, generator=draw)
+            for side, shape in (("A", (2, WIDTH)), ("B", (WIDTH, 2)))
+        }
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["experts.0"]}
+        runtime.add_adapter(name, mlora.Adapter(config, tensors))
+    for use_reentrant in (None, True, False):
+        with torch.no_grad():
+            for name in "ab":
+                model(torch.zeros(1, 3, WIDTH), None, adapter_names=name)
+        x = torch.randn(3, 2, WIDTH, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        out = model(x, use_reentrant, adapter_names=["b"] * 3)
+        with torch.no_grad():
+            for name in "aca":
+                model(torch.zeros(1, 3, WIDTH), None, adapter_names=name)
+        assert not runtime._store["b"].resident
+        out.square().sum().backward()
+        assert runtime._store["b"].resident is (use_reentrant is not None)
+        gradients.append(x.grad)
+    for gradient in gradients[1:]:
+        assert_close(gradient, gradients[0], 1e-5)
