@@ -192,7 +192,6 @@ class Runtime:
 
         Raises:
             UnknownAdapterError: there is none of that name.
-            AdapterError: its file was overwritten in place since it was read.
         """
         self._registry[adapter_name].adapter.save_pretrained(folder)
 
