@@ -6,7 +6,7 @@ while it was read, all are read again. Two cases do not show in that:
 - A file is written to twice within one tick of the clock that stamps it. Files are therefore read when their stamps are
   older than a tick.
 - Of two files that belong together one was replaced and the other is about to be. So the older of them must still be in
-  its place a moment after the younger came.
+  its place a moment after the younger came, unless the whole folder gave way to another.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def _opened(folder: Path, names: Sequence[str], until: float) -> Iterator[dict[s
             yield None
             return
         older = sorted(files, key=lambda name: files[name].first.st_ctime_ns)[:-1]
-        yield files if all(_is_file(name, at, files[name]) for name in older) else None
+        yield files if all(_is_file(name, at, files[name]) for name in older) or _gave_way(folder, at) else None
 
 
 def _open(stack: ExitStack, path: Path, at: int) -> File | None:
@@ -168,6 +168,14 @@ def _open(stack: ExitStack, path: Path, at: int) -> File | None:
         raise errors.AdapterError(f"{path} cannot be read: {error.strerror}") from error
     stack.callback(os.close, descriptor)
     return File(path, descriptor)
+
+
+def _gave_way(folder: Path, at: int) -> bool:
+    """Whether the folder `at` is not at its path any more, so that its files are no one's to replace."""
+    try:
+        return not os.path.samestat(os.stat(folder), os.fstat(at))
+    except OSError:
+        return True
 
 
 def _is_file(name: str, at: int, file: File | None = None) -> bool:

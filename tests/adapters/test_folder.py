@@ -181,6 +181,25 @@ def test_a_folder_that_another_takes_the_place_of(
     assert generation(folder) == 2
 
 
+def test_young_files_of_a_folder_that_is_replaced_and_removed(
+    new: Path, folder: Path, patient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were of one state when they were opened, which is all that there is of them."""
+    real, done = time.sleep, []
+
+    def sleep(seconds: float) -> None:
+        if not done:
+            folder.rename(folder.with_name("old"))
+            new.rename(folder)
+            shutil.rmtree(folder.with_name("old"))
+            done.append(1)
+        real(seconds)
+
+    overwrite(folder, folder, WEIGHTS, CONFIG)
+    monkeypatch.setattr(reading.time, "sleep", sleep)
+    assert generation(folder) == 1 and done
+
+
 @pytest.mark.parametrize("at", (2, 3, 4))
 def test_a_link_to_a_folder_that_is_switched(
     new: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
