@@ -182,7 +182,7 @@ def _through_identity(module: nn.Module) -> Tensor:
             held["bias"] = torch.zeros_like(held["bias"])
         twin.__dict__[kind] = held
     device = next(tensors_of(module)).device
-    usual = next((t.dtype for t in tensors_of(module) if t.dtype in DENSE), torch.float32)
+    usual = next((t.dtype for t in tensors_of(module) if t.dtype in DENSE), None) or twin.weight.quant_state.dtype
     width, dtype = twin.in_features, compute_dtype(module, usual)
     columns = []
     for start in range(0, width, _IDENTITY_ROWS):

@@ -150,9 +150,13 @@ class LoraLayer(nn.Module):
         return y
 
     def _base(self, x: Tensor) -> Tensor:
-        state = self._mlora
-        own: Any = state.own
-        return type(own).forward(own, x) if state.outer is None else state.outer(x)
+        outer = self._mlora.outer
+        return self._whole(x) if outer is None else outer(x)
+
+    def _whole(self, *args: Any, **named: Any) -> Any:
+        """The module's own forward, which reads its parameters as the base does."""
+        own: Any = self._mlora.own
+        return type(own).forward(self if "parametrizations" in self._modules else own, *args, **named)
 
     def _recorded(self, x: Tensor) -> bool:
         """Whether autograd, if it is on, would record the base."""

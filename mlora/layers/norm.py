@@ -75,8 +75,7 @@ class NormLayer(LoraLayer):
         state = self._mlora
         shared = state.shared
         if not shared.norms and state.outer is None:  # models have many norms, and few adapters change any
-            own: Any = state.own
-            return cast(Tensor, type(own).forward(own, *args, **named))
+            return cast(Tensor, self._whole(*args, **named))
         (x,) = (*args, *named.values())
         if torch.compiler.is_compiling():
             if not shared.norms:

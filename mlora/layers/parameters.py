@@ -126,24 +126,19 @@ class ParametersLayer(LoraLayer):
         if torch.compiler.is_compiling():
             if shared.experts:
                 check_experts(shared.header)
-            return self._whole(args, named)
+            return self._whole(*args, **named)
         scope = shared.active.get()
         plan = scope.plan or shared.default
         if shared.recorded and torch.is_grad_enabled():
             scope.check_told(state.name)
         if plan is None or not any(plan.touches[index] for index in state.stacks.values()):
-            return self._whole(args, named)
+            return self._whole(*args, **named)
         x = args[0] if args else named.get(state.input)
         if not isinstance(x, Tensor) or not x.dim():
             raise errors.AttributionError(f"{state.name} got no hidden states as its {state.input}")
         self._check_autocast(x)
         self._check_rows(x, plan)
         return self._divided(x, args, named, plan)
-
-    def _whole(self, args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
-        """The module as it is."""
-        own: Any = self._mlora.own
-        return type(own).forward(own, *args, **named)
 
     def _divided(self, x: Tensor, args: tuple[Any, ...], named: Mapping[str, Any], plan: Plan) -> Any:
         """One call of the base for each thing that recipes do to it, nothing included; a single one gets all arguments
@@ -220,7 +215,7 @@ class ParametersLayer(LoraLayer):
     def _under(self, changes: Changes, args: Any, named: Mapping[str, Any]) -> Any:
         """The base under changed parameters; as it is where none is."""
         if not changes:
-            return self._whole(args, named)
+            return self._whole(*args, **named)
         twin, cls = twin_of(self)
         changed = {name: self._weight(name, terms) for name, terms in changes.items()}
         twin.__dict__["_parameters"] = {**self.__dict__["_parameters"], **changed}

@@ -141,7 +141,7 @@ def lower(
 def _check_idle(module: Module, delta: Delta | Dense) -> None:
     """Of a module that is read and never called: PEFT trains nothing there but saved modules, biases and tokens, and
     what it did not train changes nothing."""
-    if isinstance(delta, Dense) or not delta.idle:
+    if isinstance(delta, Dense) or not delta.is_zero:
         raise errors.UnsupportedAdapterError(
             f"{module.where}: this model's {module.base.owner} computes with its weights and never calls it, so that "
             f"no row could have its own; leave it out of the adapter (exclude_modules), or merge that into the model's "

@@ -52,15 +52,6 @@ class Delta:
     invocation: tuple[int, ...] = ()
 
     @property
-    def idle(self) -> bool:
-        """Whether it changes nothing: of a trained adapter, what training did not reach."""
-        factors = (self.a, self.b) if self.b is not None else (self.a,)
-        turns = [turn.values for turn in (self.turn, self.in_turn) if turn is not None]
-        others = [part for part in (self.gain, self.in_gain, self.shift, *turns) if part is not None]
-        product = self.a is not None and self.scale != 0 and all(part is None or part.any() for part in factors)
-        return not product and not any(part.any() for part in others)
-
-    @property
     def rank(self) -> int:
         return 0 if self.a is None else self.a.shape[0]
 
