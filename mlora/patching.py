@@ -26,6 +26,7 @@ from .layers import (
     is_norm_like,
     mixin_of,
     model_dtype,
+    order_of,
     swap_class,
     swap_forward,
 )
@@ -155,7 +156,9 @@ def _patch(
     words = torch.zeros(PLAN_WORDS, dtype=torch.int32, device=device)
     shared = Shared(store.arena, words, fused, placeholders if foreign else (), foreign)
     states = {
-        key: LayerState(name, numbers[key], shared, store.tables[numbers[key]], module, dtypes[key])
+        key: LayerState(
+            name, numbers[key], shared, store.tables[numbers[key]], module, dtypes[key], order_of(model, name)
+        )
         for key, (name, module) in modules.items()
     }
     runtime = Runtime(model, store, shared, indices, paths, stacks, max_merges)
@@ -165,7 +168,9 @@ def _patch(
             own = {stack.name: indices[p] for p, stack in stacks.items() if stack.module is module}
             dtype = getattr(module, next(iter(own))).dtype
             modules[id(module)] = owner, module
-            states[id(module)] = ParametersState(owner, shared, store.tables, module, dtype, own)
+            states[id(module)] = ParametersState(
+                owner, shared, store.tables, module, dtype, own, order_of(model, owner)
+            )
 
     for key, (_, module) in modules.items():
         if states[key].outer is not None:

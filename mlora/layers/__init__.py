@@ -13,6 +13,7 @@ from .find import find_layers, find_stacks, inner_module, inside_peft, mixin_of
 from .head import Head, group_heads
 from .linear import LoraLayer
 from .norm import NormLayer, is_norm_like, norm_offset
+from .order import Order, order_of
 from .parameters import ParametersLayer, ParametersState, Stack
 from .route import group_routes
 from .state import LayerState
@@ -27,6 +28,7 @@ __all__ = [
     "LayerState",
     "LoraLayer",
     "NormLayer",
+    "Order",
     "ParametersLayer",
     "ParametersState",
     "Shared",
@@ -46,6 +48,7 @@ __all__ = [
     "mixin_of",
     "model_dtype",
     "norm_offset",
+    "order_of",
     "refuse_copy",
     "refuse_move",
     "restore_class",

@@ -51,6 +51,9 @@ class ConvLayer(LoraLayer):
     def _check_rows(self, x: Tensor, plan: Plan) -> None:
         super()._check_rows(self._batched(x), plan)
 
+    def _in_front(self, x: Tensor, plan: Plan) -> bool:
+        return True  # by what a convolution is
+
     def _batched(self, x: Tensor) -> Tensor:
         return x if x.dim() == len(self.kernel_size) + 2 else x[None]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import errors
 from ..arena.bits import BOTH, GAIN, HEAD, INPUT, LORA, SHIFT, TAIL, TURN
 from ..ops import direct, dispatch, reference
-from ..ops.checks import check_foreign, check_heads, check_rows, check_tails
+from ..ops.checks import check_foreign, check_front, check_heads, check_rows, check_tails
 from ..plan.activation import Activation
 from ..plan.plan import Plan
 from ..plan.scope import Siblings
@@ -107,7 +107,7 @@ class LoraLayer(nn.Module):
                 f"{state.name} runs outside of a call of the patched model, so that an aLoRA's invocation cannot be "
                 f"looked for; call the model itself"
             )
-        return activation.plan_of(x, state.name, state.loose)
+        return activation.plan_of(x, state.name, state.gathered or state.foreign)
 
     def _with_siblings(self, x: Tensor, plan: Plan) -> Tensor:
         """`_routed`, and in the same call what the layers that read `x` after this one will return. Not for inference
@@ -207,6 +207,8 @@ class LoraLayer(nn.Module):
         self._check_autocast(x)
         if state.gathered:
             check_rows(shared.plan, 0)  # only one entry for all rows may pass
+        elif state.order.exchanged and x.dim() > 2:
+            check_front(shared.plan, x.shape[0], _inner(x))
         if state.foreign:
             check_foreign(shared.header)
         if state.index in shared.heads:
@@ -257,16 +259,27 @@ class LoraLayer(nn.Module):
                 return
         rows = x.shape[0] if x.dim() > 1 else 1
         if not state.gathered:
-            if rows in plan.row_counts:
+            if rows in plan.row_counts and self._in_front(x, plan):
                 return
             length = scope.length
             if x.dim() == 2 and length and any(rows == count * length for count in plan.row_counts):
                 return  # (rows, length, in) flattened in order
+            if state.order.windows and x.dim() > 2 and plan.entries and rows % plan.entries == 0:
+                return  # (rows, windows, size, in) flattened in order
         what = "an expert, which gets tokens gathered from any rows" if state.gathered else "the module"
         raise errors.AttributionError(
             f"{state.name} got an input of shape {tuple(x.shape)}, which cannot be attributed to the batch's "
             f"{plan.entries} rows ({what}); use one adapter for all rows, or adapters that do not target it"
         )
+
+    def _in_front(self, x: Tensor, plan: Plan) -> bool:
+        """Whether the first dimension of x, which is as long as the batch, is the rows: no other one is, or it was once
+        where no other was."""
+        state = self._mlora
+        if not state.in_front:
+            state.in_front = x.dim() > 2 and not any(size in plan.row_counts for size in _inner(x))
+            return state.in_front or x.dim() == 2
+        return True
 
     def _check_weight(self, weight: Tensor) -> None:
         """Of a plain layer that an adapter changes; what is called past the dispatcher looks itself."""
@@ -295,3 +308,8 @@ class LoraLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         refuse_copy()
+
+
+def _inner(x: Tensor) -> list[int]:
+    """The sizes between the first dimension and the features; ids have no features."""
+    return list(x.shape[1:-1] if x.is_floating_point() else x.shape[1:])

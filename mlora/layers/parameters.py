@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -16,6 +17,7 @@ from ..plan.plan import Plan
 from ..plan.shared import Shared
 from .dense import is_dense
 from .linear import LoraLayer
+from .order import IN_FRONT, Order
 from .route import Factors
 from .state import LayerState
 from .swap import twin_of
@@ -85,9 +87,10 @@ def _input_name(cls: Any) -> str | None:
 class ParametersState(LayerState):
     """What the layer of such parameters knows: `stacks` is parameter -> its number; `input` is what its
     forward calls its first input; `experts`, whether the parameters are experts' and it takes tokens with a choice of
-    experts for each."""
+    experts for each; `flattens`, whether it gives (rows * length, ...) of (rows, length, in), in order, None where that
+    was not asked."""
 
-    __slots__ = ("experts", "input", "stacks")
+    __slots__ = ("experts", "flattens", "input", "stacks")
 
     def __init__(
         self,
@@ -97,10 +100,12 @@ class ParametersState(LayerState):
         module: nn.Module,
         dtype: torch.dtype,
         stacks: Mapping[str, int],
+        order: Order = IN_FRONT,
     ) -> None:
         index = next(iter(stacks.values()))
-        super().__init__(name, index, shared, tables[index], module, dtype)
+        super().__init__(name, index, shared, tables[index], module, dtype, order)
         self.stacks = dict(stacks)
+        self.flattens: bool | None = None
         self.input = cast(str, _input_name(type(module)))
         self.experts = any(getattr(module, name).dim() == 3 for name in stacks)
 
@@ -153,9 +158,33 @@ class ParametersLayer(LoraLayer):
             others = {key: self._picked(value, rows, tokens, plan) for key, value in named.items()}
             outputs.append(self._under(changes, part, others))
         chosen = [rows for _, rows in parts]
+        each = tokens // plan.rows * (math.prod(x.shape[1:-1]) if self._flattens(x, args, named) else 1)
         if not isinstance(outputs[0], tuple):
-            return self._joined(outputs, chosen, tokens, plan)
-        return tuple(self._joined(column, chosen, tokens, plan) for column in zip(*outputs, strict=True))
+            return self._joined(outputs, chosen, each, plan)
+        return tuple(self._joined(column, chosen, each, plan) for column in zip(*outputs, strict=True))
+
+    @torch.no_grad()
+    def _flattens(self, x: Tensor, args: tuple[Any, ...], named: Mapping[str, Any]) -> bool:
+        """Whether of (rows, length, in) it gives (rows * length, ...), in order, as routers do: told by what its own
+        forward makes of random numbers, of two rows together and apart. Asked once; the host waits."""
+        state = self._mlora
+        if state.flattens is None and not state.experts and x.dim() > 2:
+            draw = torch.Generator().manual_seed(0)
+            sample = torch.randn(2, *(3 for _ in x.shape[1:-1]), x.shape[-1], generator=draw).to(x)
+
+            def given(part: Tensor) -> list[Tensor]:
+                out = self._whole(
+                    tuple(part if value is x else value for value in args),
+                    {key: part if value is x else value for key, value in named.items()},
+                )
+                return [one for one in (out if isinstance(out, tuple) else (out,)) if isinstance(one, Tensor)]
+
+            together, apart = given(sample), zip(*map(given, sample.split(1)), strict=True)
+            state.flattens = all(
+                one.dim() > 0 and len(one) == sample[..., 0].numel() and _is_near(one, torch.cat(two))
+                for one, two in zip(together, apart, strict=True)
+            )
+        return bool(state.flattens)
 
     def _parts(self, plan: Plan) -> list[tuple[Changes, Tensor]]:
         """What recipes do to the module, and the plan's rows that get it."""
@@ -171,12 +200,12 @@ class ParametersLayer(LoraLayer):
             for terms, mine in rows.items()
         ]
 
-    def _joined(self, outputs: Sequence[Any], chosen: Sequence[Tensor], tokens: int, plan: Plan) -> Tensor | None:
-        """One output of all tokens from those of each call; a router gives several."""
+    def _joined(self, outputs: Sequence[Any], chosen: Sequence[Tensor], each: int, plan: Plan) -> Tensor | None:
+        """One output of all tokens from those of each call, `each` of a row; a router gives several."""
         if all(output is None for output in outputs):
             return None
         for output, rows in zip(outputs, chosen, strict=True):
-            wanted = len(rows) * (tokens // plan.rows)
+            wanted = len(rows) * each
             if not isinstance(output, Tensor) or not output.dim() or output.shape[0] != wanted:
                 seen = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
                 raise errors.AttributionError(
@@ -236,3 +265,8 @@ class ParametersLayer(LoraLayer):
             left, right = (a, b) if transposed else (b, a)
             total = torch.baddbmm(total, left.transpose(1, 2), right, alpha=term.factor)
         return total.to(weight.dtype).view(weight.shape)
+
+
+def _is_near(got: Tensor, wanted: Tensor) -> bool:
+    """Up to rounding, of whichever dtype."""
+    return got.shape == wanted.shape and bool((got - wanted).abs().max() <= 0.01 * wanted.abs().max())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..ops import direct, dispatch
 from ..plan.shared import Shared
 from .dense import is_cast, is_dense
+from .order import IN_FRONT, Order
 from .swap import alias_of, bound_forwards
 
 # A list of this name holds experts, whose inputs are tokens gathered from any rows in any order.
@@ -26,8 +27,9 @@ class LayerState:
         dtype: of its activations.
         plain: whether the module is a linear of its dense `weight` and `bias` on the CPU and nothing more.
         fused: whether, of a plain one, the base product may be computed by `dispatch.linear`.
-        gathered, foreign: whether it is an expert, or reads another modality than text; `loose`: either, so that the
-            first dimension of its input alone does not tell that it is the rows'.
+        gathered, foreign: whether it is an expert, or reads another modality than text.
+        order: where the rows lie in its input. `in_front`: whether they were once seen to be its first dimension.
+            `loose`: whether that dimension alone does not tell that it is theirs.
         cast: whether hooks cast it for each call: its weight rests in a dtype that nothing multiplies in, or one has.
         shape: of a plain one's weight. `direct`: what `ops.direct` takes for it, or None.
         own: the module under the class that it had, for what reads its parameters as the base does.
@@ -39,11 +41,18 @@ class LayerState:
 
     __slots__ = (
         "_asked", "_kblocks", "cast", "device", "device_type", "direct", "dtype", "embeds", "foreign", "fused",
-        "gathered", "index", "loose", "name", "outer", "own", "plain", "shape", "shared", "table",
+        "gathered", "in_front", "index", "loose", "name", "order", "outer", "own", "plain", "shape", "shared", "table",
     )  # fmt: skip
 
     def __init__(
-        self, name: str, index: int, shared: Shared, table: Tensor, module: nn.Module, dtype: torch.dtype
+        self,
+        name: str,
+        index: int,
+        shared: Shared,
+        table: Tensor,
+        module: nn.Module,
+        dtype: torch.dtype,
+        order: Order = IN_FRONT,
     ) -> None:
         self.name = name
         self.index = index
@@ -56,7 +65,8 @@ class LayerState:
         self.embeds = isinstance(module, nn.Embedding)
         self.gathered = GATHERED in name.split(".")[:-1]
         self.foreign = index in shared.foreign
-        self.loose = self.gathered or self.foreign
+        self.order, self.in_front = order, not order.exchanged
+        self.loose = self.gathered or self.foreign or order.exchanged
         weight = module._parameters.get("weight")
         self.cast = is_cast(module)
         self.plain = (

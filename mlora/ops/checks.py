@@ -59,6 +59,16 @@ def _check_rows(plan: Tensor, rows: int) -> None:
         )
 
 
+def _check_front(plan: Tensor, rows: int, others: list[int]) -> None:
+    planned, routes, _, expansion, entries = plan[:5].tolist()
+    counts = (entries, entries * expansion)
+    if routes and planned != 1 and (rows not in counts or any(size in counts for size in others)):
+        raise errors.AttributionError(
+            f"the active routing has {entries} entries; a module in compiled code got an input of sizes "
+            f"{(rows, *others)}, whose rows may lie in another dimension than the first"
+        )
+
+
 def _check_heads(header: Tensor) -> None:
     if int(header[5]) & layout.HEADS:
         raise errors.UnsupportedAdapterError(
@@ -98,6 +108,7 @@ def _check_reads(header: Tensor, number: int, index: int, bits: int, name: str) 
 
 
 _fetch = _define("fetch_plan_(Tensor(a!) plan, Tensor(b!) header, int number)", _fetch_plan)
+check_front = _define("check_front_(Tensor(a!) plan, SymInt rows, SymInt[] others)", _check_front)
 _rows = _define("check_rows_(Tensor(a!) plan, SymInt rows)", _check_rows)
 
 # Layers call these only once an adapter was loaded that needs them, the last one foreign modules at all times.
