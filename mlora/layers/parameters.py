@@ -173,10 +173,8 @@ class ParametersLayer(LoraLayer):
             sample = torch.randn(2, *(3 for _ in x.shape[1:-1]), x.shape[-1], generator=draw).to(x)
 
             def given(part: Tensor) -> list[Tensor]:
-                out = self._whole(
-                    tuple(part if value is x else value for value in args),
-                    {key: part if value is x else value for key, value in named.items()},
-                )
+                others = {key: part if value is x else value for key, value in named.items()}
+                out = self._whole(*(part if value is x else value for value in args), **others)
                 return [one for one in (out if isinstance(out, tuple) else (out,)) if isinstance(one, Tensor)]
 
             together, apart = given(sample), zip(*map(given, sample.split(1)), strict=True)
