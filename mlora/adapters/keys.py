@@ -37,17 +37,19 @@ def plain_keys(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     Raises:
         AdapterError: two keys are one then, or they name several adapters.
     """
-    plain = {key: _plain(key) for key in tensors}
-    names = sorted({name for _, name in plain.values() if name})
+    plain = [_plain(key) for key in tensors]
+    names = {name for _, name in plain} - {""}
     if len(names) > 1:
         raise errors.AdapterError(
-            f"adapter from {source}: its keys name several adapters ({', '.join(names)}); save one of them by itself"
+            f"adapter from {source}: its keys name several adapters ({', '.join(sorted(names))}); save one of them by "
+            f"itself"
         )
-    found = {plain[key][0]: tensor for key, tensor in tensors.items()}
-    if len(found) != len(tensors):
-        twice = next(key for key in tensors if sum(plain[key][0] == other for other, _ in plain.values()) > 1)
+    keys = [key for key, _ in plain]
+    found = dict(zip(keys, tensors.values(), strict=True))
+    if len(found) != len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
         raise errors.AdapterError(
-            f"adapter from {source}: {plain[twice][0]} is there under two keys, both with and without the prefix "
+            f"adapter from {source}: {twice} is there under two keys, both with and without the prefix "
             f"{PEFT_PREFIX!r}, a wrapper's, or the adapter's name"
         )
     return found
@@ -66,7 +68,7 @@ def _plain(key: str) -> tuple[str, str]:
 
 def without(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], ignore: Sequence[str]
-) -> tuple[dict[str, Any], dict[str, Tensor], tuple[str, ...]]:
+) -> tuple[Mapping[str, Any], Mapping[str, Tensor], tuple[str, ...]]:
     """The config and the tensors without what `ignore` names, and the names of that: fields of the config, and keys of
     tensors, or patterns of them (`v_head.*`), with or without PEFT's prefix.
 
@@ -74,6 +76,8 @@ def without(
         AdapterError: `ignore` is no list of names.
     """
     check_ignore(ignore)
+    if not ignore:
+        return config, tensors, ()
     fields = [field for field in config if field in ignore]
     keys = [key for key in tensors if is_ignored(key, ignore)]
     kept = {key: tensor for key, tensor in tensors.items() if key not in keys}

@@ -155,10 +155,13 @@ def tensors_in(packed: Packed, deltas: Mapping[int, Delta], tensors: Mapping[str
         part, offset = places.get(tensor.data_ptr(), (None, 0))
         if part is None or tensor.dtype is not blob.dtype or not (tensor.is_cpu and tensor.is_contiguous()):
             continue
-        if part is tensor or (part.shape == tensor.shape and part.is_contiguous()):
-            found[key] = blob.as_strided(tensor.shape, tensor.stride(), offset)
-        elif tensor.dim() == 2 and part.stride() == tensor.stride()[::-1] and part.shape == tensor.shape[::-1]:
-            found[key] = blob.as_strided(tensor.shape, (1, tensor.shape[0]), offset)
+        shape = tensor.shape
+        if part is tensor or (part.shape == shape and part.is_contiguous()):
+            found[key] = blob.as_strided(shape, tensor.stride(), offset)
+        elif len(shape) == 2 and part.shape == shape[::-1] and part.stride() == (1, shape[1]):
+            found[key] = blob.as_strided(shape, (1, shape[0]), offset)
+    if len(found) == len(tensors):
+        return found
     rest = {key: tensor for key, tensor in tensors.items() if key not in found}
     if sum(tensor.nbytes for tensor in rest.values()) > packed.nbytes / _REST:
         return dict(tensors)
