@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import mmap
+import os
 import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +126,14 @@ def touched() -> int:
 
 
 def test_pages_are_taken_when_they_are_used_and_given_back() -> None:
+    """In a process of its own, whose memory nothing else takes or gives back."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    code = "import test_memory; test_memory.take_and_give_back()"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def take_and_give_back() -> None:
     size, ready = free_memory()[0] // 2, 20 * MIB
     big = Delta(torch.ones(1, 4 * MIB), torch.ones(1, 1))  # 16 MiB
     before = touched()
