@@ -1,7 +1,7 @@
 """A coverage-guided fuzzer of the loader.
 
     pip install atheris
-    python tests/adapters/fuzz_loader.py [CORPUS] [-max_total_time=60]
+    PYTHONPATH=.:tests python tests/adapters/fuzz_loader.py [CORPUS] [-max_total_time=60]
 
 An input is the bytes of a config, a separator, and the bytes of a safetensors file. Whatever they are, loading
 them ends in an error of mlora's or in a working adapter; anything else stops the fuzzer with the input.
