@@ -1,0 +1,1 @@
+"""Serving: requests that come when they come, on transformers' continuous batching."""
