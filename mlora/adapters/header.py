@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -24,13 +25,18 @@ DTYPES = {
 
 
 class Place(NamedTuple):
-    """Where a tensor lies: bytes `start` to `end` behind the header. `dtype` is the header's word for it."""
+    """Where a tensor lies: bytes `start` to `end` behind the header. `dtype` is the header's word for it.
+
+    `at`: `start` in elements, -1 where it is between two of them or the dtype is not among `DTYPES`.
+    """
 
     key: str
     dtype: str
     shape: tuple[int, ...]
     start: int
     end: int
+    strides: tuple[int, ...]
+    at: int
 
 
 class Header(NamedTuple):
@@ -82,32 +88,27 @@ def _place(key: str, value: Any) -> Place:
     # torch counts strides in 63 bits, also of tensors without elements, and stops at 64 dimensions.
     if end < start or len(shape) > 64 or math.prod(max(size, 1) for size in shape) >= 1 << 63:
         raise ValueError(f"its tensor {key!r} has shape {shape!r} and offsets {offsets!r}")
-    if dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != end - start:
+    size = DTYPES[dtype].itemsize if dtype in DTYPES else 0
+    if size and math.prod(shape) * size != end - start:
         raise ValueError(f"its tensor {key!r} has shape {shape!r} of {dtype} in {end - start} bytes")
-    return Place(key, dtype, tuple(shape), start, end)
+    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    return Place(key, dtype, tuple(shape), start, end, strides, start // size if size and start % size == 0 else -1)
 
 
 def _sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 
-def cut(places: list[Place], data: Tensor) -> dict[str, Tensor]:
+def cut(places: Iterable[Place], data: Tensor) -> dict[str, Tensor]:
     """The tensors at `places`, of dtypes among `DTYPES`, of the uint8 bytes behind the header: views of them where they
     are aligned."""
     flat: dict[str, Tensor] = {}
     found = {}
-    for key, dtype, shape, start, end in places:
-        size = DTYPES[dtype].itemsize
-        if start % size:
+    for key, dtype, shape, start, end, strides, at in places:
+        if at < 0:
             found[key] = data[start:end].clone().view(DTYPES[dtype]).view(shape)
             continue
         if dtype not in flat:
-            flat[dtype] = data[: data.numel() // size * size].view(DTYPES[dtype])
-        found[key] = flat[dtype].as_strided(shape, _strides(shape), start // size)
+            flat[dtype] = data[: data.numel() - data.numel() % DTYPES[dtype].itemsize].view(DTYPES[dtype])
+        found[key] = flat[dtype].as_strided(shape, strides, at)
     return found
-
-
-@lru_cache
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of a contiguous tensor."""
-    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))

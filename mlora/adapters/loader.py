@@ -125,6 +125,8 @@ def _safetensors(file: File, ignore: Sequence[str]) -> tuple[Header, dict[str, T
             f"{file.path}: its tensor {unread[0].key} is of dtype {unread[0].dtype}, which is not read; those that "
             f"are: {', '.join(DTYPES)}"
         )
+    if not foreign:
+        return header, cut(header.places, data)
     bytes_of = {place.key: data[place.start : place.end] for place in foreign}
     return header, cut([place for place in header.places if place.dtype in DTYPES], data) | bytes_of
 

@@ -5,7 +5,7 @@ Nothing is padded to a maximum rank: a blob holds each part at its true size, al
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,8 +89,8 @@ def pack(deltas: Mapping[int, Delta], empty: np.ndarray, dtype: torch.dtype, pin
         parts.append(part)
         return len(parts) - 1
 
+    factors: list[tuple[int, int, int, int, float]] = []  # of all modules, which is most of it; written at once
     for index, delta in deltas.items():
-        row, rest_row = rows[index]
         if delta.invocation:
             touches[index] |= TAIL
         if delta.replaces and delta.a is not None:
@@ -98,28 +98,31 @@ def pack(deltas: Mapping[int, Delta], empty: np.ndarray, dtype: torch.dtype, pin
             touches[index] |= HEAD
             continue
         if delta.a is not None and delta.b is not None:
-            row[layout.A], row[layout.B], row[layout.RANK] = number(delta.a), number(delta.b), delta.rank
-            scales[index] = delta.scale
-            touches[index] |= LORA
+            factors.append((index, number(delta.a), number(delta.b), delta.rank, delta.scale))
             if delta.b.shape[0] == delta.b.shape[1] and torch.equal(delta.b, torch.eye(delta.rank).to(delta.b)):
-                row[layout.WHOLE] = 1
+                rows[index, 0, layout.WHOLE] = 1
         for column, bit, part in (
             (layout.GAIN, GAIN, delta.gain),
             (layout.IN_GAIN, INPUT, delta.in_gain),
             (layout.SHIFT, SHIFT, delta.shift),
         ):
             if part is not None:
-                row[column] = number(part)
+                rows[index, 0, column] = number(part)
                 touches[index] |= bit
                 if bit != SHIFT and (rest := _rest(part, dtype)) is not None:
-                    rest_row[column] = number(rest)
+                    rows[index, 1, column] = number(rest)
         for column, bit, turn in ((layout.TURN, TURN, delta.turn), (layout.IN_TURN, INPUT, delta.in_turn)):
             if turn is not None:
-                row[column] = number(turn.values)
-                row[column + 1] = layout.turn_shape(*turn.shape)
+                shape = layout.turn_shape(*turn.shape)
+                rows[index, 0, column : column + 2] = number(turn.values), shape
                 touches[index] |= bit
                 if (rest := _turn_rest(turn, dtype)) is not None:
-                    rest_row[column], rest_row[column + 1] = number(rest), row[column + 1]
+                    rows[index, 1, column : column + 2] = number(rest), shape
+    if factors:
+        indices, a, b, ranks, values = (list(column) for column in zip(*factors, strict=True))
+        rows[indices, 0, layout.A], rows[indices, 0, layout.B], rows[indices, 0, layout.RANK] = a, b, ranks
+        scales[indices] = values
+        touches[indices] |= LORA
     blob, offsets = _lay_out(parts, dtype, pin)
     for column in OFFSETS:
         rows[..., column] = offsets[rows[..., column]]
@@ -136,7 +139,23 @@ def pack(deltas: Mapping[int, Delta], empty: np.ndarray, dtype: torch.dtype, pin
     return Packed(blob, rows, touches, heads, trained, rests, invocation)
 
 
-def tensors_in(packed: Packed, deltas: Mapping[int, Delta], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+class Held(Mapping[str, Tensor]):
+    """Tensors that lie in a blob, made when they are asked for. `places`: key -> (shape, strides, offset)."""
+
+    def __init__(self, blob: Tensor, places: Mapping[str, tuple[Sequence[int], Sequence[int], int]]) -> None:
+        self._blob, self._places = blob, places
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._blob.as_strided(*self._places[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def tensors_in(packed: Packed, deltas: Mapping[int, Delta], tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The same tensors, in no memory beside the blob where nearly all are in it as they are: the factors of a LoRA in
     the arena's dtype. Else as they were given.
 
@@ -144,28 +163,28 @@ def tensors_in(packed: Packed, deltas: Mapping[int, Delta], tensors: Mapping[str
         deltas: what was packed, made of `tensors`.
     """
     blob, offsets = packed.blob, packed.rows[:, 0][:, (layout.A, layout.B)].tolist()
-    places = {
+    parts = {
         part.data_ptr(): (part, offset)
         for index, delta in deltas.items()
         for part, offset in zip((delta.a, delta.b), offsets[index], strict=True)
         if part is not None and offset >= 0
     }
-    found = {}
+    places: dict[str, tuple[Sequence[int], Sequence[int], int]] = {}
     for key, tensor in tensors.items():
-        part, offset = places.get(tensor.data_ptr(), (None, 0))
+        part, offset = parts.get(tensor.data_ptr(), (None, 0))
         if part is None or tensor.dtype is not blob.dtype or not (tensor.is_cpu and tensor.is_contiguous()):
             continue
         shape = tensor.shape
         if part is tensor or (part.shape == shape and part.is_contiguous()):
-            found[key] = blob.as_strided(shape, tensor.stride(), offset)
+            places[key] = shape, tensor.stride(), offset
         elif len(shape) == 2 and part.shape == shape[::-1] and part.stride() == (1, shape[1]):
-            found[key] = blob.as_strided(shape, (1, shape[0]), offset)
-    if len(found) == len(tensors):
-        return found
-    rest = {key: tensor for key, tensor in tensors.items() if key not in found}
-    if sum(tensor.nbytes for tensor in rest.values()) > packed.nbytes / _REST:
+            places[key] = shape, (1, shape[0]), offset
+    held = Held(blob, places)
+    if len(places) == len(tensors):
+        return held
+    if sum(tensor.nbytes for key, tensor in tensors.items() if key not in places) > packed.nbytes / _REST:
         return dict(tensors)
-    return {key: found[key] if key in found else tensor.clone() for key, tensor in tensors.items()}
+    return {key: held[key] if key in places else tensor.clone() for key, tensor in tensors.items()}
 
 
 def _lay_out(parts: Sequence[Tensor], dtype: torch.dtype, pin: bool) -> tuple[Tensor, np.ndarray]:

@@ -169,8 +169,9 @@ def _factors(module: Module) -> tuple[Tensor, Tensor]:
                 f"{module.where}: {blocked} has shape {tuple(factor.shape)}, not of {count} diagonal blocks"
             )
         parts = {**parts, blocked: torch.block_diag(*factor.chunk(count))}
-    a = _factor(module, parts, "lora_A", 1, base.channels, base.kernel)
-    b = spread(_factor(module, parts, "lora_B", 0, base.out_features, (1,) * len(base.kernel)), base.groups)
+    kernel = base.kernel
+    a = _factor(module, parts, "lora_A", 1, base.channels, kernel)
+    b = spread(_factor(module, parts, "lora_B", 0, base.out_features, (1,) * len(kernel)), base.groups)
     if a.shape[0] != b.shape[1] or a.shape[0] == 0:
         raise errors.AdapterError(
             f"{module.where}: lora_A has rank {a.shape[0]}, lora_B has rank {b.shape[1]}; "
@@ -183,16 +184,16 @@ def _factor(
     module: Module, parts: Mapping[str, Tensor], part: str, axis: int, width: int, kernel: tuple[int, ...]
 ) -> Tensor:
     """A factor as a matrix, whose `axis` is as wide as the module; a convolution's file has it with its kernel."""
-    if part not in parts:
+    if (factor := parts.get(part)) is None:
         raise errors.AdapterError(f"{module.where}: {part} is missing")
-    shape = parts[part].shape
+    shape = factor.shape
     if len(shape) < 2 or tuple(shape[2:]) != kernel:
         wanted = f"of a convolution with kernel {kernel}" if kernel else "a matrix"
         raise errors.AdapterError(f"{module.where}: {part} has shape {tuple(shape)}; it must be {wanted}")
     if shape[axis] != width:
         axis_name = "columns" if axis == 1 else "rows"
         raise errors.AdapterError(f"{module.where}: {part} has {shape[axis]} {axis_name}, the module takes {width}")
-    return parts[part].flatten(1)
+    return factor.flatten(1) if kernel else factor
 
 
 def _check_conv(module: Module) -> None:

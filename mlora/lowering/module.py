@@ -136,7 +136,7 @@ class Module:
         table = self.config.get(patterns) or {}
         if not isinstance(table, dict):
             raise errors.AdapterError(f"adapter from {self.source}: {patterns} must be an object")
-        return pattern_value(table, self.parameter or self.file, value)
+        return pattern_value(table, self.parameter or self.file, value) if table else value
 
     def expect(self, what: str, seen: int, wanted: int) -> None:
         """Refuse a tensor whose size is not what the config says."""

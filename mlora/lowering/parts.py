@@ -31,12 +31,13 @@ _NORM_PARTS = {"saved weight", "base bias", "trained weight", "trained bias", "d
 def lower_module(module: Module, lowering: Lowering) -> Delta | Dense:
     """The module's delta, with the shift from the base's bias to a saved one."""
     parts, base = module.parts, module.base
-    allowed = _EMBEDDING_PARTS | ({"lora_A", "lora_B"} if module.parameter else set())
-    if base.embed_scale is not None and (unserved := sorted(parts.keys() - allowed)):
-        raise errors.UnsupportedAdapterError(
-            f"{module.where}: an embedding is served with LoRA only, or trained tokens; the file has its "
-            f"{', '.join(unserved)}"
-        )
+    if base.embed_scale is not None:
+        allowed = _EMBEDDING_PARTS | ({"lora_A", "lora_B"} if module.parameter else set())
+        if unserved := sorted(parts.keys() - allowed):
+            raise errors.UnsupportedAdapterError(
+                f"{module.where}: an embedding is served with LoRA only, or trained tokens; the file has its "
+                f"{', '.join(unserved)}"
+            )
     if base.offset is not None and (unserved := sorted(parts.keys() - _NORM_PARTS)):
         raise errors.UnsupportedAdapterError(
             f"{module.where}: it is a norm, of which a trained weight and bias are served; the file has its "
