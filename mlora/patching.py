@@ -29,6 +29,7 @@ from .layers import (
     order_of,
     swap_class,
     swap_forward,
+    unpacked,
 )
 from .patched import PatchedModel, ancestors, mix_in, unpatch
 from .plan.modality import foreign_in, placeholders_of
@@ -172,6 +173,12 @@ def _patch(
                 owner, shared, store.tables, module, dtype, own, order_of(model, owner)
             )
 
+    shared.unpacked = {
+        state.index: why for state, (_, module) in zip(states.values(), modules.values(), strict=True)
+        if (why := unpacked(state, module))
+    }  # fmt: skip
+    prefix = getattr(model, "base_model_prefix", "")
+    shared.body = prefix if prefix in dict(model.named_children()) else ""
     for key, (_, module) in modules.items():
         if states[key].outer is not None:
             del module.__dict__["forward"]

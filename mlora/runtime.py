@@ -24,7 +24,7 @@ from .merge import Merge
 from .patched import unpatch
 from .plan.shared import Shared
 from .routing.bridges import Bridges
-from .routing.entries import Entries, Entry, is_single
+from .routing.entries import Entries, Entry, check_lengths, is_single
 from .routing.merge_cache import MergeCache
 from .routing.planner import Planner
 from .routing.readers import Readers
@@ -304,15 +304,39 @@ class Runtime:
         self._router.set_default(entry)
 
     @contextmanager
-    def use_adapters(self, entries: Entries) -> Iterator[None]:
+    def use_adapters(
+        self,
+        entries: Entries,
+        *,
+        lengths: Sequence[int] | None = None,
+        starts: Sequence[Mapping[str, int | None]] | None = None,
+    ) -> Iterator[None]:
         """Route everything that runs inside the `with`, and in tasks started there: one entry a row, or one for all.
 
+        With `lengths` the batch is packed: sequences of these many tokens lie one behind another in one row of
+        T = sum(lengths), as attention by `cu_seq_lens` or `position_ids` has them, and `entries` has one a sequence.
+        Calls inside have inputs of (1, T), (T,), (1, T, hidden) or (T, hidden), and may pick tokens for the head
+        (`logits_to_keep`). Padding is one more sequence, with the entry None. That the sequences do not see each other
+        is up to the model's attention. Compiled code does not serve it.
+
+        Args:
+            lengths: tokens of each sequence, each at least 1.
+            starts: of each sequence, aLoRA -> the index in it of the first token that the aLoRA applies to, 0 or less
+                where that is all of them, None where it is none: for calls that go on behind tokens in a cache.
+                Without it the invocation is looked for in the call's own input_ids.
+
         Raises:
-            EntryError, UnknownAdapterError, MergeError: an entry is none.
+            EntryError, UnknownAdapterError, MergeError: an entry is none, or `lengths` and `starts` do not fit.
+            AttributionError: packed sequences differ in a module that gets their tokens in no order that can be told.
             CapacityError: its adapters do not fit on the device together.
         """
-        rows = len(entries) if isinstance(entries, Sequence) else 1
-        with self._router.use(entries, rows):
+        rows = len(entries) if isinstance(entries, Sequence) and not isinstance(entries, str) else 1
+        if lengths is not None:
+            check_lengths(lengths, starts)
+            rows = len(lengths)
+        elif starts is not None:
+            raise errors.EntryError("starts= is of packed sequences; give their lengths= too")
+        with self._router.use(entries, rows, lengths or (), starts or ()):
             self._router.arrive()
             yield
 

@@ -18,6 +18,7 @@ from .parameters import ParametersLayer, ParametersState, Stack
 from .route import group_routes
 from .state import LayerState
 from .swap import guard_moves, refuse_copy, refuse_move, restore_class, swap_class, swap_forward
+from .unpacked import unpacked
 
 __all__ = [
     "CONVS",
@@ -54,4 +55,5 @@ __all__ = [
     "restore_class",
     "swap_class",
     "swap_forward",
+    "unpacked",
 ]

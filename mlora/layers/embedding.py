@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..arena.bits import HEAD
+from ..arena.bits import HEAD, TAIL
 from ..ops import dispatch, reference
 from ..ops.checks import check_heads, check_rows
 from ..plan.late import Late
@@ -39,6 +39,8 @@ class EmbeddingLayer(LoraLayer):
             scope.check_told(state.name)
         if plan is None or not (touches := plan.touches[state.index]):
             return self._base(input)
+        if touches & TAIL:
+            plan = self._by_token(input, scope)
         self._check_rows(input, plan)
         base = partial(self._changed, words=plan.tensor)
         if touches & HEAD:

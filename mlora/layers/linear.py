@@ -14,9 +14,8 @@ from .. import errors
 from ..arena.bits import BOTH, GAIN, HEAD, INPUT, LORA, SHIFT, TAIL, TURN
 from ..ops import direct, dispatch, reference
 from ..ops.checks import check_foreign, check_front, check_heads, check_rows, check_tails
-from ..plan.activation import Activation
 from ..plan.plan import Plan
-from ..plan.scope import Siblings
+from ..plan.scope import Scope, Siblings
 from .dense import DENSE
 from .head import answer
 from .reads import shown
@@ -50,7 +49,7 @@ class LoraLayer(nn.Module):
         plan = scope.plan or shared.default
         touches = 0 if plan is None else plan.touches[state.index]
         if plan is not None and touches & TAIL:
-            plan = self._by_token(x, scope.activation)
+            plan = self._by_token(x, scope)
         # What follows runs for each linear and token, among code that leaves little of it in the caches: few calls, and
         # none of nn.Module's __getattr__.
         held: Any = self._parameters
@@ -99,15 +98,15 @@ class LoraLayer(nn.Module):
             return self._with_siblings(x, plan)
         return self._routed(x, plan.tensor, touches)
 
-    def _by_token(self, x: Tensor, activation: Activation | None) -> Plan:
-        """The plan of what aLoRAs do to x's tokens."""
+    def _by_token(self, x: Tensor, scope: Scope) -> Plan:
+        """The plan of what is done to x's tokens, where it is not the same for all of a row's."""
         state = self._mlora
-        if activation is None:
+        if scope.tokens is None:
             raise errors.AttributionError(
-                f"{state.name} runs outside of a call of the patched model, so that an aLoRA's invocation cannot be "
-                f"looked for; call the model itself"
+                f"{state.name} runs outside of a call of the patched model, so that it cannot be told which tokens its "
+                f"input is of, as packed sequences and aLoRAs need; call the model itself"
             )
-        return activation.plan_of(x, state.name, state.gathered or state.foreign)
+        return scope.tokens.plan_of(x, state.name, state.gathered or state.foreign)
 
     def _with_siblings(self, x: Tensor, plan: Plan) -> Tensor:
         """`_routed`, and in the same call what the layers that read `x` after this one will return. Not for inference

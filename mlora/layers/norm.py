@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..arena.bits import TAIL
 from ..ops import dispatch, reference
 from ..ops.checks import check_foreign
 from .dense import is_dense
+from ..plan.packing import Packing
 from .linear import LoraLayer
 from .swap import twin_of
 
@@ -89,12 +92,26 @@ class NormLayer(LoraLayer):
             plan = scope.plan or shared.default
             if shared.recorded and torch.is_grad_enabled():
                 scope.check_told(state.name)
-            if plan is None or not plan.touches[state.index]:
+            if plan is None or not (touches := plan.touches[state.index]):
                 return self._base(x)
             self._check_autocast(x)
+            if touches & TAIL and isinstance(scope.tokens, Packing):
+                plan, axis = scope.tokens.attribute(x, state.name)
+                if math.prod(x.shape[:axis]) != 1:  # (1, heads, tokens, width)
+                    return self._behind(x, axis, plan.tensor)
+            elif touches & TAIL:
+                plan = self._by_token(x, scope)
             self._check_rows(x, plan)
             words = plan.tensor
-        y = self._base(x)
+        return self._added(self._base(x), x, words)
+
+    def _behind(self, x: Tensor, axis: int, words: Tensor) -> Tensor:
+        """What the words' rows, of which there is one for each index of that dimension, make of x."""
+        y, front = self._base(x).movedim(axis, 0), x.movedim(axis, 0)
+        return self._added(y.contiguous(), front.contiguous(), words).movedim(0, axis)
+
+    def _added(self, y: Tensor, x: Tensor, words: Tensor) -> Tensor:
+        state, shared = self._mlora, self._mlora.shared
         if y.requires_grad:
             return reference.apply(y, None, x, shared.arena, state.table, words)
         dispatch.apply_(y, None, x, shared.arena, state.table, words)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import errors
+from ..arena.bits import TAIL
 from ..lowering import BaseLinear
 from ..ops.checks import check_experts
 from ..plan.plan import Plan
@@ -142,6 +143,8 @@ class ParametersLayer(LoraLayer):
         if not isinstance(x, Tensor) or not x.dim():
             raise errors.AttributionError(f"{state.name} got no hidden states as its {state.input}")
         self._check_autocast(x)
+        if any(plan.touches[index] & TAIL for index in state.stacks.values()):
+            plan = self._by_token(x, scope)
         self._check_rows(x, plan)
         return self._divided(x, args, named, plan)
 
@@ -152,13 +155,17 @@ class ParametersLayer(LoraLayer):
         if len(parts) == 1:
             return self._under(parts[0][0], args, named)
         self._check_divisible(x, args, named)
-        tokens, outputs = x.shape[0], []
+        if plan.lengths and x.shape[0] == 1:  # packed: (1, tokens, in)
+            front, tokens, each = 1, x.shape[1], 1
+        else:
+            front, tokens = 0, x.shape[0]
+            each = tokens // plan.rows * (math.prod(x.shape[1:-1]) if self._flattens(x, args, named) else 1)
+        outputs = []
         for changes, rows in parts:
-            part = [self._picked(value, rows, tokens, plan) for value in args]
-            others = {key: self._picked(value, rows, tokens, plan) for key, value in named.items()}
+            part = [self._picked(value, rows, tokens, front, plan) for value in args]
+            others = {key: self._picked(value, rows, tokens, front, plan) for key, value in named.items()}
             outputs.append(self._under(changes, part, others))
         chosen = [rows for _, rows in parts]
-        each = tokens // plan.rows * (math.prod(x.shape[1:-1]) if self._flattens(x, args, named) else 1)
         if not isinstance(outputs[0], tuple):
             return self._joined(outputs, chosen, each, plan)
         return tuple(self._joined(column, chosen, each, plan) for column in zip(*outputs, strict=True))
@@ -202,6 +209,10 @@ class ParametersLayer(LoraLayer):
         """One output of all tokens from those of each call, `each` of a row; a router gives several."""
         if all(output is None for output in outputs):
             return None
+        shapes = [output.shape[:2] for output in outputs if isinstance(output, Tensor)]
+        if plan.lengths and shapes == [(1, len(rows)) for rows in chosen]:  # of packed tokens
+            joined = self._joined([output[0] for output in outputs], chosen, each, plan)
+            return None if joined is None else joined[None]
         for output, rows in zip(outputs, chosen, strict=True):
             wanted = len(rows) * each
             if not isinstance(output, Tensor) or not output.dim() or output.shape[0] != wanted:
@@ -227,10 +238,13 @@ class ParametersLayer(LoraLayer):
                 f"rows, or adapters whose target_parameters do not name it"
             )
 
-    def _picked(self, value: Any, rows: Tensor, tokens: int, plan: Plan) -> Any:
-        """An argument's part for the tokens of some of the plan's rows."""
-        if isinstance(value, Tensor) and value.dim() and value.shape[0] == tokens:
-            return value.unflatten(0, (plan.rows, -1))[rows].flatten(0, 1)
+    def _picked(self, value: Any, rows: Tensor, tokens: int, front: int, plan: Plan) -> Any:
+        """An argument's part for the tokens of some of the plan's rows, which lie behind `front` dimensions of 1."""
+        if isinstance(value, Tensor) and value.dim():
+            if front and value.shape[:2] == (1, tokens):
+                return value[:, rows]
+            if value.shape[0] == tokens:
+                return value.unflatten(0, (plan.rows, -1))[rows].flatten(0, 1)
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
         seen = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

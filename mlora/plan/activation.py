@@ -103,12 +103,13 @@ class Activation:
 def occurrences(ids: Tensor, recipes: Sequence[Recipe], invocations: Mapping[str, tuple[int, ...]]) -> list[Starts]:
     """Where the last invocation of each row's aLoRAs starts in ids, (rows, length)."""
     return [
-        {name: _last(row, invocations[name]) for name, _ in recipe if name in invocations}
+        {name: last_occurrence(row, invocations[name]) for name, _ in recipe if name in invocations}
         for row, recipe in zip(ids.tolist(), recipes, strict=True)
     ]
 
 
-def _last(row: list[int], tokens: tuple[int, ...]) -> int | None:
+def last_occurrence(row: list[int], tokens: tuple[int, ...]) -> int | None:
+    """Where `tokens` start for the last time; None if they do not occur."""
     wanted = list(tokens)
     for start in range(len(row) - len(wanted), -1, -1):
         if row[start : start + len(wanted)] == wanted:

@@ -32,9 +32,11 @@ class Plan:
             expansion of `generate` (beams, returned sequences), entries repeated in place.
         entries: how many were listed; 1 if one was given for all rows. Equal ones are one recipe for all rows, and
             are counted still.
+        lengths: of a packed call, how many tokens each of its sequences has, of which `entries` lists one each; `rows`
+            are tokens then, and `entries` is 1, as in one row. `starts`: as given, see `activation.Starts`.
         heads: module number -> which rows heads or token embeddings of another size answer (`layers.head.Heads`).
         routes: of each recipe, where one changes parameters: its rows, and the terms (`layers.route.Route`).
-        recipes: of each row. `invocations`: aLoRAs among its adapters -> the tokens from which on each applies; see
+        recipes: of each row, or packed sequence. `invocations`: aLoRAs among its adapters -> the tokens from which on each applies; see
             `activation.py`.
         trained: the numbers of the modules whose own weights were trained, so that PEFT shows those to who reads them.
         raw: the words of `tensor`, where that is on the CPU.
@@ -52,6 +54,8 @@ class Plan:
     invocations: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     trained: frozenset[int] = frozenset()
     entries: int = 1
+    lengths: tuple[int, ...] = ()
+    starts: Sequence[Mapping[str, int | None]] = ()
     raw: bytes = field(init=False, repr=False, default=b"")
 
     def __post_init__(self) -> None:

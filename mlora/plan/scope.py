@@ -26,6 +26,7 @@ from . import frames
 from .activation import Activation, Prompt
 from .late import Late
 from .modality import Others
+from .packing import Packing
 from .plan import Plan
 
 
@@ -57,8 +58,8 @@ class Scope:
         source: what it stands for in another thread, if it does; it ends with that. `open`: until it ends.
 
     Of the call that is running: the `length` of its sequences (0 if there is none), `unobserved`, whether nothing
-    looked at the operators when it began, what its layers left for their `siblings`, `activation`, to what aLoRAs apply
-    in it, the `prompt` of the `generate` that is running if it has some, `late`, what is asked of the call when it ends
+    looked at the operators when it began, what its layers left for their `siblings`, `tokens`, which tells layers a plan
+    whose rows are tokens where one is needed, the `prompt` of the `generate` that is running if it has some, `late`, what is asked of the call when it ends
     (None if none runs), `counted`, whether its rows, or those of the `generate`, were found to be as many as the
     entries, and, of a model that reads more than text, what the call tells of `others`.
 
@@ -75,7 +76,7 @@ class Scope:
     unobserved = False
     counted = False
     siblings: Siblings | None = None
-    activation: Activation | None = None
+    tokens: Activation | Packing | None = None
     prompt: Prompt | None = None
     late: list[Late] | None = None
     others: Others | None = None
@@ -93,7 +94,7 @@ class Scope:
             self.since, self.length, self.unobserved = outer.since, outer.length, outer.unobserved
             self.prompt, self.late, self.others = outer.prompt, outer.late, outer.others
             if outer.own is own:
-                self.activation, self.counted = outer.activation, outer.counted
+                self.tokens, self.counted = outer.tokens, outer.counted
 
     def __getattr__(self, name: str) -> Any:
         if name == "plan":

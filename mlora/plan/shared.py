@@ -26,6 +26,8 @@ class Shared:
         fused: whether the base product may be computed by mlora's own kernel.
         placeholders: the tokens that stand for inputs of other modalities than text; see `modality.py`.
         foreign: the numbers of the modules that read those inputs.
+        unpacked: number of a module -> why it cannot be told which of its inputs are of which token of a packed call.
+        body, axes: as `Packing` has them.
         kblocks: (in, out, whether there is a bias, dtype) of a layer -> tokens and threads -> the block with which that
             kernel gives the library's bits, 0 where none does; filled as they occur.
         groups: first layer's number -> the layers that read the same input after it (q, k, v; gate, up), learned as
@@ -52,6 +54,9 @@ class Shared:
         self.kblocks: dict[tuple[int, int, bool, torch.dtype], dict[tuple[int, int], int]] = {}
         self.placeholders = tuple(placeholders)
         self.foreign = frozenset(foreign)
+        self.unpacked: dict[int, str] = {}
+        self.body = ""
+        self.axes: dict[str, int] = {}
         self.recorded = False
         self.inputs = self.turns = self.norms = self.embeddings = self.experts = False
         self.heads: frozenset[int] = frozenset()

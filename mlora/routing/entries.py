@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any, TypeAlias
 
 from .. import errors
@@ -56,3 +57,25 @@ def resolve(entries: Any, exists: Callable[[str], bool]) -> list[Recipe]:
             f"adapter_names is {entries!r} ({type(entries).__name__}); it must be one entry or a list of one a row"
         )
     return [resolve_entry(entry, exists) for entry in entries]
+
+
+def check_lengths(lengths: Any, starts: Any) -> None:
+    """Raise `EntryError` unless these are the `lengths` and `starts` of packed sequences."""
+    if not isinstance(lengths, Sequence) or not lengths or not all(_is_count(length) for length in lengths):
+        raise errors.EntryError(f"lengths is {lengths!r}; it must list how many tokens each sequence has, at least 1")
+    if starts is not None and (
+        not isinstance(starts, Sequence)
+        or len(starts) != len(lengths)
+        or not all(isinstance(own, Mapping) and all(map(_is_start, own.values())) for own in starts)
+    ):
+        raise errors.EntryError(
+            f"starts is {starts!r}; it must have a mapping aLoRA -> index or None for each of {len(lengths)} sequences"
+        )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+
+
+def _is_start(value: Any) -> bool:
+    return value is None or (isinstance(value, Integral) and not isinstance(value, bool))

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 import torch
 
 from .. import errors, layout
-from ..arena.bits import BOTH, GAIN, INPUT, TURN
+from ..arena.bits import BOTH, GAIN, INPUT, TAIL, TURN
 from ..arena.pack import Packed
 from ..arena.store import Store
 from ..layers import Head, group_heads, group_routes
+from ..plan.activation import Starts
 from ..plan.plan import Plan, Recipe, plan_words, to_device
 from ..plan.shared import Shared
 from .bridges import Bridges
@@ -39,14 +41,16 @@ class _Kept:
     entries: tuple[str | None, ...] | None
     folded: Recipe
 
-    def serves(self, entries: Any, rows: int, expansion: int, placements: int, folded: Recipe) -> bool:
+    def serves(
+        self, entries: Any, rows: int, expansion: int, lengths: Sequence[int], placements: int, folded: Recipe
+    ) -> bool:
         """Whether these very entries ask for it again, without looking at what they are."""
         return (
             self.entries is not None
             and isinstance(entries, (list, tuple))
             and len(entries) == len(self.entries)
             and all(map(operator.is_, entries, self.entries))
-            and self.made_of[1:] == (rows, expansion, placements)
+            and self.made_of[1:] == (rows, expansion, tuple(lengths), placements)
             and self.folded == folded
         )
 
@@ -96,23 +100,30 @@ class Planner:
         # two of a small model's step.
         self._kept: _Kept | None = None
 
-    def acquire(self, entries: Any, rows: int, expansion: int) -> Plan:
-        """Resolve, bring to the device and pin. The caller is a reader of the weights or holds the lock.
+    def acquire(
+        self, entries: Any, rows: int, expansion: int, lengths: Sequence[int] = (), starts: Sequence[Starts] = ()
+    ) -> Plan:
+        """Resolve, bring to the device and pin. The caller is a reader of the weights or holds the lock. `lengths` and
+        `starts`: of packed sequences, as `Plan` has them; `rows` is the number of these.
 
         Raises:
             EntryError, UnknownAdapterError, MergeError: an entry is none, or there are not as many as `rows`.
+            AttributionError: an adapter changes what gets the tokens of packed sequences in no order.
             CapacityError: the adapters do not fit on the device together, or the plan not in its buffer.
         """
         with self._lock:
             kept = self._kept
-            if kept is not None and kept.serves(entries, rows, expansion, self._store.placements, self._bridges.folded):
+            if kept is not None and kept.serves(
+                entries, rows, expansion, lengths, self._store.placements, self._bridges.folded
+            ):
                 self._store.acquire(kept.plan.names)
                 return kept.plan
         while True:
             with self._merges.resolved(entries) as resolved:  # nothing that is named may be deleted before it is pinned
                 recipes, unmade = self._bridges.beside(self._registry.recipes(resolved))
                 if unmade is None:
-                    plan = self._plan(entries, recipes, None if is_single(resolved) else rows, expansion)
+                    listed = None if is_single(resolved) else rows
+                    plan = self._plan(entries, recipes, listed, expansion, tuple(lengths), tuple(starts))
                     self._merges.trim()
                     return plan
             self._bridges.make(unmade)
@@ -149,10 +160,29 @@ class Planner:
             try:
                 owners = [self._owners(recipe) for recipe in plan.recipes]
                 entries, repeated = plan.row_counts
-                return self._of_pinned(plan.recipes, plan.names, owners, entries, repeated // entries)
+                return self._of_pinned(
+                    plan.recipes, plan.names, owners, entries, repeated // entries, plan.lengths, plan.starts
+                )
             except BaseException:
                 store.release(plan.names)
                 raise
+
+    def of_tokens(self, plan: Plan, recipes: Sequence[Recipe], lengths: Sequence[int]) -> Plan:
+        """A plan whose rows are tokens, as many of each recipe as its length says; what it names is pinned by `plan`."""
+        with self._lock:
+            owners = [self._owners(recipe) for recipe in recipes]
+            return self._of_pinned(recipes, plan.names, owners, 1, 1, lengths, by_token=True)
+
+    def check_packed(self, names: Iterable[str]) -> None:
+        """Raise `AttributionError` where one of these adapters changes what gets the tokens of packed sequences in no
+        known order."""
+        for name in names:
+            for index in np.flatnonzero(self._store[name].touches).tolist():
+                if why := self._shared.unpacked.get(index):
+                    raise errors.AttributionError(
+                        f"adapter {name!r} changes {self._registry.paths[index]}, {why}: the tokens of packed sequences "
+                        f"cannot be told apart there; use one entry for all sequences, or adapters that do not target it"
+                    )
 
     def check_since(self, names: Sequence[str], since: int) -> None:
         """Raise `RoutingError` if one means an adapter that is newer than what is computed again."""
@@ -163,21 +193,34 @@ class Planner:
                     f"loaded since. Load it before, and run backward before delete_adapter"
                 )
 
-    def _plan(self, entries: Any, recipes: Sequence[Recipe], rows: int | None, expansion: int) -> Plan:
+    def _plan(
+        self,
+        entries: Any,
+        recipes: Sequence[Recipe],
+        rows: int | None,
+        expansion: int,
+        lengths: tuple[int, ...],
+        starts: tuple[Starts, ...],
+    ) -> Plan:
         """Of one recipe a row, which came of `entries`; `rows` is None where one serves them all."""
         if rows is not None and len(recipes) != rows:
-            raise errors.EntryError(f"adapter_names has {len(recipes)} entries for a batch of {rows} rows")
+            what = f"{rows} packed sequences" if lengths else f"a batch of {rows} rows"
+            raise errors.EntryError(f"adapter_names has {len(recipes)} entries for {what}")
         if len(set(recipes)) == 1:
             recipes = recipes[:1]
         owners = [self._owners(recipe) for recipe in recipes]
         names = tuple(sorted({name for recipe in recipes for name, _ in recipe}))
         self._store.acquire(names)
         try:
-            made_of = tuple(recipes), rows, expansion, self._store.placements
+            made_of = tuple(recipes), rows, expansion, lengths, self._store.placements
             if self._kept is not None and self._kept.made_of == made_of:
                 plan = self._kept.plan
             else:
-                plan = self._of_pinned(recipes, names, owners, 1 if rows is None else rows, expansion)
+                self._check_starts(recipes, starts)
+                if by_token := len(recipes) > 1 and bool(lengths):
+                    self.check_packed(names)
+                listed = 1 if rows is None or lengths else rows
+                plan = self._of_pinned(recipes, names, owners, listed, expansion, lengths, starts, by_token)
         except BaseException:
             self._store.release(names)
             raise
@@ -187,6 +230,14 @@ class Planner:
             self._kept = _Kept(plan, made_of, tuple(entries) if named else None, self._bridges.folded)
         return plan
 
+    def _check_starts(self, recipes: Sequence[Recipe], starts: Sequence[Starts]) -> None:
+        """Raise `EntryError` where `starts` of packed sequences lack an aLoRA of theirs."""
+        of_each = recipes if len(recipes) > 1 else list(recipes) * len(starts)
+        for own, recipe in zip(starts, of_each, strict=False):
+            for name, _ in recipe:
+                if self._store[name].invocation and name not in own:
+                    raise errors.EntryError(f"starts does not tell where {name!r} (aLoRA) starts in one of its sequences")
+
     def _of_pinned(
         self,
         recipes: Sequence[Recipe],
@@ -194,31 +245,38 @@ class Planner:
         owners: Sequence[Mapping[int, str]],
         entries: int,
         expansion: int,
+        lengths: Sequence[int] = (),
+        starts: Sequence[Starts] = (),
+        by_token: bool = False,
     ) -> Plan:
         """Of recipes of adapters that do not move: one for each of `entries`, or one for all of them. `owners`: of each
-        recipe, as `_owners` says."""
+        recipe, as `_owners` says. `by_token`: whether the plan's rows are tokens, `lengths` of each recipe."""
         store = self._store
         packed = {name: store[name] for name in names}
+        runs = lengths if by_token else [1] * len(recipes)
+        rows = sum(runs)
         heads: dict[int, list[Head | None]] = {}
-        for row, owned in enumerate(owners):
+        for (start, end), owned in zip(pairwise(accumulate(runs, initial=0)), owners, strict=True):
             for index, name in owned.items():
                 weight, bias, width = packed[name].heads[index]
                 offset = packed[name].offset
                 head = Head(offset + weight, bias if bias < 0 else offset + bias, width)
-                heads.setdefault(index, [None] * len(recipes))[row] = head
+                heads.setdefault(index, [None] * rows)[start:end] = [head] * (end - start)
         touches = np.zeros(store.tables.shape[0], dtype=np.uint8)
         for one in packed.values():
             touches |= one.touches
         if (touches & INPUT).any():  # few plans have any, and each one is made within a forward
             for recipe in {recipe for recipe in recipes if recipe}:
-                of_row = np.bitwise_or.reduce([packed[name].touches for name, _ in recipe])
-                touches[((of_row & INPUT) > 0) & ((of_row & (GAIN | TURN)) > 0)] |= BOTH
+                both = np.bitwise_or.reduce([packed[name].touches for name, _ in recipe])
+                touches[((both & INPUT) > 0) & ((both & (GAIN | TURN)) > 0)] |= BOTH
         terms = [store.terms(recipe) for recipe in recipes]
         invocations = {name: one.invocation for name, one in packed.items() if one.invocation}
         experts = bool(touches[self._experts].any())
-        rows = len(recipes)
         foreign = rows > 1 and any(touches[index] for index in self._shared.foreign)
-        words = plan_words(terms, expansion, bool(heads), experts, bool(invocations), foreign, entries=entries)
+        if by_token:
+            touches[touches > 0] |= TAIL
+        listed = rows if by_token else entries
+        words = plan_words(terms, expansion, bool(heads), experts, bool(invocations), foreign, runs, listed)
         device, most = store.arena.device, self._shared.plan.numel()
         if len(words) > most and device.type != "cpu":
             raise errors.CapacityError(
@@ -228,7 +286,8 @@ class Planner:
         tensor = to_device(words, device)
         header = torch.from_numpy(words[: layout.PLAN_HEADER])
         grouped = {index: group_heads(found, self._width(index), device) for index, found in heads.items()}
-        routes = group_routes(recipes, packed, self._experts, device) if experts else ()
+        of_row = [recipe for recipe, run in zip(recipes, runs, strict=True) for _ in range(run)] if experts else []
+        routes = group_routes(of_row, packed, self._experts, device) if experts else ()
         counts = (entries, entries * expansion)
         trained = frozenset().union(*(one.trained for one in packed.values()))
         return Plan(
@@ -244,6 +303,8 @@ class Planner:
             invocations,
             trained,
             entries,
+            tuple(lengths),
+            starts,
         )
 
     def _width(self, index: int) -> int:

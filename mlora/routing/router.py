@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,9 +15,10 @@ from .. import errors
 from ..arena.store import Store
 from ..ops import direct
 from ..ops.checks import add_publisher
-from ..plan.activation import activation_of, prompt_of
+from ..plan.activation import Starts, activation_of, prompt_of
 from ..plan.call import Call
 from ..plan.modality import Others
+from ..plan.packing import packing_of
 from ..plan.plan import Plan
 from ..plan.scope import Scope
 from ..plan.shared import Shared
@@ -73,9 +74,11 @@ class Router:
                 self._store.release(previous.names)
         self._publish()
 
-    def use(self, entries: Any, rows: int) -> AbstractContextManager[Scope]:
-        """All that runs inside, however long; `rows` in a batch."""
-        return self._scope(lambda: (self._planner.acquire(entries, rows, 1), entries), lasting=True)
+    def use(
+        self, entries: Any, rows: int, lengths: Sequence[int] = (), starts: Sequence[Starts] = ()
+    ) -> AbstractContextManager[Scope]:
+        """All that runs inside, however long; `rows` in a batch, or packed sequences of these `lengths`."""
+        return self._scope(lambda: (self._planner.acquire(entries, rows, 1, lengths, starts), entries), lasting=True)
 
     def route(self, entries: Any, rows: int, expansion: int) -> AbstractContextManager[Scope]:
         """A call; each of `rows` is repeated `expansion` times."""
@@ -95,20 +98,30 @@ class Router:
             plan = scope.plan
             self.check_rows(call)
             scope.unobserved, scope.counted = direct.unobserved(), True
-            scope.length, scope.activation, scope.late = shape[1] if len(shape) > 1 else 0, None, []
+            scope.length, scope.tokens, scope.late = shape[1] if len(shape) > 1 else 0, None, []
             scope.others = self._others(call)
-            if plan is not None and plan.invocations:  # to which tokens do its aLoRAs apply?
+            if plan is not None and plan.lengths:
+                scope.tokens = packing_of(plan, call, self._planner.of_tokens, self._shared)
+            elif plan is not None and plan.invocations:  # to which tokens do its aLoRAs apply?
                 prompt = scope.prompt if scope.prompt is not None and scope.prompt.plan is plan else None
-                scope.activation = activation_of(plan, call, prompt, self._store.terms)
+                scope.tokens = activation_of(plan, call, prompt, self._store.terms)
             yield
             for late in scope.late:
                 late.settle()
 
     def check_rows(self, call: Call) -> None:
-        """Raise `EntryError` unless a call of the model has as many rows as entries are routed."""
+        """Raise `EntryError` unless a call of the model has as many rows as entries are routed, or tokens as its packed
+        sequences have."""
         scope, shape = self._shared.local, call.shape
         plan = scope.plan
-        if plan is not None and not is_single(scope.entries) and shape and shape[0] not in plan.row_counts:
+        if plan is not None and plan.lengths and shape:
+            tokens = shape[1] if len(shape) > 1 and shape[0] == 1 else shape[0]
+            if tokens != sum(plan.lengths):
+                raise errors.EntryError(
+                    f"the active routing is of {len(plan.lengths)} packed sequences, {sum(plan.lengths)} tokens in one "
+                    f"row; the model was called with inputs of shape {shape}"
+                )
+        elif plan is not None and not is_single(scope.entries) and shape and shape[0] not in plan.row_counts:
             raise errors.EntryError(
                 f"the active routing has {plan.entries} entries; the model was called with {shape[0]} rows"
             )
@@ -127,6 +140,11 @@ class Router:
                 self._prompt(scope, call)
                 yield
                 return
+            if scope.plan is not None and scope.plan.lengths:
+                raise errors.EntryError(
+                    "generate is called in a use_adapters of packed sequences (lengths=), which are for single calls of "
+                    "the model; give generate a batch of rows and adapter_names"
+                )
             with self.route(scope.entries, rows, expansion) as scope:
                 self._prompt(scope, call)
                 yield
@@ -156,9 +174,9 @@ class Router:
             scope.late = None if was.late is None else []  # what it asked was answered in the forward pass
             scope.others = None if was.others is None else was.others.again()
             scope.prompt, plan = was.prompt, scope.plan
-            if was.activation is not None and plan is not None:
-                same = was.activation.plan is plan
-                scope.activation = was.activation if same else replace(was.activation, plan=plan)
+            if was.tokens is not None and plan is not None:
+                same = was.tokens.plan is plan
+                scope.tokens = was.tokens if same else replace(was.tokens, plan=plan)
             yield
 
     def _others(self, call: Call) -> Others | None:
@@ -207,6 +225,11 @@ class Router:
         `Scopes.current`."""
         shared = self._shared
         plan = shared.local.plan or shared.default or shared.blank
+        if plan.lengths and not plan.uniform:
+            raise errors.AttributionError(
+                "compiled code got packed sequences (lengths=) under several entries, which are served in eager code "
+                "only; call the model without torch.compile, or use one entry for all of them"
+            )
         with self._lock:
             self._published = None
             self._copy(plan, buffer, header)
