@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..arena.bits import TAIL
 from ..ops import dispatch, reference
 from ..ops.checks import check_foreign
-from .dense import is_dense
 from ..plan.packing import Packing
+from .dense import is_dense
 from .linear import LoraLayer
 from .swap import twin_of
 

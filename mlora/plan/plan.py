@@ -36,8 +36,8 @@ class Plan:
             are tokens then, and `entries` is 1, as in one row. `starts`: as given, see `activation.Starts`.
         heads: module number -> which rows heads or token embeddings of another size answer (`layers.head.Heads`).
         routes: of each recipe, where one changes parameters: its rows, and the terms (`layers.route.Route`).
-        recipes: of each row, or packed sequence. `invocations`: aLoRAs among its adapters -> the tokens from which on each applies; see
-            `activation.py`.
+        recipes: of each row, or packed sequence. `invocations`: aLoRAs among its adapters -> the tokens from which on
+            each applies; see `activation.py`.
         trained: the numbers of the modules whose own weights were trained, so that PEFT shows those to who reads them.
         raw: the words of `tensor`, where that is on the CPU.
     """

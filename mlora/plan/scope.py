@@ -58,10 +58,11 @@ class Scope:
         source: what it stands for in another thread, if it does; it ends with that. `open`: until it ends.
 
     Of the call that is running: the `length` of its sequences (0 if there is none), `unobserved`, whether nothing
-    looked at the operators when it began, what its layers left for their `siblings`, `tokens`, which tells layers a plan
-    whose rows are tokens where one is needed, the `prompt` of the `generate` that is running if it has some, `late`, what is asked of the call when it ends
-    (None if none runs), `counted`, whether its rows, or those of the `generate`, were found to be as many as the
-    entries, and, of a model that reads more than text, what the call tells of `others`.
+    looked at the operators when it began, what its layers left for their `siblings`, `tokens`, which gives layers a
+    plan whose rows are tokens where one is needed, the `prompt` of the `generate` that is running if it has some,
+    `late`, what is asked of the call when it ends (None if none runs), `counted`, whether its rows, or those of the
+    `generate`, were found to be as many as the entries, and, of a model that reads more than text, what the call tells
+    of `others`.
 
     Layers read `plan` of whatever is in the variable. It is `own`, and missing where that need not be what counts, as
     Python then asks `__getattr__`.

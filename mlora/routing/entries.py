@@ -74,7 +74,7 @@ def check_lengths(lengths: Any, starts: Any) -> None:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def _is_start(value: Any) -> bool:

@@ -168,7 +168,7 @@ class Planner:
                 raise
 
     def of_tokens(self, plan: Plan, recipes: Sequence[Recipe], lengths: Sequence[int]) -> Plan:
-        """A plan whose rows are tokens, as many of each recipe as its length says; what it names is pinned by `plan`."""
+        """A plan whose rows are tokens, as many of each recipe as its length; `plan` has pinned what it names."""
         with self._lock:
             owners = [self._owners(recipe) for recipe in recipes]
             return self._of_pinned(recipes, plan.names, owners, 1, 1, lengths, by_token=True)
@@ -180,8 +180,9 @@ class Planner:
             for index in np.flatnonzero(self._store[name].touches).tolist():
                 if why := self._shared.unpacked.get(index):
                     raise errors.AttributionError(
-                        f"adapter {name!r} changes {self._registry.paths[index]}, {why}: the tokens of packed sequences "
-                        f"cannot be told apart there; use one entry for all sequences, or adapters that do not target it"
+                        f"adapter {name!r} changes {self._registry.paths[index]}, {why}: the tokens of packed "
+                        f"sequences cannot be told apart there; use one entry for all of them, or adapters that do not "
+                        f"target it"
                     )
 
     def check_since(self, names: Sequence[str], since: int) -> None:
@@ -236,7 +237,9 @@ class Planner:
         for own, recipe in zip(starts, of_each, strict=False):
             for name, _ in recipe:
                 if self._store[name].invocation and name not in own:
-                    raise errors.EntryError(f"starts does not tell where {name!r} (aLoRA) starts in one of its sequences")
+                    raise errors.EntryError(
+                        f"starts does not tell where {name!r} (aLoRA) starts in one of its sequences"
+                    )
 
     def _of_pinned(
         self,
@@ -255,13 +258,13 @@ class Planner:
         packed = {name: store[name] for name in names}
         runs = lengths if by_token else [1] * len(recipes)
         rows = sum(runs)
-        heads: dict[int, list[Head | None]] = {}
+        heads: dict[int, list[Head | None]] = {index: [None] * rows for one in packed.values() for index in one.heads}
         for (start, end), owned in zip(pairwise(accumulate(runs, initial=0)), owners, strict=True):
             for index, name in owned.items():
                 weight, bias, width = packed[name].heads[index]
                 offset = packed[name].offset
                 head = Head(offset + weight, bias if bias < 0 else offset + bias, width)
-                heads.setdefault(index, [None] * rows)[start:end] = [head] * (end - start)
+                heads[index][start:end] = [head] * (end - start)
         touches = np.zeros(store.tables.shape[0], dtype=np.uint8)
         for one in packed.values():
             touches |= one.touches

@@ -74,11 +74,20 @@ class Router:
                 self._store.release(previous.names)
         self._publish()
 
+    @contextmanager
     def use(
         self, entries: Any, rows: int, lengths: Sequence[int] = (), starts: Sequence[Starts] = ()
-    ) -> AbstractContextManager[Scope]:
+    ) -> Iterator[Scope]:
         """All that runs inside, however long; `rows` in a batch, or packed sequences of these `lengths`."""
-        return self._scope(lambda: (self._planner.acquire(entries, rows, 1, lengths, starts), entries), lasting=True)
+
+        def acquire() -> tuple[Plan, Any]:
+            return self._planner.acquire(entries, rows, 1, lengths, starts), entries
+
+        with self._scope(acquire, lasting=True) as scope:
+            if scope.own is not None and scope.own.lengths and not scope.own.invocations:
+                # For modules that are called by themselves; a call of the model tells more.
+                scope.tokens = packing_of(scope.own, Call((), {}), self._planner.of_tokens, self._shared)
+            yield scope
 
     def route(self, entries: Any, rows: int, expansion: int) -> AbstractContextManager[Scope]:
         """A call; each of `rows` is repeated `expansion` times."""
@@ -142,8 +151,8 @@ class Router:
                 return
             if scope.plan is not None and scope.plan.lengths:
                 raise errors.EntryError(
-                    "generate is called in a use_adapters of packed sequences (lengths=), which are for single calls of "
-                    "the model; give generate a batch of rows and adapter_names"
+                    "generate is called in a use_adapters of packed sequences (lengths=), which is for single calls "
+                    "of the model; give generate a batch of rows and adapter_names"
                 )
             with self.route(scope.entries, rows, expansion) as scope:
                 self._prompt(scope, call)

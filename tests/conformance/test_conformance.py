@@ -23,6 +23,7 @@ SERVED = tuple(spec for spec in SPECS if spec.verdict != REFUSED)
 ON_LLAMA = tuple(spec for spec in SERVED if spec.llama)
 CASES = [(spec, model) for spec in SERVED for model in (*["llama"] * spec.llama, *spec.models)]
 IDS = [f"{model}-{spec.id}" for spec, model in CASES]
+KEYS = ("input_ids", "attention_mask")
 
 
 class World:
@@ -124,6 +125,38 @@ def test_beside_base_rows_and_other_types(worlds: Any, verdicts: Any, spec: Spec
         finite = again.isfinite()
         assert torch.equal(finite, got[order].isfinite())
         assert_close(again[finite], got[order][finite], 1e-6)
+
+
+PACKABLE = ("llama", "qwen2", "gpt2", "qwen2moe")
+PACKED = [(spec, model) for spec, model in CASES if model in PACKABLE]
+
+
+@pytest.mark.parametrize(("spec", "kind"), PACKED, ids=[f"{model}-{spec.id}" for spec, model in PACKED])
+def test_packed(worlds: Any, verdicts: Any, spec: Spec, kind: str) -> None:
+    """Sequences one behind another in one row; the head gets all tokens, or some, in another order and one twice."""
+    world = worlds(kind)
+    first, second = partners(spec, kind, 2)
+    entries: list[Any] = [spec, None, first, spec, second, spec if spec.size else {spec: 0.7}]
+    with verdicts(spec.name, kind, "packed", spec.verdict):
+        rows = [row[mask.bool()] for row, mask in zip(*(world.batch(entries)[k] for k in KEYS), strict=True)]
+        rows = [row[: max(5, len(row) - 2 * index)] for index, row in enumerate(rows)]  # invocations lie within 5
+        want = []
+        for row, entry in zip(rows, entries, strict=True):
+            batch = {"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]}
+            want += logits(world.oracle(entry), batch)[0]
+        lengths = [len(row) for row in rows]
+        ids, positions = torch.cat(rows)[None], torch.cat([torch.arange(length) for length in lengths])[None]
+        picks = [sum(lengths) - 1, lengths[0] - 1, 0, sum(lengths[:3]), lengths[0] - 1]
+        named = [world.entry(entry) for entry in entries]
+        with torch.no_grad(), world.runtime.use_adapters(named, lengths=lengths):
+            batch = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+            whole = world.model(**batch).logits[0]
+            picked = world.model(**batch, logits_to_keep=torch.tensor(picks)).logits[0]
+        for got, wanted in ((whole, want), (picked, [want[index] for index in picks])):
+            assert len(got) == len(wanted)
+            for mine, alone in zip(got, wanted, strict=True):
+                assert_close(mine[: len(alone)], alone)
+                assert not mine[len(alone) :].isfinite().any()
 
 
 @pytest.mark.parametrize(("spec", "kind"), CASES, ids=IDS)
