@@ -20,6 +20,7 @@ from .layers import (
     LoraLayer,
     ParametersState,
     compute_dtype,
+    cuts_choices,
     find_layers,
     find_stacks,
     guard_moves,
@@ -155,7 +156,7 @@ def _patch(
         is_foreign = foreign_in(model)
         foreign = {index for path, index in indices.items() if is_foreign(path)}
     words = torch.zeros(PLAN_WORDS, dtype=torch.int32, device=device)
-    shared = Shared(store.arena, words, fused, placeholders if foreign else (), foreign)
+    shared = Shared(store.arena, words, fused, placeholders if foreign else (), foreign, cuts_choices(model))
     states = {
         key: LayerState(
             name, numbers[key], shared, store.tables[numbers[key]], module, dtypes[key], order_of(model, name)

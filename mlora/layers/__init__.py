@@ -13,7 +13,7 @@ from .find import find_layers, find_stacks, inner_module, inside_peft, mixin_of
 from .head import Head, group_heads
 from .linear import LoraLayer
 from .norm import NormLayer, is_norm_like, norm_offset
-from .order import Order, order_of
+from .order import Order, cuts_choices, order_of
 from .parameters import ParametersLayer, ParametersState, Stack
 from .route import group_routes
 from .state import LayerState
@@ -37,6 +37,7 @@ __all__ = [
     "base_linear",
     "base_linears",
     "compute_dtype",
+    "cuts_choices",
     "find_layers",
     "find_stacks",
     "group_heads",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class ConvLayer(LoraLayer):
     def _check_rows(self, x: Tensor, plan: Plan) -> None:
         super()._check_rows(self._batched(x), plan)
 
-    def _in_front(self, x: Tensor, plan: Plan) -> bool:
+    def _in_front(self, x: Tensor, counts: Sequence[int]) -> bool:
         return True  # by what a convolution is
 
     def _batched(self, x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -258,25 +258,30 @@ class LoraLayer(nn.Module):
                 return
         rows = x.shape[0] if x.dim() > 1 else 1
         if not state.gathered:
-            if rows in plan.row_counts and self._in_front(x, plan):
+            counts = plan.row_counts if scope.choices == 1 else (plan.entries, plan.entries * scope.choices)
+            if rows in counts and self._in_front(x, counts):
                 return
             length = scope.length
-            if x.dim() == 2 and length and any(rows == count * length for count in plan.row_counts):
+            if x.dim() == 2 and length and any(rows == count * length for count in counts):
                 return  # (rows, length, in) flattened in order
             if state.order.windows and x.dim() > 2 and plan.entries and rows % plan.entries == 0:
                 return  # (rows, windows, size, in) flattened in order
-        what = "an expert, which gets tokens gathered from any rows" if state.gathered else "the module"
+        what = "the module"
+        if state.gathered:
+            what = "an expert, which gets tokens gathered from any rows"
+        elif state.order.exchanged:
+            what = "in code that exchanges dimensions, as models do that put the length before the rows"
         raise errors.AttributionError(
             f"{state.name} got an input of shape {tuple(x.shape)}, which cannot be attributed to the batch's "
             f"{plan.entries} rows ({what}); use one adapter for all rows, or adapters that do not target it"
         )
 
-    def _in_front(self, x: Tensor, plan: Plan) -> bool:
+    def _in_front(self, x: Tensor, counts: Sequence[int]) -> bool:
         """Whether the first dimension of x, which is as long as the batch, is the rows: no other one is, or it was once
         where no other was."""
         state = self._mlora
         if not state.in_front:
-            state.in_front = x.dim() > 2 and not any(size in plan.row_counts for size in _inner(x))
+            state.in_front = x.dim() > 2 and not any(size in counts for size in _inner(x))
             return state.in_front or x.dim() == 2
         return True
 

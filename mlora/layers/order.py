@@ -18,12 +18,13 @@ _FIRST_TWO = r"(0,\s*1|1,\s*0|0,\s*-2|-2,\s*0)"
 _EXCHANGED = re.compile(
     rf"\b(transpose|swapaxes|swapdims|movedim|moveaxis)\((dim0=|\w+,\s*)?{_FIRST_TWO}\s*\)|\bpermute\(\s*(\w+,\s*)?[(\[]?\s*1,\s*0\b"
 )
-_WINDOWS = "window_partition("
+_WINDOWS = ("window_partition(", "self.unfolding(")
+_CHOICES = "num_choices"
 
 
 class Order(NamedTuple):
     """Of a module: whether code around it exchanges the first two dimensions, and whether it cuts each row into
-    windows, as Swin and SAM do, which lie row by row in the first dimension."""
+    windows, as Swin, SAM and MobileViT do, which lie row by row in the first dimension."""
 
     exchanged: bool
     windows: bool
@@ -36,14 +37,25 @@ def order_of(model: nn.Module, path: str) -> Order:
     """Of the module of a dotted path, by the forwards of the modules around it."""
     parts = path.split(".")[:-1]
     around = [model.get_submodule(".".join(parts[:end])) for end in range(len(parts) + 1)]
-    code = [_told_by(type(module).forward) for module in around]
-    return Order(any(one.exchanged for one in code), any(one.windows for one in code))
+    told = [_told_by(type(module).forward) for module in around]
+    return Order(any(one.exchanged for one in told), any(one.windows for one in told))
+
+
+def cuts_choices(model: nn.Module) -> bool:
+    """Whether a row of the model is a question of several choices, (rows, choices, length), which it flattens in order,
+    as transformers' heads for multiple choice do."""
+    return _CHOICES in _source(type(model).forward)
 
 
 @functools.cache
 def _told_by(forward: Any) -> Order:
+    code = _source(forward)
+    return Order(bool(_EXCHANGED.search(code)), any(mark in code for mark in _WINDOWS))
+
+
+@functools.cache
+def _source(forward: Any) -> str:
     try:
-        code = inspect.getsource(forward)
+        return inspect.getsource(forward)
     except (OSError, TypeError):  # typed in, or no function
-        return IN_FRONT
-    return Order(bool(_EXCHANGED.search(code)), _WINDOWS in code)
+        return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -14,8 +15,9 @@ from .dense import is_cast, is_dense
 from .order import IN_FRONT, Order
 from .swap import alias_of, bound_forwards
 
-# A list of this name holds experts, whose inputs are tokens gathered from any rows in any order.
-GATHERED = "experts"
+# What is in a list of this name is an expert, whose inputs are tokens gathered from any rows in any order. A router right
+# in it, as JetMoe's, sees them before.
+_EXPERTS, _ROUTER = "experts", "router"
 
 
 class LayerState:
@@ -63,7 +65,8 @@ class LayerState:
         self.outer: Callable[..., Tensor] | None = None if wraps else module.__dict__.get("forward")
         self.own = alias_of(module)
         self.embeds = isinstance(module, nn.Embedding)
-        self.gathered = GATHERED in name.split(".")[:-1]
+        steps = name.split(".")
+        self.gathered = any(at == _EXPERTS and next != _ROUTER for at, next in pairwise(steps))
         self.foreign = index in shared.foreign
         self.order, self.in_front = order, not order.exchanged
         self.loose = self.gathered or self.foreign or order.exchanged

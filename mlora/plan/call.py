@@ -37,6 +37,13 @@ class Call:
         return () if encoded is None else tuple(encoded[0].shape)
 
     @property
+    def choices(self) -> int:
+        """Of a model of multiple choice: into how many rows of its own it cuts each, (rows, choices, length)."""
+        shape = self.shape
+        embeds = self.kwargs.get("input_ids") is None and self.kwargs.get("inputs_embeds") is not None
+        return shape[1] if len(shape) == (4 if embeds else 3) else 1
+
+    @property
     def ids(self) -> Tensor | None:
         """Its token ids, (rows, length); None where it has none, or embeddings of another length beside them."""
         ids = next(

@@ -57,12 +57,12 @@ class Scope:
         since: in what a backward pass computes again, how many adapters had been registered before the forward pass.
         source: what it stands for in another thread, if it does; it ends with that. `open`: until it ends.
 
-    Of the call that is running: the `length` of its sequences (0 if there is none), `unobserved`, whether nothing
-    looked at the operators when it began, what its layers left for their `siblings`, `tokens`, which gives layers a
-    plan whose rows are tokens where one is needed, the `prompt` of the `generate` that is running if it has some,
-    `late`, what is asked of the call when it ends (None if none runs), `counted`, whether its rows, or those of the
-    `generate`, were found to be as many as the entries, and, of a model that reads more than text, what the call tells
-    of `others`.
+    Of the call that is running: the `length` of its sequences (0 if there is none), into how many `choices` each row is
+    cut, `unobserved`, whether nothing looked at the operators when it began, what its layers left for their `siblings`,
+    `tokens`, which gives layers a plan whose rows are tokens where one is needed, the `prompt` of the `generate` that
+    is running if it has some, `late`, what is asked of the call when it ends (None if none runs), `counted`, whether
+    its rows, or those of the `generate`, were found to be as many as the entries, and, of a model that reads more than
+    text, what the call tells of `others`.
 
     Layers read `plan` of whatever is in the variable. It is `own`, and missing where that need not be what counts, as
     Python then asks `__getattr__`.
@@ -74,6 +74,7 @@ class Scope:
     frame: FrameType | None = None
     source: Scope | None = None
     length = 0
+    choices = 1
     unobserved = False
     counted = False
     siblings: Siblings | None = None
@@ -92,7 +93,8 @@ class Scope:
         self.own = own
         self.entries = entries
         if outer is not None and outer.outer is not None:  # as most calls, the outermost is in no other
-            self.since, self.length, self.unobserved = outer.since, outer.length, outer.unobserved
+            self.since, self.length, self.choices = outer.since, outer.length, outer.choices
+            self.unobserved = outer.unobserved
             self.prompt, self.late, self.others = outer.prompt, outer.late, outer.others
             if outer.own is own:
                 self.tokens, self.counted = outer.tokens, outer.counted

@@ -26,6 +26,7 @@ class Shared:
         fused: whether the base product may be computed by mlora's own kernel.
         placeholders: the tokens that stand for inputs of other modalities than text; see `modality.py`.
         foreign: the numbers of the modules that read those inputs.
+        choices: whether the model is one of multiple choice; see `layers.order`.
         unpacked: number of a module -> why it cannot be told which of its inputs are of which token of a packed call.
         body, axes: as `Packing` has them.
         kblocks: (in, out, whether there is a bias, dtype) of a layer -> tokens and threads -> the block with which that
@@ -40,7 +41,13 @@ class Shared:
     """
 
     def __init__(
-        self, arena: Tensor, plan: Tensor, fused: bool, placeholders: Iterable[int], foreign: Iterable[int]
+        self,
+        arena: Tensor,
+        plan: Tensor,
+        fused: bool,
+        placeholders: Iterable[int],
+        foreign: Iterable[int],
+        choices: bool,
     ) -> None:
         self.arena = arena
         self.plan = plan
@@ -54,6 +61,7 @@ class Shared:
         self.kblocks: dict[tuple[int, int, bool, torch.dtype], dict[tuple[int, int], int]] = {}
         self.placeholders = tuple(placeholders)
         self.foreign = frozenset(foreign)
+        self.choices = choices
         self.unpacked: dict[int, str] = {}
         self.body = ""
         self.axes: dict[str, int] = {}

@@ -107,7 +107,9 @@ class Router:
             plan = scope.plan
             self.check_rows(call)
             scope.unobserved, scope.counted = direct.unobserved(), True
-            scope.length, scope.tokens, scope.late = shape[1] if len(shape) > 1 else 0, None, []
+            scope.choices = call.choices if self._shared.choices else 1
+            lengths = shape[1 if scope.choices == 1 else 2 :]
+            scope.length, scope.tokens, scope.late = lengths[0] if lengths else 0, None, []
             scope.others = self._others(call)
             if plan is not None and plan.lengths:
                 scope.tokens = packing_of(plan, call, self._planner.of_tokens, self._shared)
@@ -179,7 +181,7 @@ class Router:
     @contextmanager
     def _again(self, was: Scope, made: Made) -> Iterator[None]:
         with self._scope(lambda: (self._planner.again(made), was.entries)) as scope:
-            scope.length, scope.counted, scope.since = was.length, was.counted, made.since
+            scope.length, scope.choices, scope.counted, scope.since = was.length, was.choices, was.counted, made.since
             scope.late = None if was.late is None else []  # what it asked was answered in the forward pass
             scope.others = None if was.others is None else was.others.again()
             scope.prompt, plan = was.prompt, scope.plan

@@ -50,6 +50,18 @@ SERVED = {
     "swin": lambda: tf.SwinForImageClassification(tf.SwinConfig(**WINDOWS, num_labels=3)),
     "swinv2": lambda: tf.Swinv2ForImageClassification(tf.Swinv2Config(**WINDOWS, num_labels=3)),
     "sam": lambda: tf.SamVisionModel(tf.SamVisionConfig(**SAM)),
+    "mobilevit": lambda: tf.MobileViTForImageClassification(
+        tf.MobileViTConfig(
+            image_size=32, patch_size=2, hidden_sizes=[8, 8, 8], neck_hidden_sizes=[4, 4, 4, 4, 4, 4, 8], num_labels=3,
+            num_attention_heads=2, mlp_ratio=2.0, expand_ratio=2.0,
+        )
+    ),
+    "jetmoe": lambda: tf.JetMoeForCausalLM(
+        tf.JetMoeConfig(
+            vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, num_key_value_heads=2, kv_channels=8,
+            intermediate_size=24, num_local_experts=4, num_experts_per_tok=2,
+        )
+    ),
     "vitdet": lambda: tf.VitDetModel(
         tf.VitDetConfig(
             hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=2, window_size=3,
@@ -63,17 +75,62 @@ SERVED = {
 @torch.no_grad()
 def test_all_linears_of_what_folds_rows(kind: str, tmp_path: Path) -> None:
     base, draw = randomized(SERVED[kind]()), torch.Generator().manual_seed(1)
-    how = {"target_modules": "all-linear" if kind == "deepseek" else r".*(query|value|qkv|proj|dense|lin1|fc1).*"}
+    text = kind in ("deepseek", "jetmoe")
+    how = {"target_modules": "all-linear" if text else r".*\.(query|value|qkv|proj|dense|lin1|fc1)"}
     folders = {name: make_adapter(tmp_path / name, base, seed, r=2, **how) for seed, name in enumerate("ab")}
     model = served(base, folders)
-    if kind == "deepseek":
+    if text:
         x: dict[str, Tensor] = {"input_ids": torch.randint(0, VOCAB, (3, 5), generator=draw)}
     else:
-        x = {"pixel_values": torch.randn(3, 3, 16, 16, generator=draw)}
+        size = 32 if kind == "mobilevit" else 16
+        x = {"pixel_values": torch.randn(3, 3, size, size, generator=draw)}
     got = model(**x, adapter_names=["a", None, "b"])[0]
     for row, oracle in enumerate((peft_alone(base, folders["a"]), base, peft_alone(base, folders["b"]))):
         assert_close(got[row : row + 1], oracle(**{key: value[row : row + 1] for key, value in x.items()})[0], 2e-5)
     assert torch.equal(got, model(**x, adapter_names=["a", None, "b"])[0])
+
+
+# Choices, row by row in the first dimension.
+
+CHOICES = {
+    "bert": lambda: tf.BertForMultipleChoice(tf.BertConfig(**TEXT, intermediate_size=24)),
+    "roberta": lambda: tf.RobertaForMultipleChoice(tf.RobertaConfig(**TEXT, intermediate_size=24)),
+    "xlnet": lambda: tf.XLNetForMultipleChoice(
+        tf.XLNetConfig(vocab_size=VOCAB, d_model=16, n_layer=1, n_head=2, d_inner=24)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ("bert", "roberta"))
+@torch.no_grad()
+def test_rows_of_several_choices(kind: str, tmp_path: Path) -> None:
+    base, draw = randomized(CHOICES[kind]()), torch.Generator().manual_seed(1)
+    saved = {"target_modules": "all-linear", "modules_to_save": ["classifier"]}
+    folders = {name: make_adapter(tmp_path / name, base, seed, r=2, **saved) for seed, name in enumerate("ab")}
+    model, oracles = served(base, folders), {name: peft_alone(base, folder) for name, folder in folders.items()}
+    names = ["a", None, "b"]
+    for choices, length in ((2, 6), (3, 3), (1, 4)):
+        ids = torch.randint(3, VOCAB, (3, choices, length), generator=draw)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        embeds = {"inputs_embeds": base.get_input_embeddings()(ids), "attention_mask": inputs["attention_mask"]}
+        for x in (inputs, embeds):
+            got = model(**x, adapter_names=names).logits
+            with model.mlora.use_adapters(names):
+                assert torch.equal(model(**x).logits, got)
+            for row, name in enumerate(names):
+                want = oracles.get(name, base)(**{key: value[row : row + 1] for key, value in x.items()}).logits
+                assert_close(got[row : row + 1], want, 2e-5)
+
+
+@torch.no_grad()
+def test_choices_of_a_model_that_puts_the_length_first(tmp_path: Path) -> None:
+    base = randomized(CHOICES["xlnet"]())
+    folders = {name: make_adapter(tmp_path / name, base, seed, r=2, target_modules="all-linear") for seed, name in
+               enumerate("ab")}  # fmt: skip
+    model, ids = served(base, folders), torch.randint(3, VOCAB, (2, 3, 6))
+    with refused(model, errors.AttributionError, "2 rows"):
+        model(ids, adapter_names=["a", "b"])
+    assert_close(model(ids, adapter_names="a").logits, peft_alone(base, folders["a"])(ids).logits, 2e-5)
 
 
 class Router(nn.Module):
@@ -152,7 +209,7 @@ def test_as_many_rows_as_tokens(kind: str, tmp_path: Path) -> None:
         ids = {"input_ids": torch.randint(3, VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(1))}
         if kind == "fsmt":
             ids["decoder_input_ids"] = ids["input_ids"]
-        with refused(model, errors.AttributionError, f"{rows} rows"):
+        with refused(model, errors.AttributionError, f"{rows} rows", "the length before the rows"):
             model(**ids, adapter_names=names)
         want = peft_alone(base, folders["a"])(**ids)[0]
         assert_close(model(**ids, adapter_names=["a"] * rows)[0], want, 2e-5)
