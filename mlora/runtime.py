@@ -26,10 +26,12 @@ from .plan.shared import Shared
 from .routing.bridges import Bridges
 from .routing.entries import Entries, Entry, check_lengths, is_single
 from .routing.merge_cache import MergeCache
+from .routing.pin import Pin, Pinned
 from .routing.planner import Planner
 from .routing.readers import Readers
 from .routing.registry import AdapterInfo, Registry
 from .routing.router import Router
+from .routing.status import status
 
 
 class Runtime:
@@ -75,8 +77,8 @@ class Runtime:
         self._bridges = Bridges(self._registry, folded, store, lock)
         self._readers = Readers(lock)
         experts = [indices[name] for name in stacks]
-        planner = Planner(self._registry, self._merges, self._bridges, store, shared, experts, lock)
-        self._router = Router(planner, self._merges, self._readers, store, shared, lock)
+        self._planner = Planner(self._registry, self._merges, self._bridges, store, shared, experts, lock)
+        self._router = Router(self._planner, self._merges, self._readers, store, shared, lock)
 
     @property
     def model(self) -> nn.Module:
@@ -143,10 +145,12 @@ class Runtime:
         self._registry.check_new(adapter_name)
         return self._add(adapter_name, adapter.ignoring(ignore), approximate, strict)
 
-    def _add(self, name: str, adapter: Adapter, approximate: int | None, strict: bool) -> AdapterInfo:
+    def _add(
+        self, name: str, adapter: Adapter, approximate: int | None = None, strict: bool = False, replaces: bool = False
+    ) -> AdapterInfo:
         adapter = part_of(adapter, Names(self._model, self.bases))
         lowered = lower(adapter, self.bases, approximate, model=self._model, strict=strict)
-        info = self._registry.add(name, adapter, lowered, approximate)
+        info = self._registry.add(name, adapter, lowered, approximate, replaces=replaces)
         if lowered.remark:
             warnings.warn(f"adapter {name!r} from {adapter.source}: {lowered.remark}", stacklevel=3)
         return info
@@ -178,14 +182,33 @@ class Runtime:
         self._registry.check_new(adapter_name)
         return self._registry.add_merge(adapter_name, how)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter.
+    def replace_adapter(self, adapter_name: str, source: str | Path | Adapter, **options: Any) -> AdapterInfo:
+        """Give a loaded name another adapter: `source` and `options` are those of `load_adapter`, or of `add_adapter`.
+        Entries that name it from then on get the new one; calls that run, open `use_adapters` and pins keep the old,
+        which goes with the last of them.
+
+        Raises:
+            UnknownAdapterError: there is none of that name. AdapterInUseError: it, or what was made of it, is the
+                default or folded into the weights. Others: as `load_adapter`; the name is left as it was then.
+        """
+        self._registry[adapter_name]
+        lowering = {key: options.pop(key) for key in ("approximate", "strict") if key in options}
+        if isinstance(source, Adapter):
+            adapter = source.ignoring(**options) if options else source
+        else:
+            adapter = Adapter.from_pretrained(source, **options)
+        return self._add(adapter_name, adapter, replaces=True, **lowering)
+
+    def delete_adapter(self, adapter_name: str, *, when_unused: bool = False) -> None:
+        """Forget an adapter, and the merges in requests that were made of it. With `when_unused` the name is free at
+        once, and the adapter itself goes with the last call, `use_adapters` or pin that uses it.
 
         Raises:
             UnknownAdapterError: there is none of that name.
-            AdapterInUseError: a running call, `use_adapters` or `set_adapter` uses it.
+            AdapterInUseError: a running call, `use_adapters` or pin uses it and not `when_unused`; or `set_adapter`
+                chose it, or it is folded into the weights.
         """
-        self._registry.remove(adapter_name)
+        self._registry.remove(adapter_name, when_unused=when_unused)
 
     def save_adapter(self, adapter_name: str, folder: str | Path) -> None:
         """Write an adapter as a PEFT folder, with the very tensors that were loaded.
@@ -202,34 +225,15 @@ class Runtime:
 
     def status(self) -> str:
         """A printable table of the adapters and the arena."""
-        rows = [("adapter", "type", "rank", "modules", "bytes", "where", "error")]
-        for info in self.adapters.values():
-            ranks = str(info.rank) if len(info.ranks) == 1 else f"{info.ranks[0]}-{info.ranks[-1]}"
-            kind = info.variant or info.peft_type
-            rows.append(
-                (
-                    info.name,
-                    kind,
-                    ranks,
-                    str(len(info.modules)),
-                    f"{info.bytes:,}",
-                    info.location,
-                    (f"{info.error:.1e}" if info.errors else "exact") + ("; its delta is zero" if info.zero else ""),
-                )
-            )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        store = self._store
-        lines.append(f"arena: {store.used:,} of {store.capacity:,} bytes, {store.arena.dtype} on {store.arena.device}")
-        lines.append(f"  {store.room.why}")
-        return "\n".join(line.rstrip() for line in lines)
+        return status(self.adapters.values(), self._store)
 
     # Folding into the weights
 
     @property
     def merged(self) -> dict[str, float]:
         """The recipe that is folded into the weights: adapter -> weight; empty if none is."""
-        return dict(self._folded.recipe)
+        named = [(self._registry.by_key(key), weight) for key, weight in self._folded.recipe]
+        return {loaded.info.name: weight for loaded, weight in named if loaded is not None}
 
     def merge_adapter(
         self, entry: Entry, *, keep: str = "copy", checkpoint: str | Path | None = None, safe: bool = True
@@ -299,7 +303,7 @@ class Runtime:
             EntryError, UnknownAdapterError: `entry` is not an entry.
             CapacityError: its adapters do not fit.
         """
-        if not is_single(entry):
+        if not is_single(entry) or isinstance(entry, Pinned):
             raise errors.EntryError(f"set_adapter takes one entry for all rows, not {entry!r}")
         self._router.set_default(entry)
 
@@ -339,6 +343,28 @@ class Runtime:
         with self._router.use(entries, rows, lengths or (), starts or ()):
             self._router.arrive()
             yield
+
+    def pin(self, entry: Entry) -> Pin:
+        """Bring what `entry` needs to the device, and keep it there as it is until the pin is released: for code that
+        routes it call after call, while adapters are loaded, replaced and deleted beside. Merges are computed first.
+
+            with runtime.pin("sql") as pin, runtime.use_adapters([pin.entry, None]):
+                ...
+
+        Raises:
+            EntryError, UnknownAdapterError, MergeError: `entry` is no entry.
+            CapacityError: its adapters do not fit on the device beside what is pinned already.
+        """
+        if not is_single(entry):
+            raise errors.EntryError(f"pin takes one entry, not {entry!r}")
+        return self._router.pin(entry)
+
+    def check_packed(self, entry: Entry) -> None:
+        """Raise `AttributionError` where packed sequences of this entry and others (`use_adapters` with `lengths`)
+        would be refused; nothing is brought to the device."""
+        if not is_single(entry):
+            raise errors.EntryError(f"check_packed takes one entry, not {entry!r}")
+        self._planner.check_packed(entry)
 
     def _close(self) -> None:
         if self._readers.count:

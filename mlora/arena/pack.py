@@ -44,7 +44,7 @@ class Packed:
         invocation: of an aLoRA, see `Delta`; it is that of every module with TAIL.
         number: the how manieth it was to be registered.
         slot, offset: where it is resident, or -1.
-        pins: how many active routings use it.
+        pins: how many active routings use it. `retired`: whether it goes with the last of them.
     """
 
     blob: Tensor
@@ -58,6 +58,7 @@ class Packed:
     slot: int = field(default=-1)
     offset: int = field(default=-1)
     pins: int = field(default=0)
+    retired: bool = field(default=False)
 
     @property
     def nbytes(self) -> int:

@@ -100,15 +100,10 @@ class Store:
                 self._place(packed)
 
     def unregister(self, name: str) -> None:
-        """Forget an adapter that no routing uses."""
+        """Forget an adapter, as soon as no routing uses it."""
         with self._lock:
-            packed = self._adapters[name]
-            at = packed.offset
-            self._evict(packed)
-            del self._adapters[name]
-            if self._pages is not None and at >= 0:
-                start, end = (edge * self.itemsize for edge in self._allocator.hole(at))
-                give_back(self._pages, max(start, self.room.ready), end)
+            self._adapters[name].retired = True
+            self._forget_unused(name)
 
     def acquire(self, names: Sequence[str]) -> None:
         """Make all of `names` resident and pin them until `release`. All of them or none.
@@ -133,6 +128,18 @@ class Store:
         with self._lock:
             for name in names:
                 self._adapters[name].pins -= 1
+                self._forget_unused(name)
+
+    def _forget_unused(self, name: str) -> None:
+        packed = self._adapters[name]
+        if packed.pins or not packed.retired:
+            return
+        at = packed.offset
+        self._evict(packed)
+        del self._adapters[name]
+        if self._pages is not None and at >= 0:
+            start, end = (edge * self.itemsize for edge in self._allocator.hole(at))
+            give_back(self._pages, max(start, self.room.ready), end)
 
     def terms(self, recipe: Iterable[tuple[str, float]]) -> tuple[tuple[int, float], ...]:
         """(slot, weight) of all that a recipe of resident adapters, (name, weight) each, sums."""

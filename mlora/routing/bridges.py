@@ -12,7 +12,7 @@ from ..folding.fold import Folded
 from ..lowering import BaseLinear, Delta, Lowered, to_adapter
 from ..merge import relative
 from ..plan.plan import Recipe
-from .registry import Registry
+from .registry import Loaded, Registry
 
 
 class Bridges:
@@ -35,15 +35,18 @@ class Bridges:
         """What rows lie beside."""
         return self._folded.recipe
 
-    def beside(self, recipes: Sequence[Recipe]) -> tuple[Sequence[Recipe], Recipe | None]:
+    def beside(
+        self, recipes: Sequence[Recipe], pinned: Sequence[bool] | None = None
+    ) -> tuple[Sequence[Recipe], Recipe | None]:
         """What to route in place of `recipes`, and the first of these whose bridge `make` has yet to make, which it
-        names already; None if there is none. Called under the lock."""
+        names already; None if there is none. Those that are `pinned` lie beside what is folded in already. Called under
+        the lock."""
         if not self._folded.recipe:
             return recipes, None
         relatives, unmade = [], None
-        for recipe in recipes:
-            relatives.append(names := self._relative(recipe))
-            if unmade is None and any(name not in self._registry for name, _ in names):
+        for recipe, there in zip(recipes, pinned or [False] * len(recipes), strict=True):
+            relatives.append(names := recipe if there else self._relative(recipe))
+            if unmade is None and any(name not in self._store for name, _ in names):
                 unmade = recipe
         return relatives, unmade
 
@@ -54,7 +57,8 @@ class Bridges:
             for name, weight in folded:
                 difference[name] = difference.get(name, 0.0) - weight
             return tuple(sorted((name, weight) for name, weight in difference.items() if weight))
-        return () if recipe == folded else ((_label(recipe, folded), 1.0),)
+        label = self._label(recipe, folded)
+        return () if recipe == folded else ((self._registry.key(label) or label, 1.0),)
 
     def make(self, recipe: Recipe) -> None:
         """Make the bridge from what is folded in to `recipe`: lowered without the lock, which the caller need not hold,
@@ -66,23 +70,32 @@ class Bridges:
         """
         with self._lock:
             folded = self._folded.recipe
-            sources = {name: self._registry[name] for name, _ in (*recipe, *folded)}
-        bases, label = self._registry.bases, _label(recipe, folded)
-        deltas = _between(folded, recipe, {name: self._registry.lower(one) for name, one in sources.items()}, bases)
+            sources = {key: self._source(key) for key, _ in (*recipe, *folded)}
+        bases, label = self._registry.bases, self._label(recipe, folded)
+        deltas = _between(folded, recipe, {key: self._registry.lower(one) for key, one in sources.items()}, bases)
         adapter = to_adapter(deltas, label, bases)
         with self._lock:
-            same = all(self._registry.get(name) is one for name, one in sources.items())
+            same = all(self._registry.by_key(key) is one for key, one in sources.items())
             if same and label not in self._registry:  # another thread may have made it
-                self._registry.add(label, adapter, Lowered(deltas), sources=tuple(sources), group=self._bridges)
+                names = [one.info.name for one in sources.values()]
+                self._registry.add(label, adapter, Lowered(deltas), sources=names, group=self._bridges)
+
+    def _label(self, recipe: Recipe, folded: Recipe) -> str:
+        """Of a bridge: by its adapters' numbers too, since a name may get another content."""
+        does, undoes = ({f"{key} #{self._store[key].number}": w for key, w in side} for side in (recipe, folded))
+        return f"{does} on {undoes}"
+
+    def _source(self, key: str) -> Loaded:
+        """Raises `UnknownAdapterError` where it has gone."""
+        if (loaded := self._registry.by_key(key)) is None:
+            raise errors.UnknownAdapterError(f"no adapter {key!r} is loaded any more")
+        return loaded
 
     def drop(self) -> None:
         """Forget those that no call uses; what is folded in has changed. Called under the lock."""
-        for label in [label for label in self._bridges if not self._store[label].pins]:
+        unused = [label for label in self._bridges if not self._store[self._registry[label].key].pins]
+        for label in unused:
             self._registry.remove(label)
-
-
-def _label(recipe: Recipe, folded: Recipe) -> str:
-    return f"{dict(recipe)} on {dict(folded)}"
 
 
 def _between(

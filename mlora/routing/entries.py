@@ -9,20 +9,23 @@ from typing import Any, TypeAlias
 from .. import errors
 from ..merge import Merge, is_weight
 from ..plan.plan import Recipe
+from .pin import Pinned
 
 BASE = "__base__"
 
-Entry: TypeAlias = str | Mapping[str, float] | Merge | None
+Entry: TypeAlias = str | Mapping[str, float] | Merge | Pinned | None
 Entries: TypeAlias = Entry | Sequence[Entry]
 
 
-def resolve_entry(entry: Any, exists: Callable[[str], bool]) -> Recipe:
-    """Read one entry.
+def resolve_entry(entry: Any, key: Callable[[str], str | None]) -> Recipe:
+    """Read one entry. `key`: of a name, under which the store has its adapter; None where there is none.
 
     Raises:
         EntryError: it is not a name, None or a mapping name -> finite number.
         UnknownAdapterError: it names an adapter that is not loaded.
     """
+    if isinstance(entry, Pinned):
+        return entry.recipe
     if entry is None or entry == BASE:
         return ()
     if isinstance(entry, str):
@@ -34,29 +37,30 @@ def resolve_entry(entry: Any, exists: Callable[[str], bool]) -> Recipe:
         )
     recipe = []
     for name, weight in entry.items():
-        if not isinstance(name, str) or not exists(name):
+        own = key(name) if isinstance(name, str) else None
+        if own is None:
             raise errors.UnknownAdapterError(name)
         if not is_weight(weight):
             raise errors.EntryError(f"the weight of adapter {name!r} is {weight!r}; it must be a finite number")
         if weight != 0:
-            recipe.append((name, float(weight)))
+            recipe.append((own, float(weight)))
     return tuple(sorted(recipe))
 
 
 def is_single(entries: Any) -> bool:
     """Whether `entries` is one entry for all rows, not one a row."""
-    return entries is None or isinstance(entries, (str, Mapping, Merge))
+    return entries is None or isinstance(entries, (str, Mapping, Merge, Pinned))
 
 
-def resolve(entries: Any, exists: Callable[[str], bool]) -> list[Recipe]:
-    """One recipe a row; a single entry gives one recipe."""
+def resolve(entries: Any, key: Callable[[str], str | None]) -> list[Recipe]:
+    """One recipe a row; a single entry gives one recipe. `key`: see `resolve_entry`."""
     if is_single(entries):
-        return [resolve_entry(entries, exists)]
+        return [resolve_entry(entries, key)]
     if not isinstance(entries, Sequence):
         raise errors.EntryError(
             f"adapter_names is {entries!r} ({type(entries).__name__}); it must be one entry or a list of one a row"
         )
-    return [resolve_entry(entry, exists) for entry in entries]
+    return [resolve_entry(entry, key) for entry in entries]
 
 
 def check_lengths(lengths: Any, starts: Any) -> None:

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from typing import Any
 
-import numpy as np
-import torch
-
-from .. import errors, layout
-from ..arena.bits import BOTH, GAIN, INPUT, TAIL, TURN
+from .. import errors
 from ..arena.pack import Packed
 from ..arena.store import Store
-from ..layers import Head, group_heads, group_routes
 from ..plan.activation import Starts
-from ..plan.plan import Plan, Recipe, plan_words, to_device
+from ..plan.plan import Plan, Recipe
 from ..plan.shared import Shared
+from .assembly import Assembly
 from .bridges import Bridges
 from .entries import is_single
 from .merge_cache import MergeCache
+from .pin import Pinned
 from .registry import Registry
 
 
@@ -32,13 +28,13 @@ class _Kept:
 
     Args:
         made_of: all that its words depend on.
-        entries: what asked for it, if that was a list of names, which mean the same as long as nothing in the store has
-            moved and `folded` is what is folded in; else None.
+        entries: what asked for it, if that was a list of names and pinned entries, which mean the same as long as
+            nothing in the store has moved and `folded` is what is folded in; else None.
     """
 
     plan: Plan
     made_of: tuple[Any, ...]
-    entries: tuple[str | None, ...] | None
+    entries: tuple[str | Pinned | None, ...] | None
     folded: Recipe
 
     def serves(
@@ -93,8 +89,7 @@ class Planner:
         self._merges = merges
         self._bridges = bridges
         self._store = store
-        self._shared = shared
-        self._experts = list(experts)
+        self._assembly = Assembly(registry, store, shared, experts)
         self._lock = lock
         # The last plan: a loop of decode steps asks for the same each time, and making it anew takes one per cent or
         # two of a small model's step.
@@ -120,13 +115,24 @@ class Planner:
                 return kept.plan
         while True:
             with self._merges.resolved(entries) as resolved:  # nothing that is named may be deleted before it is pinned
-                recipes, unmade = self._bridges.beside(self._registry.recipes(resolved))
+                named = self._registry.recipes(resolved)
+                pinned = [isinstance(one, Pinned) for one in ([resolved] if is_single(resolved) else resolved)]
+                recipes, unmade = self._bridges.beside(named, pinned)
                 if unmade is None:
                     listed = None if is_single(resolved) else rows
                     plan = self._plan(entries, recipes, listed, expansion, tuple(lengths), tuple(starts))
                     self._merges.trim()
                     return plan
             self._bridges.make(unmade)
+
+    def pinned(self, plan: Plan) -> Pinned:
+        """The entry of a plan of one, whose adapters are pinned; the caller is a reader of the weights."""
+        (recipe,) = plan.recipes
+        return Pinned(recipe, (self._contents(recipe), self._contents(self._bridges.folded)))
+
+    def _contents(self, recipe: Recipe) -> tuple[tuple[int, float], ...]:
+        """Of adapters as they were loaded, not of their names."""
+        return tuple(sorted((self._store[name].number, weight) for name, weight in recipe))
 
     def made(self, plan: Plan) -> Made:
         """Of a plan whose adapters are pinned; called under the lock."""
@@ -158,9 +164,9 @@ class Planner:
             if not plan.names or store.placements == made.placements:
                 return plan
             try:
-                owners = [self._owners(recipe) for recipe in plan.recipes]
+                owners = [self._assembly.owners(recipe) for recipe in plan.recipes]
                 entries, repeated = plan.row_counts
-                return self._of_pinned(
+                return self._assembly.plan(
                     plan.recipes, plan.names, owners, entries, repeated // entries, plan.lengths, plan.starts
                 )
             except BaseException:
@@ -168,22 +174,15 @@ class Planner:
                 raise
 
     def of_tokens(self, plan: Plan, recipes: Sequence[Recipe], lengths: Sequence[int]) -> Plan:
-        """A plan whose rows are tokens, as many of each recipe as its length; `plan` has pinned what it names."""
+        """As `Assembly.of_tokens`, for a call that is running."""
         with self._lock:
-            owners = [self._owners(recipe) for recipe in recipes]
-            return self._of_pinned(recipes, plan.names, owners, 1, 1, lengths, by_token=True)
+            return self._assembly.of_tokens(plan, recipes, lengths)
 
-    def check_packed(self, names: Iterable[str]) -> None:
-        """Raise `AttributionError` where one of these adapters changes what gets the tokens of packed sequences in no
-        known order."""
-        for name in names:
-            for index in np.flatnonzero(self._store[name].touches).tolist():
-                if why := self._shared.unpacked.get(index):
-                    raise errors.AttributionError(
-                        f"adapter {name!r} changes {self._registry.paths[index]}, {why}: the tokens of packed "
-                        f"sequences cannot be told apart there; use one entry for all of them, or adapters that do not "
-                        f"target it"
-                    )
+    def check_packed(self, entry: Any) -> None:
+        """Raise `AttributionError` where one entry cannot be packed beside others; raises as `acquire` too."""
+        with self._merges.resolved(entry) as resolved:
+            (recipe,) = self._registry.recipes(resolved)
+            self._assembly.check_packed(name for name, _ in recipe)
 
     def check_since(self, names: Sequence[str], since: int) -> None:
         """Raise `RoutingError` if one means an adapter that is newer than what is computed again."""
@@ -209,7 +208,7 @@ class Planner:
             raise errors.EntryError(f"adapter_names has {len(recipes)} entries for {what}")
         if len(set(recipes)) == 1:
             recipes = recipes[:1]
-        owners = [self._owners(recipe) for recipe in recipes]
+        owners = [self._assembly.owners(recipe) for recipe in recipes]
         names = tuple(sorted({name for recipe in recipes for name, _ in recipe}))
         self._store.acquire(names)
         try:
@@ -217,115 +216,18 @@ class Planner:
             if self._kept is not None and self._kept.made_of == made_of:
                 plan = self._kept.plan
             else:
-                self._check_starts(recipes, starts)
+                self._assembly.check_starts(recipes, starts)
                 if by_token := len(recipes) > 1 and bool(lengths):
-                    self.check_packed(names)
+                    self._assembly.check_packed(names)
                 listed = 1 if rows is None or lengths else rows
-                plan = self._of_pinned(recipes, names, owners, listed, expansion, lengths, starts, by_token)
+                plan = self._assembly.plan(recipes, names, owners, listed, expansion, lengths, starts, by_token)
         except BaseException:
             self._store.release(names)
             raise
         # On a GPU a plan belongs to the stream that it was copied on, and with aLoRAs to the prompt of its call.
         if self._store.arena.device.type == "cpu" and not plan.invocations:
-            named = isinstance(entries, (list, tuple)) and all(one is None or type(one) is str for one in entries)
+            named = isinstance(entries, (list, tuple)) and all(
+                one is None or type(one) in (str, Pinned) for one in entries
+            )
             self._kept = _Kept(plan, made_of, tuple(entries) if named else None, self._bridges.folded)
         return plan
-
-    def _check_starts(self, recipes: Sequence[Recipe], starts: Sequence[Starts]) -> None:
-        """Raise `EntryError` where `starts` of packed sequences lack an aLoRA of theirs."""
-        of_each = recipes if len(recipes) > 1 else list(recipes) * len(starts)
-        for own, recipe in zip(starts, of_each, strict=False):
-            for name, _ in recipe:
-                if self._store[name].invocation and name not in own:
-                    raise errors.EntryError(
-                        f"starts does not tell where {name!r} (aLoRA) starts in one of its sequences"
-                    )
-
-    def _of_pinned(
-        self,
-        recipes: Sequence[Recipe],
-        names: tuple[str, ...],
-        owners: Sequence[Mapping[int, str]],
-        entries: int,
-        expansion: int,
-        lengths: Sequence[int] = (),
-        starts: Sequence[Starts] = (),
-        by_token: bool = False,
-    ) -> Plan:
-        """Of recipes of adapters that do not move: one for each of `entries`, or one for all of them. `owners`: of each
-        recipe, as `_owners` says. `by_token`: whether the plan's rows are tokens, `lengths` of each recipe."""
-        store = self._store
-        packed = {name: store[name] for name in names}
-        runs = lengths if by_token else [1] * len(recipes)
-        rows = sum(runs)
-        heads: dict[int, list[Head | None]] = {index: [None] * rows for one in packed.values() for index in one.heads}
-        for (start, end), owned in zip(pairwise(accumulate(runs, initial=0)), owners, strict=True):
-            for index, name in owned.items():
-                weight, bias, width = packed[name].heads[index]
-                offset = packed[name].offset
-                head = Head(offset + weight, bias if bias < 0 else offset + bias, width)
-                heads[index][start:end] = [head] * (end - start)
-        touches = np.zeros(store.tables.shape[0], dtype=np.uint8)
-        for one in packed.values():
-            touches |= one.touches
-        if (touches & INPUT).any():  # few plans have any, and each one is made within a forward
-            for recipe in {recipe for recipe in recipes if recipe}:
-                both = np.bitwise_or.reduce([packed[name].touches for name, _ in recipe])
-                touches[((both & INPUT) > 0) & ((both & (GAIN | TURN)) > 0)] |= BOTH
-        terms = [store.terms(recipe) for recipe in recipes]
-        invocations = {name: one.invocation for name, one in packed.items() if one.invocation}
-        experts = bool(touches[self._experts].any())
-        foreign = rows > 1 and any(touches[index] for index in self._shared.foreign)
-        if by_token:
-            touches[touches > 0] |= TAIL
-        listed = rows if by_token else entries
-        words = plan_words(terms, expansion, bool(heads), experts, bool(invocations), foreign, runs, listed)
-        device, most = store.arena.device, self._shared.plan.numel()
-        if len(words) > most and device.type != "cpu":
-            raise errors.CapacityError(
-                f"the routing of {rows} rows takes {len(words)} words; the buffer that compiled code and captured "
-                f"graphs read has {most}"
-            )
-        tensor = to_device(words, device)
-        header = torch.from_numpy(words[: layout.PLAN_HEADER])
-        grouped = {index: group_heads(found, self._width(index), device) for index, found in heads.items()}
-        of_row = [recipe for recipe, run in zip(recipes, runs, strict=True) for _ in range(run)] if experts else []
-        routes = group_routes(of_row, packed, self._experts, device) if experts else ()
-        counts = (entries, entries * expansion)
-        trained = frozenset().union(*(one.trained for one in packed.values()))
-        return Plan(
-            tensor,
-            header,
-            touches.tobytes(),
-            names,
-            rows,
-            counts,
-            grouped,
-            routes,
-            tuple(recipes),
-            invocations,
-            trained,
-            entries,
-            tuple(lengths),
-            starts,
-        )
-
-    def _width(self, index: int) -> int:
-        """How many outputs the model's own head has, or tokens its embedding."""
-        base = self._registry.bases[self._registry.paths[index]]
-        return base.out_features if base.embed_scale is None else base.in_features
-
-    def _owners(self, recipe: Recipe) -> Mapping[int, str]:
-        """Module number -> the adapter of `recipe` whose head or embedding of another size serves there."""
-        found: dict[int, str] = {}
-        for name, weight in recipe:
-            for index in self._store[name].heads:
-                beside = [other for other, _ in recipe if other != name and self._store[other].touches[index]]
-                if weight != 1 or beside:
-                    with_what = f"with {', '.join(map(repr, beside))}" if beside else f"at a weight of {weight}"
-                    raise errors.EntryError(
-                        f"adapter {name!r} has weights of another size at {self._registry.paths[index]}, which take "
-                        f"the place of the model's: there is no sum {with_what}"
-                    )
-                found[index] = name
-        return found

@@ -70,6 +70,7 @@ class Loaded:
     """An adapter of the registry.
 
     Args:
+        key: under which the store has its blob: its name, where that was free there.
         approximate: the rank that it was given to `lower` with.
         sources: of one that mlora made, not the user: the adapters that it was made of, with any of which it goes.
         group: of such a one: the names of its kind, of which it is one as long as it is loaded.
@@ -77,13 +78,15 @@ class Loaded:
 
     adapter: Adapter
     info: AdapterInfo
+    key: str
     approximate: int | None = None
     sources: Sequence[str] = ()
     group: MutableMapping[str, None] | None = None
 
 
 class Registry:
-    """Name -> `Loaded`; each has its blob in the store under the same name.
+    """Name -> `Loaded`; each has its blob in the store under its key, which recipes name. A name may get another
+    content while pins still hold the old one there.
 
     Args:
         model: the patched one; store, shared: its own. `folded`: what is in its weights, and so cannot go.
@@ -126,12 +129,19 @@ class Registry:
             self._refuse_unknown(name)
         return loaded
 
-    def get(self, name: str) -> Loaded | None:
-        return self._loaded.get(name)
+    def by_key(self, key: str) -> Loaded | None:
+        """What the store has under `key`; None if its name is gone, or another's by now."""
+        return next((loaded for loaded in self._loaded.values() if loaded.key == key), None)
+
+    def key(self, name: str) -> str | None:
+        """Of a name; None where nothing is loaded under it."""
+        loaded = self._loaded.get(name)
+        return None if loaded is None else loaded.key
 
     def info(self, name: str) -> AdapterInfo:
         """What is known of it now."""
-        return replace(self[name].info, location="device" if self._store[name].resident else "host")
+        loaded = self[name]
+        return replace(loaded.info, location="device" if self._store[loaded.key].resident else "host")
 
     def infos(self) -> dict[str, AdapterInfo]:
         """Of all adapters, in the order of loading."""
@@ -149,7 +159,7 @@ class Registry:
             EntryError, UnknownAdapterError: one of them is no entry, or names no adapter.
         """
         try:
-            return resolve(entries, self._loaded.__contains__)
+            return resolve(entries, self.key)
         except errors.UnknownAdapterError as error:
             self._refuse_unknown(error.args[0])
 
@@ -176,11 +186,13 @@ class Registry:
         approximate: int | None = None,
         sources: Sequence[str] = (),
         group: MutableMapping[str, None] | None = None,
+        replaces: bool = False,
     ) -> AdapterInfo:
-        """Register an adapter. For the last three arguments see `Loaded`.
+        """Register an adapter, or with `replaces` another content of its name. For the other arguments see `Loaded`.
 
         Raises:
-            DuplicateAdapterError: the name is taken. AdapterError, UnsupportedAdapterError: it does not fit the model.
+            DuplicateAdapterError: the name is taken; UnknownAdapterError, AdapterInUseError: of one that cannot be
+                replaced, as `remove`. AdapterError, UnsupportedAdapterError: it does not fit the model.
             CapacityError: it is larger than the whole arena.
         """
         deltas = lowered.deltas
@@ -192,10 +204,15 @@ class Registry:
             lowered.missing, lowered.unused, all(delta.is_zero for delta in deltas.values()), adapter.ignored,
         )  # fmt: skip
         with self._lock:
+            if replaces:
+                self.remove(name, when_unused=True)
             self.check_new(name)  # another thread may have taken the name meanwhile
             self._note(packed)
-            self._store.register(name, packed)
-            self._loaded[name] = Loaded(adapter, info, approximate, sources, group)
+            key = name
+            while key in self._store:  # what it was is pinned still
+                key = f"{name} ({self._store.registered + 1})"
+            self._store.register(key, packed)
+            self._loaded[name] = Loaded(adapter, info, key, approximate, sources, group)
             if group is not None:
                 group[name] = None
             return self.info(name)
@@ -213,32 +230,41 @@ class Registry:
         adapter = to_adapter(deltas, how.label, self.bases)
         return self.add(name, adapter, Lowered(deltas), sources=() if group is None else how.adapters, group=group)
 
-    def remove(self, name: str) -> None:
-        """Forget an adapter, and those that were made of it.
+    def remove(self, name: str, *, when_unused: bool = False) -> None:
+        """Forget an adapter, and those that were made of it: with `when_unused` the name of one that calls or pins use,
+        and the rest with the last of them.
 
         Raises:
-            UnknownAdapterError: there is none of that name. AdapterInUseError: it is used.
+            UnknownAdapterError: there is none of that name. AdapterInUseError: it is used, or is the default.
         """
         with self._lock:
-            loaded = self[name]
-            if name in dict(self._folded.recipe):
-                raise errors.AdapterInUseError(
-                    f"adapter {name!r} cannot be deleted: it is folded into the weights; unmerge_adapter first"
-                )
-            if self._store[name].pins:
-                default = self._shared.default
-                if default is not None and name in default.names:
-                    how = "set_adapter chose it; call set_adapter(None) first"
-                else:
-                    how = "a running call or an open use_adapters uses it"
-                raise errors.AdapterInUseError(f"adapter {name!r} cannot be deleted: {how}")
-            for made in [label for label, other in self._loaded.items() if name in other.sources]:
-                if made in self._loaded:  # not gone already, with another of them
-                    self.remove(made)
-            self._store.unregister(name)
-            if loaded.group is not None:
-                del loaded.group[name]
-            del self._loaded[name]
+            going = [name, *self._made_of(name)]
+            for one in going:
+                self._check_unused(one, name, when_unused)
+            for one in going:
+                loaded = self._loaded.pop(one)
+                self._store.unregister(loaded.key)
+                if loaded.group is not None:
+                    del loaded.group[one]
+
+    def _made_of(self, name: str) -> list[str]:
+        """The names of what was made of it."""
+        self[name]
+        made = [label for label, other in self._loaded.items() if name in other.sources]
+        return list(dict.fromkeys(label for one in made for label in (one, *self._made_of(one))))
+
+    def _check_unused(self, one: str, name: str, when_unused: bool) -> None:
+        """Raise `AdapterInUseError` where `one`, which goes with `name`, has to stay."""
+        key, what = self._loaded[one].key, "" if one == name else f", of which {one!r} was made"
+        if key in dict(self._folded.recipe):
+            how = "it is folded into the weights; unmerge_adapter first"
+        elif (default := self._shared.default) is not None and key in default.names:
+            how = "set_adapter chose it; call set_adapter(None) first"
+        elif self._store[key].pins and not when_unused:
+            how = "a running call, an open use_adapters or a pin uses it"
+        else:
+            return
+        raise errors.AdapterInUseError(f"adapter {name!r}{what} cannot go: {how}")
 
     def _pack(self, name: str, deltas: Mapping[str, Delta], adapter: Adapter) -> tuple[Packed, Adapter]:
         """The blob, and the adapter in memory that it shares with it where it can."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from ..plan.shared import Shared
 from ..plan.threads import hand_over
 from .entries import Entry, is_single
 from .merge_cache import MergeCache
+from .pin import Pin
 from .planner import Made, Planner
 from .readers import Readers
 from .recompute import follow
@@ -88,6 +89,15 @@ class Router:
                 # For modules that are called by themselves; a call of the model tells more.
                 scope.tokens = packing_of(scope.own, Call((), {}), self._planner.of_tokens, self._shared)
             yield scope
+
+    def pin(self, entry: Any) -> Pin:
+        """See `Runtime.pin`."""
+        with ExitStack() as held:
+            held.enter_context(self._readers)
+            plan = self._planner.acquire(entry, 1, 1)
+            held.callback(self._store.release, plan.names)
+            self.arrive()
+            return Pin(self._planner.pinned(plan), plan.invocations, held.pop_all().close)
 
     def route(self, entries: Any, rows: int, expansion: int) -> AbstractContextManager[Scope]:
         """A call; each of `rows` is repeated `expansion` times."""

@@ -23,8 +23,8 @@ from torch import Tensor
 
 import mlora
 from mlora import errors
-from mlora.routing import planner
-from mlora.routing.planner import Planner
+from mlora.routing import assembly
+from mlora.routing.assembly import Assembly
 
 MIXED = ["r3", None, "dora1", {"rs16": 0.5, "bias8": -1.0}]
 
@@ -36,8 +36,8 @@ def test_the_same_rows_need_no_new_plan(
     patched: Any, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Any] = []
-    real = Planner._of_pinned
-    monkeypatch.setattr(Planner, "_of_pinned", lambda *args: made.append(args[1]) or real(*args))
+    real = Assembly.plan
+    monkeypatch.setattr(Assembly, "plan", lambda *args: made.append(args[1]) or real(*args))
     wanted = {name: logits(patched, batch, adapter_names=name) for name in ("r3", "rs16")}
     for name in ("r3", "r3", "rs16", "rs16", "r3"):
         assert torch.equal(logits(patched, batch, adapter_names=name), wanted[name])
@@ -197,7 +197,7 @@ def test_a_plan_that_does_not_reach_the_device_pins_nothing(
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("no memory for the plan")
 
-    monkeypatch.setattr(planner, "to_device", full)
+    monkeypatch.setattr(assembly, "to_device", full)
     with refused(patched, torch.OutOfMemoryError, "no memory"):
         patched(**batch, adapter_names=MIXED)
 

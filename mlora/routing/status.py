@@ -1,0 +1,22 @@
+"""`Runtime.status`: a table of the adapters and the arena for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..arena.store import Store
+from .registry import AdapterInfo
+
+
+def status(infos: Iterable[AdapterInfo], store: Store) -> str:
+    rows = [("adapter", "type", "rank", "modules", "bytes", "where", "error")]
+    for info in infos:
+        ranks = str(info.rank) if len(info.ranks) == 1 else f"{info.ranks[0]}-{info.ranks[-1]}"
+        kind = info.variant or info.peft_type
+        error = (f"{info.error:.1e}" if info.errors else "exact") + ("; its delta is zero" if info.zero else "")
+        rows.append((info.name, kind, ranks, str(len(info.modules)), f"{info.bytes:,}", info.location, error))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines.append(f"arena: {store.used:,} of {store.capacity:,} bytes, {store.arena.dtype} on {store.arena.device}")
+    lines.append(f"  {store.room.why}")
+    return "\n".join(line.rstrip() for line in lines)
