@@ -19,7 +19,7 @@ from .plan.call import Call
 from .plan.shared import Shared
 from .routing.fallbacks import Fallbacks
 from .routing.loops import LOOPS, check_kept, is_whisper, refuse
-from .routing.names import check_names, takes_any, unrouted
+from .routing.names import check_names, guard_pipelines, takes_any, unrouted
 from .routing.router import Router
 
 _PACKED = (
@@ -150,6 +150,7 @@ class Generator(Part):
 
 def mix_in(model: nn.Module, runtime: Routed) -> None:
     """Give the root and its parts their classes; its layers have theirs already."""
+    guard_pipelines()
     for module in ancestors(model, runtime.bases):
         if not isinstance(module, (LoraLayer, Part)) and (takes_any(type(module).forward) or _generates(module)):
             _swap(module, Generator if _generates(module) else Part, _guarding)

@@ -31,7 +31,7 @@ class Adapter:
         tensors: parameter name -> CPU tensor in PEFT's file format, for example
             `model.layers.0.self_attn.q_proj.lora_A.weight` of shape (rank, in). PEFT's prefix
             `base_model.model.`, the adapter's name (`lora_A.default.weight`), and what torch.compile, FSDP or
-            activation checkpointing put around modules (`_orig_mod`) are removed.
+            activation checkpointing put around modules (`_orig_mod`) are removed. They are taken without gradients.
         source: where it came from, for messages and listings.
         ignored: names of config fields and tensors, or patterns of them, that were there and are left out.
 
@@ -60,6 +60,8 @@ class Adapter:
                 f"adapter from {self.source}: {wrong} is {self.tensors[wrong].dtype}, which is not served; those that "
                 f"are: {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES.values())}"
             )
+        if any(tensor.requires_grad for tensor in self.tensors.values()):
+            object.__setattr__(self, "tensors", {key: tensor.detach() for key, tensor in self.tensors.items()})
         floats = {key: tensor for key, tensor in self.tensors.items() if tensor.is_floating_point()}
         if not all(map(all_finite, _vectors(floats.values()))):
             key, bad = next((k, int((~_finite(t)).sum())) for k, t in floats.items() if not all_finite(t))

@@ -87,7 +87,10 @@ def generate(
     ] = 256,
     force: ForceOption = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on after the answers in OUTPUT.part, which a run left that broke off.")
+        bool,
+        typer.Option(
+            "--resume", help="Go on, with the same options, after the answers in OUTPUT.part of a run that broke off."
+        ),
     ] = False,
 ) -> None:
     """Complete the prompts of a file, each under its own adapter, in mixed batches.
@@ -114,7 +117,21 @@ def generate(
             loading = {"allow_pickle": allow_pickle, "ignore": ignore or ()}
             served = from_options(check_model(model), adapter or [], approximate, strict, **loading)
         lines = read_lines(input, served.names)
-        with open_output(output, input, lines, force, resume) as out:
+        matters = {
+            "--model": model,
+            "--adapter": adapter,
+            "--config": None if config is None else str(config),
+            "--approximate": approximate,
+            "--strict": strict,
+            "--ignore": ignore,
+            "--raw": raw,
+            "--base-tokenizer": base_tokenizer,
+            "--dtype": dtype,
+            "--seed": seed,
+            "--batch-size": batch_size if options["do_sample"] else None,
+            **{f"--{name.replace('_', '-')}": value for name, value in options.items()},
+        }
+        with open_output(output, input, lines, force, resume, matters) as out:
             progress = Progress()
             if copied := copied_fields(lines):
                 progress.note(f"copied to the output, and not read: {', '.join(copied)}")

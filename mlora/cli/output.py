@@ -1,10 +1,11 @@
-"""The answers of `mlora generate`: in `OUTPUT.part` until all are there, then renamed."""
+"""The answers of `mlora generate`: in `OUTPUT.part` until all are there, then renamed. `OUTPUT.part.options` has the
+options that they depend on meanwhile."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,15 +17,21 @@ from .lines import WRITTEN
 
 
 class Output:
-    """Open for answers. `done`: how many lines of the input have one already."""
+    """Open for answers. `done`: how many lines of the input have one already.
 
-    def __init__(self, file: TextIO, done: int = 0, keep: int | None = None) -> None:
-        self._file, self.done, self._keep = file, done, keep
+    Args:
+        begin: called before the first answer is written, after those of which nothing is to stay are cut off.
+        keep: bytes that stay.
+    """
+
+    def __init__(self, file: TextIO, done: int = 0, keep: int = 0, begin: Callable[[], object] | None = None) -> None:
+        self._file, self.done, self._keep, self._begin = file, done, keep, begin
 
     def write(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        if self._keep is not None:  # not before there is something to put in place of it
+        if self._begin is not None:  # not before there is something to put in place of it
             self._file.truncate(self._keep)
-            self._keep = None
+            self._begin()
+            self._begin = None
         self._file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         self._file.flush()
         self.done += len(lines)
@@ -32,13 +39,19 @@ class Output:
 
 @contextmanager
 def open_output(
-    output: Path, input: Path, lines: Sequence[Mapping[str, Any]], force: bool, resume: bool
+    output: Path,
+    input: Path,
+    lines: Sequence[Mapping[str, Any]],
+    force: bool,
+    resume: bool,
+    options: Mapping[str, Any],
 ) -> Iterator[Output]:
     """Where the answers to `lines` go. What was at `output` stays until all answers are there; if the block fails,
-    those that are there stay in `OUTPUT.part`.
+    those that are there stay in `OUTPUT.part`. `options`: name -> value, of those that answers depend on.
 
     Raises:
-        InputError: nothing can be written there, or something is there that was not to be replaced.
+        InputError: nothing can be written there, or something is there that was not to be replaced, or other options
+            gave the answers that are there.
     """
     if output == Path("-"):
         if resume:
@@ -52,8 +65,8 @@ def open_output(
         with output.open("w", encoding="utf-8") as file:
             yield Output(file)
         return
-    part = target.with_name(target.name + ".part")
-    for path in (target, part):
+    part, told = (target.with_name(target.name + end) for end in (".part", ".part.options"))
+    for path in (target, part, told):
         if path.exists() and input.exists() and path.samefile(input):
             raise InputError(f"--output {output}: {path.name} is --input; wanted another file")
     if target.exists() and not force:
@@ -64,17 +77,21 @@ def open_output(
             f"{part} has {done} answers of a run that broke off; wanted --resume to go on after them, or --force to "
             f"start anew"
         )
+    if done and resume:
+        _check_options(told, options)
     try:
         file = part.open("a", encoding="utf-8")
     except OSError as error:
         raise InputError(f"--output {output}: {part} cannot be written: {error.strerror}") from None
     with file:
-        out = Output(file, done if resume else 0, keep if resume else 0)
+        text = json.dumps(options) + "\n"
+        out = Output(file, *((done, keep) if resume else (0, 0)), lambda: told.write_text(text, encoding="utf-8"))
         try:
             yield out
         except BaseException:
             if part.stat().st_size == 0:
                 part.unlink()
+                told.unlink(missing_ok=True)
             elif out.done:
                 typer.echo(
                     f"mlora: {out.done} of {len(lines)} answers are in {part}; the same command with --resume goes on",
@@ -83,6 +100,24 @@ def open_output(
             raise
         out.write(())
     part.replace(target)
+    told.unlink()
+
+
+def _check_options(told: Path, options: Mapping[str, Any]) -> None:
+    """Raise `InputError` unless the file, if it is there, has these options."""
+    try:
+        before = json.loads(told.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    except ValueError:
+        before = {}
+    for name, value in json.loads(json.dumps(options)).items():
+        if (was := before.get(name)) != value:
+            raise InputError(f"--resume: {name} is {_shown(value)} and was {_shown(was)}; --force starts anew")
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is None else json.dumps(value)
 
 
 def _answered(part: Path, lines: Sequence[Mapping[str, Any]], check: bool) -> tuple[int, int]:

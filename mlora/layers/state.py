@@ -15,8 +15,8 @@ from .dense import is_cast, is_dense
 from .order import IN_FRONT, Order
 from .swap import alias_of, bound_forwards
 
-# What is in a list of this name is an expert, whose inputs are tokens gathered from any rows in any order. A router right
-# in it, as JetMoe's, sees them before.
+# What is in a list of this name is an expert, whose inputs are tokens gathered from any rows in any order. A router
+# right in it, as JetMoe's, sees them before.
 _EXPERTS, _ROUTER = "experts", "router"
 
 

@@ -29,6 +29,34 @@ def takes_any(forward: Callable[..., Any]) -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values())
 
 
+@functools.cache
+def guard_pipelines() -> None:
+    """Wrap transformers' pipelines, once: most give keywords that they do not know to a tokenizer, or to nothing."""
+    from transformers.pipelines.base import Pipeline
+
+    pipeline: Any = Pipeline
+    pipeline.__init__, pipeline.__call__ = _checking(pipeline.__init__), _checking(pipeline.__call__)
+
+
+def _checking(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        names = {name: value for name, value in kwargs.items() if name in _OTHERS or name == "adapter_names"}
+        model = kwargs.get("model", args[0] if args else None) if method.__name__ == "__init__" else self.model
+        if names and "mlora" in vars(model):
+            own = inspect.signature(self._sanitize_parameters).parameters
+            check_names(type(self).__name__, names, _OTHERS - own.keys())
+            _, forward, _ = self._sanitize_parameters(**names)
+            if "adapter_names" in names and "adapter_names" not in {**forward, **forward.get("generate_kwargs", {})}:
+                raise errors.EntryError(
+                    f"adapter_names is given to {type(self).__name__}, which does not hand it to its model; route with "
+                    f"`with runtime.use_adapters(entry):` around the call"
+                )
+        return method(self, *args, **kwargs)
+
+    return checked
+
+
 def check_names(what: str, kwargs: Mapping[str, Any], refused: frozenset[str]) -> None:
     """Raise `EntryError` if one of `refused` is among `kwargs`, which were given to `what`."""
     if refused.isdisjoint(kwargs):

@@ -501,6 +501,17 @@ def test_an_adapter_in_the_arenas_dtype_is_in_memory_once(
     assert got.keys() == want.keys() and all(torch.equal(got[key], want[key]) for key in want)
 
 
+@torch.no_grad()
+def test_tensors_that_are_being_trained(patched: Any, folders: dict[str, Path], batch: dict[str, torch.Tensor]) -> None:
+    read = Adapter.from_pretrained(folders["r3"])
+    tensors = {key: torch.nn.Parameter(tensor.clone()) for key, tensor in read.tensors.items()}
+    with torch.enable_grad():
+        tensors = {key: tensor * 1 if "lora_B" in key else tensor for key, tensor in tensors.items()}
+        patched.mlora.add_adapter("new", Adapter(read.config, tensors))
+    assert torch.equal(logits(patched, batch, adapter_names="new"), logits(patched, batch, adapter_names="r3"))
+    assert all(tensor.requires_grad for tensor in tensors.values()) and patched.mlora.adapters["new"].rank == 3
+
+
 def test_a_file_that_another_takes_the_place_of(patched: Any, folders: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(folders["r3"], tmp_path / "new")
     patched.mlora.load_adapter(folder, "new")

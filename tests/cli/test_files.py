@@ -89,10 +89,15 @@ def test_an_output_stays_until_there_is_another(
     out.unlink()
     code, output = run(*given)
     assert code == 2 and "has 4 answers of a run that broke off" in output and answers(part) == whole[:4]
+    code, output = run(*given[:-4], "--max-new-tokens", 4, "--resume")
+    assert code == 2 and "--max-new-tokens is 4 and was 3; --force starts anew" in output, output
+    code, output = run(*given, "--top-k", 2, "--resume")
+    assert code == 2 and "--resume: --" in output and answers(part) == whole[:4], output
     with part.open("a") as file:
         file.write('{"prompt": "cut o')  # as a machine that lost its power leaves it
     code, output = run(*given, "--resume")
-    assert code == 0 and answers(out) == whole and not part.exists()
+    assert code == 0 and answers(out) == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out", "whole"]
 
 
 def test_a_failure_before_the_first_answer_leaves_nothing(base: str, source: Path, tmp_path: Path) -> None:

@@ -11,8 +11,24 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from conftest import HIDDEN, build, identity, inputs_for, logits, refused
+from conftest import (
+    HIDDEN,
+    VOCAB,
+    assert_close,
+    build,
+    identity,
+    inputs_for,
+    logits,
+    make_adapter,
+    peft_alone,
+    refused,
+    served,
+)
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, pipeline
 
 import mlora
 from mlora import errors
@@ -188,3 +204,37 @@ def test_a_part_that_generates(tmp_path: Path) -> None:
         model.inner.generate(ids, adapter_name="r3")
     with runtime.use_adapters([None, None]):
         assert model.inner.generate(ids, max_new_tokens=2).shape == (2, 9)
+
+
+@pytest.mark.parametrize("task, kind", [("text-classification", "bert"), ("feature-extraction", "llama")])
+@torch.no_grad()
+def test_pipelines_that_swallow_keywords(task: str, kind: str, tmp_path: Path) -> None:
+    """Those that generate hand names to `generate`."""
+    words = Tokenizer(WordLevel({f"w{number}": number for number in range(VOCAB)}, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    make = functools.partial(pipeline, tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0"))
+    base, text = build(kind), "w3 w4 w5"
+    folder = make_adapter(tmp_path / "a", base, 1, target_modules=["query" if kind == "bert" else "q_proj"])
+    model, alone = served(base, {"a": folder}), peft_alone(base, folder).get_base_model()
+    pipe = make(task, model=model)
+    for call in (pipe, functools.partial(make, task, model=model)):
+        with refused(model, errors.EntryError, "adapter_names is given to", "Pipeline", "use_adapters"):
+            call(*([text] if call is pipe else []), adapter_names=["a"])
+    with refused(model, errors.EntryError, "adapter_name is given to", "Pipeline"):
+        pipe(text, adapter_name="a")
+    with model.mlora.use_adapters("a"):
+        routed = pipe(text)
+    assert_close(torch.tensor(values(routed)), torch.tensor(values(make(task, model=alone)(text))))
+    assert values(pipe(text)) == values(make(task, model=base)(text)) != values(routed)
+    if kind == "llama":
+        how = {"max_new_tokens": 4, "do_sample": False}
+        named = make("text-generation", model=model)(text, adapter_names=["a"], **how)
+        assert (
+            named
+            == make("text-generation", model=alone)(text, **how)
+            != make("text-generation", model=base)(text, **how)
+        )
+
+
+def values(answer: Any) -> list[float]:
+    return [answer[0]["score"]] if isinstance(answer[0], dict) else torch.tensor(answer).flatten().tolist()
