@@ -23,6 +23,7 @@ from .lowering import BaseLinear, Names, lower, part_of
 from .merge import Merge
 from .patched import unpatch
 from .plan.shared import Shared
+from .routing.axes import learn_axes
 from .routing.bridges import Bridges
 from .routing.entries import Entries, Entry, check_lengths, is_single
 from .routing.merge_cache import MergeCache
@@ -361,10 +362,12 @@ class Runtime:
 
     def check_packed(self, entry: Entry) -> None:
         """Raise `AttributionError` where packed sequences of this entry and others (`use_adapters` with `lengths`)
-        would be refused; nothing is brought to the device."""
+        would be refused; nothing is brought to the device. Where the model normalizes heads and `entry` changes that,
+        it may be called once, to see in which order they come."""
         if not is_single(entry):
             raise errors.EntryError(f"check_packed takes one entry, not {entry!r}")
-        self._planner.check_packed(entry)
+        paths = self._planner.check_packed(entry)
+        learn_axes(self._model, self._shared, paths)
 
     def _close(self) -> None:
         if self._readers.count:

@@ -141,6 +141,12 @@ class Store:
             start, end = (edge * self.itemsize for edge in self._allocator.hole(at))
             give_back(self._pages, max(start, self.room.ready), end)
 
+    def touched(self, names: Iterable[str]) -> list[int]:
+        """The numbers of the modules that any of these adapters changes."""
+        with self._lock:
+            touches = [self._adapters[name].touches for name in names]
+        return np.flatnonzero(np.bitwise_or.reduce(touches)).tolist() if touches else []
+
     def terms(self, recipe: Iterable[tuple[str, float]]) -> tuple[tuple[int, float], ...]:
         """(slot, weight) of all that a recipe of resident adapters, (name, weight) each, sums."""
         named = [(self._adapters[name], weight) for name, weight in recipe]

@@ -178,11 +178,14 @@ class Planner:
         with self._lock:
             return self._assembly.of_tokens(plan, recipes, lengths)
 
-    def check_packed(self, entry: Any) -> None:
-        """Raise `AttributionError` where one entry cannot be packed beside others; raises as `acquire` too."""
+    def check_packed(self, entry: Any) -> list[str]:
+        """Raise `AttributionError` where one entry cannot be packed beside others; raises as `acquire` too. Else the
+        paths of the modules that it changes."""
         with self._merges.resolved(entry) as resolved:
             (recipe,) = self._registry.recipes(resolved)
-            self._assembly.check_packed(name for name, _ in recipe)
+            names = [name for name, _ in recipe]
+            self._assembly.check_packed(names)
+            return [self._registry.paths[index] for index in self._store.touched(names)]
 
     def check_since(self, names: Sequence[str], since: int) -> None:
         """Raise `RoutingError` if one means an adapter that is newer than what is computed again."""
