@@ -56,6 +56,10 @@ class PatchedModel(nn.Module):
     def generate(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
         own = self.__dict__.get("_mlora_generate")
         check_names("generate", kwargs, unrouted(type(self).forward))
+        for config in _configs(self, args, kwargs):
+            check_names(
+                "generate in a GenerationConfig", getattr(config, "__dict__", {}), _refused_in(type(self).forward)
+            )
         with self.mlora._router.generation(adapter_names, Call(args, kwargs), _expansion(self, args, kwargs)):
             if _is_mixed(self.mlora._shared):
                 if own is not None:
@@ -231,14 +235,19 @@ def _expansion(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
     As in transformers, an argument counts before the given config, and that before the model's own.
     """
-    given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
-    configs = (given, getattr(model, "generation_config", None))
+    configs = _configs(model, args, kwargs)
 
     def setting(name: str) -> int:
         values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
         return next((int(value) for value in values if value is not None), 1)
 
     return max(setting("num_beams"), setting("num_return_sequences"))
+
+
+def _configs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """What a `generate` is given as its config, and the model's own."""
+    given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+    return given, getattr(model, "generation_config", None)
 
 
 def unpatch(model: nn.Module) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Set
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -44,6 +44,8 @@ _AS_HERE = {"swift_type": ("LORA", "ADALORA", "VERA", "BOFT"), "lora_B_layout": 
 
 # Honoured options of which one value or another is refused that may be harmless on a model that fits.
 _MAY_BE_IGNORED = {"init_lora_weights", "modules_to_save"}
+
+_EMPTY: tuple[Any, ...] = (None, False, {}, [], "")
 
 _TEXTS = (str, "a pattern or a list of names")
 _SHAPES: dict[str, tuple[type, str]] = {
@@ -148,7 +150,7 @@ def check_options(adapter: Adapter, format: Format) -> None:
             f"that are not served"
         )
     for option, value in adapter.config.items():
-        if option in honoured or option in _NEUTRAL or option in format.neutral or value in (None, False, {}, []):
+        if option in honoured or option in _NEUTRAL or option in format.neutral or value in _EMPTY:
             continue
         if value in _AS_HERE.get(option, ()):
             continue
@@ -259,6 +261,7 @@ def _check_targets(
             f"adapter from {adapter.source}: it has weights for {some(missing)}, which this model has no linear "
             f"or convolution for (transposed ones, and subclasses with a forward of their own, are not served); was it "
             f"made for another base? (its config names {config.get('base_model_name_or_path')!r})"
+            + (f"; ignore=[{missing[0] + '.*'!r}] serves it without" if len(missing) < len(modules) else "")
         )
     targets = config.get("target_modules")
     if targets is None:

@@ -64,7 +64,7 @@ def check_names(what: str, kwargs: Mapping[str, Any], refused: frozenset[str]) -
     name = next(name for name in kwargs if name in refused)
     if name == "adapter_names":
         raise errors.EntryError(
-            f"adapter_names is given to {what}, a part of the patched model, which routes nothing itself; call the "
-            f"patched model, or route with `with runtime.use_adapters(names):` around the call"
+            f"adapter_names is given to {what}, which routes nothing itself; give it to the patched model's call or "
+            f"generate, or route with `with runtime.use_adapters(names):` around the call"
         )
     raise errors.EntryError(f"{name} is given to {what}, and would be ignored; adapters are named by adapter_names=")

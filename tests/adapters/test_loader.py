@@ -225,6 +225,24 @@ def test_an_adapter_made_for_another_architecture_names_it(patched: Any, tmp_pat
         patched.mlora.load_adapter(rewritten, "gpt2")
 
 
+def test_weights_of_a_part_that_this_model_has_not(
+    patched: Any, good: Path, batch: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    def grown(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        own = {key: tensor for key, tensor in state.items() if "layers.0.self_attn.q_proj" in key}
+        return {
+            **state,
+            **{key.replace("layers.0.self_attn.q_proj", "other.dense"): t.clone() for key, t in own.items()},
+        }
+
+    folder = rewrite(good, tmp_path / "grown", {"target_modules": "all-linear"}, grown)
+    with refused(patched, errors.AdapterError, "model.other.dense", "ignore=['model.other.dense.*']"):
+        patched.mlora.load_adapter(folder, "new")
+    info = patched.mlora.load_adapter(folder, "new", ignore=["model.other.dense.*"])
+    assert len(info.ignored) == 2
+    assert torch.equal(logits(patched, batch, adapter_names="new"), logits(patched, batch, adapter_names="r3"))
+
+
 def test_dora_and_bias_without_their_tensors(patched: Any, folders: dict[str, Path], tmp_path: Path) -> None:
     def without(part: str) -> Any:
         return lambda state: {k: t for k, t in state.items() if part not in k}
@@ -308,7 +326,7 @@ def test_options_that_are_not_served(
 NEUTRAL: tuple[tuple[str, dict[str, Any]], ...] = (
     ("dropout", {"lora_dropout": 0.3}),
     ("bookkeeping", {"base_model_name_or_path": "a/b", "revision": "x", "task_type": "CAUSAL_LM"}),
-    ("off", {"use_magic": False, "other": None, "third": {}, "fourth": []}),
+    ("off", {"use_magic": False, "other": None, "third": {}, "fourth": [], "fifth": ""}),
     ("init", {"init_lora_weights": "gaussian"}),
     ("layers", {"layers_to_transform": [0, 1]}),
     ("lower-case-type", {"peft_type": "lora"}),

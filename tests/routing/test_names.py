@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, pipeline
+from transformers import GenerationConfig, PreTrainedTokenizerFast, pipeline
 
 import mlora
 from mlora import errors
@@ -166,6 +166,19 @@ def test_signatures_and_hooks_stay(llama: Any, batch: dict[str, Tensor]) -> None
     assert [(name, key, cls) for name, key, cls, _ in identity(model)] == [
         (name, key, cls) for name, key, cls, _ in before
     ]
+
+
+@pytest.mark.parametrize("name", ("adapter_names", "adapter_name"))
+@pytest.mark.parametrize("whose", ("given", "model's"))
+def test_a_generation_config_with_names(
+    patched: Any, batch: dict[str, Tensor], name: str, whose: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers keeps what it does not know, and nobody reads it."""
+    config = GenerationConfig(max_new_tokens=2, pad_token_id=0, **{name: ["r3"] * 4})
+    if whose == "model's":
+        monkeypatch.setattr(patched, "generation_config", config)
+    with refused(patched, errors.EntryError, name, "GenerationConfig"):
+        patched.generate(**batch, **({} if whose == "model's" else {"generation_config": config}))
 
 
 def test_a_generate_that_was_put_on_the_model(llama: Any, folders: dict[str, Path], batch: dict[str, Tensor]) -> None:
