@@ -19,6 +19,10 @@ class ModelMovedError(MloraError, RuntimeError):
     """A patched model was asked to change dtype or device, or receives inputs of another one."""
 
 
+class UnsupportedModelError(MloraError, ValueError):
+    """A model with a layer that cannot be served in this way; the message names it."""
+
+
 class AdapterError(MloraError, ValueError):
     """An adapter's files, tensors or config are missing, damaged or do not fit the model."""
 

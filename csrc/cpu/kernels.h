@@ -113,6 +113,56 @@ inline int64_t merge_scratch(int64_t in, int64_t ranks) {
   return ranks * merge_columns(in, ranks) + (ranks + 1) * kMergeBlock;
 }
 
+// Attention of packed sequences, whose past keys and values lie in a cache and whose new ones do not yet. Strides are in
+// elements; the last dimension, and heads in a cache, adjoin.
+struct Attention {
+  const void* q;  // [token, head, dim]
+  const void* k;  // [token, kv head, dim]
+  const void* v;
+  const void* k_cache;  // [row, kv head, dim]
+  const void* v_cache;
+  void* out;  // [token, head, dim], contiguous
+  int64_t heads, kv_heads, dim;
+  int64_t q_token, q_head, k_token, k_head, v_token, v_head, k_row, v_row;
+  float scale;
+  float softcap;   // 0: none
+  int64_t window;  // keys that a token sees, its own included; 0: all
+};
+
+// Rows [row, row_end) of a sequence under its keys [key, key_end), for kv heads [head, head_end). Row r is the query of
+// token r / group and of the kv head's query head r % group. Key j is row read[j] of the cache where j < past, and then
+// the sequence's token j - past. The sequence's tokens lie from `token` on.
+struct AttendJob {
+  const int64_t* read;
+  int64_t past, token;
+  int64_t row, row_end;
+  int64_t head, head_end;
+  int64_t key, key_end;
+  float* partial;  // [kv head, row - first row, attend_row(dim)], for attend_merge; null: the result goes to `out`
+};
+
+// Rows of a sequence of which `chunks` jobs left partial results, `chunk` floats apart.
+struct AttendMerge {
+  float* partial;
+  int64_t chunk, chunks;
+  int64_t token, rows;
+};
+
+constexpr int64_t kKeyBlock = 64;    // keys whose scores are held at a time
+constexpr int64_t kKeyChunk = 256;   // keys of a job of few rows, whatever the number of threads
+constexpr int64_t kFewRows = 8;      // up to which lanes are keys; beyond, lanes are rows
+constexpr int64_t kRowHeader = 16;   // floats before a row's sums: its largest score, and the sum of its weights
+
+inline int64_t attend_padded(int64_t dim) { return (dim + 31) / 32 * 32; }
+inline int64_t attend_row(int64_t dim) { return kRowHeader + attend_padded(dim); }
+
+// Floats that jobs of tiles of `rows` rows work in.
+inline int64_t attend_scratch(const Attention& a, int64_t rows) {
+  const int64_t padded = attend_padded(a.dim), few = a.kv_heads * kFewRows * attend_row(a.dim);
+  const int64_t many = 2 * rows * padded + kKeyBlock * (2 * padded + rows) + padded;
+  return few > many ? few : many;
+}
+
 struct Kernels {
   // Runs jobs in order, and asks for each one's bytes during the one before: an adapter's parts are a few KiB each and
   // lie anywhere, and the hardware's prefetchers, which learn a stream and stop at its end, leave most of such a part
@@ -134,12 +184,19 @@ struct Kernels {
   // Rows [from, to) of the weight, by the segment's terms; `scratch` is of merge_scratch floats.
   using Merge = void (*)(const MergeProblem&, const Segment&, int64_t from, int64_t to, float* scratch);
 
+  // Jobs in order; `scratch` is of attend_scratch floats.
+  using Attend = void (*)(const Attention&, const AttendJob*, int64_t jobs, float* scratch);
+  using MergeRows = void (*)(const Attention&, const AttendMerge&);
+
   Run run[3];  // indexed by Type
   ScaleInput scale_input[3];
   TurnOutput turn_output[3];
   Merge merge[3];
   Pack pack[3];  // null where linear is not offered
   Linear linear[3];
+  Attend attend[3];
+  MergeRows merge_rows[3];
+  int64_t attend_rows;  // of a tile of more than kFewRows
 };
 
 enum Isa : int { kScalar, kAvx2, kAvx512, kAvx512Bf16 };

@@ -5,20 +5,16 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
-#include <atomic>
 #include <cstdlib>
 #include <map>
 #include <optional>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "../strides.h"
 #include "ops.h"
+#include "split.h"
 #include "work.h"
-#if MLORA_X86
-#include <xmmintrin.h>
-#endif
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK  // of torch 2.12; before, errors have no text of their own
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
 #endif
@@ -60,6 +56,8 @@ Isa isa() {
   return chosen;
 }
 
+}  // namespace
+
 const Kernels& kernels() {
 #if MLORA_X86
   switch (isa()) {
@@ -76,97 +74,11 @@ const Kernels& kernels() {
   return kernels_scalar;
 }
 
-// Subnormal operands make FMA code 30 times slower; dot-product instructions flush them anyway.
-class FlushSubnormals {
- public:
-#if MLORA_X86
-  FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
-  ~FlushSubnormals() { _mm_setcsr(saved_); }
-  FlushSubnormals(const FlushSubnormals&) = delete;
-  FlushSubnormals& operator=(const FlushSubnormals&) = delete;
-
- private:
-  unsigned saved_;
-#endif
-};
-
-// Threads for work of this cost, in elements read or so.
-int64_t threads_for(int64_t cost) {
-  constexpr int64_t kSmall = 1 << 17;  // not worth waking a thread for
-  return cost < kSmall ? 1 : torch::stable::get_num_threads();
-}
-
-// Calls f(task, tasks) for every task, one a thread.
-template <class F>
-void split(int64_t cost, const F& f) {
-  const int64_t tasks = threads_for(cost);
-  if (tasks == 1) {
-    const FlushSubnormals flush;
-    f(int64_t{0}, int64_t{1});
-    return;
-  }
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    const FlushSubnormals flush;
-    for (int64_t task = begin; task < end; ++task) f(task, tasks);
-  });
-}
-
-// As two calls of `split`, first(task, tasks) for every task before second(task, tasks) for any, but waking the
-// threads once. A task of the first phase is run by whoever claims it, so that a thread that comes late holds nobody
-// up, and so that nobody ever waits for a task that nobody is running.
-template <class First, class Second>
-void split_in_two(int64_t cost, const First& first, const Second& second) {
-  constexpr int64_t kMost = 256;
-  const int64_t tasks = threads_for(cost);
-  if (tasks == 1 || tasks > kMost) {
-    split(tasks == 1 ? 0 : cost, first);
-    split(tasks == 1 ? 0 : cost, second);
-    return;
-  }
-  std::atomic<bool> claimed[kMost] = {};
-  std::atomic<int64_t> done{0};
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    const FlushSubnormals flush;
-    for (int64_t i = 0; i < tasks; ++i) {
-      const int64_t task = (begin + i) % tasks;
-      if (claimed[task].exchange(true, std::memory_order_relaxed)) continue;
-      first(task, tasks);
-      done.fetch_add(1, std::memory_order_release);
-    }
-    for (int spins = 0; done.load(std::memory_order_acquire) != tasks; ++spins) {
-#if MLORA_X86
-      _mm_pause();
-#endif
-      if (spins > 4096) std::this_thread::yield();
-    }
-    for (int64_t task = begin; task < end; ++task) second(task, tasks);
-  });
-}
-
-// Walks jobs laid end to end along the cost axis, and hands out each one's share of one task's range of that axis.
-class Share {
- public:
-  Share(int64_t cost, int64_t task, int64_t tasks) : from_(task * cost / tasks), to_((task + 1) * cost / tasks) {}
-
-  // A job of `units` units that cost `each`: sets [begin, end) to the units whose first cost lies in the range.
-  bool take(int64_t units, int64_t each, int64_t* begin, int64_t* end) {
-    *begin = clamp((from_ - position_ + each - 1) / each, from_ <= position_, units);
-    *end = clamp((to_ - position_ + each - 1) / each, to_ <= position_, units);
-    position_ += units * each;
-    return *begin < *end;
-  }
-
- private:
-  static int64_t clamp(int64_t unit, bool before, int64_t units) { return before ? 0 : unit < units ? unit : units; }
-
-  int64_t from_, to_, position_ = 0;
-};
+namespace {
 
 constexpr int64_t kRankUnit = 4;     // rank rows that a shrink tile takes
 constexpr int64_t kColumnUnit = 64;  // columns, at least a cache line of each rank row
 constexpr int64_t kStaysNear = 1 << 19;  // bytes that a core's second-level cache keeps beside what else it reads
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // In elements read or so; reading a rank row costs about as much as using it for four tokens.
 int64_t rank_unit_cost(const Problem& p, const Segment& s) { return (s.count + 4) * p.in; }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "apply.h"
+#include "attend.h"
 #include "linear.h"
 #include "merge.h"
 #include "turn.h"
@@ -26,6 +27,9 @@ const Kernels MLORA_TABLE(MLORA_ISA) = {
     {},
     {},
 #endif
+    {MLORA_ISA::attend<float>, MLORA_ISA::attend<fp16>, MLORA_ISA::attend<bf16>},
+    {MLORA_ISA::merge_rows<float>, MLORA_ISA::merge_rows<fp16>, MLORA_ISA::merge_rows<bf16>},
+    MLORA_ISA::kTileRows,
 };
 
 }  // namespace mlora

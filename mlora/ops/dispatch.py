@@ -96,6 +96,7 @@ _turn_output = getattr(torch.ops.mlora, _PREFIX + "turn_output").default
 _apply_group_ = torch.ops.mlora.apply_group_.default
 _merge_ = getattr(torch.ops.mlora, _PREFIX + "merge_").default
 _embed_ = getattr(torch.ops.mlora, _PREFIX + "embed_").default
+attend_ = getattr(torch.ops.mlora, "reference_" * (_FORCED == "reference") + "attend_").default  # see ops/attention.py
 _large_apply_ = torch.ops.mlora.triton_apply_.default if _BY_SIZE else _apply_
 
 

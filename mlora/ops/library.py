@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import attention, reference
 
 _SCHEMAS = {
     "apply_": "(Tensor(a!) y, Tensor? base, Tensor x, Tensor arena, Tensor table, Tensor plan) -> ()",
@@ -28,6 +28,8 @@ _SCHEMAS = {
     "apply_group_": "(Tensor(a!)[] y, Tensor x, Tensor arena, Tensor[] tables, Tensor plan) -> ()",
     "embed_": "(Tensor(a!) y, Tensor ids, Tensor arena, Tensor table, Tensor plan, int vocab) -> ()",
     "merge_": "(Tensor(a!) weight, Tensor? source, Tensor arena, Tensor table, Tensor plan) -> ()",
+    "attend_": "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor read, Tensor write, "
+    "Tensor q_starts, Tensor k_starts, float scale, float softcap, int window) -> Tensor",
 }
 
 
@@ -61,6 +63,10 @@ def _fake_merge_(weight: Tensor, source: Tensor | None, arena: Tensor, table: Te
     return None
 
 
+def _fake_attend_(q: Tensor, *args: Any) -> Tensor:
+    return q.new_empty((1, q.shape[2], q.shape[1], q.shape[3]))
+
+
 _FAKES: dict[str, Any] = {
     "apply_": _fake_apply_,
     "linear": _fake_linear,
@@ -69,6 +75,7 @@ _FAKES: dict[str, Any] = {
     "apply_group_": _fake_apply_group_,
     "embed_": _fake_embed_,
     "merge_": _fake_merge_,
+    "attend_": _fake_attend_,
 }
 _REFERENCES: dict[str, Any] = {
     "apply_": reference.apply_,
@@ -78,6 +85,7 @@ _REFERENCES: dict[str, Any] = {
     "apply_group_": reference.apply_group_,
     "embed_": reference.embed_,
     "merge_": reference.merge_,
+    "attend_": attention.attend_,
 }
 
 
@@ -105,7 +113,7 @@ def _load(module: str) -> bool:
 
 LIBRARY = torch.library.Library("mlora", "DEF")
 for _name, _schema in _SCHEMAS.items():
-    for _prefix in ("", "reference_", "triton_") if HAS_TRITON else ("", "reference_"):
+    for _prefix in ("", "reference_", "triton_") if HAS_TRITON and _name != "attend_" else ("", "reference_"):
         LIBRARY.define(_prefix + _name + _schema, tags=(torch.Tag.needs_exact_strides,))
         _default = _triton(_name) if _prefix == "triton_" else _REFERENCES[_name]
         LIBRARY.impl(_prefix + _name, _default, "CompositeExplicitAutograd")
@@ -118,6 +126,6 @@ if EMULATED:
 HAS_CPU = not EMULATED and _load("mlora._C")
 HAS_CUDA = torch.backends.cuda.is_built() and _load("mlora._C_cuda")
 if HAS_TRITON:
-    for _name in _SCHEMAS:
+    for _name in _SCHEMAS.keys() - {"attend_"}:  # on GPUs models have FlashAttention
         if not HAS_CUDA or _name in ("embed_", "linear"):  # the CUDA library has all but these
             LIBRARY.impl(_name, _triton(_name), "CUDA")
