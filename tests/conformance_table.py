@@ -26,22 +26,39 @@ _TITLE = (
 )
 _MODELS = ("gpt2", "t5", "bert", "qwen2", "conv", "vit", "qwen2moe")
 _SCENARIOS = ("single", "mixed", "packed", "weighted", "generate", "bf16")
+_KINDS = ("fp32", "16 bits")
+_KINDS_TITLE = (
+    "",
+    "## Files, calls and models",
+    "",
+    "Plain LoRAs in files, calls and models as they occur (`tests/conformance/kinds.py`), by the same measures.",
+    "*refused*: loading or the call fails with an error that says why; once, where the dtype is no matter.",
+    "",
+)
 _WIDTH = 84  # of a summary's cell
 
 
 def write(file: Path, table: Table) -> None:
     """The table into `file`, and its summary between the README's marks."""
-    columns = (*_SCENARIOS, *_MODELS)
-    lines = [*_TITLE, "| adapter | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
-    for name, cells in table.items():
-        refusal = cells.get("refusal", set())
-        row = [_cell(cells.get(column, refusal if column in _SCENARIOS else set())) for column in columns]
-        lines.append(f"| {name} | " + " | ".join(row) + " |")
+    kinds = {name: cells for name, cells in table.items() if cells.keys() <= set(_KINDS)}
+    table = {name: cells for name, cells in table.items() if name not in kinds}
+    for cells in table.values():
+        for column in _SCENARIOS if "refusal" in cells else ():
+            cells.setdefault(column, cells["refusal"])
+    lines = [*_TITLE, *_rows("adapter", (*_SCENARIOS, *_MODELS), table)]
+    lines += [*_KINDS_TITLE, *_rows("case", _KINDS, kinds)]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     before, start, rest = README.read_text(encoding="utf-8").partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])
     verdicts = {name: _cell(set.union(*cells.values())) for name, cells in table.items()}
     README.write_text(before + start + summary(verdicts) + end + after, encoding="utf-8")
+
+
+def _rows(what: str, columns: tuple[str, ...], table: Table) -> list[str]:
+    lines = [f"| {what} | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
+    for name, cells in table.items():
+        lines.append(f"| {name} | " + " | ".join(_cell(cells.get(column, set())) for column in columns) + " |")
+    return lines
 
 
 def summary(verdicts: dict[str, str]) -> str:
