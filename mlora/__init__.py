@@ -12,6 +12,7 @@ from . import errors
 from .ops.registration import register_operators
 
 if TYPE_CHECKING:
+    from . import serve as serve
     from .adapters.adapter import Adapter
     from .config import from_config
     from .merge import Merge
@@ -43,6 +44,8 @@ register_operators()
 if not TYPE_CHECKING:  # checkers take a module that has this function to have every name
 
     def __getattr__(name: str) -> Any:
+        if name == "serve":  # a room of its own
+            return import_module(f"{__name__}.serve")
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

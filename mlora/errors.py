@@ -74,3 +74,19 @@ class AdapterInUseError(MloraError, RuntimeError):
 
 class CapacityError(MloraError, RuntimeError):
     """The adapters of one batch need more device memory or more slots than there are."""
+
+
+class RequestError(MloraError, ValueError):
+    """A request that cannot be served; the message names the field, or the limit that it is beyond."""
+
+
+class Overloaded(MloraError, RuntimeError):
+    """More requests wait than may. `retry_after`: seconds after which there is likely room again."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class ServeError(MloraError, RuntimeError):
+    """A request that was being served and could not be finished: its step failed, or the engine is closed."""

@@ -224,6 +224,15 @@ class Runtime:
         """Name -> what is known of it, in the order of loading."""
         return self._registry.infos()
 
+    def adapter(self, adapter_name: str) -> AdapterInfo | None:
+        """What is known of one adapter; None where there is none of that name."""
+        return self._registry.info(adapter_name) if adapter_name in self._registry else None
+
+    @property
+    def slots(self) -> int:
+        """How many adapters can be on the device at once."""
+        return self._store.slots
+
     def status(self) -> str:
         """A printable table of the adapters and the arena."""
         return status(self.adapters.values(), self._store)

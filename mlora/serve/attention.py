@@ -36,7 +36,17 @@ _LAYER = "mlora_layer"  # among a layer's keyword arguments: what its attention 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _KINDS = ("full_attention", "sliding_attention")
 # Of attention functions: what `_forward` honours, and what changes nothing in it.
-_KNOWN = {"dropout", "scaling", "softcap", "sliding_window", "is_causal", "position_ids", "output_attentions", _LAYER}
+_KNOWN = {
+    "dropout",
+    "scaling",
+    "softcap",
+    "sliding_window",
+    "is_causal",
+    "position_ids",
+    "output_attentions",
+    "output_router_logits",
+    _LAYER,
+}
 
 
 def register() -> str:

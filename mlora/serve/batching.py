@@ -1,0 +1,345 @@
+"""transformers' continuous batching with an entry and a way of drawing for each request.
+
+This is the one file that knows names of transformers which are not public. They are checked when it is imported, and
+those that exist on objects only when a `Worker` makes them.
+
+    loop of its thread:  schedule a step -> _generation_step -> model(1, T) under the step's entries -> Chooser
+                                                                 |
+                               tokens of each request are contiguous, decoded ones and pieces of prompts mixed
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import threading
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from .. import errors
+from ..runtime import Runtime
+from . import attention
+from .request import Event, SequenceState
+
+_ROOM = "transformers.generation.continuous_batching"
+_KNOWN = "5.19 to 5.24"
+_SALTS = 1 << 16  # contents with first tokens that are remembered
+# module -> class -> method -> its arguments, or None for a plain attribute
+_NAMES: dict[str, dict[str, dict[str, tuple[str, ...] | None]]] = {
+    "continuous_api": {
+        "ContinuousBatchingManager": {
+            "_generation_step": ("self",),
+            "_create_batch_processor": ("self",),
+            "switch_to_cb_friendly_attn": ("self", "model", "auto_switch_to_flash"),
+            "start": ("self",),
+            "stop": ("self", "block", "timeout", "keep_for_next_session", "hard_stop"),
+            "add_request": (
+                "self", "input_ids", "request_id", "max_new_tokens", "streaming", "record_timestamps", "eos_token_id",
+                "logit_processor_kwargs",
+            ),
+            "cancel_request": ("self", "request_id"),
+        },
+        "OutputRouter": {"deliver": ("self", "output"), "deliver_batch": ("self", "outputs")},
+    },
+    "scheduler": {"FIFOScheduler": {"clear_cancelled_requests": ("self",)}},
+    "cache": {
+        "PagedAttentionCache": {
+            "search_prefix_match": ("self", "request_id", "prompt_ids"),
+            "mark_complete_blocks": ("self", "state", "complete_blocks"),
+        }
+    },
+    "input_outputs": {"ContinuousBatchingIOs": {"get_model_kwargs": ("self", "use_padding")}},
+    "model_runner": {"infer_max_single_request_tokens": {}},
+    "requests": {
+        "FutureRequestState": {"state": None, "has_new_token": None, "query_length": None},
+    },
+}  # fmt: skip
+
+
+def _check_names() -> None:
+    """Raise `ServeError` that says which of `_NAMES` has changed."""
+    for module, classes in _NAMES.items():
+        for name, members in classes.items():
+            try:
+                found = getattr(importlib.import_module(f"{_ROOM}.{module}"), name)
+            except (ImportError, AttributeError):
+                raise _changed(f"has no {_ROOM}.{module}.{name}") from None
+            for member, arguments in members.items():
+                if not hasattr(found, member):
+                    raise _changed(f"has no {name}.{member}")
+                if arguments is not None:
+                    now = tuple(inspect.signature(getattr(found, member)).parameters)
+                    if now != arguments:
+                        raise _changed(f"has {name}.{member}{now} in place of {arguments}")
+
+
+def _changed(what: str) -> errors.ServeError:
+    return errors.ServeError(
+        f"mlora.serve knows the continuous batching of transformers {_KNOWN}; version {transformers.__version__} {what}"
+    )
+
+
+def _has(thing: Any, *names: str) -> Any:
+    """`thing`, which has attributes `names`."""
+    for name in names:
+        if not hasattr(thing, name):
+            raise _changed(f"has {type(thing).__name__} objects without {name}")
+    return thing
+
+
+_check_names()
+
+from transformers.generation.continuous_batching.cache import PagedAttentionCache  # noqa: E402
+from transformers.generation.continuous_batching.continuous_api import (  # noqa: E402
+    ContinuousBatchingManager,
+    OutputRouter,
+)
+from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs  # noqa: E402
+from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens  # noqa: E402
+from transformers.generation.continuous_batching.scheduler import FIFOScheduler  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of keys and values.
+
+    Args:
+        tokens: how many there is room for. `page`: how many tokens a block of them has; whole ones are shared.
+        batch: most tokens of one step. `share`: whether prompts that begin alike share them.
+    """
+
+    tokens: int
+    page: int
+    batch: int
+    share: bool
+
+
+class Worker(ContinuousBatchingManager):
+    """Runs sequences in steps, in a thread of its own, until one fails. On the CPU `attention.check` has passed.
+
+    Args:
+        told: takes the events of a step. `left`: takes the ids of those that were cancelled and are out of the batches.
+
+    `step` has the sequences of the step that is running, or of the one that failed; else nothing.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        memory: Memory,
+        told: Callable[[Sequence[Event]], None],
+        left: Callable[[Sequence[str]], None],
+    ) -> None:
+        self._runtime = runtime
+        self._told = told
+        self._left = left
+        self._sequences: dict[str, SequenceState] = {}
+        self.step: list[SequenceState] = []
+        self._over: list[str] = []
+        self.steps = 0
+        self.capacity = 0  # tokens that one request can have, when the cache is there
+        self.ready = threading.Event()
+        self.chooser = _Chooser()
+        config = ContinuousBatchingConfig(
+            num_blocks=-(-memory.tokens // memory.page),
+            page_size=memory.page,
+            max_batch_tokens=memory.batch,
+            allow_block_sharing=memory.share,
+            auto_switch_to_flash=False,
+            use_async_batching=False,
+            use_cuda_graph=False,
+        )
+        super().__init__(runtime.model, GenerationConfig(do_sample=False, eos_token_id=-1), config)  # type: ignore[arg-type]
+        _has(self.logit_processor, "logits_processor", "do_processing")
+        self.logit_processor.logits_processor = LogitsProcessorList([self.chooser])
+        self.logit_processor.do_processing = True
+        _has(self, "output_router").output_router = _Nowhere()  # the steps tell what there is to tell
+
+    def add(self, sequence: SequenceState) -> None:
+        """Run it from where it is: its prompt, and the tokens that it has."""
+        request = sequence.request
+        self._sequences[sequence.id] = sequence
+        self.add_request(
+            [*request.prompt, *sequence.tokens],
+            request_id=sequence.id,
+            max_new_tokens=request.sampling.max_new_tokens - len(sequence.tokens),
+            eos_token_id=[-1, *request.ends],
+        )
+
+    def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
+        """On the CPU to an attention whose cost grows with the tokens that are read; `stop` gives back the model's."""
+        if model.device.type != "cpu":
+            super().switch_to_cb_friendly_attn(model, auto_switch_to_flash)
+            return
+        self._original_attn_impl = model.config._attn_implementation
+        model.set_attn_implementation(attention.register())
+
+    def wait(self) -> None:
+        """Until its thread has ended, however it did."""
+        thread = self._generation_thread
+        if thread is not None:
+            thread.join()
+
+    def _create_batch_processor(self) -> Any:
+        processor = _has(super()._create_batch_processor(), "cache", "scheduler", "inputs_and_outputs")
+        _has(processor.inputs_and_outputs, "requests_in_batch").__class__ = _Inputs
+        _has(processor.scheduler, "block_new_requests").__class__ = _Scheduler
+        processor.scheduler.left = self._gone
+        processor.cache.__class__ = _Cache
+        if self.model.device.type == "cpu":
+            attention.read_in_place(processor.cache)
+        processor.cache.keep(self._sequences)
+        self.capacity = infer_max_single_request_tokens(processor.cache)
+        self.ready.set()
+        return processor
+
+    def _generation_step(self) -> None:
+        batch = self.batch_processor.inputs_and_outputs.requests_in_batch  # type: ignore[union-attr]
+        for id in self._over:
+            self._sequences.pop(id, None)
+        self.step = step = [self._sequences[one.state.request_id] for one in batch]
+        self.chooser.rows = [sequence for one, sequence in zip(batch, step, strict=True) if one.has_new_token]
+        self.chooser.events = []
+        lengths = [one.query_length for one in batch]
+        starts = [_shifted(sequence.request.starts, one) for one, sequence in zip(batch, step, strict=True)]
+        entries = [sequence.request.pin.entry for sequence in step]
+        with (
+            torch.inference_mode(),
+            self._runtime.use_adapters(entries, lengths=lengths, starts=starts if any(starts) else None),
+        ):
+            super()._generation_step()
+        self.steps += 1
+        self.step = []
+        # Those that end with a token, end in transformers too, by the same rule: before the next step.
+        self._over = [event.sequence.id for event in self.chooser.events if event.finish_reason is not None]
+        self._told(self.chooser.events)
+
+    def _gone(self, ids: Sequence[str]) -> None:
+        for id in ids:
+            self._sequences.pop(id, None)
+        self._left(ids)
+
+
+def _shifted(starts: Mapping[str, int | None], one: Any) -> Mapping[str, int | None]:
+    """Where aLoRAs begin to apply, counted from the first of the step's tokens of a request."""
+    if not starts:
+        return starts
+    first = one.state.position_offset - one.query_length  # it has been moved behind them already
+    return {name: None if start is None else start - first for name, start in starts.items()}
+
+
+class _Chooser(LogitsProcessor):
+    """Draws each row's token, keeps it with its sequence, and makes it the row's likeliest, which is what transformers
+    takes."""
+
+    supports_continuous_batching = True
+
+    def __init__(self) -> None:
+        self.rows: list[SequenceState] = []
+        self.events: list[Event] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        tokens = scores.argmax(-1)
+        finite = scores.gather(1, tokens[:, None])[:, 0].isfinite().tolist()
+        likeliest = tokens.tolist()
+        for row, sequence in enumerate(self.rows):
+            if sequence.ended:
+                continue
+            if not finite[row]:
+                error = errors.ServeError("the model's scores of the next token are not finite")
+                self.events.append(Event(sequence, error=error))
+                continue
+            sampling = sequence.request.sampling
+            token = likeliest[row]
+            logprobs = None
+            if sampling.logprobs or sampling.top_logprobs:
+                logprobs = scores[row].log_softmax(-1)
+            if not sequence.drawing.plain:
+                token = sequence.drawing.draw(scores[row])
+                if token != likeliest[row]:
+                    scores[row, token] = torch.inf
+            top = None
+            if logprobs is not None and sampling.top_logprobs:
+                values, ids = logprobs.topk(min(sampling.top_logprobs, logprobs.numel()))
+                top = dict(zip(ids.tolist(), values.tolist(), strict=True))
+            logprob = None if logprobs is None else float(logprobs[token])
+            self.events.append(Event(sequence, token, logprob, top, sequence.add(token)))
+        return scores
+
+
+class _Nowhere(OutputRouter):
+    """Takes outputs, which nobody asks for."""
+
+    def deliver(self, output: Any) -> None:
+        pass
+
+    def deliver_batch(self, outputs: Any) -> None:
+        pass
+
+
+class _Inputs(ContinuousBatchingIOs):
+    """Leaves out `is_causal`, which says no more than the mask does: while a call has it, the model's config has it,
+    and calls of other threads would see tokens that come behind."""
+
+    def get_model_kwargs(self, use_padding: bool = False) -> Any:
+        kwargs: Any = super().get_model_kwargs(use_padding)
+        kwargs.pop("is_causal", None)
+        return kwargs
+
+
+class _Scheduler(FIFOScheduler):
+    """Tells which requests were cancelled: these alone leave without a step."""
+
+    left: Callable[[Sequence[str]], None]
+
+    def clear_cancelled_requests(self) -> list[Any]:
+        states = super().clear_cancelled_requests()
+        if states:
+            self.block_new_requests = False  # as when a request ends, which leaves room too
+            self.left([state.request_id for state in states])
+        return states
+
+
+class _Cache(PagedAttentionCache):
+    """Shares blocks between requests of the same content only.
+
+    The hash of a request's first block, on which those of all others depend, takes in place of its first token a
+    negative number that stands for that token and the content of the request's entry (`Pin.content`).
+    """
+
+    def keep(self, sequences: dict[str, SequenceState]) -> None:
+        self._sequences = sequences
+        self._salts: dict[Hashable, int] = {}
+        self._last = -1  # which transformers uses itself
+        for allocator in self.cache_allocators.values():
+            _has(allocator, "mark_complete_blocks", "match_prefix_blocks")
+
+    def _salt(self, id: str, first: int) -> int:
+        if len(self._salts) >= _SALTS:
+            self._salts.clear()  # numbers are not used again: blocks of forgotten ones are not found any more
+        key = (self._sequences[id].request.content, first)
+        if key not in self._salts:
+            self._last -= 1
+            self._salts[key] = self._last
+        return self._salts[key]
+
+    def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
+        found = super().search_prefix_match(request_id, [self._salt(request_id, prompt_ids[0]), *prompt_ids[1:]])
+        sequence = self._sequences[request_id]
+        if not sequence.tokens:
+            sequence.cached = found
+        return found
+
+    def mark_complete_blocks(self, state: Any, complete_blocks: Any) -> None:
+        """Also of requests that end with this step, which transformers leaves out."""
+        if self.use_prefix_sharing and complete_blocks:
+            first, *rest = state.initial_tokens
+            tokens = [self._salt(state.request_id, first), *rest, *state.generated_tokens]
+            for name, count in complete_blocks.items():
+                self.cache_allocators[name].mark_complete_blocks(state.request_id, tokens, count)

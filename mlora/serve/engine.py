@@ -1,0 +1,294 @@
+"""`Engine`: what users hold; requests that come when they come, each with its own adapter, mix or merge."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .. import errors
+from ..adapters.adapter import Adapter
+from ..routing.entries import Entry
+from ..routing.registry import AdapterInfo
+from ..runtime import Runtime
+from .admission import Admission, Limits
+from .answers import ERROR, Answer, Stats, Token
+from .batching import Memory
+from .intake import Intake
+from .request import Event, Request
+from .runner import Runner
+from .sampling import Sampling
+from .shelf import Shelf
+from .sizes import default_tokens
+from .stream import Reader, Stream, on_loop
+
+
+class Engine:
+    """Serves a patched model to requests that come at any time, by transformers' continuous batching.
+
+        async with mlora.serve.Engine(runtime, tokenizer) as engine:
+            async for token in engine.generate("Hello", "sql", mlora.serve.Sampling(temperature=0.7)):
+                print(token.text, end="")
+
+    Each answer is what `model.generate` of that request alone gives, whatever else runs: to the token, but where the
+    base's own products, which round by the size of the batch, leave two tokens within rounding.
+
+    An engine runs in threads of its own. Its methods may be called from any thread and event loop.
+
+    Args:
+        runtime: of the patched model, which may be used beside it.
+        tokenizer: for prompts and answers as text; without it both are token ids.
+        max_running: answers that are generated at once.
+        max_waiting: requests that may wait beside them; `max_waiting_per_adapter`: of them, with one entry.
+        max_adapters: adapters of requests that run or are about to; default: as many as the device has room for names.
+        cache_tokens: room for keys and values, in tokens. A request takes up its prompt and its most new tokens,
+            whether it comes to them or not. Default: 1,024 for each of `max_running`, or what a quarter of the free
+            memory has room for, but one request of the model's length at least.
+        page: tokens of a block of it: prompts that begin alike share whole ones.
+        batch_tokens: most tokens of one step. Long prompts are read in pieces of that size.
+        share_prefixes: whether requests of one entry share what their prompts have in common.
+        ahead: requests whose adapters are fetched while others run.
+        host_memory: bytes on the host of adapters that are registered by path, beyond which those used longest ago are
+            dropped and read again when asked for; default: no limit.
+        threads: that read adapters.
+
+    Raises:
+        ServeError: this transformers is not one that it knows, or there is no room for the cache.
+        UnsupportedModelError: on the CPU, a layer does not attend as its kernel does, see `attention.py`.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        tokenizer: Any = None,
+        *,
+        max_running: int = 64,
+        max_waiting: int = 1024,
+        max_waiting_per_adapter: int = 1024,
+        max_adapters: int | None = None,
+        cache_tokens: int | None = None,
+        page: int = 16,
+        batch_tokens: int = 512,
+        share_prefixes: bool = True,
+        ahead: int = 8,
+        host_memory: int | None = None,
+        threads: int = 2,
+    ) -> None:
+        self.runtime = runtime
+        self.tokenizer = tokenizer
+        self._closed = False
+        self._homes: weakref.WeakKeyDictionary[Any, Callable[[Sequence[Event]], None]] = weakref.WeakKeyDictionary()
+        self._lock = threading.RLock()
+        tokens = cache_tokens or default_tokens(runtime.model, max_running)
+        self._shelf = Shelf(runtime, host_memory)
+        memory = Memory(tokens, page, batch_tokens, share_prefixes)
+        self._runner = Runner(runtime, memory, self._ended, self._broke, self._lock)
+        limits = Limits(
+            max_running,
+            self._runner.capacity,
+            max_waiting,
+            max_waiting_per_adapter,
+            runtime.slots if max_adapters is None else max_adapters,
+            ahead,
+        )
+        self._admission = Admission(
+            runtime, self._shelf, limits, threads, self._runner.start, self._runner.fail, self._lock
+        )
+        self._intake = Intake(runtime, tokenizer, self._shelf, limits, page)
+
+    # Requests
+
+    def generate(self, prompt: str | Sequence[int], entry: Entry = None, sampling: Sampling | None = None) -> Stream:
+        """The tokens of a request as they come, for `async for`; those of several answers (`Sampling.n`) in any order.
+        To leave the loop cancels it.
+
+        Args:
+            prompt: text, which the tokenizer encodes with its special tokens, or token ids.
+            entry: an adapter's name, None for the base, a mapping name -> weight, or a `Merge`; see `Runtime`.
+            sampling: default: greedy, at most 64 tokens.
+
+        Raises:
+            RequestError: the prompt, a limit or an option is none that can be served.
+            UnknownAdapterError, EntryError, MergeError: the entry names no adapter, or is none.
+            Overloaded: too many requests wait.
+            ServeError: the engine is closed, or broken.
+        The loop raises what befalls the request later: an adapter that cannot be read, a step that failed.
+        """
+        loop = asyncio.get_running_loop()
+        if loop not in self._homes:
+            self._homes[loop] = on_loop(loop)
+        request = self._intake.request(prompt, entry, sampling, self._homes[loop])
+        stream = Stream(partial(self._cancel, request))
+        stream.reader = self._reader(request)
+        request.receive = _weak(stream)
+        self._submit(request)
+        return stream
+
+    def generate_many(self, requests: Iterable[tuple[Any, ...]], sampling: Sampling | None = None) -> Iterator[Answer]:
+        """The answers of many requests, each when it is done, in any order. One that fails is an answer with an error.
+
+        Args:
+            requests: (prompt, entry), or (prompt, entry, sampling), as `generate` takes them; read as there is room.
+            sampling: of those that have none.
+        """
+        events: queue.SimpleQueue[Sequence[Event]] = queue.SimpleQueue()
+        readers: dict[Request, tuple[int, Reader, list[list[Token]]]] = {}
+        numbered = iter(enumerate(requests))
+        held: tuple[int, tuple[Any, ...]] | None = next(numbered, None)
+        try:
+            while held is not None or readers:
+                if held is not None:
+                    number, (prompt, entry, *own) = held
+                    try:
+                        request = self._intake.request(prompt, entry, own[0] if own else sampling, events.put)
+                        readers[request] = number, self._reader(request), [[] for _ in request.sequences]
+                        self._submit(request)
+                    except errors.Overloaded:
+                        del readers[request]
+                        if not readers:
+                            raise
+                    except errors.MloraError as error:
+                        held = next(numbered, None)
+                        yield Answer(number, 0, "", (), ERROR, None, error)
+                        continue
+                    else:
+                        held = next(numbered, None)
+                        if held is not None and events.empty():
+                            continue
+                for event in events.get():
+                    if (request := event.sequence.request) in readers:
+                        yield from _answers(event, *readers[request])
+                        if readers[request][1].over:
+                            del readers[request]
+        finally:
+            for request in readers:
+                self._cancel(request)
+
+    # Adapters
+
+    async def load_adapter(
+        self, path_or_id: str | Path, adapter_name: str | None = None, **options: Any
+    ) -> AdapterInfo:
+        """`Runtime.load_adapter`, off the event loop, under traffic."""
+        return await asyncio.to_thread(self.runtime.load_adapter, path_or_id, adapter_name, **options)
+
+    async def replace_adapter(self, adapter_name: str, source: str | Path | Adapter, **options: Any) -> AdapterInfo:
+        """`Runtime.replace_adapter`, off the event loop: requests that run, or whose adapters are pinned already,
+        finish with the old content, others get the new."""
+        return await asyncio.to_thread(self._replace, adapter_name, source, options)
+
+    async def delete_adapter(self, adapter_name: str) -> None:
+        """The name is free at once; requests that run finish. Those that wait for it fail.
+
+        Raises:
+            UnknownAdapterError: there is none of that name.
+        """
+        await asyncio.to_thread(self._delete, adapter_name)
+
+    def register(self, adapter_name: str, path_or_id: str | Path, **options: Any) -> None:
+        """Make an adapter known by its path only: it is read when first asked for, and may be dropped and read again,
+        see `host_memory`. `options`: of `Runtime.load_adapter`.
+
+        Raises:
+            DuplicateAdapterError: the name is taken.
+        """
+        self._shelf.register(adapter_name, path_or_id, options)
+
+    def _replace(self, name: str, source: Any, options: dict[str, Any]) -> AdapterInfo:
+        if name in self._shelf:
+            return self._shelf.replace(name, source, options)
+        return self.runtime.replace_adapter(name, source, **options)
+
+    def _delete(self, name: str) -> None:
+        if not self._shelf.delete(name):
+            self.runtime.delete_adapter(name, when_unused=True)
+
+    # Its life
+
+    def stats(self) -> Stats:
+        """As of now."""
+        admission, runner, shelf = self._admission, self._runner, self._shelf
+        with self._lock:
+            counts = dict(runner.counts)
+            return Stats(
+                admission.running, admission.waiting, admission.adapters, len(shelf), shelf.used, shelf.loads,
+                shelf.drops, runner.steps, counts.pop("tokens", 0), runner.restarts, counts, runner.alive,
+                runner.capacity, admission.tokens,
+            )  # fmt: skip
+
+    def close(self) -> None:
+        """Cancel what waits and runs, and end the threads. Nothing can be asked for after it."""
+        with self._lock:
+            self._closed = True
+            waiting = self._admission.pending()
+        for request in waiting:
+            self._cancel(request)
+        self._runner.close()
+        self._admission.close()
+
+    async def __aenter__(self) -> Engine:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self.close)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _cancel(self, request: Request) -> None:
+        """End a request, whether it waits or runs; nothing happens if it has ended."""
+        self._admission.withdraw(request)
+        self._runner.cancel(request)
+
+    def _ended(self, request: Request) -> None:
+        self._admission.ended(request)
+
+    def _broke(self, error: Exception) -> None:
+        for request in self._admission.pending():
+            if self._admission.withdraw(request):
+                self._runner.fail(request, error)
+
+    def _reader(self, request: Request) -> Reader:
+        return Reader(request, self.tokenizer, self._runner.stop)
+
+    def _submit(self, request: Request) -> None:
+        with self._lock:
+            if self._closed or self._runner.broken is not None:
+                raise errors.ServeError("the engine is closed") from self._runner.broken
+            self._admission.submit(request)
+
+
+def _weak(stream: Stream) -> Callable[[Event], None]:
+    """Its `receive`, which does not keep it alive."""
+    method = weakref.WeakMethod(stream.receive)
+
+    def receive(event: Event) -> None:
+        if (found := method()) is not None:
+            found(event)
+
+    return receive
+
+
+def _answers(event: Event, number: int, reader: Reader, tokens: list[list[Token]]) -> Iterator[Answer]:
+    """The answers that end with an event. `tokens`: of each answer of the request, so far."""
+    try:
+        token = reader.read(event)
+    except Exception as error:
+        for index, own in enumerate(tokens):
+            if not own or own[-1].finish_reason is None:
+                yield Answer(number, index, "".join(one.text for one in own), own, ERROR, None, error)
+        return
+    if token is not None:
+        own = tokens[token.index]
+        own.append(token)
+        if token.finish_reason is not None:
+            text = "".join(one.text for one in own)
+            yield Answer(number, token.index, text, own, token.finish_reason, token.usage)
