@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from .routing.entries import BASE
     from .routing.registry import AdapterInfo
     from .runtime import Runtime
+    from .training.losses import losses
 
 __version__ = "0.1.0"
 
-__all__ = ["BASE", "Adapter", "AdapterInfo", "Merge", "Runtime", "errors", "from_config", "patch", "unpatch"]
+__all__ = ["BASE", "Adapter", "AdapterInfo", "Merge", "Runtime", "errors", "from_config", "losses", "patch", "unpatch"]
 
 # No module may have the name of something in it: importing the module would put it in that one's place.
 _HOMES = {
@@ -34,6 +35,7 @@ _HOMES = {
     "Merge": "merge",
     "Runtime": "runtime",
     "from_config": "config",
+    "losses": "training.losses",
     "patch": "patching",
     "unpatch": "patched",
 }

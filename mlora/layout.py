@@ -52,6 +52,11 @@ TABLE_WIDTH = 12
 A, B, RANK, SCALE, GAIN, IN_GAIN, SHIFT, WHOLE, TURN, TURN_SHAPE, IN_TURN, IN_TURN_SHAPE = range(TABLE_WIDTH)
 
 
+# Where the columns come from of a table in which each module is turned round, as the gradient of its input is made: A
+# and B change places, an output's gain becomes an input's, and the rest has no part in it.
+EXCHANGED = {A: B, B: A, RANK: RANK, SCALE: SCALE, IN_GAIN: GAIN}
+
+
 def turn_shape(size: int, stride: int) -> int:
     """Both in one word of a table."""
     return size | stride << 32

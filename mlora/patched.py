@@ -12,7 +12,16 @@ from torch import nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from . import errors
-from .layers import LoraLayer, mixin_of, refuse_copy, refuse_move, restore_class, swap_class, swap_forward
+from .layers import (
+    LoraLayer,
+    mixin_of,
+    refuse_copy,
+    refuse_move,
+    refuse_training,
+    restore_class,
+    swap_class,
+    swap_forward,
+)
 from .lowering import BaseLinear
 from .ops.checks import check_rows, fetch_plan
 from .plan.call import Call
@@ -188,6 +197,8 @@ def _routing(cls: Any) -> Callable[..., Any]:
             with self.mlora._router.forward(adapter_names, Call(args, kwargs)):
                 return own(self, *args, **kwargs)
         shared = self.mlora._shared
+        if shared.training is not None and torch.is_grad_enabled() and _in_compiler():
+            refuse_training(cls.__name__)
         if torch.compiler.is_compiling():
             fetch_plan(shared.plan, shared.header, shared.number)
             if shape := Call(args, kwargs).shape:
@@ -217,11 +228,15 @@ def _refused_in(forward: Callable[..., Any]) -> frozenset[str]:
 
 def _refuse_compiled(adapter_names: Any) -> None:
     """Raise for names in code that is compiled, or would be: what raises while it is compiled is run as it is."""
-    if adapter_names is not None and (torch.compiler.is_compiling() or get_eval_frame_callback() is not None):
+    if adapter_names is not None and _in_compiler():
         raise errors.EntryError(
             "adapter_names= cannot be given inside torch.compile, where every new list of names would be a new graph; "
             "route with `with runtime.use_adapters(names):` around the compiled call"
         )
+
+
+def _in_compiler() -> bool:
+    return torch.compiler.is_compiling() or get_eval_frame_callback() is not None
 
 
 def _is_mixed(shared: Shared) -> bool:

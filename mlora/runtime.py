@@ -33,9 +33,12 @@ from .routing.readers import Readers
 from .routing.registry import AdapterInfo, Registry
 from .routing.router import Router
 from .routing.status import status
+from .training.fresh import fresh
+from .training.parameters import Trains
+from .training.trainable import keys_of
 
 
-class Runtime:
+class Runtime(Trains):
     """Made by `mlora.patch`, also reachable as `model.mlora`. `bases`: dotted path -> linear, norm, token embedding or
     parameter of fused experts that adapters can change.
 
@@ -57,6 +60,7 @@ class Runtime:
         self._model = model
         self._store = store
         self._shared = shared
+        self._indices = indices
         # Guards the registry with the names that the merge cache and the bridges keep of theirs, the number of readers,
         # the default, which scopes are open, and the weights as they change. The store's own lock may be taken under
         # it, the cache's never.
@@ -100,6 +104,7 @@ class Runtime:
         approximate: int | None = None,
         strict: bool = False,
         ignore: Sequence[str] = (),
+        is_trainable: bool = False,
     ) -> AdapterInfo:
         """Load a PEFT folder or a hub id, or the `subfolder` of one, under `adapter_name` (default: the last part of
         its path).
@@ -112,10 +117,11 @@ class Runtime:
             strict: refuse an adapter whose config targets modules that its files have nothing for, or whose files have
                 weights for modules that this model does without. PEFT leaves both alone, and so does mlora otherwise,
                 with a warning; the info's `missing` and `unused` tell which.
+            is_trainable: give it parameters (`named_parameters`), to train it further.
 
         Raises:
             DuplicateAdapterError: the name is taken.
-            AdapterError, UnsupportedAdapterError: it is damaged, does not fit, or cannot be served exactly.
+            AdapterError, UnsupportedAdapterError: it is damaged, does not fit, or cannot be served or trained exactly.
             CapacityError: it is larger than the whole arena.
         """
         name = adapter_name if adapter_name is not None else Path(subfolder or path_or_id).name
@@ -128,30 +134,43 @@ class Runtime:
             allow_pickle=allow_pickle,
             ignore=ignore,
         )
-        return self._add(name, adapter, approximate, strict)
+        return self._add(name, adapter, approximate, strict, is_trainable)
 
     def add_adapter(
         self,
         adapter_name: str,
-        adapter: Adapter,
+        adapter: Any,
         *,
+        seed: int | None = None,
         approximate: int | None = None,
         strict: bool = False,
         ignore: Sequence[str] = (),
+        is_trainable: bool = False,
     ) -> AdapterInfo:
-        """Add an adapter that is in memory. Takes `approximate`, `strict` and `ignore` and raises as `load_adapter`
-        does."""
-        if not isinstance(adapter, Adapter):
-            raise errors.AdapterError(f"add_adapter takes an mlora.Adapter, not {adapter!r}; load_adapter reads files")
+        """Add an adapter that is in memory: an `Adapter`, or a new one of a `peft.LoraConfig` (or its fields), which is
+        trainable and starts as PEFT's does after `torch.manual_seed(seed)`. Takes the other arguments and raises as
+        `load_adapter` does."""
         self._registry.check_new(adapter_name)
-        return self._add(adapter_name, adapter.ignoring(ignore), approximate, strict)
+        if not isinstance(adapter, Adapter):
+            adapter, is_trainable = fresh(adapter, self._model, self.bases, seed), True
+        return self._add(adapter_name, adapter.ignoring(ignore), approximate, strict, is_trainable)
 
     def _add(
-        self, name: str, adapter: Adapter, approximate: int | None = None, strict: bool = False, replaces: bool = False
+        self,
+        name: str,
+        adapter: Adapter,
+        approximate: int | None = None,
+        strict: bool = False,
+        is_trainable: bool = False,
+        replaces: bool = False,
     ) -> AdapterInfo:
-        adapter = part_of(adapter, Names(self._model, self.bases))
+        names = Names(self._model, self.bases)
+        adapter = part_of(adapter, names)
         lowered = lower(adapter, self.bases, approximate, model=self._model, strict=strict)
+        keys = keys_of(adapter, lowered.deltas, names, self._indices, self.bases) if is_trainable else None
         info = self._registry.add(name, adapter, lowered, approximate, replaces=replaces)
+        if keys is not None:
+            self._train(name, adapter, keys)
         if lowered.remark:
             warnings.warn(f"adapter {name!r} from {adapter.source}: {lowered.remark}", stacklevel=3)
         return info
@@ -271,7 +290,9 @@ class Runtime:
             raise errors.EntryError(f"merge_adapter takes one entry for the whole model, not {entry!r}")
         with self._merges.resolved(entry) as entry:
             self._readers.refuse("merge_adapter")
-            self._folded.replace(self._registry.recipes(entry)[0], keep, checkpoint, safe)
+            (recipe,) = self._registry.recipes(entry)
+            self._registry.check_settled([name for name, _ in recipe], "what is folded in of it")
+            self._folded.replace(recipe, keep, checkpoint, safe)
             self._refresh_default()
 
     def unmerge_adapter(self) -> None:
@@ -385,6 +406,7 @@ class Runtime:
             raise errors.PatchError("an adapter is folded into the weights: unmerge_adapter first, or merge_and_unload")
         if self._shared.default is not None:
             self.set_adapter(None)
+        self._thaw()
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
         raise errors.PatchError("a patched model cannot be copied; unpatch it, copy it, patch both")

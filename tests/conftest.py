@@ -194,6 +194,13 @@ def inputs_for(
     return batch
 
 
+@pytest.fixture
+def in_threads() -> Iterator[Any]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 def row_of(batch: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
     return {key: value[row : row + 1] for key, value in batch.items()}
 

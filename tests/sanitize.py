@@ -18,13 +18,13 @@ from pathlib import Path
 import emulation
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("tests/ops/test_ops.py", "tests/ops/test_direct.py", "tests/ops/test_attend.py")
+TESTS = tuple(f"tests/ops/test_{name}.py" for name in ("ops", "direct", "attend", "gradients"))
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 # Strided views with sentinels, every shape of tile, wrong plans; once more with the lowest instruction set. Left out:
 # what starts processes or traces, which tells nothing about memory.
 SELECT = (
     "fp64 and not 855x2049 or see_its_batch and 576 or delta_of_apply or scale_input or merge or refused or strides"
-    " or subnormals or test_direct and not traces or ring or no_number or nothing_to_do"
+    " or subnormals or test_direct and not traces or ring or no_number or nothing_to_do or gradient"
 )
 
 

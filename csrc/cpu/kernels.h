@@ -32,6 +32,7 @@ struct Term {
   int64_t rank;
   float weight;
   float scale;  // weight times the adapter's scaling
+  int64_t slot;
 };
 
 // Up to kSegmentTokens tokens that share a recipe.
@@ -71,6 +72,8 @@ struct Problem {
   int64_t tokens;
   int64_t itemsize;  // bytes of an element
   int64_t kblock;
+  float* keep;  // where shrink leaves v, all segments' one after the other
+  int64_t kept = -1;  // floats there; -1: nowhere
 };
 
 // A piece of one thread's work on a segment. With a term, the shrink of its rank rows [from, to):
@@ -163,6 +166,19 @@ inline int64_t attend_scratch(const Attention& a, int64_t rows) {
   return few > many ? few : many;
 }
 
+// to[j, n] = sum over the parts' tokens t of v[t, j] * rows[t, n], (rank, width), of one adapter's tokens.
+struct GradientPart {
+  const Segment* segment;
+  const float* v;  // of the first token and rank row; the next token's are segment->ranks on
+};
+struct Gradient {
+  const GradientPart* parts;
+  int64_t count;
+  const void* rows;
+  int64_t stride, width, rank;
+  float* to;
+};
+
 struct Kernels {
   // Runs jobs in order, and asks for each one's bytes during the one before: an adapter's parts are a few KiB each and
   // lie anywhere, and the hardware's prefetchers, which learn a stream and stop at its end, leave most of such a part
@@ -183,6 +199,8 @@ struct Kernels {
 
   // Rows [from, to) of the weight, by the segment's terms; `scratch` is of merge_scratch floats.
   using Merge = void (*)(const MergeProblem&, const Segment&, int64_t from, int64_t to, float* scratch);
+  // Columns [from, to) of a gradient.
+  using Gradients = void (*)(const Gradient&, int64_t from, int64_t to);
 
   // Jobs in order; `scratch` is of attend_scratch floats.
   using Attend = void (*)(const Attention&, const AttendJob*, int64_t jobs, float* scratch);
@@ -197,6 +215,7 @@ struct Kernels {
   Attend attend[3];
   MergeRows merge_rows[3];
   int64_t attend_rows;  // of a tile of more than kFewRows
+  Gradients gradients[3];
 };
 
 enum Isa : int { kScalar, kAvx2, kAvx512, kAvx512Bf16 };

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <map>
@@ -217,8 +218,16 @@ void apply_rows(const Routing& routing, const Problem& p, Type type) {
 
 namespace {
 
-void apply_(Tensor y, std::optional<Tensor> base, Tensor x, Tensor arena, Tensor table, Tensor plan) {
-  Problem p = {};
+// Where an operator leaves what shrink makes, for the backward pass.
+void keep(Problem* p, const Tensor& v) {
+  STD_TORCH_CHECK(v.dim() == 1 && v.is_contiguous() && v.scalar_type() == ScalarType::Float,
+                  "mlora: v must be a contiguous 1-D float32 tensor");
+  p->keep = static_cast<float*>(v.mutable_data_ptr());
+  p->kept = v.numel();
+}
+
+void apply(Problem p, Tensor y, std::optional<Tensor> base, Tensor x, const Tensor& arena, const Tensor& table,
+           const Tensor& plan) {
   p.in = width_of("x", x);
   p.out = width_of("y", y);
   p.tokens = x.numel() / p.in;
@@ -227,7 +236,7 @@ void apply_(Tensor y, std::optional<Tensor> base, Tensor x, Tensor arena, Tensor
   STD_TORCH_CHECK(y.scalar_type() == arena.scalar_type(), "mlora: y and arena must have one dtype");
   STD_TORCH_CHECK(y.numel() == p.tokens * p.out, "mlora: x has ", p.tokens, " tokens, y has ", y.numel() / p.out);
   Work& work = thread_work;
-  work.build(routing_of(arena, table, plan), p.tokens, p.in, p.out, false);
+  work.build(routing_of(arena, table, plan), p.tokens, p.in, p.out, false, p.keep, p.kept);
   if (p.tokens == 0 || work.segments.empty()) return;
   if (base) {
     STD_TORCH_CHECK(base->scalar_type() == arena.scalar_type(), "mlora: base and arena must have one dtype");
@@ -242,6 +251,16 @@ void apply_(Tensor y, std::optional<Tensor> base, Tensor x, Tensor arena, Tensor
   p.y = rows.mutable_data_ptr();
   apply_all(p, work, type);
   if (rows.get() != y.get()) torch::stable::copy_(y, rows);
+}
+
+void apply_(Tensor y, std::optional<Tensor> base, Tensor x, Tensor arena, Tensor table, Tensor plan) {
+  apply({}, y, base, x, arena, table, plan);
+}
+
+void apply_keep_(Tensor y, Tensor v, std::optional<Tensor> base, Tensor x, Tensor arena, Tensor table, Tensor plan) {
+  Problem p = {};
+  keep(&p, v);
+  apply(p, y, base, x, arena, table, plan);
 }
 
 // What scale_input and turn_output share: columns of every segment, by cost. `turns` of a segment is how many elements
@@ -357,7 +376,7 @@ void linear_rows(const Routing& routing, const Problem& p, Type type) {
   STD_TORCH_CHECK(p.kblock > 0 && p.kblock % unit == 0, "mlora: kblock must be positive, and even for bfloat16, is ",
                   p.kblock);
   Work& work = thread_work;
-  work.build(routing, p.tokens, p.in, p.out, true);
+  work.build(routing, p.tokens, p.in, p.out, true, p.keep, p.kept);
   if (p.tokens == 0 || p.out == 0) return;
   const int64_t units = ceil_div(p.out, kLinearColumns), tiles = ceil_div(p.tokens, kLinearTokens);
   const int64_t cost = units * kLinearColumns * p.in * tiles;
@@ -404,9 +423,8 @@ void linear_rows(const Routing& routing, const Problem& p, Type type) {
 
 namespace {
 
-Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor arena, Tensor table, Tensor plan,
-              int64_t kblock) {
-  Problem p = {};
+Tensor linear_of(Problem p, Tensor x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& arena,
+                 const Tensor& table, const Tensor& plan, int64_t kblock) {
   p.in = width_of("x", x);
   p.tokens = x.numel() / p.in;
   STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == p.in, "mlora: weight must be (out, ", p.in, ")");
@@ -416,7 +434,7 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor arena,
   }
   if (kblock == kLibrary) {
     const Tensor y = call<Tensor>("aten::linear", x, weight, bias);
-    apply_(y, std::nullopt, x, arena, table, plan);
+    apply(p, y, std::nullopt, x, arena, table, plan);
     return y;
   }
   const Type type = type_of("x", x, arena);
@@ -443,6 +461,84 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor arena,
   p.itemsize = static_cast<int64_t>(arena.element_size());
   linear_rows(routing_of(arena, table, plan), p, type);
   return y;
+}
+
+Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor arena, Tensor table, Tensor plan,
+              int64_t kblock) {
+  return linear_of({}, x, weight, bias, arena, table, plan, kblock);
+}
+
+Tensor linear_keep(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor v, Tensor arena, Tensor table, Tensor plan,
+                   int64_t kblock) {
+  Problem p = {};
+  keep(&p, v);
+  return linear_of(p, x, weight, bias, arena, table, plan, kblock);
+}
+
+constexpr int64_t kGradientUnit = 32;  // columns of a gradient that a thread takes at least
+
+void rank_gradients_(Tensor to, Tensor v, Tensor rows, Tensor offsets, Tensor arena, Tensor table, Tensor plan) {
+  const int64_t width = width_of("rows", rows), tokens = rows.numel() / width;
+  const Type type = type_of("rows", rows, arena);
+  STD_TORCH_CHECK(to.dim() == 1 && to.is_contiguous() && to.scalar_type() == ScalarType::Float,
+                  "mlora: to must be a contiguous 1-D float32 tensor");
+  STD_TORCH_CHECK(offsets.dim() == 1 && offsets.is_contiguous() && offsets.scalar_type() == ScalarType::Long &&
+                      offsets.numel() == table.size(0),
+                  "mlora: offsets must be a contiguous int64 tensor of an element for each of the table's slots");
+  Problem p = {};
+  keep(&p, v);
+  Work& work = thread_work;
+  work.build(routing_of(arena, table, plan), tokens, 0, 0, false, p.keep, p.kept);
+  rows = rows_of(rows, &p.x_stride);
+
+  thread_local std::vector<Gradient> all;
+  thread_local std::vector<GradientPart> parts;
+  thread_local std::vector<std::array<int64_t, 3>> found;  // slot, segment, the term's first rank row in it
+  all.clear();
+  parts.clear();
+  found.clear();
+  for (size_t i = 0; i < work.segments.size(); ++i) {
+    const Segment& s = work.segments[i];
+    int64_t first = 0;
+    for (const Term* term = s.terms; term != s.terms + s.term_count; first += term->rank, ++term) {
+      if (term->rank) found.push_back({term->slot, static_cast<int64_t>(i), first});
+    }
+  }
+  std::sort(found.begin(), found.end());
+  parts.reserve(found.size());  // or what points there would move
+  const int64_t* at = static_cast<const int64_t*>(offsets.const_data_ptr());
+  const int64_t* ranks = static_cast<const int64_t*>(table.const_data_ptr()) + kRank;
+  int64_t cost = 0, last = -1;
+  for (const auto& [slot, index, first] : found) {
+    if (at[slot] < 0) continue;
+    const Segment& s = work.segments[index];
+    const int64_t rank = ranks[slot * kTableWidth];
+    STD_TORCH_CHECK(at[slot] <= to.numel() && rank <= (to.numel() - at[slot]) / width, "mlora: the gradient of slot ",
+                    slot, ", ", rank, " rank rows of ", width, " from ", at[slot], ", is outside of ", to.numel());
+    parts.push_back({&s, s.v + first});
+    if (slot != last) {
+      all.push_back({&parts.back(), 0, rows.const_data_ptr(), p.x_stride, width, rank,
+                     static_cast<float*>(to.mutable_data_ptr()) + at[slot]});
+    }
+    last = slot;
+    ++all.back().count;
+  }
+  const int64_t units = ceil_div(width, kGradientUnit);
+  const auto each = [](const Gradient& g) {
+    int64_t count = 0;
+    for (const GradientPart* part = g.parts; part != g.parts + g.count; ++part) count += part->segment->count + 1;
+    return count * g.rank * kGradientUnit / 4 + 1;
+  };
+  for (const Gradient& g : all) cost += units * each(g);
+  const std::vector<Gradient>& shared = all;  // a thread's own would be another
+  split(cost, [&](int64_t task, int64_t tasks) {
+    Share share(cost, task, tasks);
+    for (const Gradient& g : shared) {
+      int64_t begin, end;
+      if (!share.take(units, each(g), &begin, &end)) continue;
+      kernels().gradients[type](g, begin * kGradientUnit, end * kGradientUnit < width ? end * kGradientUnit : width);
+    }
+  });
 }
 
 thread_local Scratch thread_factors;
@@ -481,7 +577,10 @@ int64_t isa_number() { return isa(); }
 
 STABLE_TORCH_LIBRARY_IMPL(mlora, CPU, m) {
   m.impl("apply_", TORCH_BOX(&mlora::apply_));
+  m.impl("apply_keep_", TORCH_BOX(&mlora::apply_keep_));
   m.impl("linear", TORCH_BOX(&mlora::linear));
+  m.impl("linear_keep", TORCH_BOX(&mlora::linear_keep));
+  m.impl("rank_gradients_", TORCH_BOX(&mlora::rank_gradients_));
   m.impl("scale_input", TORCH_BOX(&mlora::scale_input));
   m.impl("turn_output", TORCH_BOX(&mlora::turn_output));
   m.impl("merge_", TORCH_BOX(&mlora::merge_));

@@ -81,8 +81,10 @@ struct Work {
 
   // Semantics: segments cover the tokens of every route, each at most kSegmentTokens of one route; with
   // `every_token`, also the tokens without a route, as segments without terms.
+  // `keep`: where v lies, segment after segment, of `kept` floats; in memory of its own if that is -1.
   // Raises if the plan or the table would lead outside of its own memory or the arena's.
-  void build(const Routing& from, int64_t token_count, int64_t in, int64_t out, bool every_token) {
+  void build(const Routing& from, int64_t token_count, int64_t in, int64_t out, bool every_token, float* keep = nullptr,
+             int64_t kept = -1) {
     const int64_t size = from.words;
     STD_TORCH_CHECK(size >= kPlanHeader, "mlora: plan has ", size, " entries, its header alone takes ", kPlanHeader);
     STD_TORCH_CHECK(token_count <= INT32_MAX, "mlora: ", token_count, " tokens in one call are too many");
@@ -101,7 +103,7 @@ struct Work {
         for (int64_t t = 0; t < token_count; ++t) tokens[t] = static_cast<int32_t>(t);
         cut(0, 0, 0, token_count);
       }
-      finish();
+      finish(keep, kept);
       return;
     }
     const int64_t needed = kPlanHeader + 2 * (routes + 1) + rows + 2 * entries;
@@ -148,6 +150,7 @@ struct Work {
         return {part(column, checked(size, width, limit)), size, stride};
       };
       Term term;
+      term.slot = slot;
       term.rank = row[kRank];
       STD_TORCH_CHECK(term.rank >= 0 && term.rank <= limit, "mlora: slot ", slot, " has rank ", term.rank);
       STD_TORCH_CHECK(term.rank == 0 || (row[kA] >= 0 && row[kB] >= 0), "mlora: slot ", slot, " has rank ", term.rank,
@@ -167,7 +170,7 @@ struct Work {
       cut(term_start[p], term_start[p + 1], row_start[p] * length, row_start[p + 1] * length);
     }
     if (every_token) cut(0, 0, row_start[routes] * length, rows * length);
-    finish();
+    finish(keep, kept);
   }
 
  private:
@@ -203,10 +206,11 @@ struct Work {
     }
   }
 
-  void finish() {
+  void finish(float* keep, int64_t kept) {
     int64_t count = 0;
     for (const Segment& s : segments) count += s.ranks * s.count;
-    float* to = v.get<float>(count);
+    STD_TORCH_CHECK(kept == -1 || kept == count, "mlora: v has ", kept, " elements, the plan's ranks and tokens take ", count);
+    float* to = kept == -1 ? v.get<float>(count) : keep;
     for (Segment& s : segments) {
       s.v = to;
       to += s.ranks * s.count;

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +28,17 @@ _TURNED_BYTES = 1 << 18
 _REST = 8  # what part of a blob may be copied so that the rest need not be there twice
 
 
+class Source(Protocol):
+    """Where the numbers of an adapter are that is being trained: it is packed again at each step."""
+
+    @property
+    def changed(self) -> bool:
+        """Whether they may have changed since the last `write`."""
+
+    def write(self, to: Tensor) -> None:
+        """Put them where the blob would be copied to, in the arena's dtype."""
+
+
 @dataclass
 class Packed:
     """A registered adapter.
@@ -45,6 +56,7 @@ class Packed:
         number: the how manieth it was to be registered.
         slot, offset: where it is resident, or -1.
         pins: how many active routings use it. `retired`: whether it goes with the last of them.
+        source: of one that is being trained; its blob has its size only. `version`: how often its numbers changed.
     """
 
     blob: Tensor
@@ -59,6 +71,8 @@ class Packed:
     offset: int = field(default=-1)
     pins: int = field(default=0)
     retired: bool = field(default=False)
+    source: Source | None = field(default=None)
+    version: int = field(default=0)
 
     @property
     def nbytes(self) -> int:

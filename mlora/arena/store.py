@@ -52,6 +52,8 @@ class Store:
         self._allocator = Allocator(self.arena.numel())
         self._free_slots = list(range(slots))[::-1]
         self._adapters: OrderedDict[str, Packed] = OrderedDict()  # least recently used first
+        self.changes = 0  # how often the numbers of an adapter that is being trained were found changed
+        self._exchanged: torch.Tensor | None = None
         self.placements = 0  # changes whenever something comes onto the device, moves there or leaves it
         self.registered = 0  # how many adapters ever were
         self._lock = threading.RLock()
@@ -69,6 +71,14 @@ class Store:
     @property
     def slots(self) -> int:
         return self.tables.shape[1] // 2
+
+    @property
+    def exchanged(self) -> torch.Tensor:
+        """`tables` with each module turned round (`layout.EXCHANGED`), kept up from the first time on."""
+        with self._lock:
+            if self._exchanged is None:
+                self._exchanged = _exchange(self.tables)
+            return self._exchanged
 
     def __getitem__(self, name: str) -> Packed:
         return self._adapters[name]
@@ -122,6 +132,8 @@ class Store:
             for name, packed in zip(names, wanted, strict=True):  # pinned last: until then they may move
                 packed.pins += 1
                 self._adapters.move_to_end(name)
+                if packed.source is not None and packed.source.changed:
+                    self._fill(packed)
 
     def release(self, names: Sequence[str]) -> None:
         """Undo one `acquire` of the same names."""
@@ -194,30 +206,56 @@ class Store:
         if offset is None:
             return False
         packed.slot, packed.offset = self._free_slots.pop(), offset
-        self.arena[offset : offset + size].copy_(packed.blob, non_blocking=True)
+        self._fill(packed)
         self._write_rows(packed)
         return True
+
+    def _fill(self, packed: Packed) -> None:
+        """Bring its numbers to where it is."""
+        place = self.arena[packed.offset : packed.offset + packed.blob.numel()]
+        if packed.source is None:
+            place.copy_(packed.blob, non_blocking=True)
+            return
+        if packed.source.changed:
+            packed.version += 1
+            self.changes += 1
+        packed.source.write(place)
 
     def _evict(self, packed: Packed) -> None:
         if packed.resident:
             if packed.blob.numel():
                 self._allocator.free(packed.offset)
             self._free_slots.append(packed.slot)
-            self.tables[:, packed.slot :: self.slots] = torch.from_numpy(self._empty_rows).to(self.tables.device)
+            self._set_rows(packed.slot, self._empty_rows)
             packed.slot = packed.offset = -1
             self.placements += 1
 
     def _compact(self) -> None:
         resident = {p.offset: p for p in self._adapters.values() if p.resident and p.blob.numel()}
-        for source, target, size in self._allocator.compact(o for o, p in resident.items() if p.pins):
+        for source, target, _ in self._allocator.compact(o for o, p in resident.items() if p.pins):
             packed = resident[source]
-            self.arena[target : target + size].copy_(packed.blob, non_blocking=True)
             packed.offset = target
+            self._fill(packed)
             self._write_rows(packed)
 
     def _write_rows(self, packed: Packed) -> None:
         rows = packed.rows.copy()
         for column in OFFSETS:
             rows[..., column] += np.where(rows[..., column] >= 0, packed.offset, 0)
-        self.tables[:, packed.slot :: self.slots] = torch.from_numpy(rows).to(self.tables.device)
+        self._set_rows(packed.slot, rows)
         self.placements += 1
+
+    def _set_rows(self, slot: int, rows: np.ndarray) -> None:
+        """Both rows of a slot, (modules, 2, TABLE_WIDTH)."""
+        written = torch.from_numpy(rows).to(self.tables.device)
+        self.tables[:, slot :: self.slots] = written
+        if self._exchanged is not None:
+            self._exchanged[:, slot :: self.slots] = _exchange(written)
+
+
+def _exchange(rows: torch.Tensor) -> torch.Tensor:
+    """Rows of a table, (..., TABLE_WIDTH), of the modules turned round."""
+    out = torch.full_like(rows, -1)
+    for column, source in layout.EXCHANGED.items():
+        out[..., column] = rows[..., source]
+    return out

@@ -18,6 +18,7 @@ from .parameters import ParametersLayer, ParametersState, Stack
 from .route import group_routes
 from .state import LayerState
 from .swap import guard_moves, refuse_copy, refuse_move, restore_class, swap_class, swap_forward
+from .trained import refuse_training
 from .unpacked import unpacked
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "order_of",
     "refuse_copy",
     "refuse_move",
+    "refuse_training",
     "restore_class",
     "swap_class",
     "swap_forward",

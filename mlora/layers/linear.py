@@ -21,6 +21,7 @@ from .head import answer
 from .reads import shown
 from .state import LayerState
 from .swap import refuse_copy, refuse_move
+from .trained import refuse_training, trained
 
 _APART = INPUT | TURN | HEAD  # what takes more than the base and a delta of its input
 
@@ -57,7 +58,7 @@ class LoraLayer(nn.Module):
         if not plain or touches & _APART or (torch.is_grad_enabled() and self._recorded(x)):
             if shared.recorded and torch.is_grad_enabled():
                 scope.check_told(state.name)
-            return self._apart(x, plan, touches) if plan is not None and touches else self._base(x)
+            return self._apart(x, plan, touches, plain) if plan is not None and touches else self._base(x)
         if plan is None or not touches:
             plan = shared.blank
         else:
@@ -85,11 +86,15 @@ class LoraLayer(nn.Module):
             dispatch.apply_native_(y, None, x, shared.arena, state.table, plan.tensor)
         return y
 
-    def _apart(self, x: Tensor, plan: Plan, touches: int) -> Tensor:
+    def _apart(self, x: Tensor, plan: Plan, touches: int, plain: bool = False) -> Tensor:
         """The base by the module's own forward, then the delta."""
         state = self._mlora
         shared = state.shared
         self._check(x, plan)
+        if shared.training is not None and torch.is_grad_enabled():
+            site = shared.training.site(plan, state.index)
+            if site is not None and (site.parts or not touches & (HEAD | TAIL)):
+                return trained(self, x, site, touches, plain and not touches & _APART)
         if touches & HEAD:
             base = partial(self._routed, words=plan.tensor, touches=touches)
             return answer(x, plan.heads[state.index], shared.arena, base, self.out_features)
@@ -158,7 +163,9 @@ class LoraLayer(nn.Module):
         return type(own).forward(self if "parametrizations" in self._modules else own, *args, **named)
 
     def _recorded(self, x: Tensor) -> bool:
-        """Whether autograd, if it is on, would record the base."""
+        """Whether autograd, if it is on, would record the base or an adapter."""
+        if self._mlora.shared.training is not None:
+            return True
         return x.requires_grad or any(tensor.requires_grad for tensor in self.parameters(recurse=False))
 
     def _routed(self, x: Tensor, words: Tensor, touches: int) -> Tensor:
@@ -204,6 +211,8 @@ class LoraLayer(nn.Module):
         state = self._mlora
         shared = state.shared
         self._check_autocast(x)
+        if shared.training is not None and torch.is_grad_enabled():
+            refuse_training(state.name)
         if state.gathered:
             check_rows(shared.plan, 0)  # only one entry for all rows may pass
         elif state.order.exchanged and x.dim() > 2:

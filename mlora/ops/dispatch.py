@@ -88,7 +88,13 @@ _reference_scale_input = torch.ops.mlora.reference_scale_input.default
 _reference_turn_output = torch.ops.mlora.reference_turn_output.default
 _reference_embed_ = torch.ops.mlora.reference_embed_.default
 _reference_merge_ = torch.ops.mlora.reference_merge_.default
+_reference_apply_keep_ = torch.ops.mlora.reference_apply_keep_.default
+_reference_rank_gradients_ = torch.ops.mlora.reference_rank_gradients_.default
 _apply_ = getattr(torch.ops.mlora, _PREFIX + "apply_").default
+_TRAINED = "reference_" if _PREFIX else ""  # there are no Triton kernels
+_apply_keep_ = getattr(torch.ops.mlora, _TRAINED + "apply_keep_").default
+_linear_keep = getattr(torch.ops.mlora, _TRAINED + "linear_keep").default
+_rank_gradients_ = getattr(torch.ops.mlora, _TRAINED + "rank_gradients_").default
 _linear = getattr(torch.ops.mlora, _PREFIX + "linear").default
 _scale_input = getattr(torch.ops.mlora, _PREFIX + "scale_input").default
 apply_native_ = _apply_  # `apply_` of tensors that are known to have one dtype, which kernels take, on the CPU
@@ -146,6 +152,29 @@ def linear(
 ) -> Tensor:
     """See `reference.linear`. `kblock`: LIBRARY, PROBED, or a number that `probe_kblock` returned."""
     return _linear(x, weight, bias, arena, table, plan, kblock)
+
+
+def apply_keep_(
+    y: Tensor, v: Tensor, base: Tensor | None, x: Tensor, arena: Tensor, table: Tensor, plan: Tensor
+) -> None:
+    """See `training.apply_keep_`."""
+    native = x.dtype is arena.dtype and y.dtype is arena.dtype and arena.dtype in _KERNEL_DTYPES
+    (_apply_keep_ if native else _reference_apply_keep_)(y, v, base, x, arena, table, plan)
+
+
+def linear_keep(
+    x: Tensor, weight: Tensor, bias: Tensor | None, v: Tensor, arena: Tensor, table: Tensor, plan: Tensor, kblock: int
+) -> Tensor:
+    """See `training.linear_keep`; kblock as in `linear`."""
+    return _linear_keep(x, weight, bias, v, arena, table, plan, kblock)
+
+
+def rank_gradients_(
+    to: Tensor, v: Tensor, rows: Tensor, offsets: Tensor, arena: Tensor, table: Tensor, plan: Tensor
+) -> None:
+    """See `training.rank_gradients_`."""
+    native = rows.dtype is arena.dtype and arena.dtype in _KERNEL_DTYPES
+    (_rank_gradients_ if native else _reference_rank_gradients_)(to, v, rows, offsets, arena, table, plan)
 
 
 def scale_input(x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> Tensor:

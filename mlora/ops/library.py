@@ -1,9 +1,9 @@
 """The operators of namespace `mlora`: schemas, shapes for tracing, and the reference for every device.
 
 The C++ library registers its kernels for the CPU dispatch key and takes over there. CUDA tensors go to the CUDA
-library where it is built, and otherwise, and for what it lacks, to the Triton kernels. Each operator also exists as
-`reference_<name>`, which is the reference whatever is built, and as `triton_<name>`, which is the Triton kernels, on
-CPU tensors in Triton's interpreter.
+library where it is built, and otherwise, and for what it lacks, to the Triton kernels; but the operators of training
+have a kernel for the CPU only. Each operator also exists as `reference_<name>`, which is the reference whatever is
+built, and the others as `triton_<name>`, which is the Triton kernels, on CPU tensors in Triton's interpreter.
 
 For tests, `MLORA_BACKEND=emulation` registers the CUDA kernels for the CPU instead, from the library built out of
 csrc/emulation that `MLORA_EMULATION_LIBRARY` names.
@@ -18,11 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import attention, reference
+from . import attention, reference, training
 
 _SCHEMAS = {
     "apply_": "(Tensor(a!) y, Tensor? base, Tensor x, Tensor arena, Tensor table, Tensor plan) -> ()",
+    "apply_keep_": (
+        "(Tensor(a!) y, Tensor(b!) v, Tensor? base, Tensor x, Tensor arena, Tensor table, Tensor plan) -> ()"
+    ),
     "linear": "(Tensor x, Tensor weight, Tensor? bias, Tensor arena, Tensor table, Tensor plan, int kblock) -> Tensor",
+    "linear_keep": (
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) v, Tensor arena, Tensor table, Tensor plan, int kblock) "
+        "-> Tensor"
+    ),
+    "rank_gradients_": (
+        "(Tensor(a!) to, Tensor v, Tensor rows, Tensor offsets, Tensor arena, Tensor table, Tensor plan) -> ()"
+    ),
     "scale_input": "(Tensor x, Tensor arena, Tensor table, Tensor plan) -> Tensor",
     "turn_output": "(Tensor y, Tensor? base, Tensor arena, Tensor table, Tensor plan) -> Tensor",
     "apply_group_": "(Tensor(a!)[] y, Tensor x, Tensor arena, Tensor[] tables, Tensor plan) -> ()",
@@ -37,10 +47,28 @@ def _fake_apply_(y: Tensor, base: Tensor | None, x: Tensor, arena: Tensor, table
     return None
 
 
+def _fake_apply_keep_(
+    y: Tensor, v: Tensor, base: Tensor | None, x: Tensor, arena: Tensor, table: Tensor, plan: Tensor
+) -> None:
+    return None
+
+
 def _fake_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, arena: Tensor, table: Tensor, plan: Tensor, kblock: int
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _fake_linear_keep(
+    x: Tensor, weight: Tensor, bias: Tensor | None, v: Tensor, arena: Tensor, table: Tensor, plan: Tensor, kblock: int
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _fake_rank_gradients_(
+    to: Tensor, v: Tensor, rows: Tensor, offsets: Tensor, arena: Tensor, table: Tensor, plan: Tensor
+) -> None:
+    return None
 
 
 def _fake_scale_input(x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> Tensor:
@@ -69,7 +97,10 @@ def _fake_attend_(q: Tensor, *args: Any) -> Tensor:
 
 _FAKES: dict[str, Any] = {
     "apply_": _fake_apply_,
+    "apply_keep_": _fake_apply_keep_,
     "linear": _fake_linear,
+    "linear_keep": _fake_linear_keep,
+    "rank_gradients_": _fake_rank_gradients_,
     "scale_input": _fake_scale_input,
     "turn_output": _fake_turn_output,
     "apply_group_": _fake_apply_group_,
@@ -79,7 +110,10 @@ _FAKES: dict[str, Any] = {
 }
 _REFERENCES: dict[str, Any] = {
     "apply_": reference.apply_,
+    "apply_keep_": training.apply_keep_,
     "linear": reference.linear,
+    "linear_keep": training.linear_keep,
+    "rank_gradients_": training.rank_gradients_,
     "scale_input": reference.scale_input,
     "turn_output": reference.turn_output,
     "apply_group_": reference.apply_group_,
@@ -100,6 +134,8 @@ def _triton(name: str) -> Any:
     return run
 
 
+# Of which there is no GPU kernel: GPUs compute the references of training, and models there have FlashAttention.
+_CPU_ONLY = ("apply_keep_", "linear_keep", "rank_gradients_", "attend_")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -113,7 +149,7 @@ def _load(module: str) -> bool:
 
 LIBRARY = torch.library.Library("mlora", "DEF")
 for _name, _schema in _SCHEMAS.items():
-    for _prefix in ("", "reference_", "triton_") if HAS_TRITON and _name != "attend_" else ("", "reference_"):
+    for _prefix in ("", "reference_", "triton_") if HAS_TRITON and _name not in _CPU_ONLY else ("", "reference_"):
         LIBRARY.define(_prefix + _name + _schema, tags=(torch.Tag.needs_exact_strides,))
         _default = _triton(_name) if _prefix == "triton_" else _REFERENCES[_name]
         LIBRARY.impl(_prefix + _name, _default, "CompositeExplicitAutograd")
@@ -126,6 +162,6 @@ if EMULATED:
 HAS_CPU = not EMULATED and _load("mlora._C")
 HAS_CUDA = torch.backends.cuda.is_built() and _load("mlora._C_cuda")
 if HAS_TRITON:
-    for _name in _SCHEMAS.keys() - {"attend_"}:  # on GPUs models have FlashAttention
+    for _name in _SCHEMAS.keys() - _CPU_ONLY:
         if not HAS_CUDA or _name in ("embed_", "linear"):  # the CUDA library has all but these
             LIBRARY.impl(_name, _triton(_name), "CUDA")

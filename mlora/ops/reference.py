@@ -5,6 +5,7 @@ Everything is computed in fp32 (fp64 for fp64 inputs) and rounded once.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -144,8 +145,11 @@ def _turned(x: Tensor, arena: Tensor, offset: int, shape: int, t: Term, transpos
     return turned(x, _part(arena, offset, size * width, t.slot, x.dtype).view(size, width), stride, transposed)
 
 
-def _sum(x: Tensor, y: Tensor, base: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> Tensor:
-    """y + gain * base + B^T (A x) + shift in y's dtype, which is that of the computation; all (tokens, ...)."""
+def added(
+    x: Tensor, y: Tensor, base: Tensor, arena: Tensor, table: Tensor, plan: Tensor, keep: Iterator[Tensor] | None = None
+) -> Tensor:
+    """y + gain * base + B^T (A x) + shift in y's dtype, which is that of the computation; all (tokens, ...). `keep`:
+    where each term's v goes, (tokens, rank)."""
     dtype, width_in, width_out = y.dtype, x.shape[1], y.shape[1]
     for route in routes(plan, table, x.shape[0]):
         delta, gain = None, None
@@ -154,6 +158,8 @@ def _sum(x: Tensor, y: Tensor, base: Tensor, arena: Tensor, table: Tensor, plan:
                 a = _part(arena, t.a, t.rank * width_in, t.slot, dtype).view(t.rank, width_in)
                 b = _part(arena, t.b, t.rank * width_out, t.slot, dtype).view(t.rank, width_out)
                 v = (x[route.tokens].to(dtype) @ a.T) * (t.weight * t.scale)
+                if keep is not None:
+                    next(keep).copy_(v)
                 delta = v @ b if delta is None else delta + v @ b
             if t.shift >= 0:
                 shift = t.weight * _part(arena, t.shift, width_out, t.slot, dtype)
@@ -169,13 +175,13 @@ def _sum(x: Tensor, y: Tensor, base: Tensor, arena: Tensor, table: Tensor, plan:
     return y
 
 
-def _tokens(name: str, t: Tensor) -> Tensor:
+def tokens_of(name: str, t: Tensor) -> Tensor:
     if t.dim() < 1 or t.shape[-1] == 0:
         raise RuntimeError(f"mlora: {name} must have a last dimension, is {tuple(t.shape)}")
     return t.reshape(-1, t.shape[-1])
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -186,14 +192,14 @@ def apply(y: Tensor, base: Tensor | None, x: Tensor, arena: Tensor, table: Tenso
     of each row's recipe, where b is `base`, or y if that is None.
     Shapes: x (..., in), y and base (..., out), arena (elements,), table and plan as in `layout`.
     """
-    rows, x_rows = _tokens("y", y), _tokens("x", x)
+    rows, x_rows = tokens_of("y", y), tokens_of("x", x)
     if rows.shape[0] != x_rows.shape[0]:
         raise RuntimeError(f"mlora: x has {x_rows.shape[0]} tokens, y has {rows.shape[0]}")
     if base is not None and base.shape != y.shape:
         raise RuntimeError(f"mlora: base must have y's shape {tuple(y.shape)}, is {tuple(base.shape)}")
-    wide = rows.to(_wide(y.dtype))
-    b = wide if base is None else _tokens("base", base)
-    return _sum(x_rows, wide, b, arena, table, plan).to(y.dtype).view(y.shape)
+    before = rows.to(wide(y.dtype))
+    b = before if base is None else tokens_of("base", base)
+    return added(x_rows, before, b, arena, table, plan).to(y.dtype).view(y.shape)
 
 
 def embed(y: Tensor, ids: Tensor, arena: Tensor, table: Tensor, plan: Tensor, vocab: int) -> Tensor:
@@ -204,10 +210,10 @@ def embed(y: Tensor, ids: Tensor, arena: Tensor, table: Tensor, plan: Tensor, vo
     there are; rank rows that are 0 for all tokens (trained tokens that do not occur) and an identity B are skipped.
     Shapes: y (..., out), ids (...) in [0, vocab), arena (elements,), table and plan as in `layout`, A (rank, vocab).
     """
-    rows, flat = _tokens("y", y), ids.reshape(-1)
+    rows, flat = tokens_of("y", y), ids.reshape(-1)
     if rows.shape[0] != flat.numel():
         raise RuntimeError(f"mlora: ids has {flat.numel()} tokens, y has {rows.shape[0]}")
-    out, width = rows.to(_wide(y.dtype)), rows.shape[1]
+    out, width = rows.to(wide(y.dtype)), rows.shape[1]
     for route in routes(plan, table, flat.numel()):
         delta = None
         for t in route.terms:
@@ -250,10 +256,10 @@ def linear(
     """
     if kblock == 0:
         return apply(F.linear(x, weight, bias), None, x, arena, table, plan)
-    rows = _tokens("x", x)
-    dtype = _wide(x.dtype)
-    wide = F.linear(rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-    out = _sum(rows, wide, wide, arena, table, plan)
+    rows = tokens_of("x", x)
+    dtype = wide(x.dtype)
+    product = F.linear(rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    out = added(rows, product, product, arena, table, plan)
     return out.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
@@ -263,8 +269,8 @@ def scale_input(x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> Tensor
 
     Shapes: x (..., in), arena (elements,), table and plan as in `layout`.
     """
-    rows = _tokens("x", x)
-    out = rows.to(_wide(x.dtype))
+    rows = tokens_of("x", x)
+    out = rows.to(wide(x.dtype))
     for route in routes(plan, table, rows.shape[0]):
         gains = [
             t.weight * _part(arena, t.in_gain, rows.shape[1], t.slot, out.dtype) for t in route.terms if t.in_gain >= 0
@@ -287,11 +293,11 @@ def turn_output(y: Tensor, base: Tensor | None, arena: Tensor, table: Tensor, pl
 
     Shapes: y and base (..., out), arena (elements,), table and plan as in `layout`.
     """
-    rows = _tokens("y", y)
+    rows = tokens_of("y", y)
     if base is not None and base.shape != y.shape:
         raise RuntimeError(f"mlora: base must have y's shape {tuple(y.shape)}, is {tuple(base.shape)}")
-    b = rows if base is None else _tokens("base", base)
-    out = rows.to(_wide(y.dtype))
+    b = rows if base is None else tokens_of("base", base)
+    out = rows.to(wide(y.dtype))
     for route in routes(plan, table, rows.shape[0]):
         old = None
         for t in route.terms:
@@ -317,7 +323,7 @@ def merge_(weight: Tensor, source: Tensor | None, arena: Tensor, table: Tensor, 
     + sum_i w_i ((turn_i - I) S + S (in-turn_i - I)), which is the reference's alone: kernels read W tile by tile.
     Shapes: weight and source (out, in), contiguous; table as in `layout`; plan of one row, without spare capacity.
     """
-    dtype = _wide(weight.dtype)
+    dtype = wide(weight.dtype)
     height, width = weight.shape
     base = (weight if source is None else source).to(dtype)
     out = base.clone()

@@ -33,6 +33,7 @@ class Shared:
             kernel gives the library's bits, 0 where none does; filled as they occur.
         groups: first layer's number -> the layers that read the same input after it (q, k, v; gate, up), learned as
             calls come; None where serving several modules in one call gains nothing.
+        training: `gradients.recorded.Training`, once there is an adapter with parameters.
         recorded: whether adapters were ever routed while autograd was on.
         inputs, turns, norms, embeddings, experts: whether an adapter was ever loaded that changes what a base reads,
             turns outputs, or changes norms, embeddings or parameters; `heads`: numbers of the modules for which one
@@ -65,6 +66,7 @@ class Shared:
         self.unpacked: dict[int, str] = {}
         self.body = ""
         self.axes: dict[str, int] = {}
+        self.training: Any = None
         self.recorded = False
         self.inputs = self.turns = self.norms = self.embeddings = self.experts = False
         self.heads: frozenset[int] = frozenset()

@@ -71,6 +71,7 @@ class Bridges:
         with self._lock:
             folded = self._folded.recipe
             sources = {key: self._source(key) for key, _ in (*recipe, *folded)}
+            self._registry.check_settled(sources, "what serves it beside what is folded in")
         bases, label = self._registry.bases, self._label(recipe, folded)
         deltas = _between(folded, recipe, {key: self._registry.lower(one) for key, one in sources.items()}, bases)
         adapter = to_adapter(deltas, label, bases)

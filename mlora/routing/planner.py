@@ -56,12 +56,13 @@ class Made:
     """A plan, and all that it holds for; it pins nothing.
 
     Args:
-        adapters: what was packed under its names. `since`: how many adapters had been registered.
+        adapters: what was packed under its names, `versions` of which. `since`: how many adapters had been registered.
         placements: of the store. `folded`: what was folded in.
     """
 
     plan: Plan
     adapters: Mapping[str, Packed]
+    versions: tuple[int, ...]
     since: int
     placements: int
     folded: Recipe
@@ -138,32 +139,39 @@ class Planner:
         """Of a plan whose adapters are pinned; called under the lock."""
         store = self._store
         adapters = {name: store[name] for name in plan.names}
-        return Made(plan, adapters, store.registered, store.placements, self._bridges.folded)
+        versions = tuple(one.version for one in adapters.values())
+        return Made(plan, adapters, versions, store.registered, store.placements, self._bridges.folded)
 
     def again(self, made: Made) -> Plan:
         """The plan, pinned: of the very same adapters, wherever they lie by now. The caller is a reader of the weights.
 
         Raises:
-            RoutingError: one of them is gone, or something else is folded into the weights.
+            RoutingError: one of them is gone or has been trained on, or something else is folded into the weights.
             CapacityError: they do not fit on the device together.
         """
         plan, store = made.plan, self._store
         with self._lock:
             if self._bridges.folded is not made.folded:
                 raise errors.RoutingError(
-                    "a checkpointed forward pass cannot be computed again: what is folded into the weights has changed "
-                    "since. Run backward before merge_adapter or unmerge_adapter"
+                    "a forward pass cannot be gone back over, or be computed again: what is folded into the weights "
+                    "has changed since. Run backward before merge_adapter or unmerge_adapter"
                 )
             for name, packed in made.adapters.items():
                 if name not in store or store[name] is not packed:
                     raise errors.RoutingError(
-                        f"a checkpointed forward pass cannot be computed again: its adapter {name!r} was deleted "
-                        f"since. Run backward before delete_adapter"
+                        f"a forward pass cannot be gone back over, or be computed again: its adapter {name!r} was "
+                        f"deleted since. Run backward before delete_adapter"
                     )
             store.acquire(plan.names)
-            if not plan.names or store.placements == made.placements:
-                return plan
             try:
+                for version, (name, packed) in zip(made.versions, made.adapters.items(), strict=True):
+                    if packed.version != version:
+                        raise errors.RoutingError(
+                            f"adapter {name!r} has been trained on since the forward pass, of which a backward pass "
+                            f"needs it as it was. Run backward before the optimizer's step"
+                        )
+                if not plan.names or store.placements == made.placements:
+                    return plan
                 owners = [self._assembly.owners(recipe) for recipe in plan.recipes]
                 entries, repeated = plan.row_counts
                 return self._assembly.plan(

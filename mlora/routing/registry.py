@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
@@ -16,6 +16,7 @@ from ..arena.bits import INPUT, TAIL, TURN
 from ..arena.pack import Packed, tensors_in
 from ..arena.store import Store
 from ..folding.fold import Folded
+from ..gradients.trained import Trained
 from ..lowering import BaseLinear, Delta, Lowered, lower, to_adapter
 from ..lowering.delta import kernel_major
 from ..merge import Merge, kept, merge_adapters
@@ -141,7 +142,9 @@ class Registry:
     def info(self, name: str) -> AdapterInfo:
         """What is known of it now."""
         loaded = self[name]
-        return replace(loaded.info, location="device" if self._store[loaded.key].resident else "host")
+        info, packed = loaded.info, self._store[loaded.key]
+        zero = info.zero if not isinstance(packed.source, Trained) else packed.source.is_zero
+        return replace(info, zero=zero, location="device" if packed.resident else "host")
 
     def infos(self) -> dict[str, AdapterInfo]:
         """Of all adapters, in the order of loading."""
@@ -224,6 +227,8 @@ class Registry:
             UnknownAdapterError: one of them is not loaded. MergeError: they do not merge. Others: as `add`.
         """
         how = how.canonical()
+        if group is not None:
+            self.check_settled([self[name].key for name in how.adapters], "a merge of it that is kept")
         sources = [self[source] for source in how.adapters]
         lowered = [self.lower(loaded) for loaded in sources]
         deltas = kept(dict(merge_adapters(lowered, how, self.bases)), self.bases)
@@ -265,6 +270,33 @@ class Registry:
         else:
             return
         raise errors.AdapterInUseError(f"adapter {name!r}{what} cannot go: {how}")
+
+    def hold(self, name: str, adapter: Adapter) -> None:
+        """Keep an adapter's tensors in other memory: its parameters, as they are trained."""
+        self._loaded[name] = replace(self._loaded[name], adapter=adapter)
+
+    def check_settled(self, keys: Iterable[str], what: str) -> None:
+        """Raise `MergeError` where the store has an adapter under one of `keys` that is being trained: `what` would be
+        out of date at once."""
+        for key in keys:
+            source = self._store[key].source if key in self._store else None
+            if isinstance(source, Trained) and source.training:
+                raise errors.MergeError(
+                    f"adapter {key!r} is being trained, so that {what} would soon be out of date: "
+                    f"set_requires_grad({key!r}, False) first, or merge a copy of it as it is (add_weighted_adapter)"
+                )
+
+    def forget_made_of(self, name: str) -> None:
+        """Forget what was made of an adapter that will be trained; raises `AdapterInUseError` where that is used, or
+        the adapter is folded in."""
+        with self._lock:
+            if self[name].key in dict(self._folded.recipe):
+                raise errors.AdapterInUseError(
+                    f"adapter {name!r} cannot be trained: it is folded into the weights; unmerge_adapter first"
+                )
+            for made in self._made_of(name):
+                if made in self._loaded:  # not gone already, with another of them
+                    self.remove(made)
 
     def _pack(self, name: str, deltas: Mapping[str, Delta], adapter: Adapter) -> tuple[Packed, Adapter]:
         """The blob, and the adapter in memory that it shares with it where it can."""

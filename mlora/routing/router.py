@@ -176,6 +176,21 @@ class Router:
         scope.prompt = prompt_of(plan, call) if plan is not None and plan.invocations else None
         scope.others = self._others(call)
 
+    def made(self, plan: Plan) -> Made:
+        """What `again` takes, of a plan whose adapters are pinned."""
+        with self._lock:
+            return self._planner.made(plan)
+
+    @contextmanager
+    def again(self, made: Made) -> Iterator[Plan]:
+        """The plan, for a backward pass; raises as `Planner.again`."""
+        with self._readers:
+            plan = self._planner.again(made)
+            try:
+                yield plan
+            finally:
+                self._store.release(plan.names)
+
     def remember(self) -> Callable[[], AbstractContextManager[Any]] | None:
         """What `recompute.py` asks: a context of the very plan, call and default of now, which raises `RoutingError`
         where an adapter of it is gone by then."""

@@ -229,13 +229,6 @@ def test_kblock_is_where_the_chain_is_cut(tokens, dtype):
         assert torch.equal(y, torch.full((tokens, 40), expected, dtype=dtype))
 
 
-@pytest.fixture
-def in_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("width_in, width_out", [(576, 576), (855, 2049)])

@@ -1,0 +1,150 @@
+"""What layers ask, when autograd records them, of a plan with adapters that are being trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import layout
+from ..arena.store import Store
+from ..plan.plan import Plan
+from .trained import Part, Trained
+
+
+class Place(NamedTuple):
+    """Where the gradient of a parameter lies in a buffer of a module's; `rank_rows` tells whether kernels write it."""
+
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class Site:
+    """One module under one plan.
+
+    Args:
+        words: the plan's. `table`, `exchanged`: the module's, and that with A and B, gains and input gains exchanged.
+        ranks, rows: a call of T tokens keeps T / rows * ranks numbers for the backward pass (v).
+        parts: of the adapters that train here: slot -> parameters.
+
+    `parameters` are those of `parts`, in the order in which gradients are returned. The gradients lie in one buffer of
+    `size` numbers, those of A and B at `a` and `b` of each slot.
+    """
+
+    def __init__(
+        self, training: Training, plan: Plan, index: int, ranks: int, rows: int, parts: dict[int, Part]
+    ) -> None:
+        store = training.store
+        self.training, self.plan, self.index, self.ranks, self.rows = training, plan, index, ranks, rows
+        self.arena, self.words = store.arena, plan.tensor
+        self.table, self.exchanged = store.tables[index], store.exchanged[index]
+        self.parts = parts
+        self.parameters: list[nn.Parameter] = []
+        self.places: list[Place] = []
+        self.biases: list[tuple[int, float, Place]] = []  # slot, factor
+        self.a = torch.full((len(self.table),), -1, dtype=torch.int64)
+        self.b = self.a.clone()
+        self.size = 0
+        for slot, part in parts.items():
+            self.a[slot] = self._place(part.a, part.a.stride())
+            self.b[slot] = self._place(part.b, part.b.stride())
+            if part.bias is not None:
+                self._place(part.bias, (1,))
+                self.biases.append((slot, part.scale, self.places[-1]))
+
+    def _place(self, parameter: nn.Parameter, strides: tuple[int, ...]) -> int:
+        offset = self.size
+        self.parameters.append(parameter)
+        self.places.append(Place(offset, tuple(parameter.shape), strides))
+        self.size += parameter.numel()
+        return offset
+
+    def kept(self, x: Tensor) -> Tensor:
+        """Room for v of a call on x, (..., in)."""
+        count = x.numel() // x.shape[-1] // self.rows * self.ranks if self.ranks else 0
+        return x.new_empty(count, dtype=torch.promote_types(x.dtype, torch.float32))
+
+    def gradients(self, flat: Tensor) -> list[Tensor]:
+        """The parameters' gradients in a buffer of them, without a copy: autograd takes them as they are."""
+        return [flat.as_strided(place.shape, place.strides, place.offset) for place in self.places]
+
+
+class Training:
+    """Of a runtime that has adapters with parameters.
+
+    Args:
+        made: what `again` takes, of a plan whose adapters are pinned.
+        again: a context of that plan, pinned: of the very same adapters with the same numbers, wherever they lie.
+    """
+
+    def __init__(
+        self, store: Store, made: Callable[[Plan], Any], again: Callable[[Any], AbstractContextManager[Plan]]
+    ) -> None:
+        self.store = store
+        self.again = again
+        self._made = made
+        self._kept: _Sites | None = None
+
+    def site(self, plan: Plan, index: int) -> Site | None:
+        """Of a module under a plan whose adapters are pinned; None where none of them has parameters."""
+        sites = self._sites(plan)
+        return sites.of(index) if sites.trained else None
+
+    def made(self, plan: Plan) -> Any:
+        """For `again`, as the numbers are now."""
+        sites, changes = self._sites(plan), self.store.changes
+        if sites.made is None or sites.made[0] != changes:
+            sites.made = changes, self._made(plan)
+        return sites.made[1]
+
+    def _sites(self, plan: Plan) -> _Sites:
+        kept = self._kept
+        if kept is None or kept.plan is not plan:
+            kept = self._kept = _Sites(self, plan)
+        return kept
+
+
+class _Sites:
+    """Those of one plan, made as they are asked for."""
+
+    def __init__(self, training: Training, plan: Plan) -> None:
+        self.plan = plan
+        self.made: tuple[int, Any] | None = None
+        self._training = training
+        self._sites: dict[int, Site] = {}
+        store = training.store
+        self.trained: dict[int, Trained] = {}  # by slot
+        for name in plan.names:
+            if isinstance(source := store[name].source, Trained):
+                self.trained[store[name].slot] = source
+        if self.trained:
+            self._rows, self._ranks = _rank_rows(plan, store.tables)
+
+    def of(self, index: int) -> Site:
+        site = self._sites.get(index)
+        if site is None:
+            parts = {slot: one.parts[index] for slot, one in self.trained.items() if index in one.parts}
+            site = Site(self._training, self.plan, index, int(self._ranks[index]), self._rows, parts)
+            self._sites[index] = site
+        return site
+
+
+def _rank_rows(plan: Plan, tables: Tensor) -> tuple[int, np.ndarray]:
+    """The plan's rows, and of each module how many rank rows all of them have together."""
+    words = np.frombuffer(plan.raw, dtype=np.int32) if plan.raw else plan.tensor.cpu().numpy()
+    rows, routes, terms = words[:3].tolist()
+    if not routes:
+        return max(rows, 1), np.zeros(len(tables), dtype=np.int64)
+    at = layout.PLAN_HEADER
+    row_start = words[at : at + routes + 1]
+    at += routes + 1 + rows
+    term_start = words[at : at + routes + 1]
+    at += routes + 1
+    slots = words[at : at + terms].tolist()
+    ranks = tables[:, slots, layout.RANK].cpu().numpy()
+    return rows, ranks @ np.repeat(np.diff(row_start), np.diff(term_start)).astype(np.int64)

@@ -1,0 +1,44 @@
+"""A linear in a call with adapters that are being trained, as autograd records it."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from .. import errors
+from ..arena.bits import GAIN, HEAD, LORA, SHIFT, TAIL
+from ..gradients import functions
+from ..gradients.recorded import Site
+from ..ops import dispatch
+
+
+def trained(layer: Any, x: Tensor, site: Site, touches: int, plain: bool) -> Tensor:
+    """What a `LoraLayer` makes of x: the bits of a call that is not recorded. `plain`: whether it is its weight, its
+    bias and a delta, and nobody has parametrized these since.
+
+    Raises:
+        UnsupportedAdapterError: an adapter is trained here, and other rows have what is not served beside.
+    """
+    state, held = layer._mlora, layer._parameters
+    if touches & (HEAD | TAIL):
+        raise errors.UnsupportedAdapterError(
+            f"{state.name}: an adapter is trained here, which is not served in packed calls, nor beside rows of an "
+            f"aLoRA or of a head of another size"
+        )
+    if plain and x.dtype is state.dtype and x.is_cpu:
+        weight, bias = held["weight"], held["bias"]
+        if not weight.requires_grad and (bias is None or not bias.requires_grad):
+            layer._check_weight(weight)
+            kblock = state.kblock(x) if state.fused and weight.is_contiguous() else dispatch.LIBRARY
+            return functions.linear(x, weight, bias, site, kblock)
+    y, source = layer._bases(x, site.words, touches)
+    return functions.add(y, source, x, site) if touches & (LORA | GAIN | SHIFT) else y
+
+
+def refuse_training(what: str) -> NoReturn:
+    """Of compiled code that autograd would record."""
+    raise errors.UnsupportedAdapterError(
+        f"{what} is compiled, and an adapter of the model has parameters, which are not trained under torch.compile; "
+        f"run it under torch.no_grad, or call the model that is not compiled"
+    )

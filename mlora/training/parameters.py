@@ -1,0 +1,116 @@
+"""`Trains`: the part of `Runtime` that is about adapters with parameters."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import nn
+
+from .. import errors
+from ..adapters.adapter import Adapter
+from ..adapters.keys import PEFT_PREFIX
+from ..arena.store import Store
+from ..gradients.recorded import Training
+from ..gradients.trained import Keys, Trained
+from ..lowering import BaseLinear
+from ..plan.shared import Shared
+from ..routing.registry import Registry
+from ..routing.router import Router
+
+
+class Trains:
+    """Mixed into `Runtime`."""
+
+    bases: Mapping[str, BaseLinear]
+    _model: nn.Module
+    _registry: Registry
+    _router: Router
+    _shared: Shared
+    _store: Store
+    _lock: threading.RLock
+    _thawed: list[nn.Parameter]
+
+    def named_parameters(self, adapter_name: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters of an adapter that `add_adapter` made of a config or `is_trainable=True` loaded, under the
+        names that a `PeftModel` gives them (`base_model.model.model.layers.0.self_attn.q_proj.lora_A.sql.weight`).
+
+        They are fp32 whatever the model's dtype (fp64 of fp64), and in no `state_dict` of the model. What an optimizer
+        makes of them is served from the next call on. Code that writes to them past both torch's optimizers and
+        autograd (`parameter.data`) calls `refresh_adapter` afterwards.
+
+        Raises:
+            UnknownAdapterError: there is none of that name. AdapterError: it has no parameters.
+        """
+        for key, parameter in self._trained(adapter_name).parameters.items():
+            module, _, part = key.rpartition(".")
+            yield f"{PEFT_PREFIX}{module}.{adapter_name}.{part}", parameter
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Train adapters, or no more: PEFT's name. One that is not trained can be merged and folded.
+
+        Raises:
+            UnknownAdapterError: there is none of that name. AdapterError: it has no parameters.
+            AdapterInUseError: it is folded into the weights, or a merge of it is in use.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        found = [self._trained(name) for name in names]
+        with self._lock:
+            if requires_grad:
+                for name in names:
+                    self._registry.forget_made_of(name)
+            for one in found:
+                one.require_grad(requires_grad)
+
+    def refresh_adapter(self, adapter_name: str) -> None:
+        """Have the next call read the parameters of an adapter again, whatever changed them; raises as
+        `named_parameters`."""
+        self._trained(adapter_name).stepped()
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """How many parameters are trained, of all adapters, and how many there are with the model's."""
+        with self._lock:
+            keys = [self._registry[name].key for name in self._registry.infos()]
+            own = [one for key in keys if (one := self._store[key].source) is not None]
+        adapters = [parameter for one in own if isinstance(one, Trained) for parameter in one.parameters.values()]
+        trained = sum(parameter.numel() for parameter in adapters if parameter.requires_grad)
+        base = list(self._model.parameters())
+        trained += sum(parameter.numel() for parameter in base if parameter.requires_grad)
+        return trained, sum(parameter.numel() for parameter in (*base, *adapters))
+
+    def print_trainable_parameters(self) -> None:
+        """Print both, and the one in per cent of the other, as PEFT does."""
+        trained, total = self.get_nb_trainable_parameters()
+        share = 100 * trained / total if total else 0.0
+        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    def _trained(self, name: str) -> Trained:
+        loaded = self._registry[name]
+        source = self._store[loaded.key].source
+        if not isinstance(source, Trained):
+            raise errors.AdapterError(
+                f"adapter {name!r} from {loaded.adapter.source} has no parameters; is_trainable=True of load_adapter "
+                f"gives it some"
+            )
+        return source
+
+    def _train(self, name: str, adapter: Adapter, keys: Mapping[int, Keys]) -> None:
+        """Give a registered adapter parameters. The first one freezes the model's own, as PEFT does."""
+        with self._lock:
+            packed = self._store[self._registry[name].key]
+            fixed = str(adapter.config.get("init_lora_weights")).lower() == "mica"
+            one = Trained(adapter.tensors, keys, packed, self._store.arena.device, fixed)
+            if self._shared.training is None:
+                self._thawed = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+                for parameter in self._thawed:
+                    parameter.requires_grad_(False)
+                self._shared.training = Training(self._store, self._router.made, self._router.again)
+            packed.source = one
+            tensors = {key: parameter.detach() for key, parameter in one.parameters.items()}
+            self._registry.hold(name, adapter.holding({**adapter.tensors, **tensors}))
+
+    def _thaw(self) -> None:
+        """Undo what the first `_train` did to the model's own parameters."""
+        if self._shared.training is not None:
+            for parameter in self._thawed:
+                parameter.requires_grad_(True)

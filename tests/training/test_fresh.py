@@ -1,0 +1,121 @@
+"""New adapters: PEFT's modules and PEFT's very numbers for the same seed."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from conftest import build, inputs_for, logits
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+import mlora
+from mlora import errors
+
+ROOM = 1 << 24
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "usual modules": ("qwen2", {}),
+    "all linears": ("qwen2", {"target_modules": "all-linear", "r": 5}),
+    "a pattern": ("opt", {"target_modules": r".*\.(q_proj|fc1)", "lora_bias": True}),
+    "some layers": ("llama", {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]}),
+    "all but some": ("llama", {"target_modules": "all-linear", "exclude_modules": ["down_proj"]}),
+    "patterns": ("gpt2", {"target_modules": ["c_attn", "c_fc"], "rank_pattern": {"c_fc": 3}, "fan_in_fan_out": True}),
+    "gaussian": ("llama", {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": "gaussian"}),
+    "orthogonal": ("llama", {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": "orthogonal"}),
+    "not started at zero": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": False, "lora_bias": True}),
+    "mica": ("llama", {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": "mica"}),
+    "a module used twice": ("mlp", {"target_modules": ["0", "head"], "use_rslora": True}),
+}
+
+
+def peft_of(base: Any, options: dict[str, Any], seed: int | None) -> dict[str, Tensor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if seed is not None:
+            torch.manual_seed(seed)
+        model = get_peft_model(copy.deepcopy(base), LoraConfig(**options), adapter_name="sql")
+    return {key: parameter for key, parameter in model.named_parameters() if ".lora_" in key}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("case", CONFIGS)
+def test_it_starts_as_peft_does(case, dtype):
+    kind, options = CONFIGS[case]
+    if case == "mica" and dtype is torch.float64:
+        pytest.skip("PEFT has no MiCA in fp64")
+    base = build(kind, dtype)
+    want = peft_of(base, options, 3)
+    runtime = mlora.patch(copy.deepcopy(base), memory=ROOM)
+    state = torch.get_rng_state()
+    runtime.add_adapter("sql", LoraConfig(**options), seed=3)
+    assert torch.equal(torch.get_rng_state(), state), "drew from torch's own generator"
+    mine = dict(runtime.named_parameters("sql"))
+    assert list(mine) == list(want)
+    for key, parameter in want.items():
+        assert torch.equal(mine[key], parameter) and mine[key].dtype is parameter.dtype, key
+        assert mine[key].requires_grad is parameter.requires_grad, key
+
+
+def test_without_a_seed_it_draws_as_peft_draws():
+    base, options = build("mlp"), {"target_modules": ["0"]}
+    torch.manual_seed(11)
+    want = peft_of(base, options, None)
+    runtime = mlora.patch(copy.deepcopy(base), memory=ROOM)
+    torch.manual_seed(11)
+    runtime.add_adapter("sql", LoraConfig(**options))
+    assert all(torch.equal(parameter, want[key]) for key, parameter in runtime.named_parameters("sql"))
+
+
+def test_it_is_the_base_until_it_is_trained(tmp_path, capsys):
+    base, options = build("mlp"), {"target_modules": ["0", "up"], "r": 2}
+    model, batch = copy.deepcopy(base), inputs_for("mlp", 2)
+    runtime = mlora.patch(model, memory=ROOM)
+    info = runtime.add_adapter("sql", LoraConfig(**options), seed=0)
+    assert info.zero and info.rank == 2 and info.source == "config"
+    assert torch.equal(logits(model, batch, adapter_names="sql"), logits(model, batch))
+    get_peft_model(copy.deepcopy(base), LoraConfig(**options)).print_trainable_parameters()
+    want = capsys.readouterr().out
+    runtime.print_trainable_parameters()
+    assert capsys.readouterr().out == want
+    with torch.no_grad():
+        for _, parameter in runtime.named_parameters("sql"):
+            parameter.fill_(0.25)
+    assert not runtime.adapters["sql"].zero
+    runtime.save_adapter("sql", tmp_path)
+    runtime.load_adapter(tmp_path, "again")
+    assert torch.equal(logits(model, batch, adapter_names="again"), logits(model, batch, adapter_names="sql"))
+
+
+def test_a_mapping_will_do():
+    base = build("mlp")
+    runtime = mlora.patch(copy.deepcopy(base), memory=ROOM)
+    runtime.add_adapter("sql", {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["0"]}, seed=5)
+    want = peft_of(base, {"r": 2, "lora_alpha": 4, "target_modules": ["0"]}, 5)
+    assert all(torch.equal(parameter, want[key]) for key, parameter in runtime.named_parameters("sql"))
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "rewrites the base": ("llama", {"init_lora_weights": "pissa"}, "init_lora_weights='pissa' .* rewrites the base"),
+    "of data": ("llama", {"init_lora_weights": "eva"}, "init_lora_weights='eva' .* computed from data"),
+    "DoRA": ("llama", {"use_dora": True}, "use_dora=True is not trained"),
+    "dropout": ("llama", {"lora_dropout": 0.1}, "lora_dropout=0.1 is not trained"),
+    "embeddings": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens; adapters are trained on"),
+    "no module": ("llama", {"target_modules": ["nothing"]}, "name no module"),
+    "no linear": ("llama", {"target_modules": ["mlp"]}, "layers.0.mlp.*which adapters cannot change"),
+    "no usual ones": ("mlp", {}, "target_modules is None"),
+    "odd": ("llama", {"init_lora_weights": "orthogonal", "r": 3}, "r is 3"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_made_is_named(case):
+    kind, options, message = REFUSED[case]
+    runtime = mlora.patch(build(kind), memory=ROOM)
+    with pytest.raises(errors.AdapterError, match=message):
+        runtime.add_adapter("sql", LoraConfig(**options), seed=0)
+    assert not runtime.adapters
+    with pytest.raises(errors.AdapterError, match=r"takes an mlora\.Adapter, a peft\.LoraConfig"):
+        runtime.add_adapter("sql", 3)
