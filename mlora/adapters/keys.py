@@ -66,6 +66,11 @@ def _plain(key: str) -> tuple[str, str]:
     return key, ""
 
 
+def unwrapped(path: str) -> str:
+    """The path of a module without what is around those that it is in."""
+    return _WRAPPERS.sub("", path)
+
+
 def without(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], ignore: Sequence[str]
 ) -> tuple[Mapping[str, Any], Mapping[str, Tensor], tuple[str, ...]]:

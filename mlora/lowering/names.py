@@ -4,6 +4,8 @@ transformers renames what older checkpoints hold as it loads them (`conversion_m
 `base_model_prefix` between a model and the same with a head, `_checkpoint_conversion_mapping` of models with code of
 their own), and lists what they may hold and no model has any more (`_keys_to_ignore_on_load_unexpected`). Files of
 adapters are read by the same rules, so that what is renamed next comes with the next release.
+
+What torch.compile, DataParallel or checkpoint wrappers put around modules of the model is in its paths and in no name.
 """
 
 from __future__ import annotations
@@ -16,7 +18,10 @@ from typing import Any
 
 from torch import nn
 
+from ..adapters.keys import unwrapped
 from .delta import BaseLinear
+
+_AROUND_ALL = ("module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 class Names:
@@ -29,7 +34,7 @@ class Names:
 
     def __init__(self, model: nn.Module | None, bases: Mapping[str, BaseLinear]) -> None:
         self.bases = bases
-        self._given = model
+        self._given, self._around = _inside(model)
         self._found: dict[str, str] = {}
 
     @cached_property
@@ -40,12 +45,14 @@ class Names:
 
     def find(self, name: str) -> str:
         """The model's name of what a file calls `name`, which it may be itself; `name` where the model has none."""
-        if name in self.bases or self.model is None:
+        if name in self.bases:
             return name
         if name not in self._found:
-            renamed, pattern = self._renamed(name)
-            candidates = [name] if pattern else [renamed, *self._prefixed(renamed), *self._prefixed(name)]
-            self._found[name] = next((c for c in candidates if c in self.bases or self._holds(c)), name)
+            candidates = [name]
+            if self.model is not None:
+                renamed, pattern = self._renamed(name)
+                candidates += [] if pattern else [renamed, *self._prefixed(renamed), *self._prefixed(name)]
+            self._found[name] = next(filter(None, map(self._at, candidates)), name)
         return self._found[name]
 
     def converted(self, name: str) -> tuple[str, str] | None:
@@ -56,8 +63,12 @@ class Names:
         key, pattern = self._renamed(name)
         if pattern is None:
             return None
-        keys = [key, *self._prefixed(key)]
-        return next((k for k in keys if k in self.bases or k.removesuffix(".weight") in self.bases), key), pattern
+        for candidate in (key, *self._prefixed(key)):
+            if found := self._at(candidate):
+                return found, pattern
+            if found := self._at(candidate.removesuffix(".weight")):
+                return f"{found}.weight", pattern
+        return key, pattern
 
     def converter(self, pattern: str) -> Any:
         """The conversion that has the pattern among its sources."""
@@ -80,14 +91,16 @@ class Names:
         }
 
     def former(self, name: str) -> list[str]:
-        """What a file may call a module of the model, beside its name."""
-        if self.model is None:
-            return []
-        key = f"{name}.weight"
-        for renaming in self._reversed:
-            key, _ = renaming.rename_source_key(key)
-        old = key.removesuffix(".weight")
-        return [n for n in dict.fromkeys((old, *self._prefixed(old), *self._prefixed(name))) if n != name]
+        """What a file may call a module of the model, beside its path."""
+        plain = self._plain(name)
+        found = [plain]
+        if self.model is not None:
+            key = f"{plain}.weight"
+            for renaming in self._reversed:
+                key, _ = renaming.rename_source_key(key)
+            old = key.removesuffix(".weight")
+            found += [old, *self._prefixed(old), *self._prefixed(plain)]
+        return [n for n in dict.fromkeys(found) if n != name]
 
     def _renamed(self, name: str) -> tuple[str, str | None]:
         """The name after all renamings; that of a tensor, and the pattern that matched, where a converter does."""
@@ -101,15 +114,27 @@ class Names:
         prefix = f"{self.model.base_model_prefix}."
         return [name.removeprefix(prefix) if name.startswith(prefix) else prefix + name] if prefix != "." else []
 
-    def _holds(self, name: str) -> bool:
-        """Whether PEFT names a layer so that it puts around a parameter."""
-        while name.endswith(".base_layer"):
-            name = name.removesuffix(".base_layer")
-        return name in self._holders
+    def _at(self, name: str) -> str:
+        """The path of a module or parameter, or of a layer that PEFT puts around a parameter; "" if there is none."""
+        if (path := self._paths.get(name)) is not None:
+            return path
+        holder = name
+        while holder.endswith(".base_layer"):
+            holder = holder.removesuffix(".base_layer")
+        path = self._holders.get(holder, "")
+        return path and path + name[len(holder) :]
 
     @cached_property
-    def _holders(self) -> set[str]:
-        return {name.rpartition(".")[0] for name, base in self.bases.items() if base.experts}
+    def _paths(self) -> dict[str, str]:
+        return {self._plain(path): path for path in self.bases} | {path: path for path in self.bases}
+
+    def _plain(self, path: str) -> str:
+        return unwrapped(path.removeprefix(self._around))
+
+    @cached_property
+    def _holders(self) -> dict[str, str]:
+        holders = {name.rpartition(".")[0] for name, base in self.bases.items() if base.experts}
+        return {self._plain(path): path for path in holders} | {path: path for path in holders}
 
     @cached_property
     def _transforms(self) -> tuple[list[Any], list[Any]]:
@@ -124,3 +149,11 @@ class Names:
     @cached_property
     def _reversed(self) -> list[Any]:
         return [renaming.reverse_transform() for renaming in reversed(self._transforms[0])]
+
+
+def _inside(model: nn.Module | None) -> tuple[nn.Module | None, str]:
+    """The model in what is wrapped around all of it, and the path there, with a dot behind."""
+    path = ""
+    while model is not None and len(model._modules) == 1 and (name := next(iter(model._modules))) in _AROUND_ALL:
+        model, path = model._modules[name], f"{path}{name}."
+    return model, path

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import HIDDEN, VOCAB, assert_close, build, inputs_for, logits, peft_alone, refused
+from conftest import HIDDEN, VOCAB, assert_close, build, inputs_for, logits, make_adapter, peft_alone, refused
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import mlora
 from mlora import errors
@@ -379,3 +380,46 @@ def test_weights_that_do_nothing_anywhere_may_be_for_other_modules() -> None:
     alone = {key: tensor for key, tensor in old.tensors.items() if "layers.7" in key}
     with refused(model, errors.AdapterError, "no weights"):
         runtime.add_adapter("a", mlora.Adapter(old.config, alone))
+
+
+# What is around modules of the model
+
+AROUND: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "torch.compile": lambda module: torch.compile(module, backend="eager"),
+    "checkpoint_wrapper": checkpoint_wrapper,
+    "DataParallel": nn.DataParallel,
+}
+
+
+@pytest.mark.parametrize("whole", (False, True), ids=("layers", "all"))
+@pytest.mark.parametrize("how", AROUND)
+def test_what_is_around_modules_is_in_no_name(how: str, whole: bool, tmp_path: Path) -> None:
+    if how == "DataParallel" and not whole:
+        pytest.skip("it is around a model")
+    base, batch = build("llama"), inputs_for("llama", 3)
+    saved = {"target_modules": ["model.layers.0.self_attn.q_proj", "up_proj"], "modules_to_save": ["lm_head"]}
+    folder = make_adapter(tmp_path / "a", base, 1, r=2, **saved)
+    model = copy.deepcopy(base)
+    if whole:
+        model = AROUND[how](model)
+    else:
+        for index, layer in enumerate(model.model.layers):
+            model.model.layers[index] = AROUND[how](layer)
+    info = mlora.patch(model, memory=1 << 20).load_adapter(folder, "a", strict=True)
+    assert len(info.modules) == 4
+    with model.mlora.use_adapters(["a", None, "a"]):
+        got = logits(model, batch)
+    want, bare = logits(peft_alone(base, folder), batch), logits(base, batch)
+    assert_close(got, torch.stack([want[0], bare[1], want[2]]))
+
+
+def test_older_names_of_a_model_that_is_wrapped(bases: dict[str, Any]) -> None:
+    old = of_experts("mixtral", bases["mixtral"])
+    model = copy.deepcopy(bases["mixtral"])
+    for index, layer in enumerate(model.model.layers):
+        model.model.layers[index] = checkpoint_wrapper(layer)
+    mlora.patch(model, memory=1 << 20).add_adapter("old", old.adapter())
+    batch = inputs_for("mixtral", 2)
+    got = output(model, batch, adapter_names=["old", None])
+    assert_close(got[:1], output(old.want, batch)[:1])
+    assert_close(got[1:], output(bases["mixtral"], batch)[1:])
