@@ -240,7 +240,7 @@ def test_weights_in_half_precision_are_rounded_once(tmp_path: Path) -> None:
 
 def test_what_is_told_on_the_host_is_what_kernels_read(world: World) -> None:
     entries: list[Any] = ["down", None, {"both": 0.3, "gate": -1.7}, "plain", "down", {"both": 0.1, "down": 0.2}]
-    store, stacks, compared = world.model.mlora._store, world.model.mlora._router._planner._experts, 0
+    store, stacks, compared = world.model.mlora._store, world.model.mlora._router._planner._assembly._experts, 0
     with world.model.mlora.use_adapters(entries):
         plan = world.model.mlora._shared.local.plan
         assert plan is not None and sorted(torch.cat([r.rows for r in plan.routes]).tolist()) == list(range(6))
