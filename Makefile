@@ -24,7 +24,7 @@ $(VENV)/.tools:
 
 $(VENV)/.built: $(VENV)/.tools $(SOURCES)
 	@echo "== Installing mlora and building its C++ kernels (a minute or two, silent)"
-	$(PIP) --quiet --no-build-isolation -e '.[demo,test,bench,dev]'
+	$(PIP) --quiet --no-build-isolation -e '.[demo,serve,test,bench,dev]'
 	@touch $@
 
 $(VENV)/.model: $(VENV)/.built

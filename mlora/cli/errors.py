@@ -36,3 +36,14 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("mlora: interrupted", err=True)
         raise typer.Exit(130) from None
+
+
+@contextmanager
+def as_input_errors(what: str = "") -> Iterator[None]:
+    """Turn what mlora refuses into InputErrors, with `what` in front."""
+    from mlora.errors import MloraError
+
+    try:
+        yield
+    except MloraError as error:
+        raise InputError(f"{what}{error}") from None

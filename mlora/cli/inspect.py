@@ -8,12 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
+from mlora.serve.tokenizers import files_of
+
 from .adapters import Given, expanded, find
-from .errors import InputError, one_line_errors
+from .errors import InputError, as_input_errors, one_line_errors
 from .models import check_device, check_model
 from .options import ApproximateOption, DeviceOption, DtypeOption, IgnoreOption, PickleOption, StrictOption
 from .shapes import linears_of
-from .tokenizers import files_of
 
 # Options whose tensors do not tell the widths of what they change.
 _FROM_BASE = ("use_bdlora", "target_parameters")
@@ -47,7 +48,8 @@ def inspect(
 
         out = Console(soft_wrap=True, highlight=False, markup=False)
         adapter = Adapter.from_pretrained(source, allow_pickle=allow_pickle, ignore=ignore or ())
-        files = files_of(folder, source, path)
+        with as_input_errors():
+            files = files_of(folder, source, path)
         linears = linears_of(adapter.tensors)
         copied = any(key.endswith("base_layer.weight") for key in adapter.tensors)  # to be compared with the base
         ranks = sorted({rank for rank, _, _ in linears.values()})

@@ -12,13 +12,14 @@ from typing import Annotated, Any
 
 import typer
 
+from mlora.serve.tokenizers import FILES, TEMPLATES, files_of, own_tokenizer, serving
+
 from .adapters import GRAMMAR, Given, find, parse_adapters
-from .errors import InputError, one_line_errors
+from .errors import InputError, as_input_errors, one_line_errors
 from .models import DTYPES, check_device, check_model
 from .options import BaseOption, DeviceOption, ForceOption, IgnoreOption, PickleOption
 from .progress import Progress, counted
 from .shapes import linears_of
-from .tokenizers import FILES, TEMPLATES, files_of, own_tokenizer, serving
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -96,7 +97,8 @@ def merge(
         with progress.step(f"reading {counted(len(given), 'adapter')}"):
             loading: dict[str, Any] = {"allow_pickle": allow_pickle, "ignore": ignore or ()}
             adapters = {one.name: Adapter.from_pretrained(one.source, **loading) for one in given}
-            tokenizer, tokenizer_note = ([], "") if base_tokenizer else _tokenizer_files(given, folders)
+            with as_input_errors():
+                tokenizer, tokenizer_note = ([], "") if base_tokenizer else _tokenizer_files(given, folders)
         bases = None
         if model is not None:
             with progress.step(f"loading the model {model}"):
@@ -167,7 +169,7 @@ def _tokenizer_files(adapters: Sequence[Given], folders: Mapping[str, Path]) -> 
     """The tokenizer files that the merged adapter brings, and what to say of those that it does not.
 
     Raises:
-        InputError: the adapters' tokenizers or chat templates differ.
+        InputError, AdapterError: the adapters' tokenizers or chat templates differ.
     """
     brought = {given.name: files_of(given.name, given.source, folders[given.name]) for given in adapters}
     own = {name: files for name, files in brought.items() if files}

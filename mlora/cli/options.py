@@ -53,13 +53,13 @@ IgnoreOption = Annotated[
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
 
-def parse_size(text: str) -> int:
-    """Bytes, of `--memory`."""
+def parse_size(text: str, option: str = "--memory") -> int:
+    """Bytes, of an option."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([KMGT])(i?))?B?", text.strip(), re.IGNORECASE)
     if found is None:
-        raise InputError(f"--memory {text!r}: wanted bytes, or a size such as 512MiB, 2GiB or 2GB")
+        raise InputError(f"{option} {text!r}: wanted bytes, or a size such as 512MiB, 2GiB or 2GB")
     number, prefix, binary = found.groups()
     size = int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(prefix.upper()) + 1 if prefix else 0))
     if size < 1:
-        raise InputError(f"--memory {text!r}: wanted at least one byte")
+        raise InputError(f"{option} {text!r}: wanted at least one byte")
     return size

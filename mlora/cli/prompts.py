@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, as_input_errors
 from .served import Served
 
 
@@ -25,15 +25,17 @@ def encode_lines(
 ) -> Prompts:
     """Raises InputError for a line that cannot be one prompt: its adapters' tokenizers differ, there is no chat
     template, the template refuses it, or it gives no token."""
+    from mlora.serve.tokenizers import files_of, own_tokenizer, serving
+
     from . import models
     from .chat import encode
-    from .tokenizers import files_of, own_tokenizer, serving
 
     base = models.load_tokenizer(served.model)
     own = {}
     for name, source in () if base_tokenizer else served.sources.items():
         hub = {key: source.loading.get(key) for key in ("revision", "token")}
-        own[name] = own_tokenizer(name, files_of(name, source.source, source.folder, **hub), base) or base
+        with as_input_errors():
+            own[name] = own_tokenizer(name, files_of(name, source.source, source.folder, **hub), base) or base
     ids, tokenizers = [], []
     for number, (line, entry) in enumerate(zip(lines, entries, strict=True), start=1):
         if raw and "messages" in line:

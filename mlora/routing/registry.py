@@ -43,6 +43,7 @@ class AdapterInfo:
         zero: whether its delta is zero, so that it changes nothing: never trained, scaled by 0, or a merge to nothing.
         ignored: what its files hold beside: config fields and tensors that `ignore` named, and parts of other models
             (`lora_te_*`).
+        made_of: of one that a request's merge made, or what is folded in: the adapters, with any of which it goes.
     """
 
     name: str
@@ -59,6 +60,7 @@ class AdapterInfo:
     unused: tuple[str, ...] = ()
     zero: bool = False
     ignored: tuple[str, ...] = ()
+    made_of: tuple[str, ...] = ()
 
     @property
     def error(self) -> float:
@@ -205,6 +207,7 @@ class Registry:
             name, adapter.source, adapter.peft_type, _variant(adapter), ranks[-1], ranks, tuple(deltas),
             packed.nbytes, "host", {path: delta.error for path, delta in deltas.items() if delta.error},
             lowered.missing, lowered.unused, all(delta.is_zero for delta in deltas.values()), adapter.ignored,
+            tuple(sources),
         )  # fmt: skip
         with self._lock:
             if replaces:

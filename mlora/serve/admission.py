@@ -152,6 +152,7 @@ class Admission:
                     break
                 del self._pending[self._ready.popleft()]
                 request.state = RUNNING
+                request.started = time.monotonic()
                 self.running += len(request.sequences)
                 self.tokens += request.size
                 self._start(request)

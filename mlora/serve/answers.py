@@ -13,11 +13,13 @@ ERROR = "error"
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Counts of one answer, in tokens. `cached`: those of the prompt whose keys and values were there already."""
+    """Counts of one answer, in tokens. `cached`: those of the prompt whose keys and values were there already.
+    `waited`: seconds from the request's coming until it ran."""
 
     prompt: int
     completion: int
     cached: int
+    waited: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

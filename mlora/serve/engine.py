@@ -38,7 +38,8 @@ class Engine:
     Each answer is what `model.generate` of that request alone gives, whatever else runs: to the token, but where the
     base's own products, which round by the size of the batch, leave two tokens within rounding.
 
-    An engine runs in threads of its own. Its methods may be called from any thread and event loop.
+    An engine runs in threads of its own. Its methods may be called from any thread and event loop. `limits` are those
+    that it keeps.
 
     Args:
         runtime: of the patched model, which may be used beside it.
@@ -96,6 +97,7 @@ class Engine:
             runtime.slots if max_adapters is None else max_adapters,
             ahead,
         )
+        self.limits = limits
         self._admission = Admission(
             runtime, self._shelf, limits, threads, self._runner.start, self._runner.fail, self._lock
         )
@@ -198,6 +200,17 @@ class Engine:
             DuplicateAdapterError: the name is taken.
         """
         self._shelf.register(adapter_name, path_or_id, options)
+
+    def source(self, adapter_name: str) -> str | None:
+        """Where an adapter comes from that is loaded or registered: a folder, a hub id or "memory"; None if there is
+        none of that name."""
+        info = self.runtime.adapter(adapter_name)
+        return self._shelf.source(adapter_name) if info is None else info.source
+
+    def sources(self) -> dict[str, str]:
+        """`source` of all that requests may name. Merges that requests made are not among them."""
+        loaded = {name: info.source for name, info in self.runtime.adapters.items() if not info.made_of}
+        return {**self._shelf.sources(), **loaded}
 
     def _replace(self, name: str, source: Any, options: dict[str, Any]) -> AdapterInfo:
         if name in self._shelf:

@@ -71,7 +71,7 @@ class Request:
             DONE.
         pin: of its adapters, while it holds one; `content`: what that was.
         starts: of its aLoRAs, where in the prompt each begins to apply.
-        passed: see `queue.Waiting`. `came`: when, by `time.monotonic`.
+        passed: see `queue.Waiting`. `came`: when, by `time.monotonic`; `started`: when it began to run, or `came`.
     """
 
     prompt: Sequence[int]
@@ -90,3 +90,7 @@ class Request:
     sequences: list[SequenceState] = field(default_factory=list)
     passed: int = 0
     came: float = field(default_factory=time.monotonic)
+    started: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.started = self.came

@@ -80,6 +80,16 @@ class Shelf:
     def __contains__(self, name: str) -> bool:
         return name in self._records
 
+    def source(self, name: str) -> str | None:
+        """Where one that was registered comes from."""
+        record = self._records.get(name)
+        return None if record is None else str(record.source)
+
+    def sources(self) -> dict[str, str]:
+        """Of all that were registered."""
+        with self._lock:
+            return {name: str(record.source) for name, record in self._records.items()}
+
     def register(self, name: str, source: str | Path, options: Mapping[str, Any]) -> None:
         """Raises `DuplicateAdapterError` if the name is taken."""
         with self._lock:

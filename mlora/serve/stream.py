@@ -64,7 +64,8 @@ class Reader:
         self._counts[index] += event.token is not None
         usage = None
         if reason is not None:
-            usage = Usage(len(sequence.request.prompt), self._counts[index], sequence.cached)
+            request = sequence.request
+            usage = Usage(len(request.prompt), self._counts[index], sequence.cached, request.started - request.came)
         return Token(event.token, text, event.logprob, event.top_logprobs, index, reason, usage)
 
 

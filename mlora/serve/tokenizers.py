@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from .. import errors
 
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 FILES = (
@@ -28,7 +28,7 @@ def serving(names: Iterable[str], base: Any, own: Mapping[str, Any], raw: bool =
         raw: the chat template is not used, and need not be the same. `way_out`: ends the message of a refusal.
 
     Raises:
-        InputError: the adapters' are not the same.
+        AdapterError: the adapters' are not the same.
     """
     first: tuple[str, Any] | None = None
     for name in names:
@@ -36,7 +36,7 @@ def serving(names: Iterable[str], base: Any, own: Mapping[str, Any], raw: bool =
         if first is None:
             first = name, tokenizer
         elif difference := differ(first[1], tokenizer, raw):
-            raise InputError(
+            raise errors.AdapterError(
                 f"adapters {first[0]!r} and {name!r} have different {difference}; a mix would need one; {way_out}"
             )
     return base if first is None else first[1]
@@ -68,7 +68,7 @@ def own_tokenizer(name: str, files: Sequence[Path], base: Any) -> Any | None:
     """The tokenizer that an adapter brings in `files`; None where it brings none, or a copy of the base's.
 
     Raises:
-        InputError: it brings one that cannot be read.
+        AdapterError: it brings one that cannot be read.
     """
     if not files:
         return None
@@ -83,7 +83,7 @@ def own_tokenizer(name: str, files: Sequence[Path], base: Any) -> Any | None:
             tokenizer = AutoTokenizer.from_pretrained(str(files[0].parent))
     except Exception as error:  # tokenizers' own errors have no common base short of Exception
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(
+        raise errors.AdapterError(
             f"adapter {name!r} brings a tokenizer ({', '.join(there)}) that cannot be read: {reason}; {WAY_OUT}"
         ) from None
     if not tokenizer.chat_template and base is not None:  # saved without one: it was trained with the base's
@@ -106,7 +106,7 @@ def files_of(
         source: what the adapter was loaded from. `folder`: where that lies now, as `local_path` says.
 
     Raises:
-        InputError: they are where they cannot be read from.
+        AdapterError: they are where they cannot be read from.
     """
     if "://" in source:
         import fsspec
@@ -114,7 +114,7 @@ def files_of(
         files, path = fsspec.core.url_to_fs(source)
         where = path.rpartition("/")[0] if path.endswith(".safetensors") else path
         if there := [file for file in FILES if files.isfile(f"{where}/{file}")]:
-            raise InputError(
+            raise errors.AdapterError(
                 f"adapter {name!r} brings a tokenizer ({', '.join(there)}), which is read from folders and the hub "
                 f"only, not from {source}; {WAY_OUT}"
             )

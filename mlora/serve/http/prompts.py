@@ -1,0 +1,130 @@
+"""Texts and chats -> tokens, in the template of the model or of the adapter that brings its own."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ... import errors
+from ...adapters.sources import local_path
+from ...routing.entries import Entry
+from ..shelf import names_of
+from ..tokenizers import files_of, own_tokenizer, serving
+from .names import Names
+from .problems import ADAPTER, INVALID, Problem
+
+_LONG = 2000  # letters, from which on a text is encoded off the event loop
+_WAY_OUT = "a server with --base-tokenizer uses the base's for every request"
+
+T = TypeVar("T")
+
+
+class Prompts:
+    """Encodes prompts, by one thread beside the event loop's where it takes long.
+
+    Args:
+        tokenizer: of the base. `base_tokenizer`: whether it is used for all adapters, whatever they bring.
+    """
+
+    def __init__(self, tokenizer: Any, names: Names, base_tokenizer: bool) -> None:
+        self._base = tokenizer
+        self._names = names
+        self._base_only = base_tokenizer
+        self._own: dict[str, tuple[str | None, Any]] = {}  # adapter -> its source, and the tokenizer that it brings
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="mlora-prompts")
+        self.special: frozenset[int] = frozenset(tokenizer.all_special_ids)
+        taken = inspect.signature(type(tokenizer).apply_chat_template).parameters
+        self._reserved = frozenset({*taken, "messages"})
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def forget(self, name: str) -> None:
+        """Of an adapter that was deleted or replaced."""
+        self._own.pop(name, None)
+
+    async def check(self, entry: Entry) -> Any:
+        """The tokenizer that brings the entry's chat template.
+
+        Raises:
+            Problem: its adapters bring tokenizers with other tokens than the base's, or different templates.
+        """
+        if entry is None or self._base_only:
+            return self._base
+        names = names_of(entry)
+        for name in names:
+            source = self._names.source(name)
+            if self._own.get(name, (None, None))[0] != source or name not in self._own:
+                self._own[name] = source, await self._off_loop(self._read, name, source)
+        own = {name: self._own[name][1] for name in names if self._own.get(name, (None, None))[1] is not None}
+        if not own:
+            return self._base
+        try:
+            chosen = serving(names, self._base, own, way_out=_WAY_OUT)
+            serving(["base", "adapter"], self._base, {"adapter": chosen}, raw=True)
+        except errors.AdapterError as error:
+            bad = ", ".join(own)
+            message = str(error) if len(names) > 1 else f"adapter {bad!r} has a tokenizer of its own; {_WAY_OUT}"
+            raise Problem(ADAPTER, message, "model") from None
+        return chosen
+
+    def _read(self, name: str, source: str | None) -> Any:
+        """The tokenizer that an adapter brings, if it is none of the base's."""
+        if source is None or not (Path(source).exists() or "/" in source):  # of one in memory
+            return None
+        try:
+            return own_tokenizer(name, files_of(name, source, local_path(source, None, None)), self._base)
+        except errors.AdapterError as error:
+            raise Problem(ADAPTER, str(error), "model") from None
+
+    async def encode(self, text: str, special: bool = True) -> list[int]:
+        """The tokens of a text. `special`: with those that the tokenizer puts around it."""
+
+        def work() -> list[int]:
+            return list(self._base(text, add_special_tokens=special)["input_ids"])
+
+        return work() if len(text) < _LONG else await self._off_loop(work)
+
+    async def places(self, text: str, special: bool) -> tuple[list[int], list[tuple[int | None, int | None]]]:
+        """The tokens of a text, and where in it each begins and ends; None where the tokenizer does not say."""
+
+        def work() -> Any:
+            fast = bool(self._base.is_fast)
+            return self._base(text, add_special_tokens=special, return_offsets_mapping=fast)
+
+        found = await self._off_loop(work)
+        ids = list(found["input_ids"])
+        return ids, list(found.get("offset_mapping") or [(None, None)] * len(ids))
+
+    async def chat(
+        self, messages: Sequence[Mapping[str, Any]], tokenizer: Any, options: Mapping[str, Any], **own: Any
+    ) -> list[int]:
+        """The tokens of a chat.
+
+        Args:
+            tokenizer: of `check`. `options`: of the request for the template. `own`: of `apply_chat_template`.
+
+        Raises:
+            Problem: there is no template, or what it refuses.
+        """
+        if not tokenizer.chat_template:
+            raise Problem(INVALID, "the model has no chat template; /v1/completions takes prompts as they are")
+        if reserved := sorted(self._reserved & options.keys()):
+            raise Problem(INVALID, f"chat_template_kwargs.{reserved[0]} is not served", "chat_template_kwargs")
+
+        def work() -> list[int]:
+            given = {"add_generation_prompt": True, **own}
+            text = tokenizer.apply_chat_template(list(messages), tokenize=False, **given, **options)
+            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+        try:
+            return await self._off_loop(work)
+        except Exception as error:  # templates raise what they like
+            raise Problem(INVALID, f"the chat template refuses the messages: {error}", "messages") from None
+
+    async def _off_loop(self, work: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
