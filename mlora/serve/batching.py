@@ -47,7 +47,13 @@ _NAMES: dict[str, dict[str, dict[str, tuple[str, ...] | None]]] = {
         },
         "OutputRouter": {"deliver": ("self", "output"), "deliver_batch": ("self", "outputs")},
     },
-    "scheduler": {"FIFOScheduler": {"clear_cancelled_requests": ("self",)}},
+    "scheduler": {
+        "FIFOScheduler": {
+            "add_waiting_request": ("self", "state"),
+            "clear_cancelled_requests": ("self",),
+            "set_request_cancellation": ("self", "request_id"),
+        }
+    },
     "cache": {
         "PagedAttentionCache": {
             "search_prefix_match": ("self", "request_id", "prompt_ids"),
@@ -124,7 +130,7 @@ class Worker(ContinuousBatchingManager):
     """Runs sequences in steps, in a thread of its own, until one fails. On the CPU `attention.check` has passed.
 
     Args:
-        told: takes the events of a step. `left`: takes the ids of those that were cancelled and are out of the batches.
+        told: takes the events of a step. `left`: takes the ids of cancelled ones that are out of the batches.
 
     `step` has the sequences of the step that is running, or of the one that failed; else nothing.
     """
@@ -189,8 +195,9 @@ class Worker(ContinuousBatchingManager):
     def _create_batch_processor(self) -> Any:
         processor = _has(super()._create_batch_processor(), "cache", "scheduler", "inputs_and_outputs")
         _has(processor.inputs_and_outputs, "requests_in_batch").__class__ = _Inputs
-        _has(processor.scheduler, "block_new_requests").__class__ = _Scheduler
-        processor.scheduler.left = self._gone
+        scheduler = _has(processor.scheduler, "block_new_requests", "_requests_to_cancel", "_cancellation_lock")
+        scheduler.__class__ = _Scheduler
+        scheduler.keep(self._sequences, self._gone)
         processor.cache.__class__ = _Cache
         if self.model.device.type == "cpu":
             attention.read_in_place(processor.cache)
@@ -294,15 +301,30 @@ class _Inputs(ContinuousBatchingIOs):
 
 
 class _Scheduler(FIFOScheduler):
-    """Tells which requests were cancelled: these alone leave without a step."""
+    """Tells which of the requests that were to be cancelled are out of the batches, be it that they ended before."""
 
-    left: Callable[[Sequence[str]], None]
+    def keep(self, sequences: Mapping[str, SequenceState], gone: Callable[[Sequence[str]], None]) -> None:
+        self._sequences = sequences
+        self._gone = gone
+        self._came: set[str] = set()
+
+    def add_waiting_request(self, state: Any) -> None:
+        self._came.add(state.request_id)
+        super().add_waiting_request(state)
 
     def clear_cancelled_requests(self) -> list[Any]:
+        with self._cancellation_lock:
+            wanted = set(self._requests_to_cancel)
         states = super().clear_cancelled_requests()
-        if states:
+        self._came &= self._sequences.keys()
+        gone = wanted & self._came
+        for id in wanted - gone:
+            if id in self._sequences:  # it is on its way still
+                self.set_request_cancellation(id)
+        if gone:
+            self._came -= gone
             self.block_new_requests = False  # as when a request ends, which leaves room too
-            self.left([state.request_id for state in states])
+            self._gone(sorted(gone))
         return states
 
 

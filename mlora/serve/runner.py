@@ -213,7 +213,7 @@ class Runner:
     def _recover(self, worker: Worker) -> None:
         """The worker is dead: of its sequences some fail, and the rest is for the next."""
         error = worker.background_thread_status.fatal_error
-        log.warning("mlora.serve: the worker died (%r); a new one takes over", error)
+        log.warning("mlora.serve: the worker died (%s); a new one takes over", repr(error))
         with self._lock:
             self.restarts += 1
             self._worker = None
