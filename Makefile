@@ -49,7 +49,7 @@ lint: $(VENV)/.built
 	$(BIN)/lint-imports
 
 docs: $(VENV)/.built
-	$(BIN)/python -W error -m pdoc --docformat google -o build/reference mlora '!mlora\..*' mlora.errors
+	$(BIN)/python -W error -m pdoc --docformat google -o build/reference mlora '!mlora\..*' mlora.errors mlora.serve
 
 bench: $(VENV)/.model
 	@$(BIN)/mlora bench $(BENCH_FLAGS)

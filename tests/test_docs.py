@@ -40,6 +40,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {  # of the kinds in examples/adapters
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that looks like the root of a checkout after `make demo`, with a tiny model in the demo's place."""
     model = build("llama")
+    model.config.max_position_embeddings = 1024  # letters are tokens
     folder = tmp_path / "cache" / "SmolLM2-135M-Instruct"
     model.save_pretrained(folder)
     letters = {

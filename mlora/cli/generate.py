@@ -52,6 +52,14 @@ def generate(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per generate() call, whatever their adapters.")] = 16,
+    continuous: Annotated[
+        bool,
+        typer.Option(
+            "--continuous",
+            help="Batch continuously: --batch-size rows of any length run at once, and one that is done makes room for "
+            "the next.",
+        ),
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="At most, of each completion.")] = 64,
     raw: Annotated[bool, typer.Option("--raw", help="Feed prompts as they are, without the chat template.")] = False,
     base_tokenizer: Annotated[
@@ -128,7 +136,8 @@ def generate(
             "--base-tokenizer": base_tokenizer,
             "--dtype": dtype,
             "--seed": seed,
-            "--batch-size": batch_size if options["do_sample"] else None,
+            "--batch-size": batch_size if options["do_sample"] and not continuous else None,
+            "--continuous": continuous if options["do_sample"] else None,
             **{f"--{name.replace('_', '-')}": value for name, value in options.items()},
         }
         with open_output(output, input, lines, force, resume, matters) as out:
@@ -146,6 +155,10 @@ def generate(
             with progress.step(f"loading {counted(len(served.names), 'adapter')}"):
                 served.patch(loaded, memory=room, max_adapters=max_adapters)
             with progress.counting("completions", out.done, len(lines)) as count:
+                if continuous:
+                    from .continuous import answer_all
+
+                    answer_all(loaded, prompts, lines, options, seed, batch_size, out, count)
                 for start in range(out.done, len(lines), batch_size):
                     _answer(loaded, prompts, lines, slice(start, start + batch_size), options, seed, out)
                     count(out.done)

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from .. import errors
 
 MAX_SEED = 2**63 - 1
+
+# Options of generation configs: those served under the same name, with what `generate` takes where none is given, and
+# those that are not served, with what is neutral.
+_GENERATE = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+_UNSERVED = {
+    "num_beams": 1, "no_repeat_ngram_size": 0, "bad_words_ids": None, "typical_p": 1.0, "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0, "top_h": None, "min_length": 0, "min_new_tokens": None, "suppress_tokens": None,
+    "begin_suppress_tokens": None, "forced_bos_token_id": None, "forced_eos_token_id": None, "sequence_bias": None,
+    "exponential_decay_length_penalty": None, "guidance_scale": None, "penalty_alpha": None, "dola_layers": None,
+    "encoder_repetition_penalty": 1.0, "renormalize_logits": False, "watermarking_config": None, "stop_strings": None,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,6 +115,31 @@ class Sampling:
     def greedy(self) -> bool:
         """Whether the likeliest token is taken each time."""
         return self.temperature == 0
+
+    def seeded(self, seed: int) -> Sampling:
+        """The same with another seed."""
+        return replace(self, seed=seed)
+
+    @classmethod
+    def like_generate(cls, model: Any, *, do_sample: bool | None = None, **options: Any) -> Sampling:
+        """What `model.generate(do_sample=do_sample, **options)` does: what is not given is that of the model's
+        generation config, or `generate`'s own. `options` are those that are here under the same name.
+
+        Raises:
+            RequestError: the generation config has an option that an engine does not serve.
+        """
+        config = model.generation_config
+        for name, neutral in _UNSERVED.items():
+            if (value := getattr(config, name, None)) is not None and value != neutral:
+                raise errors.RequestError(f"the model's generation config has {name} {value!r}, which is not served")
+        given: dict[str, Any] = {}
+        for name, default in _GENERATE.items():
+            value = getattr(config, name, None)
+            given[name] = default if value is None else value
+        given |= options
+        if not (config.do_sample if do_sample is None else do_sample):
+            given["temperature"] = 0
+        return cls(**given)
 
     def _integer(self, name: str, least: int, most: int | None = None) -> None:
         value = getattr(self, name)

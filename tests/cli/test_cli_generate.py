@@ -76,13 +76,14 @@ def alone(runtime: Any, prompt: str, entry: Any) -> str:
     return words.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("options", [(), ("--continuous",)], ids=["batches", "continuous"])
 def test_a_config_and_entries_of_every_form(
-    llama: Any, base: str, loads: list[Any], config: Path, folders: dict[str, Path], tmp_path: Path
+    llama: Any, base: str, loads: list[Any], config: Path, folders: dict[str, Path], tmp_path: Path, options: Any
 ) -> None:
     prompt = "5 9 33 2 17"
     entries: list[Any] = ["one", "two", "both", None, {"one": 0.7, "two": -0.3}, MERGE]
     lines = [{"prompt": prompt, "adapter": entry} for entry in entries] + [{"prompt": prompt}]
-    code, output, done = generate(tmp_path, lines, "--config", str(config))
+    code, output, done = generate(tmp_path, lines, "--config", str(config), *options)
     assert code == 0, output
     assert loads == [base]
     assert [{k: v for k, v in line.items() if k != "completion"} for line in done] == lines
@@ -96,6 +97,31 @@ def test_a_config_and_entries_of_every_form(
     want = [alone(runtime, prompt, entry) for entry in by_hand]
     assert [line["completion"] for line in done] == want
     assert len(set(want)) > 3
+
+
+def test_continuous_answers_are_in_order_and_draw_as_generate_does(
+    llama: Any, config: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Lines of other lengths, two at once; the seed of a line is the first one's and its number."""
+    lines = [{"prompt": "5 9 33 2 17"[: 1 + 2 * (at % 5)], "adapter": "one"} for at in range(7)]
+    draw = ("--continuous", "--batch-size", "2", "--do-sample", "--seed", "11")
+    code, output, done = generate(tmp_path, lines, "--config", str(config), *draw)
+    assert code == 0, output
+    runtime, words, want = mlora.patch(copy.deepcopy(llama)), tokenizer(), []
+    runtime.load_adapter(folders["r3"], "one")
+    for at, line in enumerate(lines):
+        text = words.apply_chat_template([{"role": "user", "content": line["prompt"]}], tokenize=False)
+        ids = torch.tensor([words(text)["input_ids"]])
+        torch.manual_seed(11 + at)
+        out = runtime.model.generate(ids, adapter_names=["one"], max_new_tokens=8, do_sample=True)
+        want.append({**line, "completion": words.decode(out[0, ids.shape[1] :], skip_special_tokens=True)})
+    assert done == want
+
+
+def test_continuous_says_what_fails(config: Path, tmp_path: Path) -> None:
+    lines = [{"prompt": "5 9"}, {"prompt": "7 " * 70}]
+    code, output, done = generate(tmp_path, lines, "--config", str(config), "--continuous")
+    assert code == 1 and "at most 64 are served" in output and not done
 
 
 @pytest.mark.parametrize(
