@@ -66,6 +66,9 @@ class ConvLayer(LoraLayer):
         """Siblings share an input; of convolutions they would have to share kernels and strides too."""
         return self._routed(x, plan.tensor, plan.touches[self._mlora.index])
 
+    def _given(self, x: Tensor) -> Tensor:
+        return self._base(x)
+
     def _routed(self, x: Tensor, words: Tensor, touches: int) -> Tensor:
         if x.dim() == len(self.kernel_size) + 1:
             return self._routed(x[None], words, touches)[0]

@@ -6,7 +6,8 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .conv import CONVS, ConvLayer, is_conv
@@ -15,7 +16,7 @@ from .embedding import EmbeddingLayer
 from .linear import LoraLayer
 from .norm import NormLayer, is_norm_like, norm_offset
 from .parameters import ParametersLayer, Stack, stacks_of
-from .swap import bound_forwards
+from .swap import bound_forwards, twin_of
 
 # Where PEFT's layers, and its copies of whole modules, keep the model's own.
 _INNER = ("base_layer", "original_module")
@@ -41,7 +42,7 @@ def find_layers(model: nn.Module) -> dict[str, nn.Module]:
 
     These are linears, convolutions, embeddings of tokens, and norms. Those whose owner reads their weight without
     calling them are left out, since a layer there would silently do nothing: `nn.MultiheadAttention`'s projections and
-    `nn.TransformerEncoderLayer`'s linears and norms.
+    `nn.TransformerEncoderLayer`'s linears and norms. So are subclasses of linears that give something else.
     """
     bypassed = {
         id(child)
@@ -56,13 +57,32 @@ def find_layers(model: nn.Module) -> dict[str, nn.Module]:
         if name
         and id(module) not in bypassed
         and (
-            isinstance(module, MODULE_CLASSES)
+            (isinstance(module, MODULE_CLASSES) and not _gives_other(module))
             or id(module) in tokens
             or is_conv(module)
             or is_packed_linear(module)
             or norm_offset(module) is not None
         )
     }
+
+
+def _gives_other(module: nn.Module) -> bool:
+    """Whether it is a subclass with a forward of its own that gives no linear's output, as routers that give what they
+    choose. Where that cannot be tried without numbers, layers look at what they get."""
+    twin, cls = twin_of(module)
+    weight: Any = module._parameters.get("weight")
+    if cls.forward in (nn.Linear.forward, Conv1D.forward) or not is_dense(weight):
+        return False
+    twin.__dict__["_parameters"] = {
+        name: None if held is None else held.detach().to("meta") for name, held in module._parameters.items()
+    }
+    x = torch.empty(2, twin.in_features, dtype=weight.dtype, device="meta")
+    try:
+        with torch.no_grad():
+            y = cls.forward(twin, x)
+    except Exception:
+        return False
+    return not isinstance(y, Tensor) or y.shape != (2, twin.out_features)
 
 
 def find_stacks(model: nn.Module) -> dict[str, Stack]:

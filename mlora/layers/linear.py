@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from .. import errors
 from ..arena.bits import BOTH, GAIN, HEAD, INPUT, LORA, SHIFT, TAIL, TURN
@@ -132,7 +133,7 @@ class LoraLayer(nn.Module):
                 return self._routed(x, plan.tensor, plan.touches[index])
             if seen.results:  # not asked for: their layers do not read what that one reads
                 groups[seen.first] = tuple(layer for layer in known if layer._mlora.index not in seen.results)
-        y = self._base(x)
+        y = self._given(x)
         outputs, tables = [y], [state.table]
         results: dict[int, Tensor] = {}
         for layer in groups.get(index, ()):
@@ -143,7 +144,7 @@ class LoraLayer(nn.Module):
                     continue
                 if (touches ^ plan.touches[index]) & TAIL:  # it reads another plan
                     continue
-                results[its.index] = output = layer._base(x)
+                results[its.index] = output = layer._given(x)
                 outputs.append(output)
                 tables.append(its.table)
         shared.active.get().siblings = Siblings(index, x, plan, results)
@@ -156,6 +157,17 @@ class LoraLayer(nn.Module):
     def _base(self, x: Tensor) -> Tensor:
         outer = self._mlora.outer
         return self._whole(x) if outer is None else outer(x)
+
+    def _given(self, x: Tensor) -> Tensor:
+        """The base's output, to which a delta is added."""
+        y, width = self._base(x), self.nf if isinstance(self, Conv1D) else self.out_features
+        if not isinstance(y, Tensor) or y.shape != (*x.shape[:-1], width):
+            seen = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+            raise errors.UnsupportedAdapterError(
+                f"{self._mlora.name} ({type(self).__name__}) gives {seen} for an input of shape {tuple(x.shape)}, "
+                f"which is no linear's output; use adapters that do not target it"
+            )
+        return y
 
     def _whole(self, *args: Any, **named: Any) -> Any:
         """The module's own forward, which reads its parameters as the base does."""
@@ -185,10 +197,10 @@ class LoraLayer(nn.Module):
         it: deltas add without a cross term."""
         source = None
         if touches & INPUT:
-            source = self._base(x) if touches & BOTH else None
-            y = self._base(self._scaled(x, words))
+            source = self._given(x) if touches & BOTH else None
+            y = self._given(self._scaled(x, words))
         else:
-            y = self._base(x)
+            y = self._given(x)
         if not touches & TURN:
             return y, source
         return self._turned(y, source, words), y if source is None else source

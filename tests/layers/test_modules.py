@@ -375,3 +375,60 @@ def test_the_base_runs_twice_only_where_a_row_takes_both_gains(model: Any, entri
             if "out" in entry:
                 want = want + (gains["out"] - 1) * (x[row] @ module.weight.t())
             assert_close(got[row], want)
+
+
+# Subclasses of linears
+
+
+class Choosing(nn.Linear):
+    """A router that gives what it chooses, as Llama 4's."""
+
+    def forward(self, x: Tensor) -> Any:
+        scores = super().forward(x)
+        return scores.softmax(-1), scores
+
+
+class Grouped(nn.Linear):
+    """One of several linears for each of as many groups of inputs, as DeepSeek V4's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.view(3, -1, self.in_features)
+        return torch.einsum("...gi,goi->...go", x.unflatten(-2, (-1, 3)), weight).flatten(-3, -2)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 0.5
+
+
+class Subclasses(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.choosing, self.grouped, self.scaled = Choosing(HIDDEN, 4), Grouped(HIDDEN, 6), Scaled(HIDDEN, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.scaled(x)
+        return self.choosing(x)[0].sum(-1, keepdim=True) + self.grouped(x).sum(-1, keepdim=True) + x
+
+
+@torch.no_grad()
+def test_subclasses_of_linears(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base, x = Subclasses().eval(), torch.randn(2, 3, HIDDEN)
+    folders = {
+        name: make_adapter(tmp_path / name, base, 1, target_modules=[name])
+        for name in ("choosing", "grouped", "scaled")
+    }
+    model = copy.deepcopy(base)
+    runtime = mlora.patch(model)
+    with refused(model, errors.AdapterError, "choosing", "subclasses with a forward of their own"):
+        runtime.load_adapter(folders["choosing"])
+    for name in ("grouped", "scaled"):
+        runtime.load_adapter(folders[name])
+    for names in ("grouped", ["grouped", None]):
+        with refused(
+            model, errors.UnsupportedAdapterError, "grouped (Grouped) gives shape (2, 3, 2)", "no linear's output"
+        ):
+            model(x, adapter_names=names)
+    got = model(x, adapter_names=["scaled", None])
+    assert_close(got, torch.stack([peft_alone(base, folders["scaled"])(x)[0], base(x)[1]]))
