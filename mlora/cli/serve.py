@@ -201,8 +201,9 @@ def serve(
             loading = {"allow_pickle": allow_pickle, "ignore": ignore or ()}
             served = from_options(check_model(model), adapter or [], approximate, strict, **loading)
         check_device(device, dtype)
-        from mlora.serve.http import Access, Limits, create_app
+        from mlora.serve.http import Access, Limits, create_app, require
 
+        require("uvicorn")
         from . import models
         from .demo_model import MODEL_ID
 

@@ -12,9 +12,22 @@ if TYPE_CHECKING:
     from .app import create_app
     from .server import Access, Limits
 
-__all__ = ["Access", "Limits", "create_app"]
+__all__ = ["Access", "Limits", "create_app", "require"]
 
 _HOMES = {"Access": "server", "Limits": "server", "create_app": "app"}
+
+
+def require(*packages: str) -> None:
+    """Import `packages` of the extra.
+
+    Raises:
+        ImportError: one is not installed; it says what to do.
+    """
+    for package in packages:
+        try:
+            import_module(package)
+        except ModuleNotFoundError as error:
+            raise ImportError(f"the server needs {error.name}: pip install 'mlora-runtime[serve]'") from error
 
 
 if not TYPE_CHECKING:
@@ -22,13 +35,8 @@ if not TYPE_CHECKING:
     def __getattr__(name: str) -> Any:
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        try:
-            home = import_module(f"{__name__}.{_HOMES[name]}")
-        except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] not in ("fastapi", "starlette", "prometheus_client", "pydantic"):
-                raise
-            raise ImportError(f"the server needs {error.name}; pip install 'mlora-runtime[serve]'") from error
-        value = globals()[name] = getattr(home, name)
+        require("fastapi", "prometheus_client")
+        value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
         return value
 
 

@@ -17,6 +17,8 @@ from .openai_types import Body
 from .problems import ADAPTER, INVALID, NOT_FOUND, Problem
 from .server import Server
 
+_TEXT = answered({"type": "string"}, media_type="text/plain")
+
 Name = Annotated[str, Field(min_length=1, max_length=512)]
 Path_ = Annotated[str, Field(min_length=1, max_length=4096)]
 
@@ -50,13 +52,13 @@ class SGLangUnloadRequest(Body):
 def routes(server: Server) -> APIRouter:
     router = APIRouter(tags=["Adapters"])
 
-    @router.post("/v1/load_lora_adapter", responses=answered({"type": "string"}, media_type="text/plain"))
+    @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse, responses=_TEXT)
     async def load(body: LoadRequest) -> Response:
         """Load an adapter from a folder, a file, a URL or the hub."""
         await _load(server, body.lora_name, body.lora_path, bool(body.load_inplace))
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
-    @router.post("/v1/unload_lora_adapter", responses=answered({"type": "string"}, media_type="text/plain"))
+    @router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse, responses=_TEXT)
     async def unload(body: UnloadRequest) -> Response:
         """Forget one. Requests that run finish."""
         await _unload(server, body.lora_name)

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
 from ... import errors
 from ..engine import Engine
@@ -84,7 +84,9 @@ def create_app(
 
 
 def _add_rest(app: FastAPI, server: Server) -> None:
-    @app.get("/metrics", responses=answered({"type": "string"}, media_type="text/plain"))
+    @app.get(
+        "/metrics", response_class=PlainTextResponse, responses=answered({"type": "string"}, media_type="text/plain")
+    )
     async def metrics() -> Response:
         """In Prometheus' format."""
         return Response(server.metrics.text(), headers={"content-type": CONTENT_TYPE})
@@ -93,7 +95,7 @@ def _add_rest(app: FastAPI, server: Server) -> None:
     async def version() -> dict[str, str]:
         return {"version": app.version}
 
-    @app.get("/", responses=answered(None))
+    @app.get("/", response_class=Response, responses=answered(None))
     async def home(request: Request) -> Response:
         """The page for browsers; for others as `/health` (LoRAX)."""
         page = files(__package__).joinpath("page.html")

@@ -37,8 +37,6 @@ def answered(schema: dict[str, Any] | None, *, events: bool = False, media_type:
     """The `responses` of a route. `schema`: of its answer, None for an empty one. `events`: it may also be a stream."""
     content: dict[str, Any] = {} if schema is None else {media_type: {"schema": schema}}
     if events:
-        content["text/event-stream"] = {"schema": _TEXT}
+        content["text/event-stream"] = {"schema": _object(data=_TEXT)}  # of each event
     failed = {"description": "Why not", "content": {"application/json": {"schema": ANYTHING}}}
-    if events:
-        failed["content"]["text/event-stream"] = {"schema": _TEXT}  # type: ignore[index]
     return {200: {"description": "Served", "content": content}, "4XX": failed, "5XX": failed}

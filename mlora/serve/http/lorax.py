@@ -60,7 +60,7 @@ def routes(server: Server) -> APIRouter:
         """The answer to a prompt."""
         return await _generate(server, request, body, lambda answer: answer)
 
-    @router.post("/generate_stream", responses=answered(None, events=True))
+    @router.post("/generate_stream", response_class=Response, responses=answered(None, events=True))
     async def generate_stream(body: GenerateRequest, request: Request) -> Response:
         """Its tokens as they come. The last has the whole text and the details."""
         return await _stream(server, request, body)
@@ -92,8 +92,8 @@ def routes(server: Server) -> APIRouter:
         return Response()
 
     for path in ("/health", "/ping"):
-        router.get(path, responses=answered(None))(health)
-    router.get("/ready", responses=answered(None))(ready)
+        router.get(path, response_class=Response, responses=answered(None))(health)
+    router.get("/ready", response_class=Response, responses=answered(None))(ready)
     return router
 
 
@@ -186,18 +186,9 @@ async def _all(server: Server, asked: Asked) -> tuple[list[Token], float]:
 
 
 async def _stream(server: Server, request: Request, body: GenerateRequest) -> Response:
-    """Errors are events, which is all that LoRAX's client reads of a stream; before the first token they have their
-    status, too."""
-    try:
-        asked = await _asked(server, body)
-        events = await begun(request, _events(server, asked))
-    except Problem as problem:
-        return Events(_just(_event(problem.body("/"))), problem.headers(), problem.status("/"))
-    return Events(events, _headers(server, asked))
-
-
-async def _just(event: str) -> AsyncIterator[str]:
-    yield event
+    """What goes wrong before the first token is told by the status, and later by an event."""
+    asked = await _asked(server, body)
+    return Events(await begun(request, _events(server, asked)), _headers(server, asked))
 
 
 async def _events(server: Server, asked: Asked) -> AsyncIterator[str]:

@@ -44,6 +44,10 @@ class Names:
         """Where an adapter comes from, None if it is unknown."""
         return self._engine.source(name)
 
+    def revision(self, name: str) -> str | None:
+        """Of an adapter on the hub that may be fetched when asked for, None for the newest."""
+        return self._hub.revision(name)
+
     def lock(self, name: str) -> asyncio.Lock:
         """Held by who loads or unloads an adapter of that name."""
         for other in [name for name, lock in self._locks.items() if not lock.locked()]:
@@ -94,11 +98,11 @@ class Names:
         if name in self:
             return name
         found: tuple[str, Any] | None = None
-        options: dict[str, str] = {}
+        options: dict[str, Any] = {}
         if source in (None, "local"):
             found = await asyncio.to_thread(self._roots.find, name)
         if found is None and source in (None, "hub") and name in self._hub:
-            found, options = (name, name), self._hub.options(name)
+            found, options = (name, name), {"revision": self._hub.revision(name)}
         if found is None:
             raise Problem(NOT_FOUND, f"there is no model or adapter {name!r}", "model", "model_not_found")
         with suppress(errors.DuplicateAdapterError):  # another request was first

@@ -16,6 +16,7 @@ from ..shelf import names_of
 from ..tokenizers import files_of, own_tokenizer, serving
 from .names import Names
 from .problems import ADAPTER, INVALID, Problem
+from .roots import is_hub_id
 
 _LONG = 2000  # letters, from which on a text is encoded off the event loop
 _WAY_OUT = "a server with --base-tokenizer uses the base's for every request"
@@ -74,10 +75,16 @@ class Prompts:
 
     def _read(self, name: str, source: str | None) -> Any:
         """The tokenizer that an adapter brings, if it is none of the base's."""
-        if source is None or not (Path(source).exists() or "/" in source):  # of one in memory
-            return None
+        revision = self._names.revision(name)
         try:
-            return own_tokenizer(name, files_of(name, source, local_path(source, None, None)), self._base)
+            if source is None or not (
+                is_hub_id(source) or "://" in source or Path(source).exists()
+            ):  # of one in memory
+                return None
+            files = files_of(name, source, local_path(source, revision, None), revision=revision)
+            return own_tokenizer(name, files, self._base)
+        except OSError:  # no path: what merges are called may be long
+            return None
         except errors.AdapterError as error:
             raise Problem(ADAPTER, str(error), "model") from None
 

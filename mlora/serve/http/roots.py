@@ -64,6 +64,11 @@ def _checked(root: Path, name: str) -> Path | None:
     return folder
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether it has the form of one."""
+    return _HUB_ID.fullmatch(name) is not None and "@" not in name
+
+
 class HubIds:
     """What may be fetched: `org/name`, or `org/name@revision`, which says of when."""
 
@@ -78,7 +83,6 @@ class HubIds:
     def __contains__(self, name: str) -> bool:
         return name in self._revisions
 
-    def options(self, name: str) -> dict[str, str]:
-        """For `Engine.register`."""
-        revision = self._revisions[name]
-        return {} if revision is None else {"revision": revision}
+    def revision(self, name: str) -> str | None:
+        """Of one that may be fetched; None for the newest, and for others."""
+        return self._revisions.get(name)

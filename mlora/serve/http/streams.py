@@ -146,10 +146,10 @@ class Events(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[str], headers: Mapping[str, str], status: int = 200) -> None:
+    def __init__(self, events: AsyncIterator[str], headers: Mapping[str, str]) -> None:
         self._events = events
         own = {"cache-control": "no-cache", "x-accel-buffering": "no", **headers}
-        super().__init__(None, status, own)
+        super().__init__(None, 200, own)
         del self.headers["content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
