@@ -3,7 +3,7 @@
 This is the one file that knows names of transformers which are not public. They are checked when it is imported, and
 those that exist on objects only when a `Worker` makes them.
 
-    loop of its thread:  schedule a step -> _generation_step -> model(1, T) under the step's entries -> Chooser
+    loop of its thread:  schedule a step -> _generation_step -> model(1, T) under the step's entries -> _Chooser
                                                                  |
                                tokens of each request are contiguous, decoded ones and pieces of prompts mixed
 """
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from .. import errors
 from ..runtime import Runtime
@@ -61,7 +61,10 @@ _NAMES: dict[str, dict[str, dict[str, tuple[str, ...] | None]]] = {
         }
     },
     "input_outputs": {"ContinuousBatchingIOs": {"get_model_kwargs": ("self", "use_padding")}},
-    "model_runner": {"infer_max_single_request_tokens": {}},
+    "model_runner": {
+        "ModelRunner": {"_sample": ("self", "scores", "output_ids")},
+        "infer_max_single_request_tokens": {},
+    },
     "requests": {
         "FutureRequestState": {"state": None, "has_new_token": None, "query_length": None},
     },
@@ -107,7 +110,7 @@ from transformers.generation.continuous_batching.continuous_api import (  # noqa
     OutputRouter,
 )
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs  # noqa: E402
-from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens  # noqa: E402
+from transformers.generation.continuous_batching.model_runner import ModelRunner, infer_max_single_request_tokens  # noqa: E402
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler  # noqa: E402
 
 
@@ -151,7 +154,6 @@ class Worker(ContinuousBatchingManager):
         self.steps = 0
         self.capacity = 0  # tokens that one request can have, when the cache is there
         self.ready = threading.Event()
-        self.chooser = _Chooser()
         config = ContinuousBatchingConfig(
             num_blocks=-(-memory.tokens // memory.page),
             page_size=memory.page,
@@ -162,9 +164,6 @@ class Worker(ContinuousBatchingManager):
             use_cuda_graph=False,
         )
         super().__init__(runtime.model, GenerationConfig(do_sample=False, eos_token_id=-1), config)  # type: ignore[arg-type]
-        _has(self.logit_processor, "logits_processor", "do_processing")
-        self.logit_processor.logits_processor = LogitsProcessorList([self.chooser])
-        self.logit_processor.do_processing = True
         _has(self, "output_router").output_router = _Nowhere()  # the steps tell what there is to tell
 
     def add(self, sequence: SequenceState) -> None:
@@ -193,7 +192,8 @@ class Worker(ContinuousBatchingManager):
             thread.join()
 
     def _create_batch_processor(self) -> Any:
-        processor = _has(super()._create_batch_processor(), "cache", "scheduler", "inputs_and_outputs")
+        processor = _has(super()._create_batch_processor(), "cache", "scheduler", "inputs_and_outputs", "model_runner")
+        processor.model_runner.__class__ = _Chooser
         _has(processor.inputs_and_outputs, "requests_in_batch").__class__ = _Inputs
         scheduler = _has(processor.scheduler, "block_new_requests", "_requests_to_cancel", "_cancellation_lock")
         scheduler.__class__ = _Scheduler
@@ -207,12 +207,13 @@ class Worker(ContinuousBatchingManager):
         return processor
 
     def _generation_step(self) -> None:
-        batch = self.batch_processor.inputs_and_outputs.requests_in_batch  # type: ignore[union-attr]
+        processor: Any = self.batch_processor
+        batch, chooser = processor.inputs_and_outputs.requests_in_batch, processor.model_runner
         for id in self._over:
             self._sequences.pop(id, None)
         self.step = step = [self._sequences[one.state.request_id] for one in batch]
-        self.chooser.rows = [sequence for one, sequence in zip(batch, step, strict=True) if one.has_new_token]
-        self.chooser.events = []
+        chooser.events = ()
+        chooser.rows = [sequence for one, sequence in zip(batch, step, strict=True) if one.has_new_token]
         lengths = [one.query_length for one in batch]
         starts = [_shifted(sequence.request.starts, one) for one, sequence in zip(batch, step, strict=True)]
         entries = [sequence.request.pin.entry for sequence in step]
@@ -224,8 +225,8 @@ class Worker(ContinuousBatchingManager):
         self.steps += 1
         self.step = []
         # Those that end with a token, end in transformers too, by the same rule: before the next step.
-        self._over = [event.sequence.id for event in self.chooser.events if event.finish_reason is not None]
-        self._told(self.chooser.events)
+        self._over = [event.sequence.id for event in chooser.events if event.finish_reason is not None]
+        self._told(chooser.events)
 
     def _gone(self, ids: Sequence[str]) -> None:
         for id in ids:
@@ -241,26 +242,27 @@ def _shifted(starts: Mapping[str, int | None], one: Any) -> Mapping[str, int | N
     return {name: None if start is None else start - first for name, start in starts.items()}
 
 
-class _Chooser(LogitsProcessor):
-    """Draws each row's token, keeps it with its sequence, and makes it the row's likeliest, which is what transformers
-    takes."""
+class _Chooser(ModelRunner):
+    """Draws each row's token, and keeps it with its sequence. What transformers' processors do is done by `Drawing`."""
 
-    supports_continuous_batching = True
+    rows: Sequence[SequenceState] = ()
+    events: Sequence[Event] = ()
 
-    def __init__(self) -> None:
-        self.rows: list[SequenceState] = []
-        self.events: list[Event] = []
+    def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
+        tokens = self._choose(scores[0])
+        output_ids[0, : tokens.numel()].copy_(tokens)
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def _choose(self, scores: Tensor) -> Tensor:
+        """(rows,), of scores of (rows, vocabulary)."""
         tokens = scores.argmax(-1)
         finite = scores.gather(1, tokens[:, None])[:, 0].isfinite().tolist()
-        likeliest = tokens.tolist()
+        likeliest, events = tokens.tolist(), []
         for row, sequence in enumerate(self.rows):
             if sequence.ended:
                 continue
             if not finite[row]:
                 error = errors.ServeError("the model's scores of the next token are not finite")
-                self.events.append(Event(sequence, error=error))
+                events.append(Event(sequence, error=error))
                 continue
             sampling = sequence.request.sampling
             token = likeliest[row]
@@ -269,15 +271,15 @@ class _Chooser(LogitsProcessor):
                 logprobs = scores[row].log_softmax(-1)
             if not sequence.drawing.plain:
                 token = sequence.drawing.draw(scores[row])
-                if token != likeliest[row]:
-                    scores[row, token] = torch.inf
+                tokens[row] = token
             top = None
             if logprobs is not None and sampling.top_logprobs:
                 values, ids = logprobs.topk(min(sampling.top_logprobs, logprobs.numel()))
                 top = dict(zip(ids.tolist(), values.tolist(), strict=True))
             logprob = None if logprobs is None else float(logprobs[token])
-            self.events.append(Event(sequence, token, logprob, top, sequence.add(token)))
-        return scores
+            events.append(Event(sequence, token, logprob, top, sequence.add(token)))
+        self.events = events
+        return tokens
 
 
 class _Nowhere(OutputRouter):
