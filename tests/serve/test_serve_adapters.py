@@ -94,10 +94,10 @@ def test_delete_under_traffic(
 def test_registered_by_path(base: Any, folders: dict[str, Path], oracle: Any) -> None:
     """Read when first asked for, dropped when host memory is full, and read again."""
     runtime = patched(base, {})
-    size = {name: patched(base, {name: folders[name]}).adapters[name].bytes for name in folders}
+    most = 3 * max(info.bytes for info in oracle.mlora.adapters.values())
 
     async def run() -> None:
-        async with engine(runtime, host_memory=3 * max(size.values())) as served:
+        async with engine(runtime, host_memory=most) as served:
             for name, folder in folders.items():
                 served.register(name, folder)
             with pytest.raises(errors.DuplicateAdapterError):
@@ -110,7 +110,7 @@ def test_registered_by_path(base: Any, folders: dict[str, Path], oracle: Any) ->
                 mix = {"a": 0.5, "h": 0.25, "c": 1.0}
                 assert await ids(served, prompt(3), mix, SAMPLING) == alone(oracle, prompt(3), mix, SAMPLING)
             stats = served.stats()
-            assert stats.drops >= 5 and stats.loads > 8 and stats.host_bytes <= 3 * max(size.values())
+            assert stats.drops >= 5 and stats.loads > 8 and stats.host_bytes <= most
             assert set(runtime.adapters) < set(folders)
             loads = stats.loads
             hot = next(iter(runtime.adapters))
@@ -191,7 +191,7 @@ def test_a_damaged_adapter_fails_its_own_requests(
 
 def test_a_full_arena_waits(base: Any, folders: dict[str, Path], oracle: Any) -> None:
     """There is room for two adapters, and eight are asked for: in turns, and never an error."""
-    sizes = [patched(base, {name: folder}).adapters[name].bytes for name, folder in folders.items()]
+    sizes = [info.bytes for info in oracle.mlora.adapters.values()]
     runtime = patched(base, folders, memory=2 * max(sizes) + 256)
     entries = [*folders, *folders, None, {"a": 0.5, "b": 0.5}]
 
@@ -203,8 +203,8 @@ def test_a_full_arena_waits(base: Any, folders: dict[str, Path], oracle: Any) ->
         assert got == alone(oracle, prompt(1), entry, SAMPLING)
 
 
-def test_what_never_fits_is_an_error(base: Any, folders: dict[str, Path]) -> None:
-    sizes = [patched(base, {name: folder}).adapters[name].bytes for name, folder in folders.items()]
+def test_what_never_fits_is_an_error(base: Any, folders: dict[str, Path], oracle: Any) -> None:
+    sizes = [info.bytes for info in oracle.mlora.adapters.values()]
     runtime = patched(base, folders, memory=2 * max(sizes) + 256)
 
     async def run() -> None:
