@@ -49,6 +49,11 @@ def clock_name() -> str:
     return "wall" if _clock is time.perf_counter else "cpu"
 
 
+def now() -> float:
+    """Seconds on the clock that `seconds` reads."""
+    return _clock()
+
+
 def seconds(call: Callable[[], object]) -> float:
     """Time of one call, until the GPU has done it where there is one."""
     start = _clock()

@@ -21,7 +21,7 @@ using torch::stable::Tensor;
 // A job for all heads.
 struct Unit {
   AttendJob job;
-  int64_t cost;  // of a head
+  int64_t cost;  // of a head, in elements read or so
 };
 
 // What the calling thread keeps between calls.
@@ -82,7 +82,7 @@ void cut(const Attention& a, AttendJob job, int64_t rows, int64_t tile, int64_t*
       job.row_end = job.row + tile < rows ? job.row + tile : rows;
       job.key = first(job.row);
       job.key_end = job.past + (job.row_end - 1) / group + 1;
-      thread_units.push_back({job, (job.key_end - job.key) * a.dim * tile});
+      thread_units.push_back({job, (job.key_end - job.key) * a.dim * tile / 4});
     }
     return;
   }
@@ -92,7 +92,7 @@ void cut(const Attention& a, AttendJob job, int64_t rows, int64_t tile, int64_t*
   if (chunks > 1) thread_merges.push_back({nullptr, size, chunks, job.token, rows});
   for (job.key = begin; job.key < end; job.key = job.key_end) {
     job.key_end = job.key + kKeyChunk < end ? job.key + kKeyChunk : end;
-    thread_units.push_back({job, (job.key_end - job.key) * a.dim * (8 + rows)});
+    thread_units.push_back({job, (job.key_end - job.key) * a.dim * (8 + rows) / 4 + 1});
   }
   if (chunks > 1) *floats += chunks * size;
 }

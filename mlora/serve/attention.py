@@ -35,18 +35,9 @@ NAME = "mlora_paged"
 _LAYER = "mlora_layer"  # among a layer's keyword arguments: what its attention reads
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _KINDS = ("full_attention", "sliding_attention")
+_STEP = ("read_index", "write_index", "cu_seq_lens_q", "cu_seq_lens_k")  # of a step, in layers' keyword arguments
 # Of attention functions: what `_forward` honours, and what changes nothing in it.
-_KNOWN = {
-    "dropout",
-    "scaling",
-    "softcap",
-    "sliding_window",
-    "is_causal",
-    "position_ids",
-    "output_attentions",
-    "output_router_logits",
-    _LAYER,
-}
+_KNOWN = {"dropout", "scaling", "softcap", "sliding_window", "is_causal", "position_ids", _LAYER}
 
 
 def register() -> str:
@@ -180,10 +171,11 @@ def check(model: PreTrainedModel) -> None:
     try:
         with torch.no_grad():
             model(**given, cache=_Probe(seen))
-    except TypeError as error:
-        raise errors.UnsupportedModelError(
-            f"{type(model).__name__} takes no cache of continuous batching: {error}"
-        ) from error
+    except errors.UnsupportedModelError:
+        raise
+    except Exception as error:  # whatever a model does that does not know such calls
+        what = f"{type(model).__name__} does not run as continuous batching runs models"
+        raise errors.UnsupportedModelError(f"{what}: {error!r}") from error
     finally:
         model.train(training)
         model.set_attn_implementation(before)
@@ -207,6 +199,8 @@ class _Seen:
     def update(self, key: Tensor, value: Tensor, index: int, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         if index in self.done or index >= len(self.windows):
             self.refuse(f"layer {index}", "fills the cache more often than once")
+        if lost := [name for name in _STEP if name not in kwargs]:
+            self.refuse(f"layer {index}", f"does not hand {', '.join(lost)} to its cache")
         self.waiting = (index, key, value)
         kwargs[_LAYER] = self
         return key, value
@@ -221,7 +215,7 @@ class _Seen:
         if key.shape[-1] != value.shape[-1] or query.shape[-1] != key.shape[-1]:
             self.refuse(name, f"has keys of {key.shape[-1]} dimensions and values of {value.shape[-1]}")
         for what, setting in kwargs.items():
-            if what not in self.known and setting is not None:
+            if what not in self.known and setting is not None and not what.startswith("output_"):
                 self.refuse(name, f"hands {what} to its attention")
         if hasattr(module, "sinks"):
             self.refuse(name, "has sinks")

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     ContinuousBatchingConfig,
     ContinuousBatchingManager,
     Gemma2Config,
@@ -19,8 +21,12 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
 )
 
 from mlora import errors
@@ -55,7 +61,15 @@ SOFTCAP = (
     Gemma2ForCausalLM,
     Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=16, sliding_window=9, attn_logit_softcapping=2.0),
 )
-MODELS = {"llama": LLAMA, "gqa": GQA, "sliding": SLIDING, "sliding and full": MIXED, "softcap": SOFTCAP}
+EXPERTS = (MixtralForCausalLM, MixtralConfig(**SMALL, num_key_value_heads=3, num_local_experts=2))
+MODELS = {
+    "llama": LLAMA,
+    "gqa": GQA,
+    "sliding": SLIDING,
+    "sliding and full": MIXED,
+    "softcap": SOFTCAP,
+    "experts": EXPERTS,
+}
 NEW = 12
 
 
@@ -205,9 +219,19 @@ def shared() -> Any:
     return model
 
 
+def arguments_lost() -> Any:
+    return StableLmForCausalLM(StableLmConfig(**SMALL, num_key_value_heads=2))
+
+
+def no_such_calls() -> Any:
+    return BloomForCausalLM(BloomConfig(vocab_size=97, hidden_size=48, n_layer=2, n_head=6))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (arguments_lost, r"layer 0 does not hand read_index, write_index, cu_seq_lens_q, cu_seq_lens_k to its cache"),
+        (no_such_calls, r"BloomForCausalLM does not run as continuous batching runs models"),
         (sinks, r"layers.0.self_attn hands s_aux to its attention"),
         (two_windows, r"layers.1.self_attn has a sliding window of 5, its cache one of 11"),
         (not_causal, r"layers.2.self_attn is not causal"),
@@ -216,7 +240,17 @@ def shared() -> Any:
         (shared, r"layer 1 fills the cache more often than once"),
         (lambda: build("llama", torch.float64), r"this is torch.float64"),
     ],
-    ids=["sinks", "window", "bidirectional", "no attention", "bias", "shared", "float64"],
+    ids=[
+        "arguments lost",
+        "no such calls",
+        "sinks",
+        "window",
+        "bidirectional",
+        "no attention",
+        "bias",
+        "shared",
+        "float64",
+    ],
 )
 def test_what_it_does_not_know_is_refused_by_name(make: Any, message: str) -> None:
     model = make().train()
