@@ -30,6 +30,7 @@ class EmbeddingLayer(LoraLayer):
             if not shared.embeddings:
                 return self._base(input)
             check_rows(shared.plan, input.shape[0])
+            self._check_compiled(input)
             if state.index in shared.heads:
                 check_heads(shared.header)
             return self._changed(input, shared.plan)

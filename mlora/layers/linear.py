@@ -112,7 +112,7 @@ class LoraLayer(nn.Module):
                 f"{state.name} runs outside of a call of the patched model, so that it cannot be told which tokens its "
                 f"input is of, as packed sequences and aLoRAs need; call the model itself"
             )
-        return scope.tokens.plan_of(x, state.name, state.gathered or state.foreign)
+        return scope.tokens.plan_of(x, state.name, state.loose)
 
     def _with_siblings(self, x: Tensor, plan: Plan) -> Tensor:
         """`_routed`, and in the same call what the layers that read `x` after this one will return. Not for inference
@@ -225,12 +225,7 @@ class LoraLayer(nn.Module):
         self._check_autocast(x)
         if shared.training is not None and torch.is_grad_enabled():
             refuse_training(state.name)
-        if state.gathered:
-            check_rows(shared.plan, 0)  # only one entry for all rows may pass
-        elif state.order.exchanged and x.dim() > 2:
-            check_front(shared.plan, x.shape[0], _inner(x))
-        if state.foreign:
-            check_foreign(shared.header)
+        self._check_compiled(x)
         if state.index in shared.heads:
             check_heads(shared.header)
         if state.index in shared.tails:
@@ -243,6 +238,17 @@ class LoraLayer(nn.Module):
             held: Any = self._parameters
             return dispatch.linear(x, held["weight"], held["bias"], shared.arena, state.table, shared.plan, kblock)
         return self._routed(x, shared.plan, LORA | GAIN)
+
+    def _check_compiled(self, x: Tensor) -> None:
+        """`_check_rows`, when the compiled code runs."""
+        state, inner = self._mlora, _inner(x)
+        shared = state.shared
+        if state.gathered or (state.order.exchanged and not inner):
+            check_rows(shared.plan, 0 if state.gathered else x.shape[0])  # of 0 rows: only one entry for all may pass
+        elif state.order.exchanged:
+            check_front(shared.plan, x.shape[0], inner)
+        if state.foreign:
+            check_foreign(shared.header)
 
     def _check(self, x: Tensor, plan: Plan) -> None:
         state = self._mlora
@@ -282,16 +288,14 @@ class LoraLayer(nn.Module):
             counts = plan.row_counts if scope.choices == 1 else (plan.entries, plan.entries * scope.choices)
             if rows in counts and self._in_front(x, counts):
                 return
-            length = scope.length
+            length = 0 if state.order.exchanged else scope.length
             if x.dim() == 2 and length and any(rows == count * length for count in counts):
                 return  # (rows, length, in) flattened in order
             if state.order.windows and x.dim() > 2 and plan.entries and rows % plan.entries == 0:
                 return  # (rows, windows, size, in) flattened in order
-        what = "the module"
-        if state.gathered:
-            what = "an expert, which gets tokens gathered from any rows"
-        elif state.order.exchanged:
-            what = "in code that exchanges dimensions, as models do that put the length before the rows"
+        exchanged = "in code that exchanges dimensions, as models do that put the length before the rows"
+        what = exchanged if state.order.exchanged else "the module"
+        what = "an expert, which gets tokens gathered from any rows" if state.gathered else what
         raise errors.AttributionError(
             f"{state.name} got an input of shape {tuple(x.shape)}, which cannot be attributed to the batch's "
             f"{plan.entries} rows ({what}); use one adapter for all rows, or adapters that do not target it"
@@ -301,9 +305,9 @@ class LoraLayer(nn.Module):
         """Whether the first dimension of x, which is as long as the batch, is the rows: no other one is, or it was once
         where no other was."""
         state = self._mlora
-        if not state.in_front:
-            state.in_front = x.dim() > 2 and not any(size in counts for size in _inner(x))
-            return state.in_front or x.dim() == 2
+        if not state.in_front and (inner := _inner(x)):
+            state.in_front = not any(size in counts for size in inner)
+            return state.in_front
         return True
 
     def _check_weight(self, weight: Tensor) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ..arena.bits import TAIL
 from ..ops import dispatch, reference
-from ..ops.checks import check_foreign
 from ..plan.packing import Packing
 from .dense import is_dense
 from .linear import LoraLayer
@@ -84,8 +83,7 @@ class NormLayer(LoraLayer):
             if not shared.norms:
                 return self._base(x)
             self._check_autocast(x)
-            if state.foreign:
-                check_foreign(shared.header)
+            self._check_compiled(x)
             words = shared.plan
         else:
             scope = shared.active.get()

@@ -215,6 +215,17 @@ def test_as_many_rows_as_tokens(kind: str, tmp_path: Path) -> None:
         assert_close(model(**ids, adapter_names=["a"] * rows)[0], want, 2e-5)
 
 
+@torch.no_grad()
+def test_ids_of_which_the_length_is_in_front(tmp_path: Path) -> None:
+    base = randomized(MIXED["xlnet"][0]())
+    folder = make_adapter(tmp_path / "a", base, 1, r=2, target_modules=["word_embedding"])
+    for length in (3, 5, 3):
+        model, ids = served(base, {"a": folder}), {"input_ids": torch.randint(3, VOCAB, (3, length))}
+        with refused(model, errors.AttributionError, "word_embedding", f"({length}, 3)", "the length before the rows"):
+            model(**ids, adapter_names=["a", None, "a"])
+        assert_close(model(**ids, adapter_names="a")[0], peft_alone(base, folder)(**ids)[0], 2e-5)
+
+
 class Turned(nn.Module):
     """Exchanges the first two dimensions of one of its layers' input, and back."""
 
@@ -224,6 +235,31 @@ class Turned(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.across(self.up(x).transpose(0, 1)).transpose(0, 1)
+
+
+class Flattened(Turned):
+    """Hands its layer (length * rows, in)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x).transpose(0, 1)
+        return self.across(x.reshape(-1, HIDDEN)).view(x.shape).transpose(0, 1)
+
+
+@torch.no_grad()
+def test_the_length_before_the_rows_in_one_dimension(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base, x = Flattened().eval(), torch.randn(3, 5, HIDDEN)
+    folders = {name: make_adapter(tmp_path / name, base, 1, target_modules=[name]) for name in ("up", "across")}
+    model, alone = served(base, folders), {name: peft_alone(base, folder)(x) for name, folder in folders.items()}
+    with refused(model, errors.AttributionError, "across", "(15, 32)", "the length before the rows"):
+        model(x, adapter_names=["across", None, "across"])
+    assert_close(model(x, adapter_names=["across"] * 3), alone["across"])
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with model.mlora.use_adapters(["across", None, "across"]), pytest.raises(errors.AttributionError, match="15 rows"):
+        compiled(x)
+    with model.mlora.use_adapters("across"):
+        assert_close(compiled(x), alone["across"])
+    assert_close(model(x, adapter_names=["up", None, "up"]), torch.stack([alone["up"][0], base(x)[1], alone["up"][2]]))
 
 
 @torch.no_grad()
