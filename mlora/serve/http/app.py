@@ -17,7 +17,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
 from ... import errors
 from ..engine import Engine
-from . import adapters, lorax, openai
+from . import adapters, lorax, openai, stock
 from .describe import ANYTHING, answered
 from .guard import Guard
 from .metrics import CONTENT_TYPE
@@ -77,6 +77,7 @@ def create_app(
     _add_handlers(app, server)
     app.include_router(openai.routes(server))
     app.include_router(lorax.routes(server))
+    app.include_router(stock.routes(server))
     if runtime_adapters:
         app.include_router(adapters.routes(server))
     _add_rest(app, server)
@@ -99,7 +100,7 @@ def _add_rest(app: FastAPI, server: Server) -> None:
     async def home(request: Request) -> Response:
         """The page for browsers; for others as `/health` (LoRAX)."""
         page = files(__package__).joinpath("page.html")
-        if "text/html" in request.headers.get("accept", "") and page.is_file():
+        if "text/html" in request.headers.get("accept", ""):
             return HTMLResponse(page.read_text(encoding="utf-8"), headers={"content-security-policy": _POLICY})
         if not server.engine.stats().alive:
             raise Problem(UNAVAILABLE, "unhealthy", retry_after=5.0)

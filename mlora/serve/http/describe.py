@@ -30,6 +30,9 @@ GENERATED_LIST = {"type": "array", "items": GENERATED, "minItems": 1, "maxItems"
 TOKENS = {"type": "array", "items": _object("start", "stop", id=_COUNT, text=_TEXT)}
 INFO = _object(model_id=_TEXT, model_dtype=_TEXT, model_device_type=_TEXT, version=_TEXT)
 CHANGED = _object("loaded_adapters", success={"type": "boolean"}, error_message=_TEXT)
+STOCK = _object(model=_TEXT, running=_COUNT, waiting=_COUNT, adapters={
+    "type": "array", "items": _object(name=_TEXT, source=_TEXT, where=_TEXT, running=_COUNT, waiting=_COUNT)
+})  # fmt: skip
 ANYTHING: dict[str, Any] = {"type": "object"}
 
 

@@ -117,6 +117,10 @@ class Metrics:
         yield counter("mlora_engine_restarts", "Workers that died and had others take over.", stats.restarts)
         yield gauge("mlora_engine_up", "Whether a worker is at work.", float(stats.alive))
 
+    def users(self, name: str) -> tuple[int, int]:
+        """How many requests that run use an adapter, and how many that wait."""
+        return self._running[name], self._waiting[name]
+
     def waits(self, names: Sequence[str], step: int) -> None:
         for name in names:
             self._waiting[name] += step
