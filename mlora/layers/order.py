@@ -16,7 +16,8 @@ from torch import nn
 
 _FIRST_TWO = r"(0,\s*1|1,\s*0|0,\s*-2|-2,\s*0)"
 _EXCHANGED = re.compile(
-    rf"\b(transpose|swapaxes|swapdims|movedim|moveaxis)\((dim0=|\w+,\s*)?{_FIRST_TWO}\s*\)|\bpermute\(\s*(\w+,\s*)?[(\[]?\s*1,\s*0\b"
+    rf"\b(transpose|swapaxes|swapdims|movedim|moveaxis)\((dim0=|\w+,\s*)?{_FIRST_TWO}\s*\)"
+    r"|\bpermute\(\s*(\w+,\s*)?[(\[]?\s*(1,\s*0\b|(2,\s*0,\s*1|1,\s*2,\s*0)\s*[)\]])"  # of more dimensions, heads'
 )
 _WINDOWS = ("window_partition(", "self.unfolding(")
 _CHOICES = "num_choices"

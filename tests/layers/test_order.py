@@ -237,6 +237,27 @@ class Turned(nn.Module):
         return self.across(self.up(x).transpose(0, 1)).transpose(0, 1)
 
 
+class Pixels(nn.Module):
+    """Hands its layer (positions, rows, channels), as Mask2Former's decoder does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.across = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(2).permute(2, 0, 1)
+        return self.across(x).permute(1, 2, 0)
+
+
+@torch.no_grad()
+def test_positions_before_the_rows(tmp_path: Path) -> None:
+    base = Pixels().eval()
+    model = served(base, {"a": make_adapter(tmp_path / "a", base, 1, target_modules=["across"])})
+    for size in ((2, 2), (3, 2)):
+        with refused(model, errors.AttributionError, "across", "the length before the rows"):
+            model(torch.randn(4, HIDDEN, *size), adapter_names=["a", None, None, "a"])
+
+
 class Flattened(Turned):
     """Hands its layer (length * rows, in)."""
 
