@@ -2,7 +2,6 @@
 
 On the CPU the arena is address space, whose pages cost nothing before they are touched: the default is a share of what
 this process may still use, and adapters take of it what they need, from the lowest addresses on.
-Large pages, where the system has such, are touched for the first time in a quarter of the time.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import mmap
 import resource
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,9 +121,6 @@ def reserve(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor
         raise errors.CapacityError(
             f"{size:,} bytes for adapters cannot be reserved ({error}); ask for less with patch(memory=...)"
         ) from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
-            pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype, count=elements) if elements else torch.empty(0, dtype=dtype), pages
 
 
