@@ -97,6 +97,8 @@ def test_attend_matches_fp64(shape, dtype, rule):
     scale = 1.3 / math.sqrt(dim)
     oracle = packed.oracle(scale, softcap, window)
     k_cache, v_cache = packed.k_cache.clone(), packed.v_cache.clone()
+    wide = (t.double() if t.is_floating_point() else t for t in packed.tensors)
+    torch.testing.assert_close(attention.attend_(*wide, scale, softcap, window), oracle, rtol=1e-10, atol=1e-12)
     ref = attention.attend_(*(t.clone() for t in packed.tensors), scale, softcap, window)
     got = dispatch.attend_(*packed.tensors, scale, softcap, window)
     assert got.shape == oracle.shape and got.is_contiguous()
