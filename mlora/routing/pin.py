@@ -30,11 +30,20 @@ class Pin:
     Args:
         entry: for `use_adapters` and `adapter_names`. `invocations`: aLoRA among its adapters, as `starts` of
             `use_adapters` names it -> the tokens that activate it.
+        widths: dotted path -> how many tokens or outputs its own embedding or head there has, where it brings one of
+            another size than the model's.
     """
 
-    def __init__(self, entry: Pinned, invocations: Mapping[str, tuple[int, ...]], release: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        entry: Pinned,
+        invocations: Mapping[str, tuple[int, ...]],
+        widths: Mapping[str, int],
+        release: Callable[[], None],
+    ) -> None:
         self.entry = entry
         self.invocations = invocations
+        self.widths = widths
         self._release: Callable[[], None] | None = release
         self._lock = threading.Lock()
 

@@ -131,9 +131,14 @@ class Planner:
         (recipe,) = plan.recipes
         return Pinned(recipe, (self._contents(recipe), self._contents(self._bridges.folded)))
 
-    def _contents(self, recipe: Recipe) -> tuple[tuple[int, float], ...]:
-        """Of adapters as they were loaded, not of their names."""
-        return tuple(sorted((self._store[name].number, weight) for name, weight in recipe))
+    def widths(self, plan: Plan) -> dict[str, int]:
+        """Of a plan of one: the sizes of the heads and embeddings that its adapters bring, by their modules' paths."""
+        return {self._registry.paths[index]: int(heads.widths[0, 0]) for index, heads in plan.heads.items()}
+
+    def _contents(self, recipe: Recipe) -> tuple[tuple[int, int, float], ...]:
+        """Of adapters as they were loaded, or trained since, not of their names."""
+        packed = [(self._store[name], weight) for name, weight in recipe]
+        return tuple(sorted((one.number, one.version, weight) for one, weight in packed))
 
     def made(self, plan: Plan) -> Made:
         """Of a plan whose adapters are pinned; called under the lock."""

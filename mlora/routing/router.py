@@ -97,7 +97,8 @@ class Router:
             plan = self._planner.acquire(entry, 1, 1)
             held.callback(self._store.release, plan.names)
             self.arrive()
-            return Pin(self._planner.pinned(plan), plan.invocations, held.pop_all().close)
+            planner = self._planner
+            return Pin(planner.pinned(plan), plan.invocations, planner.widths(plan), held.pop_all().close)
 
     def route(self, entries: Any, rows: int, expansion: int) -> AbstractContextManager[Scope]:
         """A call; each of `rows` is repeated `expansion` times."""

@@ -15,6 +15,7 @@ from ..runtime import Runtime
 from .queue import Full, Queue
 from .request import DONE, PREPARING, READY, RUNNING, WAITING, Request
 from .shelf import Shelf
+from .sizes import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Admission:
     def __init__(
         self,
         runtime: Runtime,
+        vocabulary: Vocabulary,
         shelf: Shelf,
         limits: Limits,
         threads: int,
@@ -59,6 +61,7 @@ class Admission:
         lock: threading.RLock,
     ) -> None:
         self._runtime = runtime
+        self._vocabulary = vocabulary
         self._shelf = shelf
         self.limits = limits
         self._start = start
@@ -204,6 +207,11 @@ class Admission:
         try:
             self._runtime.check_packed(request.entry)
             pin = self._runtime.pin(request.entry)
+            try:
+                check_tokens(request, *self._vocabulary.under(pin.widths))
+            except errors.RequestError:
+                pin.release()
+                raise
         except errors.CapacityError as error:
             with self._lock:
                 if not any(self._pinned[key] > (key == request.key) for key in self._pinned):
@@ -264,6 +272,14 @@ class Admission:
             return 1.0
         pace = (len(self._ends) - 1) / max(self._ends[-1] - self._ends[0], 1e-3)
         return min(max(len(self._queue) / 10 / pace, 1.0), 60.0)
+
+
+def check_tokens(request: Request, tokens: int, scores: int) -> None:
+    """Note how many tokens the request has in embedding and head. Raises `RequestError` for one that is not there."""
+    request.tokens, request.scores = tokens, scores
+    for what, ids, most in (("prompt", request.prompt, tokens), ("logit_bias", request.sampling.logit_bias, scores)):
+        if bad := [token for token in ids if not 0 <= token < most]:
+            raise errors.RequestError(f"{what} has the token {bad[0]}; there are 0 to {most - 1}")
 
 
 def _starts(request: Request, invocations: Any) -> dict[str, int | None]:

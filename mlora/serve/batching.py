@@ -266,12 +266,17 @@ class _Chooser(ModelRunner):
                 continue
             sampling = sequence.request.sampling
             token = likeliest[row]
+            own = scores[row, : sequence.request.scores]  # others' heads may be wider
             logprobs = None
             if sampling.logprobs or sampling.top_logprobs:
-                logprobs = scores[row].log_softmax(-1)
+                logprobs = own.log_softmax(-1)
             if not sequence.drawing.plain:
-                token = sequence.drawing.draw(scores[row])
+                token = sequence.drawing.draw(own)
                 tokens[row] = token
+            if token >= sequence.request.tokens:
+                error = errors.ServeError(f"token {token} was drawn; the embedding has {sequence.request.tokens}")
+                events.append(Event(sequence, error=error))
+                continue
             top = None
             if logprobs is not None and sampling.top_logprobs:
                 values, ids = logprobs.topk(min(sampling.top_logprobs, logprobs.numel()))

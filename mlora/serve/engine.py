@@ -24,7 +24,7 @@ from .request import Event, Request
 from .runner import Runner
 from .sampling import Sampling
 from .shelf import Shelf
-from .sizes import default_tokens
+from .sizes import Vocabulary, default_tokens
 from .stream import Reader, Stream, on_loop
 
 
@@ -98,10 +98,11 @@ class Engine:
             ahead,
         )
         self.limits = limits
+        vocabulary = Vocabulary(runtime.model)
         self._admission = Admission(
-            runtime, self._shelf, limits, threads, self._runner.start, self._runner.fail, self._lock
+            runtime, vocabulary, self._shelf, limits, threads, self._runner.start, self._runner.fail, self._lock
         )
-        self._intake = Intake(runtime, tokenizer, self._shelf, limits, page)
+        self._intake = Intake(runtime, vocabulary, tokenizer, self._shelf, limits, page)
 
     # Requests
 

@@ -11,12 +11,12 @@ from .. import errors
 from ..merge import as_merge
 from ..routing.entries import Entry, resolve_entry
 from ..runtime import Runtime
-from .admission import Limits
+from .admission import Limits, check_tokens
 from .drawing import Drawing
 from .request import Event, Request, SequenceState
 from .sampling import Sampling
 from .shelf import Shelf, key_of, names_of
-from .sizes import ends, longest, text_config
+from .sizes import Vocabulary, ends, longest, text_config
 
 
 class Intake:
@@ -26,14 +26,16 @@ class Intake:
         tokenizer: None where prompts are token ids. `page`: tokens of a block of the cache.
     """
 
-    def __init__(self, runtime: Runtime, tokenizer: Any, shelf: Shelf, limits: Limits, page: int) -> None:
+    def __init__(
+        self, runtime: Runtime, vocabulary: Vocabulary, tokenizer: Any, shelf: Shelf, limits: Limits, page: int
+    ) -> None:
         self._runtime = runtime
         self._tokenizer = tokenizer
         self._shelf = shelf
         self._limits = limits
         self._page = page
         config = text_config(runtime.model)
-        self._vocabulary: int = config.vocab_size
+        self._vocabulary = vocabulary
         self._ends = ends(runtime.model)
         self._most = min(limits.tokens, longest(config))
         self._numbers = itertools.count()
@@ -46,14 +48,13 @@ class Intake:
         ids = self._ids(prompt)
         if sampling.stop and self._tokenizer is None:
             raise errors.RequestError("stop has strings, which an engine without a tokenizer cannot look for")
-        for what, tokens in (("prompt", ids), ("logit_bias", list(sampling.logit_bias))):
-            if bad := [token for token in tokens if not 0 <= token < self._vocabulary]:
-                raise errors.RequestError(f"{what} has the token {bad[0]}; the model has 0 to {self._vocabulary - 1}")
         size = self._size(ids, sampling)
         names = self._names(entry)
         own_ends = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._ends)
         seed = int.from_bytes(os.urandom(7), "little") if sampling.seed is None else sampling.seed
         request = Request(ids, entry, key_of(entry), names, sampling, own_ends, size, post)
+        if not names:  # adapters may bring other tokens
+            check_tokens(request, self._vocabulary.tokens, self._vocabulary.scores)
         number = next(self._numbers)
         for index in range(sampling.n):
             drawing = Drawing(sampling, seed + index, ids, own_ends)

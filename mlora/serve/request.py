@@ -69,6 +69,7 @@ class Request:
         size: tokens of the cache that it needs at most, all its answers together.
         state: NEW; WAITING in the queue; PREPARING while its adapters are loaded; READY with them pinned; RUNNING;
             DONE.
+        tokens, scores: how many its embedding and its head have, which its adapters may bring.
         pin: of its adapters, while it holds one; `content`: what that was.
         starts: of its aLoRAs, where in the prompt each begins to apply.
         passed: see `queue.Waiting`. `came`: when, by `time.monotonic`; `started`: when it began to run, or `came`.
@@ -84,6 +85,8 @@ class Request:
     post: Callable[[Sequence[Event]], None]
     receive: Callable[[Event], None] | None = None
     state: int = NEW
+    tokens: int = 0
+    scores: int = 0
     pin: Any = None
     content: Any = None
     starts: Mapping[str, int | None] = field(default_factory=dict)

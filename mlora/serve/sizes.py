@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 TOKENS = 1024  # of an answer with its prompt, for which there is room by default
@@ -11,6 +12,27 @@ TOKENS = 1024  # of an answer with its prompt, for which there is room by defaul
 def text_config(model: Any) -> Any:
     """Of the part of a model that reads and writes tokens."""
     return model.config.get_text_config()
+
+
+class Vocabulary:
+    """How many tokens the model's embedding has, and how many scores its head gives."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._embedding, self._head = model.get_input_embeddings(), model.get_output_embeddings()
+        self.tokens: int = self._embedding.weight.shape[0]
+        self.scores: int = self.tokens if self._head is None else self._head.weight.shape[0]
+
+    def under(self, widths: Mapping[str, int]) -> tuple[int, int]:
+        """The same of an entry whose adapters bring others, `Pin.widths`."""
+        tokens, scores = self.tokens, self.scores
+        for path, width in widths.items():
+            module = self._model.get_submodule(path)
+            if module is self._embedding:
+                tokens = width
+            elif module is self._head:
+                scores = width
+        return tokens, scores
 
 
 def longest(config: Any) -> int:

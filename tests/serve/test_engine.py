@@ -237,6 +237,36 @@ def test_alora_applies_from_its_invocation_on(base: Any, folders: dict[str, Path
             assert one == alone(runtime.model, ids_, entry, sampling)
 
 
+def test_adapters_with_other_vocabularies(base: Any, folders: dict[str, Path], tmp_path: Path) -> None:
+    """More tokens than the model has, in prompts and answers; and drawn as if no row had more."""
+    from conftest import make_adapter, resized
+
+    wide = make_adapter(
+        tmp_path / "wide", resized(base, VOCAB + 40), 3, strength=2.0, r=2, target_modules=["q_proj"],
+        modules_to_save=["embed_tokens", "lm_head"],
+    )  # fmt: skip
+    runtime = patched(base, folders | {"wide": wide}, memory=1 << 24)
+    drawn = Sampling(max_new_tokens=8, temperature=1.0, seed=2)
+    asked = [([*prompt(1), VOCAB + 7], "wide", drawn), (prompt(2), "a", drawn), (prompt(3), None, drawn)]
+    asked += [([VOCAB + 1, *prompt(4)], "wide", Sampling(max_new_tokens=8, logprobs=True))]
+
+    async def run() -> list[list[int]]:
+        async with engine(runtime) as served:
+            got = await asyncio.gather(*(ids(served, *one) for one in asked))
+            for x, entry, options in (
+                ([VOCAB], "a", Sampling(max_new_tokens=2)),
+                ([VOCAB + 40], "wide", Sampling(max_new_tokens=2)),
+                ([1], "a", Sampling(max_new_tokens=2, logit_bias={VOCAB: 1.0})),
+            ):
+                with pytest.raises(errors.RequestError, match="there are 0 to"):
+                    await ids(served, x, entry, options)
+            assert served.stats().restarts == 0
+            return got
+
+    got = asyncio.run(run())
+    assert got == [alone(runtime.model, *one) for one in asked] and max(got[0] + got[3]) >= VOCAB
+
+
 @pytest.mark.parametrize("kind", ["qwen3", "gpt2", "gemma2", "mixtral"])
 def test_other_models(kind: str, tmp_path: Path) -> None:
     """gpt2 has Conv1D; gemma2 has a sliding window, where nothing is shared."""
@@ -300,10 +330,10 @@ def test_refusals_say_what_is_wrong(runtime: mlora.Runtime) -> None:
             cases: list[tuple[tuple[Any, ...], type[Exception], str]] = [
                 (([],), errors.RequestError, "not empty"),
                 (("text",), errors.RequestError, "without a tokenizer"),
-                (([VOCAB],), errors.RequestError, f"token {VOCAB}"),
+                (([VOCAB], None, few), errors.RequestError, f"token {VOCAB}"),
                 (([1] * 60, None, Sampling(max_new_tokens=10)), errors.RequestError, "make 70; at most 64"),
                 (([1], None, Sampling(stop="x")), errors.RequestError, "stop"),
-                (([1], None, Sampling(logit_bias={VOCAB: 1.0})), errors.RequestError, "logit_bias"),
+                (([1], None, Sampling(max_new_tokens=4, logit_bias={VOCAB: 1.0})), errors.RequestError, "logit_bias"),
                 (([1], None, Sampling(max_new_tokens=9, n=70)), errors.RequestError, "n is 70"),
                 (([1], "nobody", few), errors.UnknownAdapterError, "'nobody'"),
                 (([1], {"a": float("nan")}, few), errors.EntryError, "finite"),
@@ -322,7 +352,7 @@ def test_generate_many(runtime: mlora.Runtime) -> None:
     sampling = Sampling(max_new_tokens=6)
     asked: list[tuple[Any, ...]] = [(prompt(seed, 3 + seed % 9), ENTRIES[seed % 6]) for seed in range(30)]
     asked[4] = (prompt(4), "a", Sampling(max_new_tokens=3, n=2, temperature=1.0, seed=8))
-    asked[7] = ([VOCAB + 1], "a")
+    asked[7] = ([VOCAB + 1], None)
     asked[9] = (prompt(9), "nobody", sampling)
     with engine(runtime, max_running=4, max_waiting=5) as served:
         answers = list(served.generate_many(iter(asked), sampling))
