@@ -1,7 +1,7 @@
 """transformers' continuous batching with an entry and a way of drawing for each request.
 
-This is the one file that knows names of transformers which are not public. They are checked when it is imported, and
-those that exist on objects only when a `Worker` makes them.
+Beside `attention.py` this is the one file that uses names of transformers which are not public. `versions.py` has them:
+they are checked when this is imported, and those that exist on objects only when a `Worker` makes them.
 
     loop of its thread:  schedule a step -> _generation_step -> model(1, T) under the step's entries -> _Chooser
                                                                  |
@@ -10,15 +10,12 @@ those that exist on objects only when a `Worker` makes them.
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
@@ -26,83 +23,11 @@ from .. import errors
 from ..runtime import Runtime
 from . import attention
 from .request import Event, SequenceState
+from .versions import check_names, has
 
-_ROOM = "transformers.generation.continuous_batching"
-_KNOWN = "5.19 to 5.24"
 _SALTS = 1 << 16  # contents with first tokens that are remembered
-# module -> class -> method -> its arguments, or None for a plain attribute
-_NAMES: dict[str, dict[str, dict[str, tuple[str, ...] | None]]] = {
-    "continuous_api": {
-        "ContinuousBatchingManager": {
-            "_generation_step": ("self",),
-            "_create_batch_processor": ("self",),
-            "switch_to_cb_friendly_attn": ("self", "model", "auto_switch_to_flash"),
-            "start": ("self",),
-            "stop": ("self", "block", "timeout", "keep_for_next_session", "hard_stop"),
-            "add_request": (
-                "self", "input_ids", "request_id", "max_new_tokens", "streaming", "record_timestamps", "eos_token_id",
-                "logit_processor_kwargs",
-            ),
-            "cancel_request": ("self", "request_id"),
-        },
-        "OutputRouter": {"deliver": ("self", "output"), "deliver_batch": ("self", "outputs")},
-    },
-    "scheduler": {
-        "FIFOScheduler": {
-            "add_waiting_request": ("self", "state"),
-            "clear_cancelled_requests": ("self",),
-            "set_request_cancellation": ("self", "request_id"),
-        }
-    },
-    "cache": {
-        "PagedAttentionCache": {
-            "search_prefix_match": ("self", "request_id", "prompt_ids"),
-            "mark_complete_blocks": ("self", "state", "complete_blocks"),
-        }
-    },
-    "input_outputs": {"ContinuousBatchingIOs": {"get_model_kwargs": ("self", "use_padding")}},
-    "model_runner": {
-        "ModelRunner": {"_sample": ("self", "scores", "output_ids")},
-        "infer_max_single_request_tokens": {},
-    },
-    "requests": {
-        "FutureRequestState": {"state": None, "has_new_token": None, "query_length": None},
-    },
-}  # fmt: skip
 
-
-def _check_names() -> None:
-    """Raise `ServeError` that says which of `_NAMES` has changed."""
-    for module, classes in _NAMES.items():
-        for name, members in classes.items():
-            try:
-                found = getattr(importlib.import_module(f"{_ROOM}.{module}"), name)
-            except (ImportError, AttributeError):
-                raise _changed(f"has no {_ROOM}.{module}.{name}") from None
-            for member, arguments in members.items():
-                if not hasattr(found, member):
-                    raise _changed(f"has no {name}.{member}")
-                if arguments is not None:
-                    now = tuple(inspect.signature(getattr(found, member)).parameters)
-                    if now != arguments:
-                        raise _changed(f"has {name}.{member}{now} in place of {arguments}")
-
-
-def _changed(what: str) -> errors.ServeError:
-    return errors.ServeError(
-        f"mlora.serve knows the continuous batching of transformers {_KNOWN}; version {transformers.__version__} {what}"
-    )
-
-
-def _has(thing: Any, *names: str) -> Any:
-    """`thing`, which has attributes `names`."""
-    for name in names:
-        if not hasattr(thing, name):
-            raise _changed(f"has {type(thing).__name__} objects without {name}")
-    return thing
-
-
-_check_names()
+check_names()
 
 from transformers.generation.continuous_batching.cache import PagedAttentionCache  # noqa: E402
 from transformers.generation.continuous_batching.continuous_api import (  # noqa: E402
@@ -164,7 +89,7 @@ class Worker(ContinuousBatchingManager):
             use_cuda_graph=False,
         )
         super().__init__(runtime.model, GenerationConfig(do_sample=False, eos_token_id=-1), config)  # type: ignore[arg-type]
-        _has(self, "output_router").output_router = _Nowhere()  # the steps tell what there is to tell
+        has(self, "output_router").output_router = _Nowhere()  # the steps tell what there is to tell
 
     def add(self, sequence: SequenceState) -> None:
         """Run it from where it is: its prompt, and the tokens that it has."""
@@ -192,10 +117,10 @@ class Worker(ContinuousBatchingManager):
             thread.join()
 
     def _create_batch_processor(self) -> Any:
-        processor = _has(super()._create_batch_processor(), "cache", "scheduler", "inputs_and_outputs", "model_runner")
+        processor = has(super()._create_batch_processor(), "cache", "scheduler", "inputs_and_outputs", "model_runner")
         processor.model_runner.__class__ = _Chooser
-        _has(processor.inputs_and_outputs, "requests_in_batch").__class__ = _Inputs
-        scheduler = _has(processor.scheduler, "block_new_requests", "_requests_to_cancel", "_cancellation_lock")
+        has(processor.inputs_and_outputs, "requests_in_batch").__class__ = _Inputs
+        scheduler = has(processor.scheduler, "block_new_requests", "_requests_to_cancel", "_cancellation_lock")
         scheduler.__class__ = _Scheduler
         scheduler.keep(self._sequences, self._gone)
         processor.cache.__class__ = _Cache
@@ -347,7 +272,7 @@ class _Cache(PagedAttentionCache):
         self._salts: dict[Hashable, int] = {}
         self._last = -1  # which transformers uses itself
         for allocator in self.cache_allocators.values():
-            _has(allocator, "mark_complete_blocks", "match_prefix_blocks")
+            has(allocator, "mark_complete_blocks", "match_prefix_blocks")
 
     def _salt(self, id: str, first: int) -> int:
         if len(self._salts) >= _SALTS:

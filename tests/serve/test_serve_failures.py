@@ -193,16 +193,16 @@ def test_an_engine_that_is_let_go_keeps_nothing(runtime: mlora.Runtime, tmp_path
 
 
 def test_names_of_transformers_that_changed_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlora.serve import batching
+    from mlora.serve import versions
 
-    batching._check_names()
+    versions.check_names()
     with monkeypatch.context() as patch:
-        patch.setitem(batching._NAMES["scheduler"], "FIFOScheduler", {"clear_cancelled_requests": ("self", "all")})
+        patch.setitem(versions.NAMES["scheduler"], "FIFOScheduler", {"clear_cancelled_requests": ("self", "all")})
         with pytest.raises(errors.ServeError, match="has FIFOScheduler"):
-            batching._check_names()
+            versions.check_names()
     with monkeypatch.context() as patch:
-        patch.setitem(batching._NAMES["cache"], "PagedCache", {})
+        patch.setitem(versions.NAMES["cache"], "PagedCache", {})
         with pytest.raises(errors.ServeError, match="PagedCache"):
-            batching._check_names()
+            versions.check_names()
     with pytest.raises(errors.ServeError, match="without requests"):
-        batching._has([], "requests")
+        versions.has([], "requests")
