@@ -73,7 +73,7 @@ def _config(file: File) -> dict[str, Any]:
     if file.size > MAX_CONFIG:
         raise errors.AdapterError(f"{file.path} has {file.size:,} bytes; a config has at most {MAX_CONFIG:,}")
     try:
-        config = json.loads(file.text(0, file.size).decode("utf-8"))
+        config = json.loads(file.text(0, file.size).decode("utf-8-sig"))  # some editors put a mark first
     except (OSError, ValueError, RecursionError) as error:
         raise errors.AdapterError(f"{file.path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):

@@ -59,7 +59,8 @@ def fresh(config: Any, model: nn.Module, bases: Mapping[str, BaseLinear], seed: 
 def _fields(config: Any, model: nn.Module) -> dict[str, Any]:
     if not isinstance(config, Mapping) and not hasattr(config, "to_dict"):
         raise errors.AdapterError(
-            f"add_adapter takes an mlora.Adapter, a peft.LoraConfig or its fields as a mapping, not {config!r}"
+            f"add_adapter takes an mlora.Adapter, a peft.LoraConfig or its fields as a mapping, not {config!r}; "
+            f"load_adapter reads files"
         )
     fields = dict(config if isinstance(config, Mapping) else config.to_dict())
     fields["peft_type"] = str(getattr(fields.get("peft_type"), "value", fields.get("peft_type") or ""))
