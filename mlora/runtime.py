@@ -168,7 +168,7 @@ class Runtime(Trains):
         adapter = part_of(adapter, names)
         lowered = lower(adapter, self.bases, approximate, model=self._model, strict=strict)
         keys = keys_of(adapter, lowered.deltas, names, self._indices, self.bases) if is_trainable else None
-        info = self._registry.add(name, adapter, lowered, approximate, replaces=replaces)
+        info = self._registry.add(name, adapter, lowered, approximate, replaces=replaces, trainable=keys is not None)
         if keys is not None:
             self._train(name, adapter, keys)
         if lowered.remark:

@@ -83,13 +83,16 @@ class Packed:
         return self.slot >= 0
 
 
-def pack(deltas: Mapping[int, Delta], empty: np.ndarray, dtype: torch.dtype, pin: bool, label: str) -> Packed:
+def pack(
+    deltas: Mapping[int, Delta], empty: np.ndarray, dtype: torch.dtype, pin: bool, label: str, rests: bool = False
+) -> Packed:
     """Lay the parts of an adapter out in one host blob.
 
     Args:
         deltas: module number -> delta. `label`: of the adapter, for messages.
         empty: `Packed.rows` of an adapter without parts.
         dtype: the arena's. `pin`: put the blob into memory that a GPU copies from.
+        rests: have room for the rests of gains that have none yet, since they will change.
 
     Raises:
         AdapterError: a value is finite in the adapter and not in the arena's dtype.
@@ -124,7 +127,7 @@ def pack(deltas: Mapping[int, Delta], empty: np.ndarray, dtype: torch.dtype, pin
             if part is not None:
                 rows[index, 0, column] = number(part)
                 touches[index] |= bit
-                if bit != SHIFT and (rest := _rest(part, dtype)) is not None:
+                if bit != SHIFT and (rest := _rest(part, dtype, rests)) is not None:
                     rows[index, 1, column] = number(rest)
         for column, bit, turn in ((layout.TURN, TURN, delta.turn), (layout.IN_TURN, INPUT, delta.in_turn)):
             if turn is not None:
@@ -222,7 +225,12 @@ def _lay_out(parts: Sequence[Tensor], dtype: torch.dtype, pin: bool) -> tuple[Te
     return blob, offsets
 
 
-def _rest(part: Tensor, dtype: torch.dtype) -> Tensor | None:
+def _rest(part: Tensor, dtype: torch.dtype, always: bool) -> Tensor | None:
+    rest = rest_of(part, dtype)
+    return torch.zeros_like(part) if rest is None and always and dtype.itemsize == 2 else rest
+
+
+def rest_of(part: Tensor, dtype: torch.dtype) -> Tensor | None:
     """What rounding to `dtype` takes off g - 1, where that is more than rounding g itself would; else None. It never
     is unless some g is below a half."""
     rest = part - part.to(dtype).to(part.dtype)
@@ -232,7 +240,7 @@ def _rest(part: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 def _turn_rest(turn: Turn, dtype: torch.dtype) -> Tensor | None:
     """The same of a turn's values, off the diagonal of which it never is."""
-    return None if _rest(turn.diagonal, dtype) is None else turn.values - turn.values.to(dtype).to(turn.values.dtype)
+    return None if rest_of(turn.diagonal, dtype) is None else turn.values - turn.values.to(dtype).to(turn.values.dtype)
 
 
 def _copy_alike(parts: list[Tensor], to: Tensor, align: int) -> None:

@@ -30,32 +30,38 @@ class Site:
     Args:
         words: the plan's. `table`, `exchanged`: the module's, and that with A and B, gains and input gains exchanged.
         ranks, rows: a call of T tokens keeps T / rows * ranks numbers for the backward pass (v).
-        parts: of the adapters that train here: slot -> parameters.
+        trained: those that train here, by slot; `parts`: their parameters here.
 
     `parameters` are those of `parts`, in the order in which gradients are returned. The gradients lie in one buffer of
-    `size` numbers, those of A and B at `a` and `b` of each slot.
+    `size` numbers, those of A and B at `a` and `b` of each slot, those of `biases` and `magnitudes` (of DoRAs) where
+    these tell.
     """
 
     def __init__(
-        self, training: Training, plan: Plan, index: int, ranks: int, rows: int, parts: dict[int, Part]
+        self, training: Training, plan: Plan, index: int, ranks: int, rows: int, trained: dict[int, Trained]
     ) -> None:
         store = training.store
         self.training, self.plan, self.index, self.ranks, self.rows = training, plan, index, ranks, rows
         self.arena, self.words = store.arena, plan.tensor
         self.table, self.exchanged = store.tables[index], store.exchanged[index]
-        self.parts = parts
+        self.trained = trained
+        self.parts: dict[int, Part] = {slot: one.parts[index] for slot, one in trained.items()}
         self.parameters: list[nn.Parameter] = []
         self.places: list[Place] = []
-        self.biases: list[tuple[int, float, Place]] = []  # slot, factor
+        self.biases: list[tuple[int, Place]] = []  # by slot
+        self.magnitudes: list[tuple[int, Place]] = []
         self.a = torch.full((len(self.table),), -1, dtype=torch.int64)
         self.b = self.a.clone()
         self.size = 0
-        for slot, part in parts.items():
+        for slot, part in self.parts.items():
             self.a[slot] = self._place(part.a, part.a.stride())
             self.b[slot] = self._place(part.b, part.b.stride())
             if part.bias is not None:
                 self._place(part.bias, (1,))
-                self.biases.append((slot, part.scale, self.places[-1]))
+                self.biases.append((slot, self.places[-1]))
+            if part.magnitude is not None:
+                self._place(part.magnitude, (1,))
+                self.magnitudes.append((slot, self.places[-1]))
 
     def _place(self, parameter: nn.Parameter, strides: tuple[int, ...]) -> int:
         offset = self.size
@@ -128,8 +134,8 @@ class _Sites:
     def of(self, index: int) -> Site:
         site = self._sites.get(index)
         if site is None:
-            parts = {slot: one.parts[index] for slot, one in self.trained.items() if index in one.parts}
-            site = Site(self._training, self.plan, index, int(self._ranks[index]), self._rows, parts)
+            trained = {slot: one for slot, one in self.trained.items() if index in one.parts}
+            site = Site(self._training, self.plan, index, int(self._ranks[index]), self._rows, trained)
             self._sites[index] = site
         return site
 

@@ -9,7 +9,7 @@ do not count there, was an optimizer's step.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -18,43 +18,81 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import layout
-from ..arena.pack import Packed
+from ..arena.pack import Packed, rest_of
 
 
 class Keys(NamedTuple):
-    """What the tensors of one module are called in the adapter's files: A (rank, in), B (out, rank), and with
-    `lora_bias` B's bias (out,)."""
+    """What the tensors of one module are called in the adapter's files: A (rank, in), B (out, rank), with `lora_bias`
+    B's bias (out,), and of a DoRA the magnitude (out,)."""
 
     a: str
     b: str
     bias: str | None
+    magnitude: str | None
 
 
 class Part(NamedTuple):
-    """The parameters of one module, as `Keys` has them, and the factor between the bias and the shift that it is."""
+    """The parameters of one module, as `Keys` has them, and LoRA's scaling."""
 
     a: nn.Parameter
     b: nn.Parameter
     bias: nn.Parameter | None
+    magnitude: nn.Parameter | None
     scale: float
 
 
+class Base(NamedTuple):
+    """What the magnitudes of a DoRA are measured by: the base's weight (out, in), and its bias (out,) or None."""
+
+    weight: Callable[[], Tensor]
+    bias: Callable[[], Tensor | None]
+
+
+class Dora(NamedTuple):
+    """Of one module: where a DoRA has its parts in the blob, A aside: B (rank, out), gain, rest of the gain, shift; -1
+    where it has none."""
+
+    part: Part
+    base: Base
+    b: int
+    gain: int
+    rest: int
+    shift: int
+
+
+class Measured(NamedTuple):
+    """Of a DoRA's module, as its parameters were when they were last brought to the arena: |W + s B A| by rows, and
+    m / |W + s B A|, both (out,); PEFT takes the first as a constant."""
+
+    norm: Tensor
+    gain: Tensor
+
+
 class Trained:
-    """Made of a packed adapter whose every part is a parameter, or a bias, of a LoRA.
+    """Made of a packed adapter whose every part is made of the parameters of a LoRA or a DoRA.
 
     Args:
         tensors: its parameters' first values, by key. `keys`: of each module, by its number.
-        packed: of these tensors. `device`: of the arena. `fixed`: whether the B are not trained, as MiCA's.
+        bases: of each module. `packed`: of these tensors. `device`: of the arena.
+        fixed: whether the B are not trained, as MiCA's.
 
-    `parameters`: key -> parameter. `parts`: module number -> its parameters.
+    `parameters`: key -> parameter. `parts`: module number -> its parameters. `measured`: of a DoRA's modules.
     """
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], keys: Mapping[int, Keys], packed: Packed, device: torch.device, fixed: bool
+        self,
+        tensors: Mapping[str, Tensor],
+        keys: Mapping[int, Keys],
+        bases: Mapping[int, Base],
+        packed: Packed,
+        device: torch.device,
+        fixed: bool,
     ) -> None:
         dtype = torch.promote_types(packed.blob.dtype, torch.float32)
         self._master = torch.zeros(packed.blob.numel(), dtype=dtype, device=device)
         self._scaled: list[tuple[int, int, float]] = []  # offset, size and factor of what is not in the blob as it is
+        self._doras: dict[int, Dora] = {}
+        self.measured: dict[int, Measured] = {}
         self._version = -1
         self._stepped = False
         self.parameters: dict[str, nn.Parameter] = {}
@@ -62,13 +100,17 @@ class Trained:
         rows = packed.rows[:, 0]
         scales = rows[:, layout.SCALE].astype("uint32").view("float32").tolist()
         for index, own in keys.items():
-            a, b, shift = rows[index, [layout.A, layout.B, layout.SHIFT]].tolist()
+            a, b, shift, gain = rows[index, [layout.A, layout.B, layout.SHIFT, layout.GAIN]].tolist()
             part = Part(
                 self._parameter(own.a, tensors[own.a], a),
                 self._parameter(own.b, tensors[own.b].t(), b, turned=True),
                 None if own.bias is None else self._parameter(own.bias, tensors[own.bias], shift),
+                None if own.magnitude is None else self._parameter(own.magnitude, tensors[own.magnitude], gain),
                 scales[index],
             )
+            if part.magnitude is not None:
+                rest = int(packed.rows[index, 1, layout.GAIN])
+                self._doras[index] = Dora(part, bases[index], b, gain, rest, shift)
             if part.bias is not None:
                 self._scaled.append((shift, part.bias.numel(), part.scale))
             self.parts[index] = part
@@ -96,6 +138,8 @@ class Trained:
             to.copy_(self._master)
             for offset, size, scale in self._scaled:
                 to[offset : offset + size].copy_(self._master[offset : offset + size] * scale)
+            for index, dora in self._doras.items():
+                self.measured[index] = _write_dora(dora, to)
 
     def stepped(self) -> None:
         """An optimizer has changed a parameter."""
@@ -118,6 +162,27 @@ class Trained:
                 (part.b.any() and part.a.any()) or (part.bias is not None and part.bias.any())
                 for part in self.parts.values()
             )
+
+
+def _write_dora(dora: Dora, to: Tensor) -> Measured:
+    """As `lowering/lora.py` makes them: g B, g - 1 and (1 - g) bias."""
+    part, magnitude = dora.part, dora.part.magnitude
+    assert magnitude is not None
+    weight = dora.base.weight().to(magnitude)
+    norm = torch.linalg.vector_norm(torch.addmm(weight, part.b, part.a, alpha=part.scale), dim=1)
+    gain = magnitude / norm
+
+    def put(offset: int, values: Tensor) -> None:
+        to[offset : offset + values.numel()].view(values.shape).copy_(values)
+
+    put(dora.b, (part.b * gain[:, None]).t())
+    put(dora.gain, gain - 1)
+    if dora.rest >= 0:
+        rest = rest_of(gain - 1, to.dtype)
+        put(dora.rest, torch.zeros_like(gain) if rest is None else rest)
+    if dora.shift >= 0 and (bias := dora.base.bias()) is not None:
+        put(dora.shift, (1 - gain) * bias.to(gain))
+    return Measured(norm, gain)
 
 
 _owners: WeakValueDictionary[int, Trained] = WeakValueDictionary()  # by the id of a parameter

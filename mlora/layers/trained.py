@@ -31,9 +31,10 @@ def trained(layer: Any, x: Tensor, site: Site, touches: int, plain: bool) -> Ten
         if not weight.requires_grad and (bias is None or not bias.requires_grad):
             layer._check_weight(weight)
             kblock = state.kblock(x) if state.fused and weight.is_contiguous() else dispatch.LIBRARY
-            return functions.linear(x, weight, bias, site, kblock)
+            if kblock or not site.magnitudes:  # these need the base's output, which a fused product would make again
+                return functions.linear(x, weight, bias, site, kblock)
     y, source = layer._bases(x, site.words, touches)
-    return functions.add(y, source, x, site) if touches & (LORA | GAIN | SHIFT) else y
+    return functions.add(y, source, x, held.get("bias"), site) if touches & (LORA | GAIN | SHIFT) else y
 
 
 def refuse_training(what: str) -> NoReturn:

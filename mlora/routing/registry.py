@@ -192,8 +192,10 @@ class Registry:
         sources: Sequence[str] = (),
         group: MutableMapping[str, None] | None = None,
         replaces: bool = False,
+        trainable: bool = False,
     ) -> AdapterInfo:
-        """Register an adapter, or with `replaces` another content of its name. For the other arguments see `Loaded`.
+        """Register an adapter, or with `replaces` another content of its name, whose numbers will change if it is
+        `trainable`. For the other arguments see `Loaded`.
 
         Raises:
             DuplicateAdapterError: the name is taken; UnknownAdapterError, AdapterInUseError: of one that cannot be
@@ -201,7 +203,7 @@ class Registry:
             CapacityError: it is larger than the whole arena.
         """
         deltas = lowered.deltas
-        packed, adapter = self._pack(name, deltas, adapter)
+        packed, adapter = self._pack(name, deltas, adapter, trainable)
         ranks = tuple(sorted({delta.rank // (self.bases[path].experts or 1) for path, delta in deltas.items()}))
         info = AdapterInfo(
             name, adapter.source, adapter.peft_type, _variant(adapter), ranks[-1], ranks, tuple(deltas),
@@ -301,7 +303,9 @@ class Registry:
                 if made in self._loaded:  # not gone already, with another of them
                     self.remove(made)
 
-    def _pack(self, name: str, deltas: Mapping[str, Delta], adapter: Adapter) -> tuple[Packed, Adapter]:
+    def _pack(
+        self, name: str, deltas: Mapping[str, Delta], adapter: Adapter, trainable: bool
+    ) -> tuple[Packed, Adapter]:
         """The blob, and the adapter in memory that it shares with it where it can."""
         by_index: dict[int, Delta] = {}
         for path, delta in deltas.items():
@@ -312,7 +316,7 @@ class Registry:
                     f"adapter {name!r}: it has different weights for one shared module under several of its "
                     f"names: {', '.join(sorted({path, *self.bases[path].aliases} & deltas.keys()))}"
                 )
-        packed = self._store.pack(by_index, f"adapter {name!r}")
+        packed = self._store.pack(by_index, f"adapter {name!r}", trainable)
         if packed.invocation and self._encoder:
             raise errors.UnsupportedAdapterError(
                 f"adapter {name!r}: option alora_invocation_tokens is not served on a model with an encoder, "

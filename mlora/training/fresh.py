@@ -49,10 +49,14 @@ def fresh(config: Any, model: nn.Module, bases: Mapping[str, BaseLinear], seed: 
             bias = bool(fields.get("lora_bias"))
             a, b = _drawn(init, base, rank, bias)
             parts = {"lora_A.weight": a.weight, "lora_B.weight": b.weight, "lora_B.bias": b.bias}
-            for part, tensor in parts.items():
-                if tensor is not None:  # rounded as PEFT does, which moves it to the base's dtype first
-                    wide = torch.promote_types(base.dtype, torch.float32)
-                    tensors[f"{name}.{part}"] = tensor.detach().to(base.dtype).to(wide)
+            # Rounded as PEFT does, which moves them to the base's dtype first.
+            own = {part: tensor.detach().to(base.dtype) for part, tensor in parts.items() if tensor is not None}
+            if fields.get("use_dora"):
+                alpha = pattern_value(fields.get("alpha_pattern"), name, fields.get("lora_alpha", 8))
+                scale = alpha / (math.sqrt(rank) if fields.get("use_rslora") else rank)
+                own["lora_magnitude_vector"] = _norm(base, own["lora_A.weight"], own["lora_B.weight"], scale)
+            wide = torch.promote_types(base.dtype, torch.float32)
+            tensors.update({f"{name}.{part}": tensor.to(wide) for part, tensor in own.items()})
     return Adapter(fields, tensors, source="config")
 
 
@@ -138,6 +142,12 @@ def _drawn(init: Any, base: BaseLinear, rank: int, bias: bool) -> tuple[nn.Linea
         if b.bias is not None:
             nn.init.zeros_(b.bias)
     return a, b
+
+
+def _norm(base: BaseLinear, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """The magnitude that a DoRA starts with: |W + s B A| by rows, as PEFT rounds it."""
+    product = (b.float() @ a.float()).half() if base.dtype is torch.float16 else b @ a
+    return torch.linalg.norm(base.weight().to(base.dtype) + scale * product, dim=1).to(base.dtype)
 
 
 @contextmanager

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import nn
 
 from .. import errors
@@ -12,11 +14,13 @@ from ..adapters.adapter import Adapter
 from ..adapters.keys import PEFT_PREFIX
 from ..arena.store import Store
 from ..gradients.recorded import Training
-from ..gradients.trained import Keys, Trained
+from ..gradients.trained import Base, Keys, Trained
 from ..lowering import BaseLinear
 from ..plan.shared import Shared
 from ..routing.registry import Registry
 from ..routing.router import Router
+
+_VECTOR = "lora_magnitude_vector"  # as files have it; in a model it is a module with a weight
 
 
 class Trains:
@@ -43,7 +47,7 @@ class Trains:
             UnknownAdapterError: there is none of that name. AdapterError: it has no parameters.
         """
         for key, parameter in self._trained(adapter_name).parameters.items():
-            module, _, part = key.rpartition(".")
+            module, _, part = (f"{key}.weight" if key.endswith(_VECTOR) else key).rpartition(".")
             yield f"{PEFT_PREFIX}{module}.{adapter_name}.{part}", parameter
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -99,7 +103,8 @@ class Trains:
         with self._lock:
             packed = self._store[self._registry[name].key]
             fixed = str(adapter.config.get("init_lora_weights")).lower() == "mica"
-            one = Trained(adapter.tensors, keys, packed, self._store.arena.device, fixed)
+            bases = {index: self._measured_by(self._registry.paths[index]) for index in keys}
+            one = Trained(adapter.tensors, keys, bases, packed, self._store.arena.device, fixed)
             if self._shared.training is None:
                 self._thawed = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
                 for parameter in self._thawed:
@@ -108,6 +113,15 @@ class Trains:
             packed.source = one
             tensors = {key: parameter.detach() for key, parameter in one.parameters.items()}
             self._registry.hold(name, adapter.holding({**adapter.tensors, **tensors}))
+
+    def _measured_by(self, path: str) -> Base:
+        """A module's weight and bias, in fp32 or, of a model in that, fp64."""
+        base, module = self.bases[path], self._model.get_submodule(path)
+        if base.dtype is not torch.float64 or base.turned is None:
+            return Base(base.weight, base.bias)
+        held: Any = module._parameters
+        weight = held["weight"].detach()
+        return Base(lambda: weight.t() if base.turned else weight, lambda: held["bias"])
 
     def _thaw(self) -> None:
         """Undo what the first `_train` did to the model's own parameters."""

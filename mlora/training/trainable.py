@@ -15,10 +15,16 @@ _TRAINED = frozenset((
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias",
     "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
-    "runtime_config", "target_modules", "task_type", "use_rslora",
+    "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
 ))  # fmt: skip
 
-_SUFFIXES = (".lora_A.weight", ".lora_B.weight", ".lora_B.bias")
+_SUFFIXES = {
+    ".lora_A.weight": "a",
+    ".lora_B.weight": "b",
+    ".lora_B.bias": "bias",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+}
 _COPY = ".base_layer.weight"  # of the base's, which PEFT saves with a head that it targets
 
 
@@ -58,10 +64,10 @@ def keys_of(
         path = "" if suffix is None else names.find(key.removesuffix(suffix))
         if suffix is None or path not in deltas or not bases[path].linear:
             raise errors.UnsupportedAdapterError(
-                f"adapter from {adapter.source}: tensor {key!r} is served and not trained; trained are lora_A and "
-                f"lora_B of this model's linears, by its own names"
+                f"adapter from {adapter.source}: tensor {key!r} is served and not trained; trained are the LoRAs "
+                f"and DoRAs of this model's linears"
             )
-        found.setdefault(path, {})[suffix] = key
+        found.setdefault(path, {})[_SUFFIXES[suffix]] = key
     keys: dict[int, Keys] = {}
     for path, own in found.items():
         if indices[path] in keys:
@@ -69,5 +75,5 @@ def keys_of(
                 f"adapter from {adapter.source}: it has weights for one shared module under several names, of which "
                 f"{path} is one; that is not trained"
             )
-        keys[indices[path]] = Keys(own[_SUFFIXES[0]], own[_SUFFIXES[1]], own.get(_SUFFIXES[2]))
+        keys[indices[path]] = Keys(own["a"], own["b"], own.get("bias"), own.get("magnitude"))
     return keys

@@ -27,6 +27,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "orthogonal": ("llama", {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": "orthogonal"}),
     "not started at zero": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": False, "lora_bias": True}),
     "mica": ("llama", {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": "mica"}),
+    "DoRA": ("qwen2", {"target_modules": ["q_proj", "up_proj"], "use_dora": True}),
+    "DoRA, not at zero": (
+        "gpt2",
+        {"target_modules": ["c_fc"], "use_dora": True, "init_lora_weights": False, "fan_in_fan_out": True},
+    ),
     "a module used twice": ("mlp", {"target_modules": ["0", "head"], "use_rslora": True}),
 }
 
@@ -100,7 +105,6 @@ def test_a_mapping_will_do():
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "rewrites the base": ("llama", {"init_lora_weights": "pissa"}, "init_lora_weights='pissa' .* rewrites the base"),
     "of data": ("llama", {"init_lora_weights": "eva"}, "init_lora_weights='eva' .* computed from data"),
-    "DoRA": ("llama", {"use_dora": True}, "use_dora=True is not trained"),
     "dropout": ("llama", {"lora_dropout": 0.1}, "lora_dropout=0.1 is not trained"),
     "embeddings": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens; adapters are trained on"),
     "no module": ("llama", {"target_modules": ["nothing"]}, "name no module"),

@@ -30,6 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lora": {},
     "rslora": {"use_rslora": True},
     "lora_bias": {"lora_bias": True},
+    "dora": {"use_dora": True},
     "patterns": {"rank_pattern": {"0": 2, "fc1": 2, "c_fc": 2}, "alpha_pattern": {"0": 3, "fc1": 9, "c_fc": 9}},
 }
 
@@ -97,10 +98,11 @@ def test_gradients_are_those_of_peft_alone(kind, options, tmp_path):
     }
     model = trained(base, folders, frozen=("z",))
     batch = inputs_for(kind, 5, dtype=torch.float64)
-    entries = ["b", None, "a", {"a": 0.5, "z": -1.5}, "z"]
+    weight = 1.0 if options == "dora" else 0.5  # PEFT has no other for DoRA
+    entries = ["b", None, "a", {"a": weight, "z": -1.5}, "z"]
     loss_of(out_of(model, batch, adapter_names=entries)).backward()
     alone = of_peft(theirs(base, batch, 2, [folders["a"]], [1.0]))
-    mixed = of_peft(theirs(base, batch, 3, [folders["a"], folders["z"]], [0.5, -1.5]))
+    mixed = of_peft(theirs(base, batch, 3, [folders["a"], folders["z"]], [weight, -1.5]))
     want = {key: alone[key] + mixed[key] for key in alone}
     assert error(gradients_of(model.mlora, "a"), want) < 1e-10
     assert error(gradients_of(model.mlora, "b"), of_peft(theirs(base, batch, 0, [folders["b"]], [1.0]))) < 1e-10
@@ -222,6 +224,52 @@ def test_runs_do_not_see_each_other(dtype, tmp_path):
     again = rounds(base, folders, other, [{"b": 0.5, "c": 1.0}, "a", "b", "a", None], "a")
     assert len(want) == len(again)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(want, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_loss_curves_are_those_of_peft_alone(dtype):
+    """50 steps of three adapters of different ranks and options, from PEFT's seed, in one batch."""
+    from peft import LoraConfig, get_peft_model
+
+    base = build("mlp", dtype)
+    draw = torch.Generator().manual_seed(5)
+    x = {name: torch.randn(2, 12, HIDDEN, generator=draw).to(dtype) for name in "abc"}
+    labels = {name: torch.randint(9, (2, 12), generator=draw) for name in "abc"}
+    options = {"a": {"r": 4}, "b": {"r": 3, "use_rslora": True}, "c": {"r": 8, "use_dora": True}}
+    configs = {name: LoraConfig(target_modules=LINEARS["mlp"], **own) for name, own in options.items()}
+    curves: dict[str, list[list[float]]] = {name: [] for name in x}
+
+    model = copy.deepcopy(base)
+    runtime = mlora.patch(model, memory=ROOM)
+    for seed, name in enumerate(x):
+        runtime.add_adapter(name, configs[name], seed=seed)
+        curves[name].append([])
+    optimizers = [torch.optim.AdamW([p for _, p in runtime.named_parameters(name)], lr=1e-3) for name in x]
+    entries, targets = [name for name in x for _ in range(2)], torch.cat(list(labels.values()))
+    for _ in range(50):
+        found = mlora.losses(model(torch.cat(list(x.values())), adapter_names=entries), targets, entries)
+        sum(found.values()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        for name, loss in found.items():
+            curves[name][0].append(loss.item())
+    for seed, name in enumerate(x):
+        torch.manual_seed(seed)
+        wrapped = get_peft_model(copy.deepcopy(base), configs[name])
+        optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-3)
+        curves[name].append([])
+        for _ in range(50):
+            loss = mlora.losses(wrapped(x[name]), labels[name], None)[None]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            curves[name][1].append(loss.item())
+        mine, theirs = torch.tensor(curves[name])
+        assert mine[-1] < 0.9 * mine[0]
+        if dtype is torch.float32:
+            assert ((mine - theirs).abs() / theirs).max() < 1e-4
+        assert abs(float(mine.mean() / theirs.mean()) - 1) < 0.005
 
 
 def backward(
@@ -444,7 +492,6 @@ def test_merges_of_what_is_trained_are_refused(tmp_path):
 
 
 REFUSED = {
-    "use_dora": {"use_dora": True},
     "lora_dropout": {"lora_dropout": 0.1},
     "bias": {"bias": "lora_only"},
     "modules_to_save": {"modules_to_save": ["head"], "target_modules": ["up"]},
