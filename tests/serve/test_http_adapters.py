@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -100,8 +101,15 @@ def test_the_admin_key(served: Served, tmp_path: Path) -> None:
         assert closed.post(UNLOAD, {"lora_name": "a"}, "admin").status_code == 404
 
 
-def test_one_name_loaded_at_once(served: Served) -> None:
-    """By many: one of them gets it."""
+def test_one_name_loaded_at_once(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By many: one of them gets it; where it may be replaced, all."""
+    load = served.engine.runtime.load_adapter
+
+    def slowly(*given: Any, **options: Any) -> Any:
+        time.sleep(0.1)
+        return load(*given, **options)
+
+    monkeypatch.setattr(served.engine.runtime, "load_adapter", slowly)
     body = {"lora_name": "race", "lora_path": str(served.folders["c"])}
     with ThreadPoolExecutor(8) as pool:
         found = [answer.status_code for answer in pool.map(lambda _: served.post(LOAD, body), range(8))]
@@ -111,6 +119,11 @@ def test_one_name_loaded_at_once(served: Served) -> None:
         gone = {"lora_name": "race"}
         found = [answer.status_code for answer in pool.map(lambda _: served.post(UNLOAD, gone), range(8))]
     assert sorted(found) == [200] + [404] * 7
+    with ThreadPoolExecutor(8) as pool:
+        again = {**body, "load_inplace": True}
+        found = [answer.status_code for answer in pool.map(lambda _: served.post(LOAD, again), range(8))]
+    assert found == [200] * 8 and text(served, "race") == text(served, "c")
+    assert served.post(UNLOAD, gone).status_code == 200
 
 
 def test_what_runs_ends_with_what_it_began(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,8 +93,6 @@ class Guard:
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > most:
             raise Problem(TOO_LARGE, f"the body has {length} bytes; at most {most} are read")
-        if length == "0" and "transfer-encoding" not in headers:
-            return b""
         parts, size = [], 0
         while True:
             message = await receive()

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+from weakref import WeakValueDictionary
 
 from ... import errors
 from ...merge import Merge, as_merge
@@ -17,6 +18,8 @@ from ..engine import Engine
 from ..shelf import names_of
 from .problems import INVALID, NOT_FOUND, Problem
 from .roots import HubIds, Roots
+
+_LONGEST = 1000  # letters of a header: merges have long labels
 
 
 class Names:
@@ -31,7 +34,7 @@ class Names:
         self._engine = engine
         self._roots = Roots(roots)
         self._hub = HubIds(hub_ids)
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # kept by who holds or awaits them
 
     def known(self) -> dict[str, str]:
         """Name -> where it comes from."""
@@ -50,8 +53,6 @@ class Names:
 
     def lock(self, name: str) -> asyncio.Lock:
         """Held by who loads or unloads an adapter of that name."""
-        for other in [name for name, lock in self._locks.items() if not lock.locked()]:
-            del self._locks[other]
         return self._locks.setdefault(name, asyncio.Lock())
 
     async def of_model(self, model: str, adapter: Any = None, merged: Mapping[str, Any] | None = None) -> Entry:
@@ -144,5 +145,5 @@ def label_of(entry: Entry) -> str:
 
 
 def header_of(entry: Entry) -> str:
-    """`label_of`, in letters that a header can have."""
-    return quote(label_of(entry), safe=" !#$&'()*+,/:;=?@[]{}\"|^`<>")
+    """`label_of`, in letters that a header can have, and not too many."""
+    return quote(label_of(entry)[:_LONGEST], safe=" !#$&'()*+,/:;=?@[]{}\"|^`<>")

@@ -24,7 +24,7 @@ async def respond(server: Server, request: HttpRequest, asked: Asked) -> Respons
     Raises:
         Problem: the engine refuses it, or it fails before its first token.
     """
-    headers = {"x-adapter-id": header_of(asked.entry)}
+    headers = {} if asked.entry is None else {"x-adapter-id": header_of(asked.entry)}
     if asked.body.stream:
         return Events(await begun(request, _events(server, asked)), headers)
     whole = await or_gone(request, _whole(server, asked))
@@ -58,14 +58,14 @@ async def _events(server: Server, asked: Asked) -> AsyncIterator[str]:
     usage: dict[str, Any] = {"usage": None} if options is not None and options.include_usage else {}
     head = {**asked.head(True), **usage}
     ends: dict[int, Usage | None] = {}
-    begun: set[int] = set()
+    told: set[int] = set()
     offsets = [0] * asked.answers
     async with Answers(server, NAMES) as answers:
         answers.submit(asked.prompts, asked.entry, asked.samplings)
         try:
             async for index, token in answers:
-                first = index not in begun
-                begun.add(index)
+                first = index not in told
+                told.add(index)
                 logprobs = None
                 if asked.logprobs and token.id is not None:
                     logprobs = _logprobs(server, asked, [token], offsets[index])
@@ -76,7 +76,7 @@ async def _events(server: Server, asked: Asked) -> AsyncIterator[str]:
                     continue
                 yield _event({**head, "choices": [_choice(asked, index, token, first, logprobs)]})
         except Problem as problem:
-            if not begun:
+            if not told:
                 raise
             yield _event(problem.body("/v1"))
             yield "data: [DONE]\n\n"
