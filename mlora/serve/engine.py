@@ -126,7 +126,7 @@ class Engine:
         if loop not in self._homes:
             self._homes[loop] = on_loop(loop)
         request = self._intake.request(prompt, entry, sampling, self._homes[loop])
-        stream = Stream(partial(self._cancel, request))
+        stream = Stream(loop, partial(self._cancel, request))
         stream.reader = self._reader(request)
         request.receive = _weak(stream)
         self._submit(request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -73,7 +74,8 @@ class Stream:
     """The tokens of a request, for `async for`. One whose loop is left early is cancelled: as soon as nothing refers to
     it, when its task is cancelled as it waits, or with `aclose`."""
 
-    def __init__(self, cancel: Callable[[], None]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, cancel: Callable[[], None]) -> None:
+        self._loop = loop
         self._cancel = cancel
         self._tokens: deque[Token] = deque()
         self._error: Exception | None = None
@@ -117,7 +119,11 @@ class Stream:
         self._cancel()
 
     def __del__(self) -> None:
-        self._cancel()
+        # The collector may call this in any thread, whatever locks it holds: what takes some has to wait.
+        try:
+            self._loop.call_soon_threadsafe(self._cancel)
+        except RuntimeError:  # the loop is closed
+            threading.Thread(target=self._cancel, daemon=True).start()
 
 
 def on_loop(loop: asyncio.AbstractEventLoop) -> Callable[[Sequence[Event]], None]:

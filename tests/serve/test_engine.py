@@ -323,6 +323,24 @@ def test_leaving_the_loop_cancels(runtime: mlora.Runtime, monkeypatch: pytest.Mo
     assert all(not runtime._store[name].pins for name in "abcd")
 
 
+def test_streams_that_are_collected_anywhere(runtime: mlora.Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a thread that holds the engine's locks, and when their loop is closed."""
+    slow(monkeypatch)
+    sampling, kept = Sampling(max_new_tokens=50), []
+
+    async def run(served: Engine) -> None:
+        kept.extend(served.generate(prompt(seed), "a", sampling) for seed in range(2))
+        await anext(kept[0])
+        with served._shelf._lock, served._lock:
+            await asyncio.to_thread(kept.pop)  # it goes in another thread, which must not wait for the locks
+        await until(lambda: served.stats().answers.get("cancelled") == 1)
+
+    with engine(runtime) as served:
+        asyncio.run(run(served))
+        kept.clear()
+        asyncio.run(until(lambda: served.stats().running == 0))
+
+
 def test_refusals_say_what_is_wrong(runtime: mlora.Runtime) -> None:
     async def run() -> None:
         async with engine(runtime, cache_tokens=512) as served:
