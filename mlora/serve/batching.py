@@ -223,8 +223,8 @@ class _Nowhere(OutputRouter):
 
 
 class _Inputs(ContinuousBatchingIOs):
-    """Leaves out `is_causal`, which says no more than the mask does: while a call has it, the model's config has it,
-    and calls of other threads would see tokens that come behind."""
+    """Leaves out `is_causal`, which is true here and says nothing: a call that has it sets it in the model's config and
+    takes it out at its end, and so it would be with calls of other threads in between."""
 
     def get_model_kwargs(self, use_padding: bool = False) -> Any:
         kwargs: Any = super().get_model_kwargs(use_padding)
