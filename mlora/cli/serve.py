@@ -262,7 +262,7 @@ def _run(app: Any, host: str, port: int, drain_seconds: int, progress: Progress)
             await super().shutdown(sockets)
 
     config = uvicorn.Config(
-        app, host, port, log_config=_logging(), access_log=False, server_header=False,
+        app, host, port, log_config=_logging(), access_log=False, server_header=False, ws="none",
         timeout_keep_alive=_KEEP_ALIVE, timeout_graceful_shutdown=drain_seconds,
     )  # fmt: skip
     # uvicorn sends itself the signal that ended it once more, when all is done: which then is nothing new.

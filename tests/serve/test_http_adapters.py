@@ -10,11 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from http_serving import Served, serving, wait_for
+from http_serving import Served, running, serving, wait_for
 from serving import slow
 
-from mlora.serve.http import Access
+from mlora.serve.http import Access, create_app
 from mlora.serve.http.roots import HubIds, Roots
 
 BODY = {"prompt": "hello", "temperature": 0, "max_tokens": 8}
@@ -124,6 +125,23 @@ def test_one_name_loaded_at_once(served: Served, monkeypatch: pytest.MonkeyPatch
         found = [answer.status_code for answer in pool.map(lambda _: served.post(LOAD, again), range(8))]
     assert found == [200] * 8 and text(served, "race") == text(served, "c")
     assert served.post(UNLOAD, gone).status_code == 200
+
+
+def test_two_servers_of_one_engine(root: Path, tmp_path: Path) -> None:
+    """Two event loops that load one name at the same time, by first use and by vLLM's route."""
+    own = {"access": Access([], "admin"), "runtime_adapters": True, "roots": [root]}
+    with serving(tmp_path / "own", **own) as one, running(create_app(one.engine, "tiny", **own)) as url:
+        urls = [one.url, url] * 4
+        body = {"model": "team/two", **BODY}
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda url: httpx.post(f"{url}/v1/completions", json=body, timeout=30), urls))
+            assert {answer.json()["choices"][0]["text"] for answer in answers} == {text(one, "b")}
+            assert one.engine.stats().loads == 1
+            body = {"lora_name": "race", "lora_path": str(one.folders["c"])}
+            key = {"authorization": "Bearer admin"}
+            loads = pool.map(lambda url: httpx.post(f"{url}{LOAD}", json=body, headers=key, timeout=30), urls)
+            assert sorted(answer.status_code for answer in loads) == [200] + [400] * 7
+        assert text(one, "race") == text(one, "c")
 
 
 def test_what_runs_ends_with_what_it_began(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

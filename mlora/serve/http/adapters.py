@@ -84,15 +84,16 @@ async def _load(server: Server, name: str, source: str, replace: bool) -> None:
     if name in (server.model, BASE) or not name.isprintable() or name.startswith("{"):
         raise Problem(INVALID, f"{name!r} cannot name an adapter", "lora_name")
     async with server.names.lock(name):
-        there = name in server.names
-        if there and not replace:
-            raise Problem(INVALID, f"an adapter {name!r} is loaded already; load_inplace replaces it", "lora_name")
         began = time.monotonic()
         try:
-            if there:
+            if name not in server.names:
+                await server.engine.load_adapter(source, name)
+            elif replace:
                 await server.engine.replace_adapter(name, source)
             else:
-                await server.engine.load_adapter(source, name)
+                raise errors.DuplicateAdapterError(f"an adapter {name!r} is loaded already; load_inplace replaces it")
+        except errors.DuplicateAdapterError as error:  # which another app of the engine may have loaded meanwhile
+            raise Problem(INVALID, str(error), "lora_name") from error
         except errors.MloraError as error:
             missing = isinstance(error, errors.AdapterError) and "://" not in source and not Path(source).exists()
             raise Problem(NOT_FOUND if missing else ADAPTER, str(error), "lora_path") from error
