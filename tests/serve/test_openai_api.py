@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 from http_serving import Served, serving
-from serving import alone
+from serving import alone, letters
 
 import mlora
 from mlora.serve import Sampling
@@ -264,3 +264,22 @@ def test_template_of_an_adapter(tmp_path: Any) -> None:
             assert answer["choices"][0]["message"]["content"] == served.text(text, model, max_new_tokens=6)
         answer = served.post("/v1/chat/completions", {"model": '{"a": 1, "b": 1}', **body})
         assert answer.status_code == 400 and "different chat templates" in answer.json()["error"]["message"]
+
+
+def test_tokenizer_of_an_adapter(tmp_path: Any) -> None:
+    """One with other tokens than the base's would be read and written in wrong ones: refused, or ignored if told to.
+    A merge that the server was given is a name like others."""
+    for base_tokenizer in (False, True):
+        with serving(tmp_path / str(base_tokenizer), base_tokenizer=base_tokenizer) as served:
+            changed = letters()
+            changed.add_tokens(["hello"])
+            changed.save_pretrained(served.folders["b"])
+            how = mlora.Merge(("a", "c"), (0.5, 0.5), "ties", density=0.5)
+            served.engine.runtime.add_merge("a long name " * 30, how)
+            assert ask(served, model="a long name " * 30).json()["choices"][0]["text"]
+            for model in ("b", '{"a": 1, "b": 1}'):
+                for _ in range(2):
+                    answer = ask(served, model=model)
+                    assert answer.status_code == (200 if base_tokenizer else 400)
+                    assert base_tokenizer or "tokenizer" in answer.json()["error"]["message"]
+            assert ask(served, model="a").status_code == 200

@@ -21,6 +21,8 @@ from .roots import is_hub_id
 _LONG = 2000  # letters, from which on a text is encoded off the event loop
 _WAY_OUT = "a server with --base-tokenizer uses the base's for every request"
 
+_KEPT = 256  # entries
+
 T = TypeVar("T")
 
 
@@ -36,6 +38,8 @@ class Prompts:
         self._names = names
         self._base_only = base_tokenizer
         self._own: dict[str, tuple[str | None, Any]] = {}  # adapter -> its source, and the tokenizer that it brings
+        # (adapter, which tokenizer) of an entry -> the one for it, and what keeps their numbers
+        self._chosen: dict[tuple[tuple[str, int], ...], tuple[Any, Any]] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="mlora-prompts")
         self.special: frozenset[int] = frozenset(tokenizer.all_special_ids)
         taken = inspect.signature(type(tokenizer).apply_chat_template).parameters
@@ -59,34 +63,38 @@ class Prompts:
         names = names_of(entry)
         for name in names:
             source = self._names.source(name)
-            if self._own.get(name, (None, None))[0] != source or name not in self._own:
+            if name not in self._own or self._own[name][0] != source:
                 self._own[name] = source, await self._off_loop(self._read, name, source)
-        own = {name: self._own[name][1] for name in names if self._own.get(name, (None, None))[1] is not None}
+        own = {name: self._own[name][1] for name in names if name in self._own and self._own[name][1] is not None}
         if not own:
             return self._base
+        key = tuple((name, id(own.get(name))) for name in names)
+        if key not in self._chosen:
+            if len(self._chosen) >= _KEPT:
+                self._chosen.clear()
+            self._chosen[key] = await self._off_loop(self._choose, names, own), own
+        return self._chosen[key][0]
+
+    def _choose(self, names: Sequence[str], own: Mapping[str, Any]) -> Any:
+        """Of an entry whose adapters bring some."""
         try:
             chosen = serving(names, self._base, own, way_out=_WAY_OUT)
             serving(["base", "adapter"], self._base, {"adapter": chosen}, raw=True)
+            return chosen
         except errors.AdapterError as error:
-            bad = ", ".join(own)
-            message = str(error) if len(names) > 1 else f"adapter {bad!r} has a tokenizer of its own; {_WAY_OUT}"
-            raise Problem(ADAPTER, message, "model") from None
-        return chosen
+            alone = f"adapter {names[0]!r} has a tokenizer of its own; {_WAY_OUT}"
+            raise Problem(ADAPTER, alone if len(names) == 1 else str(error), "model") from None
 
     def _read(self, name: str, source: str | None) -> Any:
         """The tokenizer that an adapter brings, if it is none of the base's."""
+        if source is None or not (is_hub_id(source) or "://" in source or _is_path(source)):  # of one in memory
+            return None
         revision = self._names.revision(name)
         try:
-            if source is None or not (
-                is_hub_id(source) or "://" in source or Path(source).exists()
-            ):  # of one in memory
-                return None
             files = files_of(name, source, local_path(source, revision, None), revision=revision)
             return own_tokenizer(name, files, self._base)
-        except OSError:  # no path: what merges are called may be long
-            return None
-        except errors.AdapterError as error:
-            raise Problem(ADAPTER, str(error), "model") from None
+        except Exception as error:  # the hub client's errors have no common base
+            raise Problem(ADAPTER, f"the tokenizer of adapter {name!r} cannot be read: {error}", "model") from None
 
     async def encode(self, text: str, special: bool = True) -> list[int]:
         """The tokens of a text. `special`: with those that the tokenizer puts around it."""
@@ -135,3 +143,10 @@ class Prompts:
 
     async def _off_loop(self, work: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
+
+
+def _is_path(source: str) -> bool:
+    try:
+        return Path(source).exists()
+    except OSError:  # longer than paths may be, as what merges are called
+        return False
