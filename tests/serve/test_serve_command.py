@@ -36,9 +36,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def command(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+def command(*options: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
     """The process, its URL, and what it says on stderr."""
-    line = [sys.executable, "-m", "mlora", "serve", str(folder / "model"), "--port", "0", "--name", "tiny", *options]
+    line = [sys.executable, "-m", "mlora", "serve", "--port", "0", "--name", "tiny", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MLORA_API_KEY": "one two"}
     process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=environment)
     said: list[str] = []
@@ -83,7 +83,8 @@ def test_a_served_process_and_its_end(folder: Path) -> None:
     takes longer than it may is cut off."""
     adapter = f"a={folder / 'adapters' / 'a'}"
     root = str(folder / "adapters")
-    with command(folder, "--adapter", adapter, "--adapter-root", root, "--drain-seconds", "60") as (process, url, said):
+    model = str(folder / "model")
+    with command(model, "--adapter", adapter, "--adapter-root", root, "--drain-seconds", "60") as (process, url, said):
         headers = {"authorization": "Bearer one"}
         models = httpx.get(f"{url}/v1/models", headers=headers).json()["data"]
         assert [card["id"] for card in models] == ["tiny", "a"]
@@ -105,7 +106,18 @@ def test_a_served_process_and_its_end(folder: Path) -> None:
         assert process.wait(30) == 0
         assert "POST /v1/completions 200" in "".join(said) and "Traceback" not in "".join(said)
 
-    with command(folder, "--adapter", adapter, "--drain-seconds", "1") as (process, url, said):
+    section = {"adapters": {"a": {"path": "adapters/a"}, "b": {"path": "adapters/b"}}}
+    section["merge"] = {"name": "both", "sources": ["a", "b"], "combination_type": "ties"}
+    (folder / "config.yaml").write_text(json.dumps({"base_model": model, "adapters": section}))
+    with command("--config", str(folder / "config.yaml"), "--drain-seconds", "1") as (process, url, said):
+        models = httpx.get(f"{url}/v1/models", headers=headers).json()["data"]
+        assert [card["id"] for card in models] == ["tiny", "a", "b", "both"]
+        texts = set()
+        for name in ("tiny", "a", "b", "both"):
+            body = {"model": name, "prompt": "hello", "max_tokens": 8, "temperature": 0}
+            answer = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60)
+            texts.add(answer.json()["choices"][0]["text"])
+        assert len(texts) == 4
         found, thread = stream(url, 4000)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
