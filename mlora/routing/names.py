@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Mapping
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 from .. import errors
@@ -29,12 +34,41 @@ def takes_any(forward: Callable[..., Any]) -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values())
 
 
+_PIPELINES = "transformers.pipelines.base"
+
+
 @functools.cache
 def guard_pipelines() -> None:
-    """Wrap transformers' pipelines, once: most give keywords that they do not know to a tokenizer, or to nothing."""
-    from transformers.pipelines.base import Pipeline
+    """Wrap transformers' pipelines, once: most give keywords that they do not know to a tokenizer, or to nothing. They
+    are not imported for it, which takes a second: if they are not there yet, when somebody imports them."""
+    if _PIPELINES in sys.modules:
+        _guard(sys.modules[_PIPELINES])
+    else:
+        sys.meta_path.insert(0, _AtImport())
 
-    pipeline: Any = Pipeline
+
+class _AtImport(MetaPathFinder):
+    """Finds the pipelines' module as others do, and guards it when it has run."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != _PIPELINES:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        loader: Any = None if spec is None else spec.loader
+        if loader is not None:
+            run = loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                run(module)
+                _guard(module)
+
+            loader.exec_module = exec_module
+        return spec
+
+
+def _guard(module: Any) -> None:
+    pipeline = module.Pipeline
     pipeline.__init__, pipeline.__call__ = _checking(pipeline.__init__), _checking(pipeline.__call__)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -251,3 +253,17 @@ def test_pipelines_that_swallow_keywords(task: str, kind: str, tmp_path: Path) -
 
 def values(answer: Any) -> list[float]:
     return [answer[0]["score"]] if isinstance(answer[0], dict) else torch.tensor(answer).flatten().tolist()
+
+
+def test_pipelines_that_are_imported_later() -> None:
+    """In a process of its own, since this one has them."""
+    script = """
+import sys, torch, mlora
+mlora.patch(torch.nn.Sequential(torch.nn.Linear(4, 4)), memory=1 << 20)
+mlora.patch(torch.nn.Sequential(torch.nn.Linear(4, 4)), memory=1 << 20)
+assert "transformers.pipelines.base" not in sys.modules
+from transformers.pipelines import Pipeline
+print(Pipeline.__call__.__wrapped__.__qualname__, hasattr(Pipeline.__call__.__wrapped__, "__wrapped__"))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["Pipeline.__call__", "False"]
