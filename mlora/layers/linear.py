@@ -112,7 +112,7 @@ class LoraLayer(nn.Module):
                 f"{state.name} runs outside of a call of the patched model, so that it cannot be told which tokens its "
                 f"input is of, as packed sequences and aLoRAs need; call the model itself"
             )
-        return scope.tokens.plan_of(x, state.name, state.loose)
+        return scope.tokens.plan_of(x, state.name, state.gathered or state.foreign or state.order.exchanged)
 
     def _with_siblings(self, x: Tensor, plan: Plan) -> Tensor:
         """`_routed`, and in the same call what the layers that read `x` after this one will return. Not for inference
@@ -268,7 +268,7 @@ class LoraLayer(nn.Module):
 
     def _check_rows(self, x: Tensor, plan: Plan) -> None:
         state = self._mlora
-        if plan.entries == 1:
+        if plan.entries == 1 or not x.numel():
             return
         scope = state.shared.active.get()
         if plan.uniform and scope.counted:  # equal ones
@@ -286,7 +286,8 @@ class LoraLayer(nn.Module):
         rows = x.shape[0] if x.dim() > 1 else 1
         if not state.gathered:
             counts = plan.row_counts if scope.choices == 1 else (plan.entries, plan.entries * scope.choices)
-            if rows in counts and self._in_front(x, counts):
+            picked = state.order.picked and x.dim() == 2 and scope.length > 1 and x.is_floating_point()
+            if rows in counts and not picked and self._in_front(x, counts):
                 return
             length = 0 if state.order.exchanged else scope.length
             if x.dim() == 2 and length and any(rows == count * length for count in counts):

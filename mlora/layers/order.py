@@ -21,17 +21,19 @@ _EXCHANGED = re.compile(
 )
 _WINDOWS = ("window_partition(", "self.unfolding(")
 _CHOICES = "num_choices"
+_PICKED = re.compile(r"\w\[\s*~?[\w.]*mask\w*\s*\](?!\s*[-+*]?=[^=])|\bmasked_select\(")  # not what is put there
 
 
 class Order(NamedTuple):
     """Of a module: whether code around it exchanges the first two dimensions, and whether it cuts each row into
-    windows, as Swin, SAM and MobileViT do, which lie row by row in the first dimension."""
+    windows, as Swin, SAM and MobileViT do, which lie row by row in the first dimension, or picks tokens by a mask."""
 
     exchanged: bool
     windows: bool
+    picked: bool
 
 
-IN_FRONT = Order(False, False)
+IN_FRONT = Order(False, False, False)
 
 
 def order_of(model: nn.Module, path: str) -> Order:
@@ -39,7 +41,7 @@ def order_of(model: nn.Module, path: str) -> Order:
     parts = path.split(".")[:-1]
     around = [model.get_submodule(".".join(parts[:end])) for end in range(len(parts) + 1)]
     told = [_told_by(type(module).forward) for module in around]
-    return Order(any(one.exchanged for one in told), any(one.windows for one in told))
+    return Order(*(any(marks) for marks in zip(*told, strict=True)))
 
 
 def cuts_choices(model: nn.Module) -> bool:
@@ -51,7 +53,7 @@ def cuts_choices(model: nn.Module) -> bool:
 @functools.cache
 def _told_by(forward: Any) -> Order:
     code = _source(forward)
-    return Order(bool(_EXCHANGED.search(code)), any(mark in code for mark in _WINDOWS))
+    return Order(bool(_EXCHANGED.search(code)), any(mark in code for mark in _WINDOWS), bool(_PICKED.search(code)))
 
 
 @functools.cache

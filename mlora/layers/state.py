@@ -69,7 +69,7 @@ class LayerState:
         self.gathered = any(at == _EXPERTS and next != _ROUTER for at, next in pairwise(steps))
         self.foreign = index in shared.foreign
         self.order, self.in_front = order, not order.exchanged
-        self.loose = self.gathered or self.foreign or order.exchanged
+        self.loose = self.gathered or self.foreign or order.exchanged or order.picked
         weight = module._parameters.get("weight")
         self.cast = is_cast(module)
         self.plain = (

@@ -377,6 +377,38 @@ def test_the_base_runs_twice_only_where_a_row_takes_both_gains(model: Any, entri
             assert_close(got[row], want)
 
 
+class Chosen(nn.Module):
+    """Gives a layer those tokens that are of its kind, of which there may be none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.sounds = nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = self.up(x)
+        return x.masked_scatter(mask[..., None], self.sounds(x[mask]))
+
+
+@torch.no_grad()
+def test_no_tokens_are_any_rows(tmp_path: Path) -> None:
+    base, x = Chosen().eval(), torch.randn(3, 5, HIDDEN)
+    model = copy.deepcopy(base)
+    folder = make_adapter(tmp_path / "a", base, 1, target_modules=["up", "sounds"])
+    mlora.patch(model).load_adapter(folder, "a")
+    none = torch.zeros(3, 5, dtype=torch.bool)
+    want, bare = peft_alone(base, folder)(x, none), base(x, none)
+    assert_close(model(x, none, adapter_names=["a", None, "a"]), torch.stack([want[0], bare[1], want[2]]))
+    for tokens in ([1, 3], [1, 3, 4]):  # as many as rows, and all of one
+        some = none.clone()
+        some[0, tokens] = True
+        with refused(model, errors.AttributionError, "sounds", f"({len(tokens)}, 32)", "3 rows"):
+            model(x, some, adapter_names=["a", None, "a"])
+        assert_close(model(x, some, adapter_names="a"), peft_alone(base, folder)(x, some))
+    every = ~none
+    want, bare = peft_alone(base, folder)(x, every), base(x, every)
+    assert_close(model(x, every, adapter_names=["a", None, "a"]), torch.stack([want[0], bare[1], want[2]]))
+
+
 # Subclasses of linears
 
 
