@@ -105,8 +105,8 @@ class Bench:
         names = [self.names[i % len(self.names)] for i in range(16)]
         with self.engine(max_running=16) as engine:
             got = self.run(engine, list(zip(prompts, names, strict=True)))
-        equal = 0
-        for prompt, name, one in zip(prompts, names, got, strict=True):
+        equal, some = 0, slice(None, None, 4)
+        for prompt, name, one in zip(prompts[some], names[some], got[some], strict=True):
             alone = self.generate([prompt], [name])[0].tolist()
             at = next((at for at in range(len(one)) if one[at] != alone[at]), None)
             equal += at is None
@@ -119,7 +119,7 @@ class Bench:
                     raise SystemExit(
                         f"{name}: token {at} is {one[at]}, alone {alone[at]}; their scores differ by {gap}"
                     )
-        return f"{equal} of 16 answers are those of generate alone to the last token, others up to rounding"
+        return f"{equal} of 4 answers are those of generate alone to the last token, others up to rounding"
 
 
 def turns(repeats: int, *calls: Callable[[], object]) -> list[list[float]]:
