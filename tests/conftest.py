@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -470,6 +471,13 @@ def patched(llama: Any, folders: dict[str, Path]) -> Any:
 
 
 # The conformance table: type x scenario, from what the tests themselves saw.
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fresh_compiler() -> None:
+    """Each file compiles as if it were the first: dynamo runs code as it is that was compiled too often before."""
+    if (dynamo := sys.modules.get("torch._dynamo")) is not None:
+        dynamo.reset()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
