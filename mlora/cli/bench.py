@@ -14,7 +14,8 @@ from .errors import InputError, one_line_errors
 
 def bench(
     what: Annotated[
-        str, typer.Argument(help="kernels, attention, generate, train, merge, kinds, load, serve, plot or all.")
+        str,
+        typer.Argument(help="kernels, attention, generate, train, merge, kinds, load, serve, loopback, plot or all."),
     ] = "all",
     smoke: Annotated[bool, typer.Option("--smoke", help="A few seconds, to see that it runs.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the JSONL files and plots.")] = Path("bench/results"),
@@ -22,7 +23,7 @@ def bench(
     """Run the benchmarks of a source checkout."""
     with one_line_errors():
         folder = Path(__file__).resolve().parents[2] / "bench"
-        every = ["kernels", "attention", "generate", "train", "merge", "kinds", "load", "serve", "plot"]
+        every = ["kernels", "attention", "generate", "train", "merge", "kinds", "load", "serve", "loopback", "plot"]
         steps = every if what == "all" else [what]
         if not set(steps) <= set(every):
             raise InputError(f"bench {what!r}: wanted {', '.join(every)} or all")
