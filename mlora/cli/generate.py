@@ -10,7 +10,7 @@ import typer
 
 from .errors import InputError, one_line_errors
 from .lines import WRITTEN, copied_fields, read_lines
-from .models import check_device, check_model
+from .models import check_device
 from .options import (
     AdapterOption,
     ApproximateOption,
@@ -26,7 +26,7 @@ from .options import (
 from .output import Output, open_output
 from .progress import Progress, counted
 from .prompts import Prompts, encode_lines
-from .served import from_options, from_yaml
+from .served import choose
 
 
 def generate(
@@ -111,19 +111,7 @@ def generate(
             raise InputError("--seed: greedy decoding draws nothing; wanted --do-sample beside it")
         room = None if memory is None else parse_size(memory)
         input, output = input.expanduser(), output.expanduser()
-        if config is not None:
-            given = {
-                "--model": model,
-                "--adapter": adapter,
-                "--approximate": approximate,
-                "--strict": strict,
-                "--ignore": ignore,
-                "--allow-pickle": allow_pickle,
-            }
-            served = from_yaml(config.expanduser(), [option for option, value in given.items() if value])
-        else:
-            loading = {"allow_pickle": allow_pickle, "ignore": ignore or ()}
-            served = from_options(check_model(model), adapter or [], approximate, strict, **loading)
+        served = choose(config, model, "--model", adapter, approximate, strict, ignore, allow_pickle)
         lines = read_lines(input, served.names)
         matters = {
             "--model": model,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .errors import InputError, one_line_errors
-from .models import check_device, check_model
+from .models import check_device
 from .options import (
     AdapterOption,
     ApproximateOption,
@@ -21,7 +21,7 @@ from .options import (
     parse_size,
 )
 from .progress import Progress, counted
-from .served import from_options, from_yaml
+from .served import choose
 
 _SIZES = "bytes, or 512MiB, 2GiB, 2GB"
 _KEEP_ALIVE = 75  # seconds that an idle connection stays open: longer than proxies keep theirs, which is 60 for most
@@ -187,19 +187,7 @@ def serve(
         body = parse_size(max_body, "--max-body")
         room = None if memory is None else parse_size(memory)
         host_room = None if host_memory is None else parse_size(host_memory, "--host-memory")
-        if config is not None:
-            given = {
-                "MODEL": model,
-                "--adapter": adapter,
-                "--approximate": approximate,
-                "--strict": strict,
-                "--ignore": ignore,
-                "--allow-pickle": allow_pickle,
-            }
-            served = from_yaml(config.expanduser(), [option for option, value in given.items() if value])
-        else:
-            loading = {"allow_pickle": allow_pickle, "ignore": ignore or ()}
-            served = from_options(check_model(model), adapter or [], approximate, strict, **loading)
+        served = choose(config, model, "MODEL", adapter, approximate, strict, ignore, allow_pickle)
         check_device(device, dtype)
         from mlora.serve.http import Access, Limits, create_app, require
 

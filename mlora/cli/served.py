@@ -78,6 +78,32 @@ class Served:
             runtime.add_adapter(name, adapter, approximate=self.approximate, strict=self.strict)
 
 
+def choose(
+    config: Path | None,
+    model: str | None,
+    model_option: str,
+    adapters: Sequence[str] | None,
+    approximate: int | None,
+    strict: bool,
+    ignore: Sequence[str] | None,
+    allow_pickle: bool,
+) -> Served:
+    """What a command serves: of its YAML file if there is one, in place of all other options; else of these.
+    `model_option`: what the command calls `model`. Raises InputError as `from_yaml` and `from_options` do."""
+    if config is None:
+        loading = {"allow_pickle": allow_pickle, "ignore": ignore or ()}
+        return from_options(check_model(model), adapters or [], approximate, strict, **loading)
+    given = {
+        model_option: model,
+        "--adapter": adapters,
+        "--approximate": approximate,
+        "--strict": strict,
+        "--ignore": ignore,
+        "--allow-pickle": allow_pickle,
+    }
+    return from_yaml(config.expanduser(), [option for option, value in given.items() if value])
+
+
 def from_options(
     model: str | None,
     options: Sequence[str],

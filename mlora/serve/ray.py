@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -119,15 +119,13 @@ def deploy(
 
 
 class _Replica:
-    """One app, called without a socket."""
+    """One app, called without a socket. `near` tells Ray that it has an adapter."""
+
+    near: Callable[[str], Awaitable[str]]
 
     def __init__(self, make: Callable[[], App]) -> None:
         self._app = make()
         self._calls: set[asyncio.Task[None]] = set()
-
-    async def near(self, adapter: str) -> str:
-        """Tell Ray that this replica has an adapter."""
-        raise NotImplementedError
 
     async def __call__(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[dict[str, Any]]:
         """The ASGI messages that answer a request. Whoever stops reading them has gone away."""
