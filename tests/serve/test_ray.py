@@ -76,6 +76,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     here = Path(__file__).parent
     paths = os.pathsep.join([str(here.parent.parent), str(here.parent), str(here)])
     variables = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "0"}
+    # How long Ray waits for a busy replica before it asks another: less than a long answer of the tiny model takes.
+    variables["RAY_SERVE_MULTIPLEXED_MODEL_ID_MATCHING_TIMEOUT_S"] = "0.25"
     ray.init(
         num_cpus=4, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False, configure_logging=False,
         runtime_env={"env_vars": variables},
@@ -116,8 +118,8 @@ def test_answers_and_their_places(cluster: Cluster) -> None:
 def test_requests_spill_where_the_adapters_replica_is_busy(cluster: Cluster) -> None:
     cluster.ask("a")
     time.sleep(0.3)
-    with ThreadPoolExecutor(RUNNING + 2) as pool:
-        answers = list(pool.map(lambda _: cluster.ask("a", max_tokens=300), range(RUNNING + 2)))
+    with ThreadPoolExecutor(2 * RUNNING) as pool:
+        answers = list(pool.map(lambda _: cluster.ask("a", max_tokens=480, ignore_eos=True), range(2 * RUNNING)))
     assert [answer.status_code for answer in answers] == [200] * len(answers)
     assert len({answer.headers["x-replica"] for answer in answers}) == 2
 
@@ -137,7 +139,7 @@ def test_streams_come_as_they_are_made_and_end_with_their_client(cluster: Cluste
 def test_beyond_the_limit_it_is_503(cluster: Cluster) -> None:
     many = 2 * RUNNING + WAITING + 12
     with ThreadPoolExecutor(many) as pool:
-        answers = list(pool.map(lambda _: cluster.ask("c", max_tokens=400), range(many)))
+        answers = list(pool.map(lambda _: cluster.ask("c", max_tokens=400, ignore_eos=True), range(many)))
     refused = [answer for answer in answers if answer.status_code == 503]
     assert refused and all(answer.headers["retry-after"] for answer in refused)
     assert {answer.status_code for answer in answers} == {200, 503}
