@@ -1,4 +1,5 @@
-// What the portable driver (ops.cpp) and the per-ISA kernels exchange: plain structs and function pointers.
+// What the portable operators (apply.cpp, linear.cpp, ...) and the per-ISA kernels exchange: plain structs and function
+// pointers.
 #pragma once
 
 #include <cstdint>

@@ -110,6 +110,6 @@ class LayerState:
 
     def _in_rows(self, x: Tensor) -> bool:
         """Whether the library multiplies an `x` in pieces as one matrix of tokens, in rows, and adds a bias before it
-        rounds. Else it may do it batch by batch, in columns, or the bias afterwards. As in csrc/cpu/ops.cpp."""
+        rounds. Else it may do it batch by batch, in columns, or the bias afterwards. As in csrc/cpu/linear.cpp."""
         bias = self._asked[2]
         return x.stride(-1) == 1 and (x.dim() == 2 or (not bias and x.dim() == 3 and x.shape[1] == 1))
