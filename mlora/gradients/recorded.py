@@ -125,7 +125,7 @@ class _Sites:
         self._sites: dict[int, Site] = {}
         store = training.store
         self.trained: dict[int, Trained] = {}  # by slot
-        for name in plan.names:
+        for name in sorted({name for recipe in plan.recipes for name, _ in recipe}):  # not all are, of picked tokens
             if isinstance(source := store[name].source, Trained):
                 self.trained[store[name].slot] = source
         if self.trained:

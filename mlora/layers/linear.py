@@ -94,6 +94,7 @@ class LoraLayer(nn.Module):
         self._check(x, plan)
         if shared.training is not None and torch.is_grad_enabled():
             site = shared.training.site(plan, state.index)
+            touches &= ~TAIL if plan.by_token else ~0
             if site is not None and (site.parts or not touches & (HEAD | TAIL)):
                 return trained(self, x, site, touches, plain and not touches & _APART)
         if touches & HEAD:

@@ -23,8 +23,8 @@ def trained(layer: Any, x: Tensor, site: Site, touches: int, plain: bool) -> Ten
     state, held = layer._mlora, layer._parameters
     if touches & (HEAD | TAIL):
         raise errors.UnsupportedAdapterError(
-            f"{state.name}: an adapter is trained here, which is not served in packed calls, nor beside rows of an "
-            f"aLoRA or of a head of another size"
+            f"{state.name}: an adapter is trained here, which is not served beside rows of an aLoRA or of a head of "
+            f"another size"
         )
     if plain and x.dtype is state.dtype and x.is_cpu:
         weight, bias = held["weight"], held["bias"]

@@ -7,7 +7,9 @@ which the caller wants answers (`logits_to_keep`), under a plan of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol
@@ -43,7 +45,7 @@ class Packing:
     picks: Sequence[int] | None
     body: str
     axes: MutableMapping[str, int]
-    _plans: dict[bool, Plan] = field(default_factory=dict, init=False)
+    _plans: dict[tuple[int, ...] | None, Plan] = field(default_factory=dict, init=False)  # None: of all tokens
 
     def __post_init__(self) -> None:
         self.tokens = sum(length for _, length in self.runs)
@@ -67,14 +69,15 @@ class Packing:
         as in (1, heads, n, width)."""
         sizes = x.shape[:-1] if x.is_floating_point() else x.shape
         inside = not self.body or module.startswith(f"{self.body}.")
-        counts = [self.tokens] if inside or self.picks is None else [len(self.picks), self.tokens]
+        picks = None if inside else _part.get() or self.picks
+        counts = [self.tokens] if picks is None else [len(picks), self.tokens]
         axis = self._axis(sizes, counts, module)
         if axis is None or sizes[axis] not in counts:
             raise self._unattributed(x, module)
-        picked = not inside and self.picks is not None and sizes[axis] == len(self.picks)
-        if picked not in self._plans:
-            self._plans[picked] = self._picked() if picked else self._whole()
-        return self._plans[picked], axis
+        chosen = None if picks is None or sizes[axis] != len(picks) else tuple(picks)
+        if chosen not in self._plans:
+            self._plans[chosen] = self._whole() if chosen is None else self._picked(chosen)
+        return self._plans[chosen], axis
 
     def _axis(self, sizes: Sequence[int], counts: Sequence[int], module: str) -> int | None:
         """Which dimension the tokens are; remembered where no other could be. None if it cannot be told."""
@@ -97,10 +100,22 @@ class Packing:
             return self.plan
         return self.make(self.plan, [recipe for recipe, _ in self.runs], [length for _, length in self.runs])
 
-    def _picked(self) -> Plan:
+    def _picked(self, picks: Sequence[int]) -> Plan:
         of_token = [recipe for recipe, length in self.runs for _ in range(length)]
-        picks = self.picks or ()
         return self.make(self.plan, [of_token[index] for index in picks], [1] * len(picks))
+
+
+_part: ContextVar[range | None] = ContextVar("mlora part", default=None)
+
+
+@contextmanager
+def part_of_tokens(part: range) -> Iterator[None]:
+    """While a head is called with these of a packed call's tokens."""
+    token = _part.set(part)
+    try:
+        yield
+    finally:
+        _part.reset(token)
 
 
 class Model(Protocol):

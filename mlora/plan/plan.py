@@ -34,6 +34,7 @@ class Plan:
             are counted still.
         lengths: of a packed call, how many tokens each of its sequences has, of which `entries` lists one each; `rows`
             are tokens then, and `entries` is 1, as in one row. `starts`: as given, see `activation.Starts`.
+        by_token: whether `rows` are tokens, as many of each of `recipes` as its length; not where one serves them all.
         heads: module number -> which rows heads or token embeddings of another size answer (`layers.head.Heads`).
         routes: of each recipe, where one changes parameters: its rows, and the terms (`layers.route.Route`).
         recipes: of each row, or packed sequence. `invocations`: aLoRAs among its adapters -> the tokens from which on
@@ -56,6 +57,7 @@ class Plan:
     entries: int = 1
     lengths: tuple[int, ...] = ()
     starts: Sequence[Mapping[str, int | None]] = ()
+    by_token: bool = False
     raw: bytes = field(init=False, repr=False, default=b"")
 
     def __post_init__(self) -> None:

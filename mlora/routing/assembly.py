@@ -99,6 +99,21 @@ class Assembly:
             entries,
             tuple(lengths),
             starts,
+            by_token,
+        )
+
+    def again(self, plan: Plan) -> Plan:
+        """The same plan, of adapters that may have moved since; they are pinned."""
+        entries, repeated = plan.row_counts
+        return self.plan(
+            plan.recipes,
+            plan.names,
+            [self.owners(recipe) for recipe in plan.recipes],
+            entries,
+            repeated // entries,
+            plan.lengths,
+            plan.starts,
+            plan.by_token,
         )
 
     def _width(self, index: int) -> int:

@@ -177,11 +177,7 @@ class Planner:
                         )
                 if not plan.names or store.placements == made.placements:
                     return plan
-                owners = [self._assembly.owners(recipe) for recipe in plan.recipes]
-                entries, repeated = plan.row_counts
-                return self._assembly.plan(
-                    plan.recipes, plan.names, owners, entries, repeated // entries, plan.lengths, plan.starts
-                )
+                return self._assembly.again(plan)
             except BaseException:
                 store.release(plan.names)
                 raise

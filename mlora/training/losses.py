@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import errors
-from ..routing.entries import BASE, is_single
+from ..plan.packing import part_of_tokens
+from ..routing.entries import BASE, check_lengths, is_single
 
 IGNORED = -100
 
@@ -21,6 +23,7 @@ def losses(
     labels: Tensor,
     adapter_names: Any,
     *,
+    lengths: Sequence[int] | None = None,
     head: Callable[[Tensor], Tensor] | None = None,
     chunk: int = 256,
     counts: Mapping[Hashable, int] | None = None,
@@ -36,9 +39,11 @@ def losses(
         labels: (rows, tokens), as transformers takes them: the ids themselves, of which each token predicts the next
             one, with -100 where there is no target.
         adapter_names: as the call had it: an entry a row, or one for all.
+        lengths: of a packed call, as `use_adapters` had them: logits and labels have one row then, and
+            `adapter_names` an entry a sequence. A sequence's last token predicts nothing.
         head: `model.lm_head`, say; call it inside of the `use_adapters` of the batch where adapters change it. It is
             given some tokens of all rows at a time, and again in the backward pass, so that logits of no more than
-            `chunk` tokens are held, or of one of each row.
+            `chunk` tokens are held, or of one of each row. Of a packed call it is the model's own head.
         counts: how many targets an entry's losses are divided by, where that is not those of this batch: those of all
             micro-batches of an optimizer's step.
 
@@ -47,23 +52,29 @@ def losses(
         as a tuple. 0 where an entry has no targets.
 
     Raises:
-        EntryError: there are not as many entries as rows. ValueError: the shapes do not fit.
+        EntryError: there are not as many entries as rows, or `lengths` are none. ValueError: the shapes do not fit.
     """
     if logits.dim() != 3 or labels.shape != logits.shape[:2]:
         raise ValueError(
             f"logits have shape {tuple(logits.shape)} and labels {tuple(labels.shape)}; wanted (rows, tokens, size) "
             f"and (rows, tokens)"
         )
-    rows = _rows(adapter_names, len(labels))
+    if lengths is not None:
+        check_lengths(lengths, None)
+        if labels.shape != (1, sum(lengths)):
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)}; packed sequences of {sum(lengths)} tokens have (1, "
+                f"{sum(lengths)})"
+            )
+    rows = _rows(adapter_names, len(labels) if lengths is None else len(lengths), lengths is not None)
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).to(logits.device)
-    if head is None:
-        each = _each(logits, targets)
-    else:
-        step = max(1, chunk // max(1, len(labels)))
-        parts = zip(logits.split(step, 1), targets.split(step, 1), strict=True)
-        each = torch.cat(
-            [checkpoint(lambda x, t: _each(head(x), t), x, t, use_reentrant=False) for x, t in parts], dim=1
-        )
+    if lengths is not None:
+        starts = [0, *accumulate(lengths)]
+        targets[0, [end - 1 for end in starts[1:]]] = IGNORED
+    each = _each(logits, targets) if head is None else _by_chunks(logits, targets, head, chunk)
+    if lengths is not None:  # from here on a row is a token
+        each, targets = each[0], targets[0]
+        rows = {key: [t for one in own for t in range(starts[one], starts[one + 1])] for key, own in rows.items()}
     found: dict[Any, Tensor] = {}
     for entry, own in rows.items():
         index = torch.tensor(own, device=logits.device)
@@ -73,6 +84,22 @@ def losses(
     return found
 
 
+def _by_chunks(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], chunk: int) -> Tensor:
+    """`_each` of what the head makes of some tokens of all rows at a time, and makes again in the backward pass."""
+    step = max(1, chunk // max(1, len(targets)))
+
+    def given(hidden: Tensor, targets: Tensor, part: range) -> Tensor:
+        with part_of_tokens(part):
+            logits = head(hidden)
+        return _each(logits, targets)
+
+    total, each = targets.shape[1], []
+    for part in (range(start, min(start + step, total)) for start in range(0, total, step)):
+        own = slice(part.start, part.stop)
+        each.append(checkpoint(given, hidden[:, own], targets[:, own], part, use_reentrant=False))
+    return torch.cat(each, dim=1)
+
+
 def _each(logits: Tensor, targets: Tensor) -> Tensor:
     """Of each token, (rows, tokens), in fp32; fp64 of fp64."""
     flat = logits.flatten(0, 1)
@@ -80,11 +107,14 @@ def _each(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(wide, targets.flatten(), ignore_index=IGNORED, reduction="none").view(targets.shape)
 
 
-def _rows(entries: Any, count: int) -> dict[Any, list[int]]:
-    """Entry -> its rows."""
+def _rows(entries: Any, count: int, packed: bool) -> dict[Any, list[int]]:
+    """Entry -> its rows, or packed sequences."""
     listed: Sequence[Any] = [entries] * count if is_single(entries) else list(entries)
     if len(listed) != count:
-        raise errors.EntryError(f"adapter_names has {len(listed)} entries for labels of {count} rows")
+        raise errors.EntryError(
+            f"adapter_names has {len(listed)} entries for "
+            + (f"{count} packed sequences" if packed else f"labels of {count} rows; lengths= is of packed ones")
+        )
     rows: dict[Any, list[int]] = {}
     for row, entry in enumerate(listed):
         key = tuple(sorted(entry.items())) if isinstance(entry, Mapping) else None if entry == BASE else entry

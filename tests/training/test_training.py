@@ -12,20 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import HIDDEN, build, identity, inputs_for, logits, make_adapter, peft_alone, row_of
+from conftest import HIDDEN, build, identity, inputs_for, logits, peft_alone, row_of
+from gradients import LINEARS, ROOM, error, folder_of, gradients_of, loss_of, of_peft, out_of, theirs, trained
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import mlora
 from mlora import errors
 
-ROOM = 1 << 24
-LINEARS = {
-    "mlp": ["up", "0", "2", "head"],
-    "gpt2": ["c_attn", "c_proj", "c_fc"],
-    "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-    "qwen2": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-}
 OPTIONS: dict[str, dict[str, Any]] = {
     "lora": {},
     "rslora": {"use_rslora": True},
@@ -33,58 +27,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "patterns": {"rank_pattern": {"0": 2, "fc1": 2, "c_fc": 2}, "alpha_pattern": {"0": 3, "fc1": 9, "c_fc": 9}},
 }
-
-
-def folder_of(tmp_path: Path, base: Any, kind: str, name: str, seed: int, **options: Any) -> Path:
-    # The scaling is kept in fp32; with these it is exact, with and without rsLoRA.
-    options = {"r": (4, 1, 16)[seed % 3], "lora_alpha": 8, "target_modules": LINEARS[kind], **options}
-    if kind == "gpt2":
-        options["fan_in_fan_out"] = True
-    return make_adapter(tmp_path / name, base, seed, **options)
-
-
-def trained(base: Any, folders: dict[str, Path], frozen: tuple[str, ...] = (), **options: Any) -> Any:
-    model = copy.deepcopy(base)
-    runtime = mlora.patch(model, memory=ROOM, **options)
-    for name, folder in folders.items():
-        runtime.load_adapter(folder, name, is_trainable=name not in frozen)
-    return model
-
-
-def out_of(model: Any, batch: dict[str, Tensor], **options: Any) -> Tensor:
-    out = model(**batch, **options)
-    return out if isinstance(out, Tensor) else out.logits
-
-
-def loss_of(out: Tensor, first: int = 0) -> Tensor:
-    """Some number that all outputs take part in, of rows that are summed one by one; of rows from `first` on."""
-    draw = torch.Generator().manual_seed(7)
-    factors = torch.randn((9, *out.shape[1:]), generator=draw).to(out.dtype)[first : first + len(out)]
-    return sum((row * f).sum() + (row * row).sum() / 3 for row, f in zip(out, factors, strict=True))
-
-
-def theirs(base: Any, batch: dict[str, Tensor], row: int, folders: list[Path], weights: list[float]) -> Any:
-    """PEFT's model after the backward pass of one row alone."""
-    model = peft_alone(base, *folders, weights=weights)
-    for key, parameter in model.named_parameters():
-        parameter.requires_grad_("oracle-0" in key)
-    loss_of(out_of(model, row_of(batch, row)), row).backward()
-    return model
-
-
-def gradients_of(runtime: Any, name: str) -> dict[str, Tensor]:
-    return {key.replace(f".{name}.", ".N."): p.grad for key, p in runtime.named_parameters(name)}
-
-
-def of_peft(model: Any) -> dict[str, Tensor]:
-    return {key.replace(".oracle-0.", ".N."): p.grad for key, p in model.named_parameters() if p.requires_grad}
-
-
-def error(mine: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
-    """Relative, over all parameters."""
-    assert mine.keys() == exact.keys()
-    difference = sum(float((mine[key].double() - exact[key].double()).norm() ** 2) for key in exact)
-    return (difference / sum(float(exact[key].double().norm() ** 2) for key in exact)) ** 0.5
 
 
 @pytest.mark.parametrize("options", OPTIONS)
