@@ -102,6 +102,7 @@ class Runtime(Trains):
         subfolder: str | None = None,
         allow_pickle: bool = False,
         approximate: int | None = None,
+        dense: bool = False,
         strict: bool = False,
         ignore: Sequence[str] = (),
         is_trainable: bool = False,
@@ -114,6 +115,8 @@ class Runtime(Trains):
                 what mlora does not know and refuses, and you know to say nothing. The info's `ignored` tells what was.
             approximate: serve a delta of full rank, which is refused otherwise, as the nearest one of this
                 rank; the info's `errors` tell how near. What has an exact form stays exact.
+            dense: serve such a delta exactly instead, as the matrix that it is: each module takes a copy of its weight
+                for this adapter; the info's `dense` tells their bytes. What has a smaller exact form keeps it.
             strict: refuse an adapter whose config targets modules that its files have nothing for, or whose files have
                 weights for modules that this model does without. PEFT leaves both alone, and so does mlora otherwise,
                 with a warning; the info's `missing` and `unused` tell which.
@@ -134,7 +137,7 @@ class Runtime(Trains):
             allow_pickle=allow_pickle,
             ignore=ignore,
         )
-        return self._add(name, adapter, approximate, strict, is_trainable)
+        return self._add(name, adapter, approximate, dense, strict, is_trainable)
 
     def add_adapter(
         self,
@@ -143,6 +146,7 @@ class Runtime(Trains):
         *,
         seed: int | None = None,
         approximate: int | None = None,
+        dense: bool = False,
         strict: bool = False,
         ignore: Sequence[str] = (),
         is_trainable: bool = False,
@@ -153,22 +157,24 @@ class Runtime(Trains):
         self._registry.check_new(adapter_name)
         if not isinstance(adapter, Adapter):
             adapter, is_trainable = fresh(adapter, self._model, self.bases, seed), True
-        return self._add(adapter_name, adapter.ignoring(ignore), approximate, strict, is_trainable)
+        return self._add(adapter_name, adapter.ignoring(ignore), approximate, dense, strict, is_trainable)
 
     def _add(
         self,
         name: str,
         adapter: Adapter,
         approximate: int | None = None,
+        dense: bool = False,
         strict: bool = False,
         is_trainable: bool = False,
         replaces: bool = False,
     ) -> AdapterInfo:
         names = Names(self._model, self.bases)
         adapter = part_of(adapter, names)
-        lowered = lower(adapter, self.bases, approximate, model=self._model, strict=strict)
+        lowered = lower(adapter, self.bases, approximate, dense=dense, model=self._model, strict=strict)
         keys = keys_of(adapter, lowered.deltas, names, self._indices, self.bases) if is_trainable else None
-        info = self._registry.add(name, adapter, lowered, approximate, replaces=replaces, trainable=keys is not None)
+        trainable = keys is not None
+        info = self._registry.add(name, adapter, lowered, approximate, dense, replaces=replaces, trainable=trainable)
         if keys is not None:
             self._train(name, adapter, keys)
         if lowered.remark:
@@ -212,7 +218,7 @@ class Runtime(Trains):
                 default or folded into the weights. Others: as `load_adapter`; the name is left as it was then.
         """
         self._registry[adapter_name]
-        lowering = {key: options.pop(key) for key in ("approximate", "strict") if key in options}
+        lowering = {key: options.pop(key) for key in ("approximate", "dense", "strict") if key in options}
         if isinstance(source, Adapter):
             adapter = source.ignoring(**options) if options else source
         else:

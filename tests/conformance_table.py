@@ -19,8 +19,9 @@ _TITLE = (
     "Written by `pytest tests/conformance --conformance-table docs/conformance.md`. *exact*: a row gets what a fresh",
     "PEFT model with that adapter alone gives it, in fp32 within 1e-5 of the largest value; in the column bf16, no",
     "further from fp32 than twice PEFT's own bf16. *refused*: loading fails with an error that says why;",
-    "*approximate=r* serves it at a rank. The first six columns are a tiny Llama (*packed* is sequences one",
-    "behind another in one row), the others the models they name;",
+    "*exact; dense=True*: so it does unless asked for that, or for `approximate=RANK`, which serves it at a rank.",
+    "The first six columns are a tiny Llama (*packed* is sequences one behind another in one row), the others",
+    "the models they name;",
     "these are *exact or refused* where an adapter brings weights of another size, of which there is no weighted sum.",
     "",
 )

@@ -5,7 +5,8 @@ Nothing is padded to a maximum rank: a blob holds each part at its true size, al
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from .. import errors, layout
 from ..adapters.adapter import all_finite
 from ..lowering import Delta, Turn
+from ..lowering.delta import Matrix
 from .bits import GAIN, HEAD, INPUT, LORA, SHIFT, TAIL, TURN
 
 ALIGNMENT = 64  # bytes: a cache line, and a multiple of every vector load of the kernels
@@ -26,6 +28,14 @@ OFFSETS = (layout.A, layout.B, layout.GAIN, layout.IN_GAIN, layout.SHIFT, layout
 _TURNED_BYTES = 1 << 18
 
 _REST = 8  # what part of a blob may be copied so that the rest need not be there twice
+
+
+@dataclass(frozen=True)
+class Made:
+    """A part of a blob that is as large as a weight: it is made in its turn, and never there beside the blob."""
+
+    shape: tuple[int, int]
+    make: Callable[[], Tensor]
 
 
 class Source(Protocol):
@@ -101,9 +111,9 @@ def pack(
     touches = np.zeros(len(rows), dtype=np.uint8)
     scales = np.zeros(len(rows), dtype=np.float32)
     heads: dict[int, tuple[int, int, int]] = {}
-    parts: list[Tensor] = []
+    parts: list[Tensor | Made] = []
 
-    def number(part: Tensor) -> int:  # stands for the part's offset until all are known
+    def number(part: Tensor | Made) -> int:  # stands for the part's offset until all are known
         parts.append(part)
         return len(parts) - 1
 
@@ -118,6 +128,11 @@ def pack(
         if delta.a is not None and delta.b is not None:
             factors.append((index, number(delta.a), number(delta.b), delta.rank, delta.scale))
             if delta.b.shape[0] == delta.b.shape[1] and torch.equal(delta.b, torch.eye(delta.rank).to(delta.b)):
+                rows[index, 0, layout.WHOLE] = 1
+        elif delta.matrix is not None:
+            first, second = _factors(delta.matrix)
+            factors.append((index, number(first), number(second), first.shape[0], delta.scale))
+            if first.shape == (delta.matrix.outputs, delta.matrix.inputs):
                 rows[index, 0, layout.WHOLE] = 1
         for column, bit, part in (
             (layout.GAIN, GAIN, delta.gain),
@@ -187,6 +202,10 @@ def tensors_in(packed: Packed, deltas: Mapping[int, Delta], tensors: Mapping[str
         for part, offset in zip((delta.a, delta.b), offsets[index], strict=True)
         if part is not None and offset >= 0
     }
+    for index, delta in deltas.items():
+        if delta.matrix is not None and delta.matrix.tensor is not None and packed.rows[index, 0, layout.WHOLE] == 1:
+            tensor = delta.matrix.tensor
+            parts[tensor.data_ptr()] = tensor, offsets[index][0]
     places: dict[str, tuple[Sequence[int], Sequence[int], int]] = {}
     for key, tensor in tensors.items():
         part, offset = parts.get(tensor.data_ptr(), (None, 0))
@@ -205,23 +224,46 @@ def tensors_in(packed: Packed, deltas: Mapping[int, Delta], tensors: Mapping[str
     return {key: held[key] if key in places else tensor.clone() for key, tensor in tensors.items()}
 
 
-def _lay_out(parts: Sequence[Tensor], dtype: torch.dtype, pin: bool) -> tuple[Tensor, np.ndarray]:
+def _factors(matrix: Matrix) -> tuple[Made, Made]:
+    """A and B of a whole matrix: itself beside an identity, of the smaller of its sides."""
+    out, width = matrix.outputs, matrix.inputs
+    if out <= width:
+        return Made((out, width), matrix.read), Made((out, out), lambda: torch.eye(out))
+    return Made((width, width), lambda: torch.eye(width)), Made((width, out), lambda: matrix.read().t())
+
+
+def numel_of(matrix: Matrix) -> int:
+    """How many numbers a blob holds of it."""
+    return sum(math.prod(part.shape) for part in _factors(matrix))
+
+
+def _lay_out(parts: Sequence[Tensor | Made], dtype: torch.dtype, pin: bool) -> tuple[Tensor, np.ndarray]:
     """A blob of all parts, those of one shape and layout side by side, which takes a few copies in place of one a
     part; and the offset of each, with a last one, -1, for what is absent."""
     align = ALIGNMENT // dtype.itemsize
     alike: dict[tuple[Any, ...], list[int]] = {}
     for number, part in enumerate(parts):
-        alike.setdefault((part.shape, part.stride(), part.dtype), []).append(number)
+        kind = (part.shape,) if isinstance(part, Made) else (part.shape, part.stride(), part.dtype)
+        alike.setdefault(kind, []).append(number)
     offsets = np.full(len(parts) + 1, -1, dtype=np.int64)
     end = 0
-    for numbers in alike.values():
-        size = parts[numbers[0]].numel()
+    for (shape, *_), numbers in alike.items():
+        size = math.prod(shape)
         step = size + -size % align
         offsets[numbers] = np.arange(end, end + step * len(numbers), step)
         end += step * len(numbers)
     blob = torch.empty(end, dtype=dtype, pin_memory=pin)
     for numbers in alike.values():
-        _copy_alike([parts[number] for number in numbers], blob[offsets[numbers[0]] :], align)
+        group = [parts[number] for number in numbers]
+        ready = [part for part in group if isinstance(part, Tensor)]
+        if ready:
+            _copy_alike(ready, blob[offsets[numbers[0]] :], align)
+            continue
+        for number, part in zip(numbers, group, strict=True):
+            assert isinstance(part, Made)
+            start, size = offsets[number], math.prod(part.shape)
+            blob[start : start + size].view(part.shape).copy_(part.make())
+            blob[start + size : start + size + -size % align] = 0
     return blob, offsets
 
 

@@ -15,9 +15,10 @@ import torch
 
 from .. import errors, layout
 from ..lowering import Delta
+from ..lowering.delta import Matrix
 from .allocator import Allocator
 from .memory import Room, fixed, give_back, reserve
-from .pack import ALIGNMENT, OFFSETS, Packed, pack
+from .pack import ALIGNMENT, OFFSETS, Packed, numel_of, pack
 
 _MORE_MEMORY = "patch(memory=...), mlora generate --memory"  # what an error says to do
 
@@ -99,6 +100,10 @@ class Store:
                 f"{label} needs {packed.nbytes:,} bytes; the arena has {self.capacity:,} ({_MORE_MEMORY})"
             )
         return packed
+
+    def nbytes(self, matrix: Matrix) -> int:
+        """Of a whole matrix on the device."""
+        return numel_of(matrix) * self.itemsize
 
     def register(self, name: str, packed: Packed) -> None:
         """Add a packed adapter under a new name; it becomes resident if what is ready of the arena has room for it."""

@@ -14,6 +14,7 @@ from .models import check_device
 from .options import (
     AdapterOption,
     ApproximateOption,
+    DenseOption,
     DeviceOption,
     DtypeOption,
     ForceOption,
@@ -78,6 +79,7 @@ def generate(
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     approximate: ApproximateOption = None,
+    dense: DenseOption = False,
     strict: StrictOption = False,
     ignore: IgnoreOption = None,
     allow_pickle: PickleOption = False,
@@ -111,13 +113,14 @@ def generate(
             raise InputError("--seed: greedy decoding draws nothing; wanted --do-sample beside it")
         room = None if memory is None else parse_size(memory)
         input, output = input.expanduser(), output.expanduser()
-        served = choose(config, model, "--model", adapter, approximate, strict, ignore, allow_pickle)
+        served = choose(config, model, "--model", adapter, approximate, dense, strict, ignore, allow_pickle)
         lines = read_lines(input, served.names)
         matters = {
             "--model": model,
             "--adapter": adapter,
             "--config": None if config is None else str(config),
             "--approximate": approximate,
+            "--dense": dense,
             "--strict": strict,
             "--ignore": ignore,
             "--raw": raw,

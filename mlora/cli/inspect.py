@@ -13,7 +13,16 @@ from mlora.serve.tokenizers import files_of
 from .adapters import Given, expanded, find
 from .errors import InputError, as_input_errors, one_line_errors
 from .models import check_device, check_model
-from .options import ApproximateOption, DeviceOption, DtypeOption, IgnoreOption, PickleOption, StrictOption
+from .options import (
+    ApproximateOption,
+    DenseOption,
+    DeviceOption,
+    DtypeOption,
+    IgnoreOption,
+    PickleOption,
+    StrictOption,
+    check_full_rank,
+)
 from .shapes import linears_of
 
 # Options whose tensors do not tell the widths of what they change.
@@ -26,6 +35,7 @@ def inspect(
         str | None, typer.Option("--model", help="Also load it into this base model (hub id or folder).")
     ] = None,
     approximate: ApproximateOption = None,
+    dense: DenseOption = False,
     strict: StrictOption = False,
     ignore: IgnoreOption = None,
     allow_pickle: PickleOption = False,
@@ -36,9 +46,10 @@ def inspect(
     with one_line_errors():
         source = expanded(folder)
         path, model = find(Given(folder, folder, source, None), "adapter"), check_model(model)
-        if model is None and (strict or approximate is not None):
-            option = "--strict" if strict else "--approximate"
+        if model is None and (strict or dense or approximate is not None):
+            option = "--strict" if strict else "--dense" if dense else "--approximate"
             raise InputError(f"{option} needs what the base model tells; wanted --model beside it")
+        check_full_rank(approximate, dense)
         check_device(device, dtype)
         from rich.console import Console
 
@@ -73,10 +84,13 @@ def inspect(
                 from mlora.cli.models import load_model
 
                 runtime = mlora.patch(load_model(model, device, dtype))
-                info = runtime.add_adapter("inspected", adapter, approximate=approximate, strict=strict)
-                how = f"with an error of up to {info.error:.1e}" if info.errors else "exactly"
+                info = runtime.add_adapter("inspected", adapter, approximate=approximate, dense=dense, strict=strict)
+                exact = f"with an error of up to {info.error:.1e}" if info.errors else "exactly"
                 where = f"on {len(info.modules)} modules of {model}; {info.bytes:,} bytes there"
-                out.print(f"served   {how}, {where}")
+                out.print(f"served   {exact}, {where}")
+                if info.dense:
+                    size = sum(info.dense.values())
+                    out.print(f"dense    {size:,} of these bytes are whole matrices, of {len(info.dense)} modules")
                 for name, error in sorted(info.errors.items(), key=lambda item: -item[1]):
                     out.print(f"error    {error:.1e} {name}")
                 zero = info.zero
@@ -113,7 +127,8 @@ def _is_zero(adapter: Any, modules: Mapping[str, tuple[int, int, int]]) -> bool:
         return BaseLinear(name, inputs, outputs, weight, lambda: None, conv=conv_of(adapter.tensors, name))
 
     lowered = lower(adapter, {name: stand_in(name, *widths) for name, (_, *widths) in modules.items()})
-    return not asked and all(delta.is_zero for delta in lowered.deltas.values())
+    zero = all(delta.is_zero for delta in lowered.deltas.values())
+    return zero and not asked
 
 
 def _short(value: Any) -> str:

@@ -38,6 +38,9 @@ ApproximateOption = Annotated[
     int | None,
     typer.Option(min=1, metavar="RANK", help="Serve deltas of full rank at this one, which are refused otherwise."),
 ]
+DenseOption = Annotated[
+    bool, typer.Option("--dense", help="Serve deltas of full rank exactly, each at the price of a copy of its weight.")
+]
 StrictOption = Annotated[
     bool,
     typer.Option("--strict", help="Refuse adapters whose config targets modules that their files have nothing for."),
@@ -63,3 +66,9 @@ def parse_size(text: str, option: str = "--memory") -> int:
     if size < 1:
         raise InputError(f"{option} {text!r}: wanted at least one byte")
     return size
+
+
+def check_full_rank(approximate: int | None, dense: bool) -> None:
+    """Raise InputError where both ways of serving deltas of full rank are asked for."""
+    if approximate is not None and dense:
+        raise InputError("--approximate excludes --dense: a delta of full rank is served at a rank, or all of it")

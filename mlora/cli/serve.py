@@ -13,6 +13,7 @@ from .models import check_device
 from .options import (
     AdapterOption,
     ApproximateOption,
+    DenseOption,
     DeviceOption,
     DtypeOption,
     IgnoreOption,
@@ -78,6 +79,7 @@ def serve(
         ),
     ] = False,
     approximate: ApproximateOption = None,
+    dense: DenseOption = False,
     strict: StrictOption = False,
     ignore: IgnoreOption = None,
     allow_pickle: PickleOption = False,
@@ -187,7 +189,7 @@ def serve(
         body = parse_size(max_body, "--max-body")
         room = None if memory is None else parse_size(memory)
         host_room = None if host_memory is None else parse_size(host_memory, "--host-memory")
-        served = choose(config, model, "MODEL", adapter, approximate, strict, ignore, allow_pickle)
+        served = choose(config, model, "MODEL", adapter, approximate, dense, strict, ignore, allow_pickle)
         check_device(device, dtype)
         from mlora.serve.http import Access, Limits, create_app, require
 

@@ -11,6 +11,7 @@ from .adapters import find, parse_adapters
 from .errors import InputError
 from .lines import names_in
 from .models import check_model
+from .options import check_full_rank
 from .progress import Progress
 
 
@@ -35,6 +36,7 @@ class Served:
     active: str | None
     config: Path | None
     approximate: int | None = None
+    dense: bool = False
     strict: bool = False
     adapters: dict[str, Any] = field(default_factory=dict)
 
@@ -75,7 +77,7 @@ class Served:
             return
         runtime = mlora.patch(model, **options)
         for name, adapter in self.adapters.items():
-            runtime.add_adapter(name, adapter, approximate=self.approximate, strict=self.strict)
+            runtime.add_adapter(name, adapter, approximate=self.approximate, dense=self.dense, strict=self.strict)
 
 
 def choose(
@@ -84,6 +86,7 @@ def choose(
     model_option: str,
     adapters: Sequence[str] | None,
     approximate: int | None,
+    dense: bool,
     strict: bool,
     ignore: Sequence[str] | None,
     allow_pickle: bool,
@@ -92,11 +95,12 @@ def choose(
     `model_option`: what the command calls `model`. Raises InputError as `from_yaml` and `from_options` do."""
     if config is None:
         loading = {"allow_pickle": allow_pickle, "ignore": ignore or ()}
-        return from_options(check_model(model), adapters or [], approximate, strict, **loading)
+        return from_options(check_model(model), adapters or [], approximate, dense, strict, **loading)
     given = {
         model_option: model,
         "--adapter": adapters,
         "--approximate": approximate,
+        "--dense": dense,
         "--strict": strict,
         "--ignore": ignore,
         "--allow-pickle": allow_pickle,
@@ -108,10 +112,13 @@ def from_options(
     model: str | None,
     options: Sequence[str],
     approximate: int | None,
+    dense: bool,
     strict: bool,
     **loading: Any,
 ) -> Served:
-    """`loading`: options of `Adapter.from_pretrained`. Raises InputError where there is no such adapter."""
+    """`loading`: options of `Adapter.from_pretrained`. Raises InputError where there is no such adapter, or where both
+    `approximate` and `dense` are asked for."""
+    check_full_rank(approximate, dense)
     sources: dict[str, Source] = {}
     for given in parse_adapters(options):
         if given.weight is not None:
@@ -120,7 +127,7 @@ def from_options(
                 f'"adapter": {{"{given.name}": {given.weight:g}}}'
             )
         sources[given.name] = Source(given.source, find(given), loading)
-    return Served(model, sources, list(sources), {}, None, None, approximate, strict)
+    return Served(model, sources, list(sources), {}, None, None, approximate, dense, strict)
 
 
 def from_yaml(file: Path, excluded: Sequence[str]) -> Served:

@@ -20,7 +20,7 @@ _TRAINING = (
     "postprocessor",
 )  # fmt: skip
 WEIGHTS = ("path", "hub_id", "pretrained_adapter_weights")
-LOADING = ("revision", "token", "allow_pickle", "approximate")
+LOADING = ("revision", "token", "allow_pickle", "approximate", "dense")
 _MERGE = ("name", *(name for name in Merge.__dataclass_fields__), *ALIASES)
 
 # Keys of whole files of Ludwig's: those that do not concern serving, and those that say how the model is loaded.
@@ -209,7 +209,7 @@ _QUOTED = "a string, in quotes where YAML reads it as none"
 _KINDS: tuple[tuple[Any, str, Iterable[str]], ...] = (
     (lambda value: isinstance(value, (str, PathLike)), _QUOTED, WEIGHTS),
     (lambda value: isinstance(value, str), _QUOTED, ("type", "revision", "token", "bias_type")),
-    (lambda value: isinstance(value, bool), "true or false", ("allow_pickle", "use_rslora", "use_dora")),
+    (lambda value: isinstance(value, bool), "true or false", ("allow_pickle", "dense", "use_rslora", "use_dora")),
     (_is_rank, "a positive integer", ("r",)),
     (_is_number, "a number", ("alpha", "dropout")),
     (_is_names, f"a pattern or a list of names, each {_QUOTED}", ("target_modules",)),

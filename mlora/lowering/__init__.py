@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -12,7 +12,7 @@ from ..adapters.adapter import Adapter
 from .adalora import ADALORA
 from .boft import BOFT
 from .delora import DELORA
-from .delta import BaseLinear, Conv, Delta, Dense, approximate
+from .delta import BaseLinear, Conv, Delta, Dense, approximate, exactly
 from .dense import C3A, FOURIERFT, HIRA, SHIRA, WAVEFT
 from .gather import gather
 from .gather import module_names as _module_names
@@ -95,13 +95,15 @@ def lower(
     bases: Mapping[str, BaseLinear],
     approximately: int | None = None,
     *,
+    dense: bool = False,
     model: nn.Module | None = None,
     strict: bool = False,
 ) -> Lowered:
     """Lower `adapter` for a model whose linears are `bases` (dotted path -> linear).
 
     Args:
-        approximately: the rank at which deltas of full rank may be approximated; None refuses them.
+        approximately: the rank at which deltas of full rank may be approximated. `dense`: whether they may be stored as
+            the matrices that they are. With neither they are refused.
         model: the model itself, by whose rules names of older versions are understood; None takes its names only.
         strict: whether to refuse what there is a `remark` on.
 
@@ -111,6 +113,11 @@ def lower(
     """
     if approximately is not None and (type(approximately) is not int or approximately < 1):
         raise errors.AdapterError(f"approximate is {approximately!r}; it must be a rank: a positive integer")
+    if dense and approximately is not None:
+        raise errors.AdapterError(
+            f"approximate is {approximately} and dense is true: a delta of full rank is served at a rank, or all of "
+            f"it; give one of them"
+        )
     names = Names(model, bases)
     adapter = part_of(adapter, names)
     lowering = _lowering_of(adapter)
@@ -119,23 +126,36 @@ def lower(
     lowered = Lowered(deltas, tuple(gathered.missing), tuple(gathered.unused))
     if strict and lowered.remark:
         raise errors.AdapterError(f"adapter from {adapter.source}: {lowered.remark}; strict=True refuses that")
+    refused: list[tuple[BaseLinear, str]] = []
     for module in gathered.modules:
-        delta = lower_module(module, lowering)
-        if module.base.owner:
+        base, delta = module.base, lower_module(module, lowering)
+        if base.owner:
             _check_idle(module, delta)
             delta = Delta()
-        if isinstance(delta, Dense):
-            if approximately is None:
-                whole = min(module.base.in_features, module.base.out_features)
-                raise errors.UnsupportedAdapterError(
-                    f"adapter from {adapter.source}: the {adapter.peft_type} delta of {module.base.name} has full rank "
-                    f"({delta.why}), so it is not served exactly; approximate=RANK serves the nearest delta of that "
-                    f"rank and reports its error, which is 0 from RANK={whole} on, at the price of a copy of the weight"
-                )
-            delta = approximate(delta, approximately)
-        deltas[module.base.name] = delta
+        if not isinstance(delta, Dense):
+            deltas[base.name] = delta
+        elif dense:
+            deltas[base.name] = exactly(delta, base)
+        elif approximately is not None:
+            deltas[base.name] = approximate(delta, base, approximately)
+        else:
+            refused.append((base, delta.why))
+    if refused:
+        _refuse_full_rank(adapter, refused)
     _check_vocabularies(deltas, bases, adapter.source)
     return lowered
+
+
+def _refuse_full_rank(adapter: Adapter, modules: Sequence[tuple[BaseLinear, str]]) -> None:
+    """`modules`: what has a delta of full rank, and why."""
+    base, why = modules[0]
+    sizes = [base.out_features * base.in_features * max(2, base.dtype.itemsize) for base, _ in modules]
+    raise errors.UnsupportedAdapterError(
+        f"adapter from {adapter.source}: the {adapter.peft_type} delta of {base.name} has full rank ({why}), so it is "
+        f"served in one of two ways that you choose. dense=True serves it exactly, as the matrix itself: a copy of the "
+        f"weight for this adapter, {sizes[0]:,} bytes here and {sum(sizes):,} for its {len(sizes)} modules of full "
+        f"rank. approximate=RANK serves the nearest delta of that rank and reports its error"
+    )
 
 
 def _check_idle(module: Module, delta: Delta | Dense) -> None:

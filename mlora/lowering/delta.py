@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +13,41 @@ from torch import Tensor
 from .turn import Turn
 
 
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A whole (out, in) matrix D. It is as large as the weight that it changes, so it is computed each time that it is
+    read and kept by nobody: those of an adapter are read one after another, each into its place in the blob.
+
+    Args:
+        outputs, inputs: its shape. `read`: returns it, on the CPU, in the dtype of the adapter, fp32 or fp64.
+        tensor: itself, where it is a tensor of the adapter's.
+    """
+
+    outputs: int
+    inputs: int
+    read: Callable[[], Tensor]
+    tensor: Tensor | None = None
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Matrix:
+        """One that is there."""
+        outputs, inputs = tensor.shape
+        return cls(outputs, inputs, lambda: tensor, tensor)
+
+    @property
+    def numel(self) -> int:
+        return self.outputs * self.inputs
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Matrix:
+        """What `change` makes of it, of the same shape."""
+        return Matrix(self.outputs, self.inputs, lambda: change(self.read()))
+
+
 @dataclass(frozen=True)
 class Delta:
     """What one adapter does to one module:
 
-        y = G base(U x) + scale * B^T (A x) + c
+        y = G base(U x) + scale * B^T (A x) + c     or     y = G base(U x) + scale * D x + c
 
     where G is the sum of a gain g and of T - I for an output turn T, and U that of an input gain u and of an input
     turn's. Absent parts are `None`. All tensors are on the CPU, in the dtype of the adapter or fp32.
@@ -25,6 +56,7 @@ class Delta:
         a: (rank, in). `b`: (rank, out): rank row j adds `b[j] * (a[j] . x)`.
         scale: the LoRA scaling. It is kept apart from `b` and applied to `A x` in fp32, so that
             storing `b` in 16 bits never rounds a scaled value.
+        matrix: D, in place of `a` and `b`: of a delta that would have more rank rows than D has rows or columns.
         gain: (out,), g - 1. Stored as the difference to 1, where 16 bits are as exact as `b`'s.
         in_gain: (in,), u - 1.
         turn, in_turn: T - I of a block-diagonal T of outputs, or of inputs.
@@ -41,6 +73,7 @@ class Delta:
     a: Tensor | None = None
     b: Tensor | None = None
     scale: float = 1.0
+    matrix: Matrix | None = None
     gain: Tensor | None = None
     in_gain: Tensor | None = None
     turn: Turn | None = None
@@ -53,6 +86,9 @@ class Delta:
 
     @property
     def rank(self) -> int:
+        """How many rank rows; of a matrix, the most that its rank can be."""
+        if self.matrix is not None:
+            return min(self.matrix.outputs, self.matrix.inputs)
         return 0 if self.a is None else self.a.shape[0]
 
     @property
@@ -78,6 +114,8 @@ class Delta:
             part is not None and part.any() for part in (self.gain, self.in_gain, self.shift, *turns)
         ):
             return False
+        if self.matrix is not None:
+            return self.scale == 0 or not bool(self.matrix.read().any())
         if self.a is None or self.b is None or self.scale == 0:
             return True
         a, b = self.a.float(), self.b.float()  # not every dtype of files can be compared
@@ -86,24 +124,39 @@ class Delta:
     def equals(self, other: Delta) -> bool:
         """Whether both have the same numbers."""
         return self is other or all(
-            torch.equal(mine, theirs)
-            if isinstance(mine := getattr(self, part.name), Tensor)
-            and isinstance(theirs := getattr(other, part.name), Tensor)
-            else mine is theirs or (not isinstance(mine, Tensor) and mine == theirs)
-            for part in fields(self)
+            _equal(getattr(self, part.name), getattr(other, part.name)) for part in fields(self)
         )
 
     def shifted(self, by: Tensor) -> Delta:
         """The same with `by`, (out,), added to the shift."""
         return replace(self, shift=by if self.shift is None else self.shift + by)
 
+    def product(self) -> Tensor | None:
+        """(out, in), fp32: scale B^T A, or scale D; None where it has neither."""
+        if self.matrix is not None:
+            return self.matrix.read().float() * self.scale
+        return None if self.a is None or self.b is None else self.b.float().t() @ (self.a.float() * self.scale)
+
+
+def _equal(mine: Any, theirs: Any) -> bool:
+    if isinstance(mine, Matrix) and isinstance(theirs, Matrix):
+        return mine is theirs or torch.equal(mine.read(), theirs.read())
+    if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
+        return torch.equal(mine, theirs)
+    return mine is theirs or (not isinstance(mine, Tensor) and bool(mine == theirs))
+
 
 @dataclass(frozen=True)
 class Dense:
-    """A delta without an exact low-rank form: y = g * base(x) + D x + c.
+    """What the lowering of a type returns for a change of one weight matrix that has full rank in any form:
+    y = g * base(x) + D x + c. `lower` makes a delta of it, by the user's choice: the matrix itself (`dense=True`, see
+    `exactly`), the nearest delta of a rank (`approximate=RANK`, see `approximate`), or neither, which refuses it.
+
+    What has a smaller form at other ranks returns `whole` where it has none, which is served without being asked for.
 
     Args:
-        weight: returns D, (out, in), in fp32 or fp64.
+        weight: returns D, (out, in), in fp32 or fp64. It is called when D is needed, more than once if need be, and is
+            where all work with as many numbers as D has belongs; what it holds on to stays until the blob is packed.
         why: why its rank is full, for the refusal.
         gain, shift: as in `Delta`.
     """
@@ -212,9 +265,14 @@ def kernel_major(delta: Delta, base: BaseLinear) -> Delta:
         return delta
 
     def turned(part: Tensor | None) -> Tensor | None:
-        return None if part is None else part.unflatten(-1, (-1, taps)).transpose(-1, -2).flatten(-2)
+        return None if part is None else _channels_last(part, taps)
 
-    return replace(delta, a=turned(delta.a), in_gain=turned(delta.in_gain))
+    matrix = None if delta.matrix is None else delta.matrix.map(lambda dense: _channels_last(dense, taps))
+    return replace(delta, a=turned(delta.a), in_gain=turned(delta.in_gain), matrix=matrix)
+
+
+def _channels_last(part: Tensor, taps: int) -> Tensor:
+    return part.unflatten(-1, (-1, taps)).transpose(-1, -2).flatten(-2)
 
 
 def spread(weight: Tensor, groups: int) -> Tensor:
@@ -223,34 +281,33 @@ def spread(weight: Tensor, groups: int) -> Tensor:
 
 
 def compact(a: Tensor, b: Tensor, scale: float = 1.0) -> Delta:
-    """The same B^T A in at most min(in, out) rank rows: where there are more, the product itself beside an
-    identity. Exact up to one rounding of the product to fp32."""
+    """The same B^T A in at most min(in, out) rank rows: where there are more, the product itself. Exact up to one
+    rounding of the product to fp32."""
     (rank, inputs), outputs = a.shape, b.shape[1]
     if rank <= min(inputs, outputs):
         return Delta(a, b, scale)
-    return whole(b.double().t() @ a.double(), scale)
+    return whole(lambda: b.double().t() @ a.double(), outputs, inputs, scale)
 
 
-def whole(dense: Tensor, scale: float = 1.0) -> Delta:
-    """A dense (out, in) delta, exact in min(in, out) rank rows: itself beside an identity."""
-    dense = dense.float()
-    outputs, inputs = dense.shape
-    if outputs <= inputs:
-        return Delta(dense, torch.eye(outputs), scale)
-    return Delta(torch.eye(inputs), dense.t(), scale)
+def whole(weight: Callable[[], Tensor], outputs: int, inputs: int, scale: float = 1.0) -> Delta:
+    """A dense (out, in) delta as it is, at the price of a copy of the weight. `weight`: as in `Dense`."""
+    return Delta(matrix=Matrix(outputs, inputs, weight), scale=scale)
 
 
-def approximate(dense: Dense, rank: int) -> Delta:
+def exactly(dense: Dense, base: BaseLinear) -> Delta:
+    """The delta itself, on `base`, at the price of a copy of the weight."""
+    delta = whole(dense.weight, base.out_features, base.in_features)
+    return replace(delta, gain=dense.gain, shift=dense.shift)
+
+
+def approximate(dense: Dense, base: BaseLinear, rank: int) -> Delta:
     """The nearest delta of at most `rank` rank rows (Eckart-Young: the leading singular triplets), and how far
     it is. From rank min(in, out) on it is exact."""
-    weight = dense.weight().float()
-    if rank >= min(weight.shape):
-        delta = whole(weight)
-    else:
-        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-        rank = max(1, min(rank, int((s > s[0] * torch.finfo(s.dtype).eps * max(weight.shape)).sum())))
-        root = s[:rank].sqrt()
-        norm = torch.linalg.vector_norm(s.double())
-        error = float(torch.linalg.vector_norm(s[rank:].double()) / norm) if norm > 0 else 0.0
-        delta = Delta(vh[:rank] * root[:, None], (u[:, :rank] * root).t(), error=error)
-    return replace(delta, gain=dense.gain, shift=dense.shift)
+    if rank >= min(base.in_features, base.out_features):
+        return exactly(dense, base)
+    u, s, vh = torch.linalg.svd(dense.weight().float(), full_matrices=False)
+    rank = max(1, min(rank, int((s > s[0] * torch.finfo(s.dtype).eps * max(len(u), vh.shape[1])).sum())))
+    root = s[:rank].sqrt()
+    norm = torch.linalg.vector_norm(s.double())
+    error = float(torch.linalg.vector_norm(s[rank:].double()) / norm) if norm > 0 else 0.0
+    return Delta(vh[:rank] * root[:, None], (u[:, :rank] * root).t(), gain=dense.gain, shift=dense.shift, error=error)

@@ -8,6 +8,7 @@ rank with rows i r/k .. (i+1) r/k of B's. Each block's r / k rank rows are padde
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from .delta import Delta, whole
 from .module import Format, Lowering, Module
@@ -40,8 +41,12 @@ def delta(module: Module) -> Delta:
             module.part("gralora_B_general", base.out_features, hybrid).t(),
         )
     if k * rank + hybrid >= min(base.in_features, base.out_features):
-        dense = torch.einsum("inos,oisp->opin", blocks_a.double(), blocks_b.double()).reshape(base.out_features, -1)
-        return whole(dense if general is None else dense + general[1].double().t() @ general[0].double(), scale)
+
+        def dense() -> Tensor:
+            grid = torch.einsum("inos,oisp->opin", blocks_a.double(), blocks_b.double()).reshape(base.out_features, -1)
+            return grid if general is None else grid + general[1].double().t() @ general[0].double()
+
+        return whole(dense, base.out_features, base.in_features, scale)
     a, b = torch.zeros(k, k, sub, k, inputs), torch.zeros(k, k, sub, k, outputs)
     for o in range(k):
         for i in range(k):

@@ -41,7 +41,7 @@ def hadamard(module: Module, rank: int, scale: float) -> Delta:
         a1, a2 = (module.part(f"hada_w{i}_b", rank, inputs) for i in (1, 2))
         b1, b2 = (module.part(f"hada_w{i}_a", outputs, rank) for i in (1, 2))
     if rank * rank >= min(inputs, outputs):
-        return whole((b1.double() @ a1.double()) * (b2.double() @ a2.double()), scale)
+        return whole(lambda: (b1.double() @ a1.double()) * (b2.double() @ a2.double()), outputs, inputs, scale)
     return Delta(_pairs(a1, a2), _pairs(b1.t(), b2.t()), scale)
 
 

@@ -27,7 +27,7 @@ def delta(module: Module) -> Delta:
     if form == "bat":
         module.divides("r", rank, base.in_features, base.out_features)
         blocks = module.part("miss_block", base.out_features // rank, rank, rank)
-        return whole(_bat(base.weight(), blocks))
+        return whole(lambda: _bat(base.weight(), blocks), base.out_features, base.in_features)
     if form == "mini":
         width = module.integer("mini_r", 1)
         module.divides("mini_r", width, base.out_features)

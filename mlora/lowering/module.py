@@ -96,9 +96,15 @@ class Module:
 
     def part(self, name: str, *shape: int | None) -> Tensor:
         """A tensor of the module, in fp32 if it is floating-point; `None` in `shape` takes any size but 0."""
+        self.check(name, *shape)
+        tensor = self.parts[name]
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+    def check(self, name: str, *shape: int | None) -> None:
+        """Refuse a part that is not there, or of another shape; `shape` as in `part`."""
         if name not in self.parts:
             raise errors.AdapterError(f"{self.where}: {name} is missing")
-        return _shaped(self.parts[name], f"{self.where}: {name}", shape)
+        _check_shape(self.parts[name], f"{self.where}: {name}", shape)
 
     def matrix(self, name: str, rows: int | None, columns: int | None, kernel: tuple[int, ...] | None = None) -> Tensor:
         """A part that a convolution's file has as (rows, columns, *kernel), flattened; a linear's is a matrix. The
@@ -110,7 +116,9 @@ class Module:
         """A tensor of the whole adapter, checked as `part` does."""
         if name not in self.shared:
             raise errors.AdapterError(f"adapter from {self.source}: {name} is missing")
-        return _shaped(self.shared[name], f"adapter from {self.source}: {name}", shape)
+        tensor = self.shared[name]
+        _check_shape(tensor, f"adapter from {self.source}: {name}", shape)
+        return tensor.float() if tensor.is_floating_point() else tensor
 
     def integer(self, option: str, default: int, patterns: str = "", least: int = 1) -> int:
         """A whole-number option, by the module's pattern where `patterns` names an option that has some."""
@@ -195,13 +203,12 @@ class Lowering:
     starts: Callable[[Mapping[str, Any]], bool] = lambda config: True
 
 
-def _shaped(tensor: Tensor, what: str, shape: tuple[int | None, ...]) -> Tensor:
+def _check_shape(tensor: Tensor, what: str, shape: tuple[int | None, ...]) -> None:
     seen = tuple(tensor.shape)
     fits = len(seen) == len(shape) and all(s == w if w is not None else s > 0 for s, w in zip(seen, shape, strict=True))
     if not fits:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise errors.AdapterError(f"{what} has shape {seen}; it must be ({wanted}{',' if len(shape) == 1 else ''})")
-    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def scaling(module: Module, rank: int, alpha: str = "alpha", *, rslora: bool = False) -> float:

@@ -1,8 +1,8 @@
 """mlora's own type, DELTA: the algebra itself, for merged adapters that no PEFT type can hold.
 
-Per module `delta_A` (rank, in), `delta_B` (rank, out), `delta_gain` (out,), `delta_in_gain` (in,), `delta_shift`
-(out,), and the `values` of turns, `delta_turn` (size, out) and `delta_in_turn` (size, in), with `delta_turn_stride` and
-`delta_in_turn_stride` (); each where there is one.
+Per module `delta_A` (rank, in) and `delta_B` (rank, out), or `delta_matrix` (out, in) in their place, `delta_gain`
+(out,), `delta_in_gain` (in,), `delta_shift` (out,), and the `values` of turns, `delta_turn` (size, out) and
+`delta_in_turn` (size, in), with `delta_turn_stride` and `delta_in_turn_stride` (); each where there is one.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ import torch
 
 from .. import errors
 from ..adapters.adapter import Adapter
-from .delta import BaseLinear, Delta
+from .delta import BaseLinear, Delta, Matrix
 from .module import Format, Lowering, Module
 from .turn import Turn
 
+MATRIX = "delta_matrix"
 PARTS = {"a": "delta_A", "b": "delta_B", "gain": "delta_gain", "in_gain": "delta_in_gain", "shift": "delta_shift"}
 TURNS = {"turn": "delta_turn", "in_turn": "delta_in_turn"}
 
 FORMAT = Format(
-    parts={key: key for key in (*PARTS.values(), *TURNS.values(), *(f"{key}_stride" for key in TURNS.values()))},
+    parts={
+        key: key for key in (MATRIX, *PARTS.values(), *TURNS.values(), *(f"{key}_stride" for key in TURNS.values()))
+    },
     integers={f"{key}_stride" for key in TURNS.values()},
     convs={1, 2, 3},
     grouped=True,
@@ -40,6 +43,11 @@ def delta(module: Module) -> Delta:
     if "delta_A" in module.parts or "delta_B" in module.parts:
         parts["a"] = module.part("delta_A", None, base.in_features)
         parts["b"] = module.part("delta_B", parts["a"].shape[0], base.out_features)
+    if MATRIX in module.parts:
+        if "a" in parts:
+            raise errors.AdapterError(f"{module.where}: it has {MATRIX} and factors, delta_A and delta_B, beside it")
+        module.check(MATRIX, base.out_features, base.in_features)
+        parts["matrix"] = Matrix.of(module.parts[MATRIX])
     for part, key in TURNS.items():
         if key in module.parts:
             parts[part] = _turn(module, key, base.out_features if part == "turn" else base.in_features)
@@ -65,8 +73,8 @@ NATIVE = Lowering(FORMAT, delta)
 
 def to_adapter(deltas: Mapping[str, Delta], source: str, bases: Mapping[str, BaseLinear]) -> Adapter:
     """The adapter that lowers to `deltas` (dotted path -> delta) on `bases`: a LoRA, which PEFT reads too, or a DELTA
-    where one of them has gains, turns or no rank rows, or is of a convolution for which PEFT's LoRA has no such
-    form."""
+    where one of them has gains, turns or no rank rows, is a whole matrix, or is of a convolution for which PEFT's LoRA
+    has no such form."""
     deltas = {name: d for name, d in deltas.items() if not d.is_empty}
     plain = all(
         d.a is not None
@@ -83,6 +91,8 @@ def to_adapter(deltas: Mapping[str, Delta], source: str, bases: Mapping[str, Bas
             if (tensor := getattr(d, part)) is not None
         }
         for name, d in deltas.items():
+            if d.matrix is not None:
+                tensors[f"{name}.{MATRIX}"] = d.matrix.read() if d.scale == 1 else d.matrix.read() * d.scale
             for part, key in TURNS.items():
                 if (turn := getattr(d, part)) is not None:
                     tensors[f"{name}.{key}"] = turn.values

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ _EMBEDDING_PARTS = {
     "lora_embedding_B",
     "delta_A",
     "delta_B",
+    "delta_matrix",
     "delta_gain",
     "magnitude",
     "copy",
@@ -71,7 +74,7 @@ def lower_module(module: Module, lowering: Lowering) -> Delta | Dense:
         shift = module.part("base bias", base.out_features) - bias
         if isinstance(delta, Delta):
             return delta.shifted(shift)
-        return Dense(delta.weight, delta.why, delta.gain, shift if delta.shift is None else delta.shift + shift)
+        return replace(delta, shift=shift if delta.shift is None else delta.shift + shift)
     if own and module.config.get("bias", "none") != "none" and base.bias() is not None:
         raise errors.AdapterError(f"{module.where}: bias is {module.config['bias']!r} but the file has no bias for it")
     return delta

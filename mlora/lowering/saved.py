@@ -1,7 +1,7 @@
 """Modules that were trained whole, and are saved as they are: `modules_to_save`, and LN tuning (Zhao et al.,
 arXiv:2312.11420), which trains copies of norms.
 
-    linear     y = W' x + b'             dW = W' - W in min(in, out) rank rows, c = b' - b; a convolution's too
+    linear     y = W' x + b'             dW = W' - W as it is, c = b' - b; a convolution's too
     embedding  y = embed_scale W'[ids]   the same, of one-hot inputs
     norm       y = n (w' + k) + b'       g = (w' + k) / (w + k), c = b' - g b, since the base gives n (w + k) + b
     head       y = W' x + b'             of another size: in place of the base's
@@ -10,12 +10,13 @@ arXiv:2312.11420), which trains copies of norms.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from torch import Tensor
 
 from .. import errors
-from .delta import Delta, spread, whole
+from .delta import BaseLinear, Delta, spread, whole
 from .module import Format, Lowering, Module
 
 # How many times the largest value of a trained norm the base's may grow under the gain before its bias is taken out
@@ -43,14 +44,20 @@ def saved(module: Module, weight: str, bias: str) -> Delta:
     if base.embed_scale is not None:
         if module.parts[weight].shape[:1] != (base.in_features,):
             return Delta(module.part(weight, None, base.out_features), replaces=True, trained=True)
-        trained = module.part(weight, base.in_features, base.out_features).double().t() * base.embed_scale
-        return replace(whole(trained - base.weight().double()), trained=True)
+        scale = base.embed_scale
+        tokens = module.part(weight, base.in_features, base.out_features)
+        return replace(_change(base, lambda: tokens.double().t() * scale), trained=True)
     if base.head and module.parts[weight].shape[:1] != (base.out_features,):
         head = module.part(weight, None, base.in_features)
         return Delta(head, shift=module.part(bias, head.shape[0]) if bias in module.parts else None, replaces=True)
-    trained = spread(module.part(weight, *base.weight_shape).flatten(1), base.groups).double()
+    trained = module.part(weight, *base.weight_shape).flatten(1)
     shift = module.part(bias, base.out_features) - _bias(module) if bias in module.parts else None
-    return replace(whole(trained - base.weight().double()), shift=shift)
+    return replace(_change(base, lambda: spread(trained, base.groups).double()), shift=shift)
+
+
+def _change(base: BaseLinear, trained: Callable[[], Tensor]) -> Delta:
+    """From the base's weight to the trained one."""
+    return whole(lambda: trained() - base.weight().double(), base.out_features, base.in_features)
 
 
 def _bias(module: Module) -> Tensor:

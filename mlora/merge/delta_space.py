@@ -2,7 +2,7 @@
 
     D = gain * W + W * in_gain + scale B^T A, and (T - I) W or W (T - I) of turns,
 
-and the result is returned at a rank, with its relative error.
+and the result is returned at a rank, with its relative error, or whole where one of them is.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import errors
-from ..lowering.delta import BaseLinear, Delta
+from ..lowering.delta import BaseLinear, Delta, Matrix
 from .how import Merge
 from .strategies import combine, fresh
 from .sums import weighted_sum
@@ -34,9 +34,12 @@ def merge_deltas(terms: Sequence[tuple[Delta, float]], how: Merge, base: BaseLin
     if norm:
         gain = combine(_vectors([d.gain for d in deltas], base), weights, how, seeds)
         result = Delta(gain=gain)
-    elif how.prunes or any(d.changes_outputs or d.changes_inputs for d in deltas):
+    elif how.prunes or any(d.changes_outputs or d.changes_inputs or d.matrix is not None for d in deltas):
         dense = combine([partial(_dense, d, base) for d in deltas], weights, how, seeds)
-        result = truncate(dense, deltas, rank, how.svd_clamp)
+        if rank >= min(dense.shape) and how.svd_clamp is None and any(d.matrix is not None for d in deltas):
+            result = Delta(matrix=Matrix.of(dense))
+        else:
+            result = truncate(dense, deltas, rank, how.svd_clamp)
     else:
         result = truncate_sum(weighted_sum(terms, base.name), rank, how.svd_clamp)
     shifts = [d.shift if norm else _bias_change(d, base) for d in deltas]
@@ -53,9 +56,8 @@ def _vectors(parts: Sequence[Tensor | None], base: BaseLinear) -> list[Callable[
 
 def _dense(delta: Delta, base: BaseLinear) -> Tensor:
     """The true change of the weight, (out, in) in fp32."""
-    if delta.a is not None and delta.b is not None:
-        dense = delta.b.float().t() @ (delta.a.float() * delta.scale)
-    else:
+    dense = delta.product()
+    if dense is None:
         dense = torch.zeros(base.out_features, base.in_features)
     if (delta.changes_outputs or delta.changes_inputs) and base.conv is not None and not base.conv.zero_padded:
         raise errors.MergeError(

@@ -22,8 +22,8 @@ def merge_factors(terms: Sequence[tuple[Delta, float]], how: Merge, base: BaseLi
     for d, _ in terms:
         if d.a is None or d.changes_outputs or d.changes_inputs or d.shift is not None:
             raise errors.MergeError(
-                f"module {base.name}: factor space merges plain LoRA only; one of the adapters has a gain, a turn or a "
-                f"bias. Use space='delta'"
+                f"module {base.name}: factor space merges plain LoRA only; one of the adapters has a whole matrix, a "
+                f"gain, a turn or a bias. Use space='delta'"
             )
     ranks = sorted({d.rank for d, _ in terms})
     if len(ranks) > 1:

@@ -19,8 +19,8 @@ from . import Merge, kept, merge_adapters
 _WIDTHS = {
     "LORA": (("lora_A.weight", 1, None), ("lora_B.weight", None, 0)),
     "DELTA": (
-        ("delta_A", 1, None), ("delta_B", None, 1), ("delta_in_gain", 0, None), ("delta_gain", None, 0),
-        ("delta_shift", None, 0), ("delta_turn", None, 1), ("delta_in_turn", 1, None),
+        ("delta_A", 1, None), ("delta_B", None, 1), ("delta_matrix", 1, 0), ("delta_in_gain", 0, None),
+        ("delta_gain", None, 0), ("delta_shift", None, 0), ("delta_turn", None, 1), ("delta_in_turn", 1, None),
     ),
 }  # fmt: skip
 

@@ -40,7 +40,7 @@ def relative(recipe: Sequence[tuple[Delta, float]], folded: Sequence[tuple[Delta
         return want
     if any(d.changes_outputs for d in (want, have)) and any(d.changes_inputs for d in (want, have)):
         raise errors.MergeError(f"module {where}: gains and input gains, of which one is folded in, do not combine")
-    minus = Delta(have.a, have.b, -1.0, shift=None if have.shift is None else -have.shift)
+    minus = Delta(have.a, have.b, -1.0, have.matrix, shift=None if have.shift is None else -have.shift)
     made: dict[str, Any] = {}
     for gain, turn in (("gain", "turn"), ("in_gain", "in_turn")):
         ours, theirs = ((getattr(d, gain), getattr(d, turn)) for d in (want, have))
@@ -54,10 +54,7 @@ def relative(recipe: Sequence[tuple[Delta, float]], folded: Sequence[tuple[Delta
             made[turn] = Turn(ratio.values.float(), ratio.stride)
         else:
             made[gain] = (ratio - 1).float()
-        if gain == "gain":
-            minus = replace(minus, b=_scaled(minus.b, ratio), shift=_scaled(minus.shift, ratio))
-        else:
-            minus = replace(minus, a=_scaled(minus.a, ratio, transposed=True))
+        minus = _scaled_outputs(minus, ratio) if gain == "gain" else _scaled_inputs(minus, ratio)
     rest = replace(want, gain=None, in_gain=None, turn=None, in_turn=None)
     trained = any(d.trained for d, _ in (*recipe, *folded))
     return replace(weighted_sum([(rest, 1.0), (minus, 1.0)], where), trained=trained, **made)
@@ -98,9 +95,21 @@ def _in_blocks(vector: Tensor, size: int, stride: int) -> Tensor:
     return vector.reshape(-1, size, stride).transpose(1, 2).reshape(-1, size)
 
 
-def _scaled(tensor: Tensor | None, by: Tensor | Turn, transposed: bool = False) -> Tensor | None:
+def _scaled(tensor: Tensor, by: Tensor | Turn, transposed: bool = False) -> Tensor:
     """by x along the last dimension; `transposed`: by^T x, where that is no gain."""
-    if tensor is None:
-        return None
     wide = tensor.double()
     return ((wide + by.times(wide, transposed)) if isinstance(by, Turn) else wide * by).float()
+
+
+def _scaled_outputs(delta: Delta, by: Tensor | Turn) -> Delta:
+    """by (B^T A x + c), or by (D x + c)."""
+    b, shift = (None if part is None else _scaled(part, by) for part in (delta.b, delta.shift))
+    matrix = None if delta.matrix is None else delta.matrix.map(lambda dense: _scaled(dense.t(), by).t())
+    return replace(delta, b=b, shift=shift, matrix=matrix)
+
+
+def _scaled_inputs(delta: Delta, by: Tensor | Turn) -> Delta:
+    """B^T A by x, or D by x."""
+    a = None if delta.a is None else _scaled(delta.a, by, transposed=True)
+    matrix = None if delta.matrix is None else delta.matrix.map(lambda dense: _scaled(dense, by, transposed=True))
+    return replace(delta, a=a, matrix=matrix)

@@ -38,6 +38,7 @@ class AdapterInfo:
         location: "device" or "host".
         errors: module -> |D - D'| / |D| (Frobenius), for each whose delta D is approximated by D'; empty
             where all is exact.
+        dense: module -> bytes on the device, for each whose delta is a whole matrix, as large as the weight.
         missing: dotted paths of what its config targets and its files have nothing for: the base there, as in PEFT.
         unused: what its files call modules that the model does not have and does without.
         zero: whether its delta is zero, so that it changes nothing: never trained, scaled by 0, or a merge to nothing.
@@ -56,6 +57,7 @@ class AdapterInfo:
     bytes: int
     location: str
     errors: Mapping[str, float] = field(default_factory=dict)
+    dense: Mapping[str, int] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     zero: bool = False
@@ -74,7 +76,7 @@ class Loaded:
 
     Args:
         key: under which the store has its blob: its name, where that was free there.
-        approximate: the rank that it was given to `lower` with.
+        approximate, dense: what `lower` was given of its deltas of full rank.
         sources: of one that mlora made, not the user: the adapters that it was made of, with any of which it goes.
         group: of such a one: the names of its kind, of which it is one as long as it is loaded.
     """
@@ -83,6 +85,7 @@ class Loaded:
     info: AdapterInfo
     key: str
     approximate: int | None = None
+    dense: bool = False
     sources: Sequence[str] = ()
     group: MutableMapping[str, None] | None = None
 
@@ -155,7 +158,8 @@ class Registry:
 
     def lower(self, loaded: Loaded) -> dict[str, Delta]:
         """Its deltas, dotted path -> delta."""
-        return dict(lower(loaded.adapter, self.bases, loaded.approximate, model=self._model).deltas)
+        approximate, dense = loaded.approximate, loaded.dense
+        return dict(lower(loaded.adapter, self.bases, approximate, dense=dense, model=self._model).deltas)
 
     def recipes(self, entries: Any) -> list[Recipe]:
         """One a row of entries without merges; a single entry gives one.
@@ -189,6 +193,7 @@ class Registry:
         adapter: Adapter,
         lowered: Lowered,
         approximate: int | None = None,
+        dense: bool = False,
         sources: Sequence[str] = (),
         group: MutableMapping[str, None] | None = None,
         replaces: bool = False,
@@ -208,6 +213,7 @@ class Registry:
         info = AdapterInfo(
             name, adapter.source, adapter.peft_type, _variant(adapter), ranks[-1], ranks, tuple(deltas),
             packed.nbytes, "host", {path: delta.error for path, delta in deltas.items() if delta.error},
+            {path: self._store.nbytes(delta.matrix) for path, delta in deltas.items() if delta.matrix is not None},
             lowered.missing, lowered.unused, all(delta.is_zero for delta in deltas.values()), adapter.ignored,
             tuple(sources),
         )  # fmt: skip
@@ -220,7 +226,7 @@ class Registry:
             while key in self._store:  # what it was is pinned still
                 key = f"{name} ({self._store.registered + 1})"
             self._store.register(key, packed)
-            self._loaded[name] = Loaded(adapter, info, key, approximate, sources, group)
+            self._loaded[name] = Loaded(adapter, info, key, approximate, dense, sources, group)
             if group is not None:
                 group[name] = None
             return self.info(name)

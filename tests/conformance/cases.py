@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 EXACT = "exact"
 REFUSED = "refused"
-APPROXIMATE = "refused; approximate=r"
+DENSE = "exact; dense=True"
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class Spec:
 
     Args:
         name: how the table lists it. `kind`: PEFT's config class. `options`: its arguments.
-        verdict: EXACT, REFUSED by name, or APPROXIMATE: refused unless a rank is given.
+        verdict: EXACT, REFUSED by name, or DENSE: refused unless `dense` or a rank is given.
         reason: what the refusal must name.
         strength: of the random numbers, so that the adapter changes the answer and does not swamp it.
         rewritten: values put into the config afterwards, for what cannot be made offline.
@@ -216,7 +216,7 @@ SPECS: tuple[Spec, ...] = (
         {"r": 1, "alpha": 2, "decompose_both": True, "use_effective_conv2d": True},
         models=("conv",),
     ),
-    Spec("LoKr, full", "LoKrConfig", {"r": 16, "alpha": 4}, APPROXIMATE, "LOKR", models=CONV),
+    Spec("LoKr, full", "LoKrConfig", {"r": 16, "alpha": 4}, DENSE, "LOKR", models=CONV),
     Spec("VeRA", "VeraConfig", {"r": 5}, models=ALL),
     Spec("VeRA without projections", "VeraConfig", {"r": 5, "save_projection": False}),
     Spec("VB-LoRA", "VBLoRAConfig", {"r": 3, "num_vectors": 11, "vector_length": 8}, models=ALL),
@@ -254,27 +254,27 @@ SPECS: tuple[Spec, ...] = (
     Spec("OFT, exact Cayley", "OFTConfig", {"oft_block_size": 8, "use_cayley_neumann": False}, models=CONV),
     Spec("OFT, shared block", "OFTConfig", {"oft_block_size": 4, "block_share": True}, models=CONV),
     Spec("Constrained OFT", "OFTConfig", {"oft_block_size": 4, "coft": True}, REFUSED, "coft"),
-    Spec("BOFT", "BOFTConfig", {"boft_block_size": 4}, APPROXIMATE, "rotates", models=LINEAR),
-    Spec("BOFT, one block", "BOFTConfig", _ONE_BLOCK, APPROXIMATE, "rotates", models=("conv",)),
-    Spec("FourierFT", "FourierFTConfig", {"n_frequency": 30, "random_loc_seed": 5}, APPROXIMATE, "waves"),
-    Spec("WaveFT", "WaveFTConfig", {"n_frequency": 30, "scaling": 5.0}, APPROXIMATE, "wavelets"),
+    Spec("BOFT", "BOFTConfig", {"boft_block_size": 4}, DENSE, "rotates", models=LINEAR),
+    Spec("BOFT, one block", "BOFTConfig", _ONE_BLOCK, DENSE, "rotates", models=("conv",)),
+    Spec("FourierFT", "FourierFTConfig", {"n_frequency": 30, "random_loc_seed": 5}, DENSE, "waves"),
+    Spec("WaveFT", "WaveFTConfig", {"n_frequency": 30, "scaling": 5.0}, DENSE, "wavelets"),
     Spec(
         "WaveFT, longer wavelets",
         "WaveFTConfig",
         {"n_frequency": 30, "wavelet_family": "sym5", "scaling": 5.0},
-        APPROXIMATE,
+        DENSE,
         "wave",
     ),
     Spec(
         "WaveFT without transform",
         "WaveFTConfig",
         {"n_frequency": 30, "use_idwt": False, "scaling": 5.0},
-        APPROXIMATE,
+        DENSE,
         "sparse",
     ),
-    Spec("C3A", "C3AConfig", {"block_size": 8}, APPROXIMATE, "circulant", strength=4.0, models=("bert",)),
-    Spec("SHiRA", "ShiraConfig", {"r": 2}, APPROXIMATE, "sparse"),
-    Spec("HiRA", "HiraConfig", {"r": 3}, APPROXIMATE, "elementwise", strength=1.0, models=("conv",)),
+    Spec("C3A", "C3AConfig", {"block_size": 8}, DENSE, "circulant", strength=4.0, models=("bert",)),
+    Spec("SHiRA", "ShiraConfig", {"r": 2}, DENSE, "sparse"),
+    Spec("HiRA", "HiraConfig", {"r": 3}, DENSE, "elementwise", strength=1.0, models=("conv",)),
     Spec("LN tuning", "LNTuningConfig", models=ALL),
     Spec("LN tuning with a trained lm_head", "LNTuningConfig", {"modules_to_save": ["lm_head"]}),
     Spec("Trainable tokens", "TrainableTokensConfig", {"token_indices": TOKENS}, models=TEXTS),
@@ -296,8 +296,6 @@ SPECS: tuple[Spec, ...] = (
     ),
     _lora("LoRA with linears' weights as target parameters", target_modules=["v_proj"], target_parameters=_WEIGHTS),
 )  # fmt: skip
-
-FULL_RANK = 64  # from here on `approximate` is exact on all of the tiny models
 
 _OWN_TARGETS = ("TrainableTokensConfig", "PromptTuningConfig", "PrefixTuningConfig")
 _NO_FAN_IN = ("RandLoraConfig", "VeraConfig", "LNTuningConfig", "TrainableTokensConfig")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import APPROXIMATE, EXACT, FULL_RANK, REFUSED, SPECS, Spec, make, merged, planted
+from cases import DENSE, EXACT, REFUSED, SPECS, Spec, make, merged, planted
 from conftest import VOCAB, assert_close, build, inputs_for, logits, peft_alone, refused, row_of
 from torch import Tensor
 from transformers import GenerationConfig
@@ -42,11 +42,10 @@ class World:
         return make(self.root / spec.id, spec, self.kind, SPECS.index(spec))
 
     def _load(self, spec: Spec) -> str:
-        """Load the adapter, at a rank at which an approximation is exact."""
-        info = self.runtime.load_adapter(
-            self.folder(spec), spec.name, approximate=FULL_RANK if spec.verdict == APPROXIMATE else None
-        )
-        assert not info.errors and info.peft_type.lower().replace("_", "") in spec.kind.lower().replace("config", "")
+        """Load the adapter, as whole matrices where it takes that."""
+        info = self.runtime.load_adapter(self.folder(spec), spec.name, dense=spec.verdict == DENSE)
+        assert not info.errors and (info.dense or spec.verdict != DENSE)
+        assert info.peft_type.lower().replace("_", "") in spec.kind.lower().replace("config", "")
         return spec.name
 
     def oracle(self, entry: Any) -> Any:
@@ -239,9 +238,7 @@ def test_bf16_is_within_twice_pefts_own_error(worlds: Any, halves: World, verdic
         folder = wide.folder(spec)
         oracle = logits(peft_alone(spec.on(copy.deepcopy(halves.base).float()), folder), batch).double()
         theirs = logits(peft_alone(spec.on(halves.base), folder), batch).double()
-        name = halves.runtime.load_adapter(
-            folder, approximate=FULL_RANK if spec.verdict == APPROXIMATE else None, adapter_name=spec.name
-        ).name
+        name = halves.runtime.load_adapter(folder, spec.name, dense=spec.verdict == DENSE).name
         ours = logits(halves.model, batch, adapter_names=[name] * 6).double()
         error, allowed = (ours - oracle).norm().item(), (theirs - oracle).norm().item()
         assert 0 < error <= 2 * allowed, f"{error:.3g} from the oracle, PEFT {allowed:.3g}"
@@ -266,10 +263,10 @@ def test_refusals_name_their_reason(worlds: Any, verdicts: Any, spec: Spec) -> N
 
 
 # The gains of BOFT stay exact, and only what mixes features is approximated.
-APPROXIMATED = tuple(spec for spec in SPECS if spec.verdict == APPROXIMATE and spec.kind != "BOFTConfig")
+DENSED = tuple(spec for spec in SPECS if spec.verdict == DENSE and spec.kind != "BOFTConfig")
 
 
-@pytest.mark.parametrize("spec", APPROXIMATED, ids=[spec.id for spec in APPROXIMATED])
+@pytest.mark.parametrize("spec", DENSED, ids=[spec.id for spec in DENSED])
 def test_an_approximation_is_the_best_of_its_rank_and_tells_its_error(worlds: Any, spec: Spec) -> None:
     world = worlds("llama")
     rank = 6

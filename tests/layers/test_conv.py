@@ -592,7 +592,7 @@ def test_files_of_kohya_and_lycoris(tmp_path: Path, kind: str) -> None:
     parts, delta = kohya(kind)
     file = file_of(tmp_path / "a.safetensors", {f"lora_unet_conv_in.{key}": t for key, t in parts.items()})
     runtime = mlora.patch(base)
-    info = runtime.load_adapter(file, "a", approximate=6 if kind == "lokr" else None)
+    info = runtime.load_adapter(file, "a", dense=kind == "lokr")
     assert not info.errors
     x = torch.randn(2, 4, 7, 8)
     with torch.no_grad(), runtime.use_adapters(["a", None]):
