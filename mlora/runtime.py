@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from torch import nn
+from torch import Tensor, nn
 
 from . import errors
 from .adapters.adapter import Adapter
@@ -145,6 +145,7 @@ class Runtime(Trains):
         adapter: Any,
         *,
         seed: int | None = None,
+        eva_state_dict: Mapping[str, Tensor] | None = None,
         approximate: int | None = None,
         dense: bool = False,
         strict: bool = False,
@@ -152,11 +153,12 @@ class Runtime(Trains):
         is_trainable: bool = False,
     ) -> AdapterInfo:
         """Add an adapter that is in memory: an `Adapter`, or a new one of a `peft.LoraConfig` (or its fields), which is
-        trainable and starts as PEFT's does after `torch.manual_seed(seed)`. Takes the other arguments and raises as
-        `load_adapter` does."""
+        trainable and starts as PEFT's does after `torch.manual_seed(seed)`; one with `init_lora_weights="eva"` from
+        `eva_state_dict`, which is what `peft.get_eva_state_dict(model, dataloader, config)` returns. Takes the other
+        arguments and raises as `load_adapter` does."""
         self._registry.check_new(adapter_name)
         if not isinstance(adapter, Adapter):
-            adapter, is_trainable = fresh(adapter, self._model, self.bases, seed), True
+            adapter, is_trainable = fresh(adapter, self._model, self.bases, seed, eva_state_dict), True
         return self._add(adapter_name, adapter.ignoring(ignore), approximate, dense, strict, is_trainable)
 
     def _add(

@@ -258,9 +258,11 @@ def _invocation(module: Module) -> tuple[int, ...]:
 def _check_config(module: Module) -> None:
     config = module.config
     init = config.get("init_lora_weights", True)
+    init = init.lower() if isinstance(init, str) else init  # PEFT takes some in any case
     if isinstance(init, (dict, list)) or init not in _PLAIN_INITS:
         raise errors.UnsupportedAdapterError(
-            f"adapter from {module.source}: option init_lora_weights={init!r} is not served: {_REWRITTEN}"
+            f"adapter from {module.source}: option init_lora_weights={config['init_lora_weights']!r} is not served: "
+            f"{_REWRITTEN}"
         )
     chosen = [
         option for option in ("use_dora", "kasa_config", "use_bdlora", "alora_invocation_tokens") if config.get(option)

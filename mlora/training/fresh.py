@@ -18,27 +18,40 @@ from .. import errors
 from ..adapters.adapter import Adapter
 from ..lowering import BaseLinear
 from ..lowering.targets import is_target, pattern_value, some, targets_of
+from .eva import eva_start
 from .trainable import check_config
 
-_FILES = "make it with PEFT and load it with load_adapter(..., is_trainable=True)"
+_REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def fresh(config: Any, model: nn.Module, bases: Mapping[str, BaseLinear], seed: int | None) -> Adapter:
+def fresh(
+    config: Any,
+    model: nn.Module,
+    bases: Mapping[str, BaseLinear],
+    seed: int | None,
+    eva_state_dict: Mapping[str, Tensor] | None = None,
+) -> Adapter:
     """The adapter that `peft.get_peft_model(model, config)` has after `torch.manual_seed(seed)`.
 
     Args:
         config: a `peft.LoraConfig`, or its fields as a mapping.
         model: the patched one. `bases`: what adapters can change of it.
         seed: None draws from torch's generator as it is.
+        eva_state_dict: of a config with `init_lora_weights="eva"`, see `eva_start`.
 
     Raises:
         UnsupportedAdapterError: the config has an option that is not trained. AdapterError: it does not fit the model.
     """
     fields = _fields(config, model)
-    _check_init(fields)
+    init = _init_of(fields)
     check_config(fields, "config")
     names = _modules(fields, model, bases)
-    init = fields.get("init_lora_weights", True)
+    starts: dict[str, Tensor] = {}
+    if init == "eva":
+        fields, starts = eva_start(fields, names, bases, eva_state_dict)
+        names = [name for name in names if name in starts]
+    elif eva_state_dict is not None:
+        raise errors.AdapterError(f"config: init_lora_weights is {init!r}; eva_state_dict is of 'eva'")
     tensors: dict[str, Tensor] = {}
     with _seeded(seed):
         for name in names:
@@ -57,6 +70,8 @@ def fresh(config: Any, model: nn.Module, bases: Mapping[str, BaseLinear], seed: 
                 own["lora_magnitude_vector"] = _norm(base, own["lora_A.weight"], own["lora_B.weight"], scale)
             wide = torch.promote_types(base.dtype, torch.float32)
             tensors.update({f"{name}.{part}": tensor.to(wide) for part, tensor in own.items()})
+            if name in starts:
+                tensors[f"{name}.lora_A.weight"] = starts[name]
     return Adapter(fields, tensors, source="config")
 
 
@@ -85,11 +100,18 @@ def _usual_targets(kind: Any) -> list[str]:
     return sorted(usual[kind])
 
 
-def _check_init(fields: Mapping[str, Any]) -> None:
+def _init_of(fields: Mapping[str, Any]) -> bool | str:
+    """How A and B start."""
     init = fields.get("init_lora_weights", True)
-    if not isinstance(init, bool) and init not in ("gaussian", "orthogonal", "mica"):
-        why = f"it is computed from data: {_FILES}" if init == "eva" else "it rewrites the base weights"
-        raise errors.UnsupportedAdapterError(f"config: option init_lora_weights={init!r} is not served: {why}")
+    if isinstance(init, bool):
+        return init
+    name = str(init).lower()
+    if name in ("gaussian", "mica") or init in ("orthogonal", "eva"):  # PEFT takes the first two in any case
+        return name
+    why = "PEFT has none of that name"
+    if name.startswith(_REWRITING):
+        why = "it rewrites the base weights; make it with PEFT and load what it converts to a LoRA of the base"
+    raise errors.UnsupportedAdapterError(f"config: option init_lora_weights={init!r} is not served: {why}")
 
 
 def _modules(fields: Mapping[str, Any], model: nn.Module, bases: Mapping[str, BaseLinear]) -> list[str]:

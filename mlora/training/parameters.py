@@ -102,7 +102,7 @@ class Trains:
         """Give a registered adapter parameters. The first one freezes the model's own, as PEFT does."""
         with self._lock:
             packed = self._store[self._registry[name].key]
-            fixed = str(adapter.config.get("init_lora_weights")).lower() == "mica"
+            fixed = adapter.config.get("init_lora_weights") == "mica"  # PEFT trains the B of "MiCA"
             bases = {index: self._measured_by(self._registry.paths[index]) for index in keys}
             one = Trained(adapter.tensors, keys, bases, packed, self._store.arena.device, fixed)
             if self._shared.training is None:

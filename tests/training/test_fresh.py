@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build, inputs_for, logits
-from peft import LoraConfig, get_peft_model
+from conftest import assert_close, build, inputs_for, logits
+from peft import EvaConfig, LoraConfig, PeftModel, get_eva_state_dict, get_peft_model, initialize_lora_eva_weights
+from peft.tuners.lora.config import LoraGAConfig
 from torch import Tensor
 
 import mlora
@@ -27,6 +28,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "orthogonal": ("llama", {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": "orthogonal"}),
     "not started at zero": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": False, "lora_bias": True}),
     "mica": ("llama", {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": "mica"}),
+    "Gaussian": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "Gaussian"}),
+    "MiCA": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "MiCA"}),
     "DoRA": ("qwen2", {"target_modules": ["q_proj", "up_proj"], "use_dora": True}),
     "DoRA, not at zero": (
         "gpt2",
@@ -49,7 +52,7 @@ def peft_of(base: Any, options: dict[str, Any], seed: int | None) -> dict[str, T
 @pytest.mark.parametrize("case", CONFIGS)
 def test_it_starts_as_peft_does(case, dtype):
     kind, options = CONFIGS[case]
-    if case == "mica" and dtype is torch.float64:
+    if case.lower() == "mica" and dtype is torch.float64:
         pytest.skip("PEFT has no MiCA in fp64")
     base = build(kind, dtype)
     want = peft_of(base, options, 3)
@@ -102,9 +105,75 @@ def test_a_mapping_will_do():
     assert all(torch.equal(parameter, want[key]) for key, parameter in runtime.named_parameters("sql"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("adjusts", [True, False], ids=["scalings adjusted", "scalings kept"])
+def test_eva_starts_as_peft_does(dtype, adjusts, tmp_path):
+    """Ranks, scalings and A, by PEFT's own function on the patched model; it is saved as PEFT's and goes back."""
+    base = build("llama", dtype)
+    batches = [inputs_for("llama", 4, seed=seed) for seed in range(3)]
+    options = {
+        "target_modules": ["q_proj", "o_proj", "up_proj"], "r": 2, "lora_alpha": 3, "rank_pattern": {"o_proj": 4},
+        "init_lora_weights": "eva", "eva_config": EvaConfig(tau=0.5, adjust_scaling_factors=adjusts),
+    }  # fmt: skip
+    theirs = get_peft_model(copy.deepcopy(base), LoraConfig(**options), adapter_name="sql")
+    initialize_lora_eva_weights(theirs, batches, adapter_name="sql", show_progress_bar=False)
+    want = {key: parameter for key, parameter in theirs.named_parameters() if ".lora_" in key}
+    ranks = {len(parameter) for key, parameter in want.items() if "lora_A" in key}
+    assert len(ranks) > 1, "ranks were not divided anew"
+    model = copy.deepcopy(base)
+    runtime = mlora.patch(model, memory=ROOM)
+    found = get_eva_state_dict(model, batches, LoraConfig(**options), show_progress_bar=False)
+    runtime.add_adapter("sql", LoraConfig(**options), seed=0, eva_state_dict=found)
+    mine = dict(runtime.named_parameters("sql"))
+    assert list(mine) == list(want)
+    for key, parameter in want.items():
+        assert torch.equal(mine[key], parameter), key
+    with torch.no_grad():
+        for key, parameter in mine.items():
+            if "lora_B" in key:
+                want[key].fill_(0.25)
+                parameter.fill_(0.25)
+    batch = inputs_for("llama", 2)
+    ours = logits(model, batch, adapter_names="sql")
+    close = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    assert_close(ours, logits(theirs, batch), close)
+    runtime.save_adapter("sql", tmp_path)
+    assert_close(ours, logits(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path), batch), close)
+    runtime.load_adapter(tmp_path, "again", strict=True)
+    assert torch.equal(logits(model, batch, adapter_names="again"), ours)
+
+
+def test_what_eva_cannot_start_from_is_named():
+    runtime = mlora.patch(build("mlp"), memory=ROOM)
+    config = {"peft_type": "LORA", "r": 2, "target_modules": ["0", "up"], "init_lora_weights": "eva"}
+    fits = {"up": torch.ones(2, 32), "blocks.0": torch.ones(2, 45)}
+    for given, message in (
+        ({"up": fits["up"]}, "nothing for blocks.0"),
+        ({**fits, "head": torch.ones(2, 45)}, "has head, which the config does not target"),
+        ({**fits, "up": torch.ones(2, 45)}, r"\(2, 45\) for up, which takes 32 features"),
+    ):
+        with pytest.raises(errors.AdapterError, match=message):
+            runtime.add_adapter("sql", config, eva_state_dict=given)
+    with pytest.raises(errors.AdapterError, match="eva_state_dict is of 'eva'"):
+        runtime.add_adapter("sql", {**config, "init_lora_weights": True}, eva_state_dict=fits)
+    runtime.add_adapter("sql", config, eva_state_dict={**fits, "up": torch.ones(0, 32)})
+    assert runtime.adapters["sql"].modules == ("blocks.0",)
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "rewrites the base": ("llama", {"init_lora_weights": "pissa"}, "init_lora_weights='pissa' .* rewrites the base"),
-    "of data": ("llama", {"init_lora_weights": "eva"}, "init_lora_weights='eva' .* computed from data"),
+    **{
+        f"rewrites the base, {init}": ("llama", {"init_lora_weights": init, **more}, f"'{init}' .* rewrites the base")
+        for init, more in {
+            "pissa_niter_4": {},
+            "olora": {},
+            "corda": {},
+            "lora_ga": {"lora_ga_config": LoraGAConfig()},
+            "OLoRA": {},
+        }.items()
+    },
+    "of data": ("llama", {"init_lora_weights": "eva"}, r"starts from data; .*peft.get_eva_state_dict"),
+    "unknown": ("llama", {"init_lora_weights": "zeros"}, "'zeros' is not served: PEFT has none of that name"),
     "dropout": ("llama", {"lora_dropout": 0.1}, "lora_dropout=0.1 is not trained"),
     "embeddings": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens; adapters are trained on"),
     "no module": ("llama", {"target_modules": ["nothing"]}, "name no module"),
