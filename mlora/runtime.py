@@ -19,7 +19,7 @@ from .arena.store import Store
 from .folding.fold import Folded
 from .folding.originals import KEEPS
 from .layers import Stack, base_linears
-from .lowering import BaseLinear, Names, lower, part_of
+from .lowering import BaseLinear, Names, lower, part_of, untouched
 from .merge import Merge
 from .patched import unpatch
 from .plan.shared import Shared
@@ -35,7 +35,7 @@ from .routing.router import Router
 from .routing.status import status
 from .training.fresh import fresh
 from .training.parameters import Trains
-from .training.trainable import keys_of
+from .training.trainable import check_config, keys_of
 
 
 class Runtime(Trains):
@@ -172,7 +172,9 @@ class Runtime(Trains):
         replaces: bool = False,
     ) -> AdapterInfo:
         names = Names(self._model, self.bases)
-        adapter = part_of(adapter, names)
+        if is_trainable:
+            check_config(adapter.config, adapter.source)
+        adapter = untouched(part_of(adapter, names), names)
         lowered = lower(adapter, self.bases, approximate, dense=dense, model=self._model, strict=strict)
         keys = keys_of(adapter, lowered.deltas, names, self._indices, self.bases) if is_trainable else None
         trainable = keys is not None
@@ -239,7 +241,8 @@ class Runtime(Trains):
         self._registry.remove(adapter_name, when_unused=when_unused)
 
     def save_adapter(self, adapter_name: str, folder: str | Path) -> None:
-        """Write an adapter as a PEFT folder, with the very tensors that were loaded.
+        """Write an adapter as a PEFT folder, with the very tensors that were loaded. A PiSSA or OLoRA whose base PEFT
+        would rewrite is written as the LoRA of twice its rank that it is beside the untouched base.
 
         Raises:
             UnknownAdapterError: there is none of that name.

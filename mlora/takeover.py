@@ -15,7 +15,7 @@ from torch import nn
 from . import errors
 from .adapters.adapter import Adapter
 from .layers import base_linears, find_layers, inner_module, inside_peft
-from .lowering import lower
+from .lowering import is_rewriting, lower
 
 
 def has_peft(model: nn.Module) -> bool:
@@ -51,6 +51,11 @@ def taken_over(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Adapter]
         raise errors.UnsupportedAdapterError(
             f"adapters of this model have target_parameters: {', '.join(parameters)}; they are not taken over from a "
             f"live model. Save them, patch the model without PEFT, and load them"
+        )
+    if rewriting := sorted(name for name, config in configs.items() if is_rewriting(config.to_dict())):
+        raise errors.UnsupportedAdapterError(
+            f"adapters of this model have rewritten its base weights (init_lora_weights): {', '.join(rewriting)}; they "
+            f"are not taken over from a live model. Save them, load the base anew, patch it and load them"
         )
     adapters = {name: Adapter.from_peft(model, name) for name in configs}
     base: nn.Module = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model  # type: ignore[operator]

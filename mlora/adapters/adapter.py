@@ -119,7 +119,7 @@ class Adapter:
         """A copy of adapter `name` of a live `PeftModel`, or of a transformers model with adapters in it.
 
         Its tensors are what PEFT's `save_pretrained` would write, so an adapter that rewrote the base when
-        it started (PiSSA, OLoRA) is refused later as its file would be.
+        it started (PiSSA, OLoRA) belongs to that base as it was before, as its file would.
 
         Raises:
             UnknownAdapterError: the model has no adapter of that name.

@@ -30,6 +30,7 @@ from .native import NATIVE, to_adapter
 from .oft import OFT
 from .parts import lower_module
 from .randlora import RANDLORA
+from .rewritten import is_rewriting, untouched
 from .road import ROAD
 from .saved import LN_TUNING
 from .several import check_one, part_of
@@ -214,8 +215,10 @@ __all__ = [
     "Lowered",
     "Names",
     "Turn",
+    "is_rewriting",
     "lower",
     "module_names",
     "part_of",
     "to_adapter",
+    "untouched",
 ]

@@ -17,7 +17,7 @@ In PEFT's layout `lora_A.weight` is (r, in) and `lora_B.weight` is (out, r), for
 GPT-2's `Conv1D` alike, so `fan_in_fan_out` only says how the base weight lies.
 
 PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA rewrite the base when they start. Saved with PEFT's conversion they
-are plain LoRAs of twice the rank; unconverted they are refused.
+are plain LoRAs of twice the rank. `rewritten.py` makes such of PiSSA and OLoRA; the others are refused unconverted.
 """
 
 from __future__ import annotations
@@ -34,10 +34,18 @@ from .module import TOKENS, Format, Lowering, Module, scaling
 from .parameters import parameter_delta
 
 _REWRITTEN = (
-    "this initialisation rewrites the base weights; save the adapter with PEFT's "
+    "this initialisation rewrites the base weights{}; save the adapter with PEFT's "
     "path_initial_model_for_weight_conversion, which turns it into a plain LoRA, or load the base as it was rewritten "
     "and pass ignore=['init_lora_weights']"
 )
+
+# Why what they take out of the base cannot be computed again.
+_LOST = {
+    "pissa_niter": ", by an approximate decomposition that comes out differently each time",
+    "corda": " by the activations of data that the file does not have",
+    "lora_ga": " by the gradients of data that the file does not have",
+    "loftq": " by what a quantization of them leaves over",
+}
 
 # Initialisations that leave the base weights alone; the others rewrite them.
 _PLAIN_INITS = {True, False, None, "gaussian", "eva", "orthogonal", "mica"}
@@ -94,10 +102,10 @@ def delta(module: Module) -> Delta:
         raise errors.AdapterError(f"{module.where}: it has embedding LoRA weights and is no embedding in this model")
     if base.conv is not None:
         _check_conv(module)
-    a, b = _factors(module)
+    a, b = factors(module)
     rank = a.shape[0]
     module.expect("lora_A has rank", rank, module.integer("r", 8, "rank_pattern"))
-    scale = scaling(module, rank, "lora_alpha", rslora=bool(config.get("use_rslora")))
+    scale = scale_of(module, rank)
     if "magnitude" in module.parts:
         return _dora(module, a.float(), b.float(), scale)
     if "diagonal" in module.parts:
@@ -114,7 +122,7 @@ def _embedding(module: Module, embed_scale: float) -> Delta:
     a = module.part("lora_embedding_A", None, base.in_features)
     b = module.part("lora_embedding_B", base.out_features, a.shape[0])
     module.expect("lora_embedding_A has rank", a.shape[0], module.integer("r", 8, "rank_pattern"))
-    scale = scaling(module, a.shape[0], "lora_alpha", rslora=bool(config.get("use_rslora")))
+    scale = scale_of(module, a.shape[0])
     if bool(config.get("use_dora")) != ("magnitude" in module.parts):
         state = "has no" if config.get("use_dora") else "has a"
         raise errors.AdapterError(
@@ -159,7 +167,12 @@ def _kasa(module: Module, a: Tensor, b: Tensor, scale: float) -> Delta:
     return Delta(torch.cat([a, vh[-rank:].float()]), torch.cat([(b * (diagonal * scale)).t(), -removed.float()]))
 
 
-def _factors(module: Module) -> tuple[Tensor, Tensor]:
+def scale_of(module: Module, rank: int) -> float:
+    """alpha / r, or alpha / sqrt(r) with rsLoRA."""
+    return scaling(module, rank, "lora_alpha", rslora=bool(module.config.get("use_rslora")))
+
+
+def factors(module: Module) -> tuple[Tensor, Tensor]:
     """A, (r, in), and B, (out, r), in the file's dtype."""
     base, parts = module.base, module.parts
     if (blocked := _blocked(module)) in parts:
@@ -262,7 +275,7 @@ def _check_config(module: Module) -> None:
     if isinstance(init, (dict, list)) or init not in _PLAIN_INITS:
         raise errors.UnsupportedAdapterError(
             f"adapter from {module.source}: option init_lora_weights={config['init_lora_weights']!r} is not served: "
-            f"{_REWRITTEN}"
+            + _REWRITTEN.format(next((why for start, why in _LOST.items() if str(init).startswith(start)), ""))
         )
     chosen = [
         option for option in ("use_dora", "kasa_config", "use_bdlora", "alora_invocation_tokens") if config.get(option)

@@ -8,7 +8,7 @@ from typing import Any
 from .. import errors
 from ..adapters.adapter import Adapter
 from ..gradients.trained import Keys
-from ..lowering import BaseLinear, Delta, Names
+from ..lowering import BaseLinear, Delta, Names, is_rewriting
 
 # Options that do not change how a LoRA is trained, or that training honours.
 _TRAINED = frozenset((
@@ -34,6 +34,11 @@ def check_config(config: Mapping[str, Any], source: str) -> None:
     if kind != "LORA":
         raise errors.UnsupportedAdapterError(
             f"adapter from {source}: peft_type {kind!r} is served and not trained; trained are LORA adapters"
+        )
+    if is_rewriting(config):
+        raise errors.UnsupportedAdapterError(
+            f"adapter from {source}: option init_lora_weights={config['init_lora_weights']!r} is not trained: the base "
+            f"that it is trained on was rewritten; load it without is_trainable to serve it"
         )
     for option, value in config.items():
         if option in _TRAINED or value in (None, False, 0, "none", {}, []):

@@ -182,7 +182,7 @@ def test_what_is_no_list_of_names(patched: Any, good: Path, ignore: Any) -> None
 
 def test_values_that_may_be_harmless_can_be_ignored(patched: Any, good: Path, tmp_path: Path) -> None:
     """A base that was rewritten along with the adapter; and modules that were saved elsewhere."""
-    for name, value in (("init_lora_weights", "pissa"), ("modules_to_save", ["lm_head"])):
+    for name, value in (("init_lora_weights", "corda"), ("modules_to_save", ["lm_head"])):
         folder = rewrite(good, tmp_path / name, {name: value})
         with refused(patched, errors.AdapterError, name, f"ignore=['{name}']"):
             patched.mlora.load_adapter(folder, "new")
