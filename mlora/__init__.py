@@ -21,11 +21,25 @@ if TYPE_CHECKING:
     from .routing.entries import BASE
     from .routing.registry import AdapterInfo
     from .runtime import Runtime
+    from .trainer import Run, Trainer
     from .training.losses import losses
 
 __version__ = "0.1.0"
 
-__all__ = ["BASE", "Adapter", "AdapterInfo", "Merge", "Runtime", "errors", "from_config", "losses", "patch", "unpatch"]
+__all__ = [
+    "BASE",
+    "Adapter",
+    "AdapterInfo",
+    "Merge",
+    "Run",
+    "Runtime",
+    "Trainer",
+    "errors",
+    "from_config",
+    "losses",
+    "patch",
+    "unpatch",
+]
 
 # No module may have the name of something in it: importing the module would put it in that one's place.
 _HOMES = {
@@ -33,7 +47,9 @@ _HOMES = {
     "Adapter": "adapters.adapter",
     "AdapterInfo": "routing.registry",
     "Merge": "merge",
+    "Run": "trainer",
     "Runtime": "runtime",
+    "Trainer": "trainer",
     "from_config": "config",
     "losses": "training.losses",
     "patch": "patching",

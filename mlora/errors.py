@@ -54,6 +54,14 @@ class ConfigError(MloraError, ValueError):
     """A config file that does not follow the schema; the message names the key."""
 
 
+class DataError(MloraError, ValueError):
+    """A data set that cannot be trained on or judged by; the message names the file, the row and the column."""
+
+
+class TrainError(MloraError, RuntimeError):
+    """A run that cannot be trained as asked, or does not fit its checkpoint; the message names the run."""
+
+
 class AttributionError(MloraError, RuntimeError):
     """A module got tokens that cannot be attributed to the rows of the batch, or to the part of a row that an adapter
     applies to; or its weight is read for all rows at once while an adapter changes it for some."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import bench, demo, generate, inspect, merge, serve
+from . import bench, demo, generate, inspect, merge, serve, train
 from .errors import InputError as InputError
 from .lines import read_lines as _read_lines  # noqa: F401
 
@@ -37,5 +37,5 @@ def main(
     pass
 
 
-for command in (demo.demo, generate.generate, serve.serve, inspect.inspect, merge.merge, bench.bench):
+for command in (demo.demo, generate.generate, serve.serve, train.train, inspect.inspect, merge.merge, bench.bench):
     app.command()(command)

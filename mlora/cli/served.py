@@ -142,11 +142,7 @@ def from_yaml(file: Path, excluded: Sequence[str]) -> Served:
         parsed = parse(file)
         sources = {}
         for name, entry in parsed.adapters.items():
-            source = str(parsed.folder / entry["path"]) if "path" in entry else ""
-            if other := entry.get("hub_id", entry.get("pretrained_adapter_weights")):
-                here = parsed.folder / other
-                source = str(here) if here.is_dir() else other
-            if source:
+            if source := str(parsed.source(name) or ""):
                 loading = {key: entry[key] for key in ("revision", "token") if key in entry}
                 folder = local_path(source, loading.get("revision"), loading.get("token"))
                 sources[name] = Source(source, folder, loading)

@@ -12,10 +12,11 @@ from torch import nn
 
 from ..patching import patch, patching
 from ..runtime import Runtime
-from .fresh import fresh_lora
+from .fresh import fresh_lora, lora_fields
 from .schema import LOADING, Config, parse
+from .training import Training, training_of
 
-__all__ = ["Config", "from_config", "parse"]
+__all__ = ["LOADING", "Config", "Training", "from_config", "lora_fields", "parse", "training_of"]
 
 
 def from_config(config: str | Path | Mapping[str, Any], *, model: nn.Module | None = None, **options: Any) -> Runtime:
@@ -30,6 +31,8 @@ def from_config(config: str | Path | Mapping[str, Any], *, model: nn.Module | No
           active: both
 
     `adapter: {...}` in place of `adapters` is one adapter named "default", which is active. `merge` may be a list.
+    An adapter with a data set that `mlora train` has trained is loaded from where that has put it.
+
     Defaults are Ludwig's: r 8, alpha 2 r, PEFT's target_modules for the type of the model, density 0.5, and as active
     the first adapter. A whole file of Ludwig's is taken; a warning names what of it does not concern serving.
 
@@ -54,7 +57,7 @@ def from_config(config: str | Path | Mapping[str, Any], *, model: nn.Module | No
     patched.apply_defaults()
     with patching(*patched.args, **patched.kwargs) as runtime:
         for name, entry in parsed.adapters.items():
-            _add(runtime, name, entry, parsed.folder)
+            _add(runtime, name, entry, parsed)
         for name, how in parsed.merges:
             runtime.add_merge(name, how)
         if parsed.active is not None:
@@ -69,12 +72,8 @@ def _load(base: str) -> nn.Module:
     return loaded
 
 
-def _add(runtime: Runtime, name: str, entry: Mapping[str, Any], folder: Path) -> None:
-    loading = {key: entry[key] for key in LOADING if key in entry}
-    if "path" in entry:
-        runtime.load_adapter(folder / entry["path"], name, **loading)
-    elif source := entry.get("hub_id", entry.get("pretrained_adapter_weights")):
-        here = folder / source
-        runtime.load_adapter(here if here.is_dir() else source, name, **loading)
-    else:
+def _add(runtime: Runtime, name: str, entry: Mapping[str, Any], parsed: Config) -> None:
+    if (source := parsed.source(name)) is None:
         runtime.add_adapter(name, fresh_lora(runtime, name, entry))
+    else:
+        runtime.load_adapter(source, name, **{key: entry[key] for key in LOADING if key in entry})

@@ -15,17 +15,20 @@ from ..lowering.targets import pattern_value, targets_of
 from ..runtime import Runtime
 
 # Ludwig's names of fields -> PEFT's.
-_NAMES = {"alpha": "lora_alpha"}
+_NAMES = {"alpha": "lora_alpha", "dropout": "lora_dropout", "bias_type": "bias"}
 
 
-def fresh_lora(runtime: Runtime, name: str, entry: Mapping[str, Any]) -> Adapter:
-    """The LoRA that a checked entry without weights stands for, with Ludwig's defaults: r 8, alpha 2 r, dropout 0.05.
-
-    A is random (Kaiming uniform with a = sqrt(5)), B zero.
-    """
+def lora_fields(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """PEFT's config of a checked entry without weights, with Ludwig's defaults: r 8, alpha 2 r, dropout 0.05."""
     config: dict[str, Any] = {"peft_type": "LORA", "r": 8, "lora_dropout": 0.05}
     config.update({_NAMES.get(key, key): value for key, value in entry.items() if key != "type"})
     config.setdefault("lora_alpha", 2 * config["r"])
+    return config
+
+
+def fresh_lora(runtime: Runtime, name: str, entry: Mapping[str, Any]) -> Adapter:
+    """The LoRA of a checked entry without weights: A is random (Kaiming uniform with a = sqrt(5)), B zero."""
+    config = lora_fields(entry)
     if "target_modules" not in config:
         config["target_modules"] = _usual_targets(runtime.model, name)
     tensors = {}

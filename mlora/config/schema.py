@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from .. import errors
 from ..merge import ALIASES, Merge
+from .check import check_keys, given, is_number, mapping, nearest
 from .read import read
 
 # What a fresh adapter is made of, and what of its training says nothing of one that is served.
 FRESH = ("r", "alpha", "target_modules", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "layer_replication")
-_TRAINING = (
+TRAINING = (
     "dropout", "bias_type", "init_lora_weights", "eva_config", "loftq_config", "corda_config", "loraplus_lr_ratio",
     "postprocessor",
 )  # fmt: skip
@@ -24,10 +24,12 @@ LOADING = ("revision", "token", "allow_pickle", "approximate", "dense")
 _MERGE = ("name", *(name for name in Merge.__dataclass_fields__), *ALIASES)
 
 # Keys of whole files of Ludwig's: those that do not concern serving, and those that say how the model is loaded.
+TRAINING_SECTIONS = ("dataset", "trainer", "prompt", "input_features", "output_features", "preprocessing")
 _ELSEWHERE = (
-    "model_type", "input_features", "output_features", "preprocessing", "defaults", "hyperopt", "prompt", "trainer",
-    "generation", "backend", "ludwig_version",
+    "model_type", "output_directory", *TRAINING_SECTIONS, "defaults", "hyperopt", "generation", "backend",
+    "ludwig_version",
 )  # fmt: skip
+_OUTPUT = "results"  # Ludwig's folder for what it trains
 _OF_THE_MODEL = ("quantization", "model_parameters", "trust_remote_code", "is_multimodal")
 
 # Initialisations that leave the base's weights alone, so that a fresh adapter is one that does nothing.
@@ -45,6 +47,8 @@ class Config:
         active: the name of an adapter or merge, or None. `folder`: that relative paths start from.
         ignored: what it says beside, which does not concern serving.
         loading: what it says of how its model is loaded, which `model_source` refuses.
+        shared, sections: what it says of the training of all adapters, and of each; `training_of` reads them.
+        output: the folder of what `mlora train` made of it.
     """
 
     base_model: Any
@@ -54,6 +58,33 @@ class Config:
     folder: Path
     ignored: Sequence[str] = ()
     loading: Mapping[str, Any] | None = None
+    shared: Mapping[str, Any] = field(default_factory=dict)
+    sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    output: Path = Path(_OUTPUT)
+
+    def source(self, name: str) -> str | Path | None:
+        """Where an adapter is loaded from, a folder or a hub id; None for a fresh one."""
+        if (trained := self.trained(name)) is not None:
+            return trained
+        return self.weights(name)
+
+    def weights(self, name: str) -> str | Path | None:
+        """Where the weights are that its entry names; None where it names none."""
+        entry = self.adapters[name]
+        if "path" in entry:
+            return self.folder / entry["path"]
+        given = entry.get("hub_id", entry.get("pretrained_adapter_weights"))
+        return None if given is None else here if (here := self.folder / given).is_dir() else str(given)
+
+    def trained(self, name: str) -> Path | None:
+        """The folder of an adapter that `mlora train` has trained; None where it has not, or is not to."""
+        folder = self.output / name
+        wanted = self.is_trained(name) and ("dataset" in self.shared or "dataset" in self.sections[name])
+        return folder if wanted and (folder / "adapter_config.json").is_file() else None
+
+    def is_trained(self, name: str) -> bool:
+        """Whether it is for `mlora train` to train: not where it has weights to be served as they are."""
+        return not {"path", "hub_id"} & self.adapters[name].keys()
 
     @property
     def names(self) -> list[str]:
@@ -79,60 +110,69 @@ def parse(config: str | Path | Mapping[str, Any]) -> Config:
     folder = Path()
     if not isinstance(config, Mapping):
         folder = Path(config).parent
-        config = _mapping(read(Path(config)), str(config))
-    _check_keys(config, ("base_model", "adapter", "adapters", *_ELSEWHERE, *_OF_THE_MODEL), "the config")
-    config = _given(config)
+        config = mapping(read(Path(config)), str(config))
+    check_keys(config, ("base_model", "adapter", "adapters", *_ELSEWHERE, *_OF_THE_MODEL), "the config")
+    config = given(config)
     if config.get("model_type", "llm") != "llm":
         raise errors.ConfigError(f"model_type is {config['model_type']!r}; mlora serves 'llm'")
     if "adapter" in config and "adapters" in config:
         raise errors.ConfigError("the config has both 'adapter' and 'adapters'; it may have one of them")
-    ignored = [key for key in _ELSEWHERE if key in config and key != "model_type"]
+    ignored = [key for key in _ELSEWHERE if key in config and key not in ("model_type", "output_directory")]
     if "adapter" in config:
         adapters: Mapping[Any, Any] = {"default": config["adapter"]}
         merges: Sequence[Any] = []
         active: Any = "default"
     else:
-        section = _given(_mapping(config.get("adapters", {}), "adapters"))
-        _check_keys(section, ("adapters", "merge", "active"), "'adapters'")
-        adapters = _mapping(section.get("adapters", {}), "adapters.adapters")
+        section = given(mapping(config.get("adapters", {}), "adapters"))
+        check_keys(section, ("adapters", "merge", "active"), "'adapters'")
+        adapters = mapping(section.get("adapters", {}), "adapters.adapters")
         merge = section.get("merge", [])
         merges = merge if isinstance(merge, (list, tuple)) else [merge]
         active = section.get("active", next(iter(adapters), None))  # Ludwig's default
-    entries = {}
+    entries, sections = {}, {}
     for key, entry in adapters.items():
         name = _name(key, "adapters.adapters has an adapter")
         entries[name] = _entry(name, entry, ignored)
-    wanted = [_merge(_mapping(merge, "adapters.merge"), f"{i}" if i else "", ignored) for i, merge in enumerate(merges)]
+        sections[name] = _sections(entry)
+    wanted = [_merge(mapping(merge, "adapters.merge"), f"{i}" if i else "", ignored) for i, merge in enumerate(merges)]
     known = [*entries, *(name for name, _ in wanted)]
     if active is not None:
         active = _name(active, "adapters.active is")
     for name in ([active] if active is not None else []) + [n for _, how in wanted for n in how.adapters]:
         if name not in known:
-            raise errors.ConfigError(f"the config names an adapter {name!r}{_nearest(name, known)}; it has: {known}")
-    return Config(config.get("base_model"), entries, wanted, active, folder, ignored, _loading(config, ignored))
+            raise errors.ConfigError(f"the config names an adapter {name!r}{nearest(name, known)}; it has: {known}")
+    output = config.get("output_directory", _OUTPUT)
+    if not isinstance(output, str):
+        raise errors.ConfigError(f"output_directory is {output!r}; it must be {_QUOTED}")
+    return Config(
+        base_model=config.get("base_model"),
+        adapters=entries,
+        merges=wanted,
+        active=active,
+        folder=folder,
+        ignored=ignored,
+        loading=_loading(config, ignored),
+        shared=_sections(config),
+        sections=sections,
+        output=folder / Path(output).expanduser(),
+    )
+
+
+def _sections(section: Any) -> dict[str, Any]:
+    """What of it is about training."""
+    return {key: section[key] for key in TRAINING_SECTIONS if key in section} if isinstance(section, Mapping) else {}
 
 
 def _loading(config: Mapping[str, Any], ignored: list[str]) -> dict[str, Any]:
     """What changes how the model is loaded; of `model_parameters` that is `rope_scaling`, the rest is training's."""
     found = {key: config[key] for key in _OF_THE_MODEL if config.get(key)}
     if "model_parameters" in found:
-        scaling = _mapping(found.pop("model_parameters"), "model_parameters").get("rope_scaling") or {}
-        if any(_mapping(scaling, "rope_scaling").values()):
+        scaling = mapping(found.pop("model_parameters"), "model_parameters").get("rope_scaling") or {}
+        if any(mapping(scaling, "rope_scaling").values()):
             found["model_parameters"] = {"rope_scaling": scaling}
         else:
             ignored.append("model_parameters")
     return found
-
-
-def _given(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what is null, which says as much as what is missing."""
-    return {key: value for key, value in section.items() if value is not None}
-
-
-def _mapping(value: Any, what: str) -> Mapping[Any, Any]:
-    if not isinstance(value, Mapping):
-        raise errors.ConfigError(f"{what} is {value!r}; it must be a mapping")
-    return value
 
 
 def _name(value: Any, where: str) -> str:
@@ -144,30 +184,17 @@ def _name(value: Any, where: str) -> str:
     return value
 
 
-def _check_keys(section: Mapping[Any, Any], allowed: Sequence[str], what: str) -> None:
-    for key in section:
-        if key not in allowed:
-            raise errors.ConfigError(
-                f"{what} has no key {key!r}{_nearest(key, allowed)}; it takes {', '.join(sorted(allowed))}"
-            )
-
-
-def _nearest(name: Any, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(str(name), names, 1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
 def _entry(name: str, value: Any, ignored: list[str]) -> Mapping[str, Any]:
     """The checked fields of an adapter that are used; the names of others are added to `ignored`."""
     where = f"adapter {name!r}"
-    given = _mapping({"type": value} if isinstance(value, str) else value, where)  # Ludwig takes `adapter: lora` too
-    _check_keys(given, ("type", *FRESH, *_TRAINING, *WEIGHTS, *LOADING), where)
-    entry = _given(given)
+    said = mapping({"type": value} if isinstance(value, str) else value, where)  # Ludwig takes `adapter: lora` too
+    check_keys(said, ("type", *FRESH, *TRAINING, *WEIGHTS, *LOADING, *TRAINING_SECTIONS), where)
+    entry = {key: one for key, one in given(said).items() if key not in TRAINING_SECTIONS}
     _check_values(where, entry)
     sources = [key for key in WEIGHTS if key in entry]
     if len(sources) > 1:
         raise errors.ConfigError(f"{where} has {' and '.join(sources)}; it may have one of them")
-    unused = [key for key in (*(FRESH if sources else ()), *_TRAINING) if key in entry]
+    unused = [key for key in (*(FRESH if sources else ()), *TRAINING) if key in entry]
     if unused:
         ignored.append(f"{', '.join(unused)} of {where}")
     if not sources:
@@ -189,10 +216,6 @@ def _check_fresh(where: str, entry: Mapping[str, Any]) -> None:
         )
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _is_rank(value: Any) -> bool:
     return type(value) is int and value >= 1
 
@@ -202,7 +225,7 @@ def _is_names(value: Any) -> bool:
 
 
 def _is_table(values: Any) -> bool:
-    return isinstance(values, Mapping) and all(isinstance(key, str) and _is_number(v) for key, v in values.items())
+    return isinstance(values, Mapping) and all(isinstance(key, str) and is_number(v) for key, v in values.items())
 
 
 _QUOTED = "a string, in quotes where YAML reads it as none"
@@ -211,7 +234,7 @@ _KINDS: tuple[tuple[Any, str, Iterable[str]], ...] = (
     (lambda value: isinstance(value, str), _QUOTED, ("type", "revision", "token", "bias_type")),
     (lambda value: isinstance(value, bool), "true or false", ("allow_pickle", "dense", "use_rslora", "use_dora")),
     (_is_rank, "a positive integer", ("r",)),
-    (_is_number, "a number", ("alpha", "dropout")),
+    (is_number, "a number", ("alpha", "dropout")),
     (_is_names, f"a pattern or a list of names, each {_QUOTED}", ("target_modules",)),
     (_is_table, f"a mapping of names, each {_QUOTED}, to numbers", ("rank_pattern", "alpha_pattern")),
 )
@@ -225,8 +248,8 @@ def _check_values(where: str, entry: Mapping[str, Any]) -> None:
 
 
 def _merge(section: Mapping[str, Any], number: str, ignored: list[str]) -> tuple[str, Merge]:
-    _check_keys(section, _MERGE, "a merge")
-    values = _given(section)
+    check_keys(section, _MERGE, "a merge")
+    values = given(section)
     name = _name(values.pop("name", f"merged{number}"), "adapters.merge has the name")
     for key in ("adapters", *ALIASES):
         if isinstance(values.get(key), (list, tuple)):

@@ -55,7 +55,7 @@ def keys_of(
     indices: Mapping[str, int],
     bases: Mapping[str, BaseLinear],
 ) -> dict[int, Keys]:
-    """Module number -> its tensors, of an adapter that was lowered to `deltas` (dotted path -> delta).
+    """Module number -> its tensors, in order, of an adapter that was lowered to `deltas` (dotted path -> delta).
 
     Raises:
         UnsupportedAdapterError: it has parts that are not trained.
@@ -81,4 +81,4 @@ def keys_of(
                 f"{path} is one; that is not trained"
             )
         keys[indices[path]] = Keys(own["a"], own["b"], own.get("bias"), own.get("magnitude"))
-    return keys
+    return dict(sorted(keys.items()))  # in the order of the model, not of the file: optimizers count parameters

@@ -1,0 +1,82 @@
+"""The runs that a config in Ludwig's schema stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .. import errors
+from ..config import Config, Training, lora_fields, training_of
+from ..data import Form, check_rows, read_rows
+from .order import steps_per_epoch
+from .run import Run
+
+
+def runs_of(config: Config) -> dict[str, Run]:
+    """The run of each adapter that the config trains, its data sets read and checked. No model is needed.
+
+    Raises:
+        ConfigError: as `training_of`. DataError: a data set cannot be read, or a row has not what the config wants.
+    """
+    return {name: _run(name, training, config) for name, training in training_of(config).items()}
+
+
+def _run(name: str, training: Training, config: Config) -> Run:
+    form = Form(training.prompt, training.completion, training.template, training.chat)
+    rows, judged = _split(name, training)
+    for part, what in ((rows, "dataset"), (judged, "validation")):
+        check_rows(part, form, f"{what} of adapter {name!r}")
+    if not len(rows):
+        raise errors.DataError(f"dataset of adapter {name!r}: no row is left to train on")
+    per_epoch = steps_per_epoch(len(rows), training.batch_size * training.accumulation)
+    each = training.steps_per_checkpoint or -(-per_epoch // max(1, training.checkpoints_per_epoch))
+    evaluates = bool(len(judged)) and training.evaluate
+    entry = config.adapters[name]
+    return Run(
+        data=rows,
+        config=None if "pretrained_adapter_weights" in entry else lora_fields(entry),
+        eval_data=judged if evaluates else None,
+        form=form,
+        max_length=training.max_length,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=training.schedule,
+        warmup_steps=training.warmup,
+        optimizer=training.optimizer,
+        weight_decay=training.weight_decay,
+        betas=training.betas,
+        eps=training.eps,
+        batch_size=training.batch_size,
+        gradient_accumulation_steps=training.accumulation,
+        num_train_epochs=training.epochs,
+        max_steps=training.train_steps,
+        max_grad_norm=training.max_grad_norm,
+        eval_steps=each if evaluates else None,
+        early_stopping_patience=training.early_stop if evaluates else None,
+        load_best_model_at_end=evaluates,  # as Ludwig does
+        save_steps=each,
+        shuffle=training.shuffle,
+        seed=training.seed,
+    )
+
+
+def _split(name: str, training: Training) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Rows to train on and to validate with."""
+    rows = read_rows(training.training)
+    if training.validation is not None:
+        return rows, read_rows(training.validation)
+    if training.split_column is not None:
+        column = training.split_column
+        if column not in rows[0]:
+            raise errors.DataError(
+                f"dataset of adapter {name!r} has no column {column!r}, which preprocessing.split names; it has "
+                f"{', '.join(map(repr, rows[0]))}"
+            )
+        parts = [[row for row in rows if str(row[column]) == part] for part in "01"]
+        return parts[0], parts[1]
+    train, validate, _ = training.probabilities
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(training.seed)).tolist()
+    first = max(1, round(train * len(rows)))
+    second = first + round(validate * len(rows))
+    return [rows[at] for at in sorted(order[:first])], [rows[at] for at in sorted(order[first:second])]
