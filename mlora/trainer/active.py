@@ -12,11 +12,11 @@ from torch import Tensor
 
 from .. import errors
 from ..data import Example
+from ..passes import Wanted
 from ..runtime import Runtime
 from . import checkpoint
 from .checkpoint import State
 from .order import rows_of, steps_per_epoch, total_steps
-from .passes import Wanted
 from .run import Run
 
 
@@ -95,7 +95,8 @@ class Active:
         """Of the next round."""
         seed = self.run.seed if self.run.shuffle else None
         numbers = rows_of(self.rounds, len(self.examples), self.run.rows_per_step, seed)
-        return [Wanted(self.name if self.active else None, self.examples[number]) for number in numbers]
+        entry = self.name if self.active else None
+        return [Wanted(entry, entry, self.examples[number]) for number in numbers]
 
     def step(self, loss: Tensor) -> dict[str, float]:
         """One step of the optimizer, by the gradients that are there; `loss` is a scalar. A loss, a gradient or a

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from .. import errors
 from ..data import Encoded, check_rows, encode, read_rows
+from ..passes import Passes, Wanted
 from ..runtime import Runtime
 from .active import Active
 from .curves import PICTURE, Log, draw
 from .order import total_steps
-from .passes import Passes, Wanted
 from .progress import Told, shown
 from .run import Result, Run
 
@@ -151,7 +151,8 @@ class Trainer:
         for losses in self._passes.losses(rows):
             if losses:
                 torch.stack(list(losses.values())).sum().backward()
-            for name, loss in losses.items():
+            for group, loss in losses.items():
+                name = str(group)
                 sums[name] = sums[name] + loss.detach() if name in sums else loss.detach()
         return sums
 
@@ -159,9 +160,9 @@ class Trainer:
         self.runtime.model.eval()
         sums: dict[str, float] = {}
         with torch.no_grad():
-            for losses in self._passes.losses([Wanted(run.name, one) for run in runs for one in run.judged]):
-                for name, loss in losses.items():
-                    sums[name] = sums.get(name, 0.0) + float(loss)
+            for losses in self._passes.losses([Wanted(run.name, run.name, one) for run in runs for one in run.judged]):
+                for group, loss in losses.items():
+                    sums[str(group)] = sums.get(str(group), 0.0) + float(loss)
         for run in runs:
             run.judge(sums[run.name])
             self._tell(run, logs, told, {"eval_loss": sums[run.name]})

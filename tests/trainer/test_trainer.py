@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build, identity, logits, peft_alone, state_hash
+from conftest import identity, logits, peft_alone, state_hash
 from serving import letters
 
 import mlora
@@ -193,7 +193,8 @@ def test_a_run_goes_on_to_the_bit(llama: Any, tmp_path: Path, monkeypatch: Any, 
 KILLED = """
 import sys
 sys.path[:0] = sys.argv[2:]
-from test_trainer import RUNS, Run, letters, runtime_of, Trainer, build
+from conftest import build
+from test_trainer import RUNS, Run, letters, runtime_of, Trainer
 runs = {"a": Run(**{**vars(RUNS["a"]), "save_steps": 1, "num_train_epochs": 500})}
 Trainer(runtime_of(build("llama")), letters(), runs, sys.argv[1], progress=False).train()
 """
@@ -276,9 +277,8 @@ def test_models_with_something_around_their_head(tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = Gemma2Config(
-        vocab_size=67, num_key_value_heads=1, head_dim=8, final_logit_softcapping=0.5, **sizes, attn_implementation="eager"
-    )  # fmt: skip
+    sizes |= {"vocab_size": 67, "num_key_value_heads": 1, "head_dim": 8}
+    config = Gemma2Config(final_logit_softcapping=0.5, attn_implementation="eager", **sizes)
     base = Gemma2ForCausalLM(config).eval()
     trained(base, {"a": RUNS["a"]}, tmp_path)
     torch.testing.assert_close(

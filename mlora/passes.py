@@ -1,4 +1,4 @@
-"""Rows of many runs through the model: sorted by length, cut into calls of so many tokens, and each run's loss."""
+"""Rows through the model: sorted by length, cut into calls of so many tokens, and the loss of each group of them."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..data import Example, batch_of
-from ..runtime import Runtime
-from ..training.losses import IGNORED, losses
+from .data import Example, batch_of
+from .runtime import Runtime
+from .training.losses import IGNORED, losses
 
 
 class Wanted(NamedTuple):
-    """A row. `entry`: its adapter, or None: a row whose run has diverged goes on as one of the base, so that the calls
-    of the others keep their shapes and with them their bits."""
+    """A row. `entry`: as `adapter_names` has it. `group`: its rows have one loss together. A row of no group, None, is
+    there for the others: so their calls keep their shapes, and with them their bits."""
 
-    entry: str | None
+    entry: Any
+    group: Hashable
     example: Example
 
 
 def calls_of(rows: Sequence[Wanted], max_tokens: int) -> list[list[Wanted]]:
     """Rows of about one length together: `max_tokens` at most with padding, or a single row."""
-    ordered = sorted(rows, key=lambda row: -len(row.example.ids))  # a stable sort: ties stay in the order of the runs
+    ordered = sorted(rows, key=lambda row: -len(row.example.ids))  # a stable sort: ties stay in order
     calls: list[list[Wanted]] = []
     for row in ordered:
         if calls and len(calls[-1][0].example.ids) * (len(calls[-1]) + 1) <= max_tokens:
@@ -46,28 +47,28 @@ class Passes:
         self._pad, self._max_tokens, self._chunk = pad, max_tokens, chunk
         self._split: bool | None = None
 
-    def losses(self, rows: Sequence[Wanted]) -> Iterator[dict[str, Tensor]]:
-        """Of each call the sums of its runs' losses, over the targets of all `rows`: added up they are each run's mean.
-        Whoever takes them may run the backward pass of one call before the next one is made."""
+    def losses(self, rows: Sequence[Wanted]) -> Iterator[dict[Hashable, Tensor]]:
+        """Of each call the sums of its groups' losses, over the targets of all `rows`: added up they are each group's
+        mean. Whoever takes them may run the backward pass of one call before the next one is made."""
         counts: dict[Hashable, int] = {}
         for row in rows:
-            counts[row.entry] = counts.get(row.entry, 0) + row.example.targets
+            counts[row.group] = counts.get(row.group, 0) + row.example.targets
         for call in calls_of(rows, self._max_tokens):
             yield self._losses(call, counts)
 
-    def _losses(self, call: Sequence[Wanted], counts: Mapping[Hashable, int]) -> dict[str, Tensor]:
-        entries = [row.entry for row in call]
+    def _losses(self, call: Sequence[Wanted], counts: Mapping[Hashable, int]) -> dict[Hashable, Tensor]:
+        groups = [row.group for row in call]
         batch = batch_of([row.example for row in call], self._pad, self._model.device)
-        with self._runtime.use_adapters(entries):
+        with self._runtime.use_adapters([row.entry for row in call]):
             if self._splits(batch.inputs):
                 hidden = self._decoder()(**batch.inputs, use_cache=False).last_hidden_state
                 hidden, labels = _targets_only(hidden, batch.labels)
                 head = self._model.get_output_embeddings()
-                found = losses(hidden, labels, entries, head=head, chunk=self._chunk, counts=counts)
+                found = losses(hidden, labels, groups, head=head, chunk=self._chunk, counts=counts)
             else:
                 logits = self._model(**batch.inputs, use_cache=False).logits
-                found = losses(logits, batch.labels, entries, counts=counts)
-        return {name: loss for name, loss in found.items() if name is not None}
+                found = losses(logits, batch.labels, groups, counts=counts)
+        return {group: loss for group, loss in found.items() if group is not None}
 
     def _decoder(self) -> Any:
         return self._model.base_model
