@@ -1,11 +1,10 @@
 """A Ray Serve application: replicas of one served model, and requests that go where their adapter is.
 
-    ray deployment "Front": HTTP -> which adapter? -> a replica that had it, another one if that is busy
+    ray deployment "Front": HTTP -> which adapter? -> the replica that it belongs to, another one if that is busy
     ray deployment "Replica", N times: the app of `mlora serve`, with an engine and all adapters within its reach
 
 Every replica can serve every adapter: the ones it is given, and those of its roots, which it reads when they are first
-asked for. Ray's multiplexing only remembers which replica had which, so that each keeps its own part of them on its
-device. What Ray drops of that is a memory, not an adapter.
+asked for. `mlora/serve/affinity.py` says which one does, so that each keeps its own part of them on its device.
 
 A config file of Ray's names `mlora.serve.ray:application` and its arguments; `serve run FILE` runs it:
 
@@ -19,17 +18,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from .. import errors
+from .affinity import AffinityRouter
 from .http.guard import ADMIN_PATHS
 from .shelf import names_of
 
@@ -46,7 +47,6 @@ class Arguments(BaseModel):
         replicas: how many; `autoscaling`: Ray's `AutoscalingConfig` in their place.
         running: requests that a replica takes at once. `waiting`: requests that wait for one beside them, beyond which
             they get 503.
-        adapters_a_replica: how many Ray remembers to be with a replica.
         resources: of a replica, Ray's `ray_actor_options`, as {"num_cpus": 1, "num_gpus": 1}.
         keys: see `Access`. `engine`: other arguments of `Engine`.
     """
@@ -62,7 +62,6 @@ class Arguments(BaseModel):
     autoscaling: dict[str, Any] | None = None
     running: int = Field(64, ge=1)
     waiting: int = Field(256, ge=0)
-    adapters_a_replica: int = Field(64, ge=1)
     resources: dict[str, Any] = Field(default_factory=dict)
     keys: list[str] = Field(default_factory=list)
     engine: dict[str, Any] = Field(default_factory=dict)
@@ -77,7 +76,6 @@ def application(args: Arguments) -> serve.Application:
         autoscaling=args.autoscaling,
         running=args.running,
         waiting=args.waiting,
-        adapters_a_replica=args.adapters_a_replica,
         resources=args.resources,
     )
 
@@ -90,7 +88,6 @@ def deploy(
     autoscaling: Mapping[str, Any] | None = None,
     running: int = 64,
     waiting: int = 256,
-    adapters_a_replica: int = 64,
     resources: Mapping[str, Any] | None = None,
 ) -> serve.Application:
     """An application for `serve.run`. The arguments are those of `Arguments`.
@@ -99,18 +96,14 @@ def deploy(
         make: makes a replica's app (`mlora.serve.http.create_app`); called in its process.
         model: what requests call the base there. Requests for it go to any replica.
     """
-
-    class Replica(_Replica):
-        @serve.multiplexed(max_num_models_per_replica=adapters_a_replica)
-        async def near(self, adapter: str) -> str:
-            return adapter
-
     size = {"num_replicas": replicas} if autoscaling is None else {"autoscaling_config": dict(autoscaling)}
+    routing: dict[str, Any] = {"request_router_class": AffinityRouter, "max_backoff_s": 0.1}
     replica: Any = serve.deployment(
         max_ongoing_requests=running,
         max_queued_requests=waiting,
         ray_actor_options=dict(resources or {}),
         graceful_shutdown_timeout_s=30,
+        request_router_config=RequestRouterConfig(**routing),
         **size,
     )
     front: Any = serve.deployment(max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0})
@@ -118,10 +111,8 @@ def deploy(
     return application
 
 
-class _Replica:
-    """One app, called without a socket. `near` tells Ray that it has an adapter."""
-
-    near: Callable[[str], Awaitable[str]]
+class Replica:
+    """One app, called without a socket."""
 
     def __init__(self, make: Callable[[], App]) -> None:
         self._app = make()
@@ -129,8 +120,6 @@ class _Replica:
 
     async def __call__(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[dict[str, Any]]:
         """The ASGI messages that answer a request. Whoever stops reading them has gone away."""
-        if adapter := serve.get_multiplexed_model_id():
-            await self.near(adapter)
         messages: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         asked, gone = False, asyncio.Event()
 
