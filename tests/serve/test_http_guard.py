@@ -88,6 +88,61 @@ def test_bodies_that_are_none(served: Served, body: bytes) -> None:
         assert "error" in answer.json()
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "the body is missing"),
+        (b"{", "the body is no JSON: Expecting property name enclosed in double quotes at character 1"),
+        (b"[]", "the body must be a JSON object, sent as application/json"),
+        (b"[" * 4000, "the body cannot be read: it must be JSON in UTF-8, and not nested too deeply"),
+        (b"\xff", "the body cannot be read: it must be JSON in UTF-8, and not nested too deeply"),
+    ],
+)
+def test_what_is_wrong_with_a_body(served: Served, body: bytes, message: str) -> None:
+    answer = served.client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert answer.json()["error"] == {
+        "message": message, "type": "invalid_request_error", "param": None, "code": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/v1/completions", {"prompt": "a\ud800"}, "prompt"),
+        ("/v1/completions", {"prompt": ["a", "\udc00a"]}, "prompt.1"),
+        ("/v1/completions", {"prompt": "a", "stop": ["\ud800"]}, "stop.0"),
+        ("/v1/completions", {"prompt": "a", "adapter": "\ud800"}, "adapter"),
+        ("/v1/completions", {"prompt": "a", "merged_adapters": {"ids": ["\ud800"]}}, "merged_adapters.ids.0"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "\ud800"}]}, "messages.0.content"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]},
+            "messages.0.content.0.text",
+        ),
+    ],
+)
+def test_halves_of_surrogate_pairs_are_no_text(served: Served, path: str, body: Any, field: str) -> None:
+    """JSON can write them. No tokenizer takes them, and no answer can repeat them."""
+    content = json.dumps({**body, "model": "a", "max_tokens": 2})
+    answer = served.client.post(path, content=content, headers={"content-type": "application/json"})
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == field and error["message"] == f"{field} is no text: it has half of a surrogate pair"
+
+
+def test_whole_surrogate_pairs_are_text(served: Served) -> None:
+    content = '{"model": "a", "prompt": "hi \\ud83d\\ude00", "max_tokens": 2}'
+    assert "\\u" in content
+    answer = served.client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/ping", "/ready"])
+def test_who_watches_may_ask_for_the_head_alone(served: Served, path: str) -> None:
+    answer = served.client.head(path)
+    assert answer.status_code == 200 and answer.content == b""
+
+
 def test_too_many_requests(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """429 with Retry-After in both dialects, and the rest is served."""
     slow(monkeypatch, 0.02)

@@ -96,6 +96,7 @@ def _add_rest(app: FastAPI, server: Server) -> None:
     async def version() -> dict[str, str]:
         return {"version": app.version}
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", response_class=Response, responses=answered(None))
     async def home(request: Request) -> Response:
         """The page for browsers; for others as `/health` (LoRAX)."""
@@ -132,6 +133,8 @@ def _add_handlers(app: FastAPI, server: Server) -> None:
         kinds = {404: NOT_FOUND, 405: NO_METHOD}
         what = f"{request.method} {request.url.path}"
         message = f"there is no {what}" if error.status_code in kinds else str(error.detail)
+        if error.status_code == 400:  # of FastAPI: what json raises, other than of its grammar
+            message = "the body cannot be read: it must be JSON in UTF-8, and not nested too deeply"
         response = respond(request, Problem(kinds.get(error.status_code, INVALID), message))
         for name, value in (error.headers or {}).items():
             response.headers[name] = value

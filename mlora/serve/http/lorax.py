@@ -91,9 +91,9 @@ def routes(server: Server) -> APIRouter:
             raise Problem(UNAVAILABLE, "the server takes no requests", retry_after=5.0)
         return Response()
 
-    for path in ("/health", "/ping"):
-        router.get(path, response_class=Response, responses=answered(None))(health)
-    router.get("/ready", response_class=Response, responses=answered(None))(ready)
+    for path, answer in (("/health", health), ("/ping", health), ("/ready", ready)):
+        router.get(path, response_class=Response, responses=answered(None))(answer)
+        router.head(path, include_in_schema=False)(answer)
     return router
 
 

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Id = Annotated[int, Field(ge=0, le=(1 << 31) - 1)]
 Weight = Annotated[float, Field(allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=0)]
+"""With a length to check pydantic reads the letters: JSON may have halves of surrogate pairs, which are no text."""
 
 
 class Body(BaseModel):
@@ -27,7 +29,7 @@ class StreamOptions(Body):
 class MergedAdapters(Body):
     """LoRAX's merge of adapters `ids`, with its strategies and all others of `Merge`."""
 
-    ids: Annotated[list[str], Field(min_length=1)]
+    ids: Annotated[list[Text], Field(min_length=1)]
     weights: list[Weight] | None = None
     merge_strategy: str | None = None
     density: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -38,7 +40,7 @@ class Request(Body):
     """What both of OpenAI's routes take. Null is as good as nothing in every field."""
 
     model: Annotated[str, Field(max_length=16384)]
-    adapter: str | dict[str, Any] | None = None
+    adapter: Text | dict[Text, Any] | None = None
     merged_adapters: MergedAdapters | None = None
 
     stream: bool | None = None
@@ -50,7 +52,7 @@ class Request(Body):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    stop: str | list[str] | None = None
+    stop: Text | list[Text] | None = None
     seed: int | None = None
 
     top_k: Annotated[int, Field(ge=-1)] | None = None
@@ -74,7 +76,7 @@ class Request(Body):
 class CompletionRequest(Request):
     """`prompt`: a text, token ids, or a list of either. `best_of`: n, or nothing."""
 
-    prompt: str | list[str] | list[Id] | list[list[Id]]
+    prompt: Text | list[Text] | list[Id] | list[list[Id]]
     logprobs: Annotated[int, Field(ge=0)] | None = None
     echo: bool | None = None
     add_special_tokens: bool | None = None
@@ -84,13 +86,13 @@ class CompletionRequest(Request):
 
 class TextPart(Body):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Body):
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | list[TextPart]
-    name: str | None = None
+    content: Text | list[TextPart]
+    name: Text | None = None
     refusal: None = None
     audio: None = None
     tool_calls: None = None

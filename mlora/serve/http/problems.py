@@ -46,7 +46,14 @@ _OPENAI = {
 _LORAX_STATUS = {INVALID: 422, ADAPTER: 424, FAILED: 424}
 _LORAX = {INVALID: "validation", ADAPTER: "generation", FAILED: "generation", UNAVAILABLE: "healthcheck"}
 _FIELDS = ("prompt", *Sampling.__dataclass_fields__)
-_VLLM = {INVALID: "InvalidUserInput", ADAPTER: "BadRequestError", NOT_FOUND: "NotFoundError"}
+_VLLM = {
+    INVALID: "InvalidUserInput",
+    UNAUTHORIZED: "AuthenticationError",
+    FORBIDDEN: "PermissionDeniedError",
+    NOT_FOUND: "NotFoundError",
+    TOO_LARGE: "BadRequestError",
+    ADAPTER: "BadRequestError",
+}
 # Routes with LoRAX's errors, and those with vLLM's. All others have OpenAI's.
 LORAX_PATHS = frozenset(["/", "/generate", "/generate_stream", "/info", "/tokenize", "/health", "/ping", "/ready"])
 VLLM_PATHS = frozenset(["/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
@@ -141,8 +148,9 @@ def problem_of(error: Exception, asked: Mapping[str, str] | None = None) -> Prob
 def invalid_body(found: Sequence[Mapping[str, Any]]) -> Problem:
     """Of pydantic's errors: the fields, and what each must be."""
     messages: dict[str, list[str]] = {}
-    for one in found:
-        name = _field(one["loc"])
+    # Where text could be something else, too, what is wrong with the text is what counts.
+    for one in [one for one in found if one["type"] == "string_unicode"] or found:
+        name = "" if one["type"] == "json_invalid" else _field(one["loc"])
         messages.setdefault(name, [])
         text = _message(one)
         if text not in messages[name]:
@@ -168,15 +176,22 @@ def _is_type(part: str) -> bool:
     return part in ("str", "int", "float", "bool", "dict") or part[0].isupper()
 
 
-_KINDS = {"extra_forbidden": "is not served", "none_required": "is not served", "missing": "is missing"}
+_KINDS = {
+    "extra_forbidden": "is not served",
+    "none_required": "is not served",
+    "missing": "is missing",
+    "string_unicode": "is no text: it has half of a surrogate pair",
+}
 
 
 def _message(one: Mapping[str, Any]) -> str:
     kind, text = one["type"], str(one["msg"])
+    if kind == "json_invalid":
+        return f"the body is no JSON: {one.get('ctx', {}).get('error', text)} at character {one['loc'][-1]}"
+    if kind == "missing" and one["loc"] == ("body",):
+        return "the body is missing"
     if kind in _KINDS:
         return _KINDS[kind]
-    if kind == "json_invalid":
-        return f"the body is no JSON: {one.get('ctx', {}).get('error', text)}"
     if one["loc"] == ("body",):
         return "the body must be a JSON object, sent as application/json"
     text = text.removeprefix("Value error, ")
