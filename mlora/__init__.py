@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from . import serve as serve
     from .adapters.adapter import Adapter
     from .config import from_config
+    from .evaluation import evaluate
     from .merge import Merge
     from .patched import unpatch
     from .patching import patch
@@ -35,6 +36,7 @@ __all__ = [
     "Runtime",
     "Trainer",
     "errors",
+    "evaluate",
     "from_config",
     "losses",
     "patch",
@@ -50,6 +52,7 @@ _HOMES = {
     "Run": "trainer",
     "Runtime": "runtime",
     "Trainer": "trainer",
+    "evaluate": "evaluation",
     "from_config": "config",
     "losses": "training.losses",
     "patch": "patching",

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import bench, demo, generate, inspect, merge, serve, train
+from . import bench, demo, evaluate, generate, inspect, merge, serve, train
 from .errors import InputError as InputError
 from .lines import read_lines as _read_lines  # noqa: F401
 
@@ -37,5 +37,14 @@ def main(
     pass
 
 
-for command in (demo.demo, generate.generate, serve.serve, train.train, inspect.inspect, merge.merge, bench.bench):
+for command in (
+    demo.demo,
+    generate.generate,
+    serve.serve,
+    train.train,
+    evaluate.evaluate,
+    inspect.inspect,
+    merge.merge,
+    bench.bench,
+):
     app.command()(command)

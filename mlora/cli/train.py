@@ -60,6 +60,7 @@ def _train(
 
     import mlora
     from mlora.config import LOADING, training_of
+    from mlora.errors import TrainError
 
     from .models import load_model, load_tokenizer
 
@@ -77,7 +78,10 @@ def _train(
         runtime, tokenizer, runs, parsed.output, max_tokens=max_tokens, gradient_checkpointing=checkpointing
     )
     _tell(trainer, progress)
-    results = trainer.train(resume=not restart)
+    try:
+        results = trainer.train(resume=not restart)
+    except TrainError as error:
+        raise RuntimeError(str(error).replace("resume=False", "--restart")) from None
     merged = {}
     for name, how in parsed.merges:
         with progress.step(f"merging {name}"):

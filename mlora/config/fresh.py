@@ -15,7 +15,7 @@ from ..lowering.targets import pattern_value, targets_of
 from ..runtime import Runtime
 
 # Ludwig's names of fields -> PEFT's.
-_NAMES = {"alpha": "lora_alpha", "dropout": "lora_dropout", "bias_type": "bias"}
+_NAMES = {"alpha": "lora_alpha"}
 
 
 def lora_fields(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class Config:
         active: the name of an adapter or merge, or None. `folder`: that relative paths start from.
         ignored: what it says beside, which does not concern serving.
         loading: what it says of how its model is loaded, which `model_source` refuses.
-        shared, sections: what it says of the training of all adapters, and of each; `training_of` reads them.
+        shared, sections: what it says of the training of all adapters, and of each, for `training_of` to read.
         output: the folder of what `mlora train` made of it.
     """
 
@@ -160,7 +160,8 @@ def parse(config: str | Path | Mapping[str, Any]) -> Config:
 
 def _sections(section: Any) -> dict[str, Any]:
     """What of it is about training."""
-    return {key: section[key] for key in TRAINING_SECTIONS if key in section} if isinstance(section, Mapping) else {}
+    keys = (*TRAINING_SECTIONS, *TRAINING)
+    return {key: section[key] for key in keys if key in section} if isinstance(section, Mapping) else {}
 
 
 def _loading(config: Mapping[str, Any], ignored: list[str]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ _TRAINER = (
     "optimizer", "should_shuffle", "gradient_clipping", "enable_gradient_checkpointing", "skip_all_evaluation",
     "seed", *_LEFT_ALONE,
 )  # fmt: skip
+_NOT_TRAINED = ("eva_config", "loftq_config", "corda_config", "loraplus_lr_ratio", "postprocessor")
 _OPTIMIZERS = ("adam", "adamw", "sgd")
 _DECAYS = {
     "linear": "linear",
@@ -42,6 +43,7 @@ class Training:
     """How one adapter is trained; the names are Ludwig's, checked.
 
     Args:
+        lora: what PEFT's config says of training: dropout, bias, the first numbers.
         training, validation: data sets; `validation` is None where it is split off.
         split_column: the column whose 0, 1 and 2 mean training, validation and test; else `probabilities` split rows.
         template, chat, prompt, completion: as `mlora.data.Form` has them.
@@ -49,6 +51,7 @@ class Training:
             nothing, and both 0 once an epoch. `early_stop`: how many evaluations may be no better; None: any.
     """
 
+    lora: Mapping[str, Any]
     training: Any
     validation: Any
     split_column: str | None
@@ -129,6 +132,7 @@ def _training(where: str, own: Mapping[str, Any], shared: Mapping[str, Any], fol
         template = template.replace("{__task__}", task).replace("{__sample__}", sample)
     split_column, probabilities = _split(preprocessing.get("split"), f"{where}: preprocessing.split")
     return Training(
+        lora=_lora(own, where),
         training=training,
         validation=validation,
         split_column=split_column,
@@ -142,6 +146,18 @@ def _training(where: str, own: Mapping[str, Any], shared: Mapping[str, Any], fol
         ),
         **_trainer(section("trainer"), f"{where}: trainer"),
     )
+
+
+def _lora(own: Mapping[str, Any], where: str) -> dict[str, Any]:
+    for key in _NOT_TRAINED:
+        if own.get(key):
+            raise errors.ConfigError(f"{where} has {key}: {own[key]!r}, which mlora does not train with; leave it out")
+    init = own.get("init_lora_weights") or "default"
+    return {
+        "lora_dropout": _value(own, "dropout", 0.05, lambda v: _least_0(v) and v < 1, "a share below 1", where),
+        "bias": own.get("bias_type") or "none",
+        "init_lora_weights": True if init == "default" else init,
+    }
 
 
 def _trainer(trainer: Mapping[str, Any], where: str) -> dict[str, Any]:

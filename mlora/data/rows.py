@@ -42,7 +42,8 @@ def read_rows(source: Rows, *, split: str = "train") -> Sequence[Row]:
     elif isinstance(source, Mapping) or not isinstance(source, Iterable):
         raise errors.DataError(f"a data set is {source!r}; wanted a file, a hub id, or rows, each a mapping of columns")
     else:
-        rows = source if isinstance(source, Sequence) else list(source)
+        given: Iterable[Row] = source
+        rows = given if isinstance(given, Sequence) else list(given)
     if not len(rows):
         raise errors.DataError(f"{_called(source)} has no rows")
     return rows

@@ -36,7 +36,7 @@ def _run(name: str, training: Training, config: Config) -> Run:
     entry = config.adapters[name]
     return Run(
         data=rows,
-        config=None if "pretrained_adapter_weights" in entry else lora_fields(entry),
+        config=None if "pretrained_adapter_weights" in entry else {**lora_fields(entry), **training.lora},
         eval_data=judged if evaluates else None,
         form=form,
         max_length=training.max_length,

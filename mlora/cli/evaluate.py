@@ -1,0 +1,256 @@
+"""`mlora evaluate`: adapters, mixes and a grid of merges, on data."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import InputError, as_input_errors, one_line_errors
+from .models import check_device
+from .options import (
+    AdapterOption,
+    ApproximateOption,
+    DenseOption,
+    DeviceOption,
+    DtypeOption,
+    ForceOption,
+    IgnoreOption,
+    ModelOption,
+    PickleOption,
+    StrictOption,
+)
+from .progress import Progress, counted
+from .served import choose
+
+BASE = "base"
+
+
+def evaluate(
+    data: Annotated[
+        list[str],
+        typer.Option(
+            metavar="[TASK=]FILE",
+            help="JSON lines or CSV of prompts and references (columns as for training); the name is the file's. "
+            "Repeatable.",
+        ),
+    ],
+    adapter: AdapterOption = None,
+    model: ModelOption = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="A YAML file of a model, its adapters and merges, in place of --model and --adapter.",
+            show_default=False,
+        ),
+    ] = None,
+    entry: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ENTRY",
+            help='An entry to judge beside the base and each adapter: {"sql": 0.5, "json": 0.5}, or a merge as JSON. '
+            "Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    merge: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME,NAME,...",
+            help="Adapters to merge by each --strategy, --density and --weight. Repeatable; default: all of them, "
+            "where a --strategy is given.",
+            show_default=False,
+        ),
+    ] = None,
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="linear, svd, ties, dare_linear, dare_ties, magnitude_prune. Repeatable.", show_default=False
+        ),
+    ] = None,
+    density: Annotated[
+        list[float] | None,
+        typer.Option(help="The share that pruning strategies keep. Repeatable; default: 0.5.", show_default=False),
+    ] = None,
+    weight: Annotated[
+        list[float] | None,
+        typer.Option(help="Of every adapter of a merge. Repeatable; default: 1.", show_default=False),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Of the merges.", show_default=False)] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="loss, perplexity, exact_match, or FILE.py:FUNCTION of an answer and its reference. Repeatable; "
+            "default: loss.",
+            show_default=False,
+        ),
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Of prompts, with {columns}; the answer is in --completion.", show_default=False)
+    ] = None,
+    completion: Annotated[str | None, typer.Option(help="The column of the reference.", show_default=False)] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="A prompt is a user's message, in the chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens that go through the model at once.")] = 4096,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="A folder for scores.jsonl, answers.jsonl and scores.png.", show_default=False),
+    ] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
+    approximate: ApproximateOption = None,
+    dense: DenseOption = False,
+    strict: StrictOption = False,
+    ignore: IgnoreOption = None,
+    allow_pickle: PickleOption = False,
+    force: ForceOption = False,
+) -> None:
+    """Judge the base, every adapter, mixes and a grid of merges on data, all in the same batches.
+
+    The last column tells which entry is good at all tasks: the least share, over the tasks, of what the best entry
+    gains there over the base.
+    """
+    with one_line_errors():
+        check_device(device, dtype)
+        files = _tasks(data)
+        if output is not None and (output / "scores.jsonl").exists() and not force:
+            raise InputError(f"{output} has scores already; --force replaces them")
+        served = choose(config, model, "--model", adapter, approximate, dense, strict, ignore, allow_pickle)
+        metrics = [_metric(one) for one in metric or ["loss"]]
+        entries: dict[str, Any] = {BASE: None, **{name: name for name in served.sources}}
+        entries.update(served.merges)
+        from mlora.data import Form, check_rows, read_rows
+        from mlora.evaluation import grid
+
+        form = Form(template=template, completion=completion, chat=chat)
+        with as_input_errors():
+            tasks = {task: read_rows(file) for task, file in files.items()}
+            for task, rows in tasks.items():
+                check_rows(rows, form, str(files[task]))
+            for text in entry or ():
+                entries[text] = _entry(text, served.names)
+            if strategy or merge:
+                groups = [one.split(",") for one in merge or [",".join(served.sources)]]
+                for names in groups:
+                    _check_names(names, served.names)
+                    found = grid(names, strategy or ["linear"], density or [0.5], weight or [1.0], rank)
+                    entries.update(found)
+        progress = Progress()
+        with progress.step("reading adapters"):
+            served.read()
+        from .models import load_tokenizer
+
+        with progress.step("loading the model"):
+            tokenizer = load_tokenizer(served.model)
+            loaded = served.load(device, dtype)
+            served.patch(loaded)
+        _judge(loaded, tokenizer, tasks, entries, metrics, form, max_new_tokens, max_tokens, output, progress)
+
+
+def _judge(
+    model: Any,
+    tokenizer: Any,
+    tasks: dict[str, Any],
+    entries: dict[str, Any],
+    metrics: Sequence[Any],
+    form: Any,
+    max_new_tokens: int,
+    max_tokens: int,
+    output: Path | None,
+    progress: Progress,
+) -> None:
+    from rich.console import Console
+
+    from mlora.evaluation import draw, evaluate, table_of
+
+    count = sum(map(len, tasks.values())) * len(entries)
+    with progress.step(f"judging {counted(len(entries), 'entry').replace('entrys', 'entries')}, {count} rows"):
+        scores = evaluate(
+            model.mlora,
+            tokenizer,
+            tasks,
+            entries,
+            metrics=metrics,
+            form=form,
+            max_new_tokens=max_new_tokens,
+            max_tokens=max_tokens,
+        )
+    show = Console(soft_wrap=True, highlight=False, markup=False)
+    show.print(table_of(scores, BASE))
+    if output is None:
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / "scores.jsonl").open("w", encoding="utf-8") as file:
+        for score in scores:
+            file.write(json.dumps({"entry": score.entry, "task": score.task, **score.values}) + "\n")
+    if any(score.answers for score in scores):
+        with (output / "answers.jsonl").open("w", encoding="utf-8") as file:
+            for score in scores:
+                for row, answer in zip(tasks[score.task], score.answers, strict=True):
+                    record = {"entry": score.entry, "task": score.task, **row, "answer": answer}
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    first = next(iter(scores[0].values))
+    try:
+        draw(scores, first, output / "scores.png")
+    except ImportError:
+        progress.note("pip install matplotlib for a picture")
+    show.print(f"\nout  {output}")
+
+
+def _tasks(data: Sequence[str]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for option in data:
+        name, equals, path = option.partition("=")
+        file = Path(path if equals else option).expanduser()
+        name = name if equals else file.stem
+        if not file.is_file():
+            raise InputError(f"--data {option!r}: there is no file {file}")
+        if name in found:
+            raise InputError(f"--data {option!r}: the name {name!r} is taken by {found[name]}; TASK=FILE gives another")
+        found[name] = file
+    return found
+
+
+def _entry(text: str, names: Sequence[str]) -> Any:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    if isinstance(value, str):
+        _check_names([value], names)
+        return value
+    if not isinstance(value, dict):
+        raise InputError(f"--entry {text!r}: wanted a name, an object of weights or a merge")
+    from mlora.merge import as_merge
+
+    merge = as_merge(value)
+    _check_names(list(merge.adapters if merge is not None else value), names)
+    return merge if merge is not None else value
+
+
+def _check_names(wanted: Sequence[str], names: Sequence[str]) -> None:
+    if unknown := [name for name in wanted if name not in names]:
+        raise InputError(f"unknown adapter {unknown[0]!r} (there are: {', '.join(names) or 'none given'})")
+
+
+def _metric(text: str) -> str | Callable[[str, str], float]:
+    """A metric's name, or the function that FILE.py:FUNCTION names."""
+    path, colon, name = text.rpartition(":")
+    if not colon or not path.endswith(".py"):
+        if text not in ("loss", "perplexity", "exact_match"):
+            raise InputError(f"--metric {text!r}: wanted loss, perplexity, exact_match or FILE.py:FUNCTION")
+        return text
+    spec = importlib.util.spec_from_file_location("metric", Path(path).expanduser())
+    if spec is None or spec.loader is None or not Path(path).expanduser().is_file():
+        raise InputError(f"--metric {text!r}: there is no file {path}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise InputError(f"--metric {text!r}: {path} has no function {name!r}")
+    made: Callable[[str, str], float] = function
+    return made

@@ -1,0 +1,7 @@
+"""Adapters, mixes and merges, judged by what they do on data: all of them rows of the same batches."""
+
+from .grid import grid
+from .report import draw, kept, table_of
+from .scores import METRICS, Score, evaluate
+
+__all__ = ["METRICS", "Score", "draw", "evaluate", "grid", "kept", "table_of"]

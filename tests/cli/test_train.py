@@ -1,0 +1,150 @@
+"""`mlora train`: Ludwig's schema, from one file to adapters, merges and answers; what is refused before a model is
+loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from chat_model import save
+from conftest import peft_alone
+from typer.testing import CliRunner
+
+import mlora
+import mlora.cli.models
+from mlora.cli import app
+
+ROWS = [{"instruction": f"{number} 2", "output": f"{number + 1} 3"} for number in range(3, 15)]
+
+
+@pytest.fixture(scope="module")
+def base(llama: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save(llama, tmp_path_factory.mktemp("base")))
+
+
+def config(base: str, folder: Path, **changes: Any) -> dict[str, Any]:
+    """As Ludwig documents it, with data sets."""
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (folder / "b.csv").write_text("question,answer\n" + "".join(f"{n},{n} {n}\n" for n in range(3, 12)))
+    adapter = {"type": "lora", "r": 2, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
+    whole = {
+        "model_type": "llm",
+        "base_model": base,
+        "dataset": "a.jsonl",
+        "prompt": {"template": "{instruction} "},
+        "input_features": [{"name": "instruction", "type": "text"}],
+        "output_features": [{"name": "output", "type": "text"}],
+        "preprocessing": {"split": {"type": "random", "probabilities": [0.75, 0.25, 0.0]}},
+        "trainer": {"type": "finetune", "learning_rate": 0.01, "batch_size": 2, "epochs": 2},
+        "adapters": {
+            "adapters": {
+                "a": adapter,
+                "b": {
+                    **adapter,
+                    "r": 3,
+                    "dataset": "b.csv",
+                    "prompt": {"template": "{question}: "},
+                    "output_features": [{"name": "answer", "type": "text"}],
+                    "trainer": {"learning_rate": 0.02, "epochs": 1},
+                },
+            },
+            "merge": {"name": "both", "sources": ["a", "b"], "weights": [0.5, 0.5], "combination_type": "linear"},
+            "active": "both",
+        },
+    }
+    whole.update(changes)
+    return whole
+
+
+def run(folder: Path, whole: Any, *options: str) -> tuple[int, str]:
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(whole, sort_keys=False))
+    result = CliRunner().invoke(app, ["train", str(file), *options])
+    return result.exit_code, " ".join(result.output.split())
+
+
+def test_one_file_trains_merges_and_serves(base: str, tmp_path: Path, llama: Any, batch: Any) -> None:
+    whole = config(base, tmp_path)
+    code, output = run(tmp_path, whole)
+    assert code == 0, output
+    assert "a: 9 rows to train on, 3 to validate with; 10 steps of 2 rows" in output
+    results = tmp_path / "results"
+    for name, rank in (("a", 2), ("b", 3), ("both", 5)):
+        written = json.loads((results / name / "adapter_config.json").read_text())
+        assert (written["r"], written["peft_type"]) == (rank, "LORA")
+        peft_alone(llama, results / name)
+    assert json.loads((results / "b" / "adapter_config.json").read_text())["lora_alpha"] == 6  # Ludwig's 2 r
+    with pytest.warns(UserWarning, match="leaves alone"):
+        runtime = mlora.from_config(tmp_path / "config.yaml", memory=1 << 22)
+    assert runtime.adapters["a"].source == str(results / "a")
+    expected = mlora.Adapter.from_pretrained(results / "a").tensors
+    got = runtime._registry["a"].adapter.tensors
+    assert expected.keys() == got.keys()
+    lines, answers = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines.write_text('{"prompt": "3 4", "adapter": "both"}\n{"prompt": "3 4", "adapter": "a"}\n')
+    arguments = ["generate", "--config", tmp_path / "config.yaml", "--input", lines, "--output", answers]
+    result = CliRunner().invoke(app, [*map(str, arguments), "--max-new-tokens", "3"])
+    assert result.exit_code == 0, result.output
+    assert len(answers.read_text().splitlines()) == 2
+    # again: nothing is left to do; with other settings it is refused, and --restart starts anew
+    code, output = run(tmp_path, whole)
+    assert code == 0 and "step 1 of" not in output, output
+    whole["trainer"]["learning_rate"] = 0.5
+    code, output = run(tmp_path, whole)
+    assert code == 1 and "learning_rate was 0.01" in output and "--restart" in output, output
+    code, output = run(tmp_path, whole, "--restart")
+    assert code == 0, output
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("dataset",), "c.jsonl", "cannot read"),
+        (("dataset",), None, "adapter 'a' has no dataset"),
+        (("trainer", "learning_rate"), "fast", "trainer.learning_rate is 'fast'; it must be a finite number"),
+        (("trainer", "learning_rate"), float("nan"), "trainer.learning_rate is nan"),
+        (("trainer", "learning_rat"), 1, "no key 'learning_rat' (did you mean 'learning_rate'?)"),
+        (("trainer", "type"), "dpo", "trainer.type is 'dpo'"),
+        (("trainer", "batch_size"), "auto", "trainer.batch_size is 'auto'"),
+        (("trainer", "effective_batch_size"), 5, "effective_batch_size 5 is not batch_size 2 times"),
+        (("trainer", "optimizer"), {"type": "lion"}, "optimizer.type is 'lion'; it must be one of adam, adamw, sgd"),
+        (("trainer", "learning_rate_scheduler"), {"decay": "exponential"}, "decay is 'exponential'"),
+        (("trainer", "gradient_clipping"), {"clipvalue": 1}, "clipvalue is not served"),
+        (("prompt", "template"), "{task}: ", "dataset of adapter 'a' row 1: it has no column 'task'"),
+        (("output_features",), [{"name": "answer", "type": "text"}], "row 1: it has no column 'answer'"),
+        (("output_features",), [{"name": "answer", "type": "category"}], "it must be a text feature"),
+        (("preprocessing", "split"), {"type": "random", "probabilities": [1, 1, 1]}, "three shares that add up to 1"),
+        (("preprocessing", "split"), {"type": "fixed"}, "no column 'split'"),
+        (("preprocessing", "split"), {"type": "stratify"}, "it must be 'random' or 'fixed'"),
+        (("adapters", "adapters", "a", "trainer"), {"epochs": 0}, "adapter 'a': trainer.epochs is 0"),
+        (("adapters", "adapters", "a", "loraplus_lr_ratio"), 4, "loraplus_lr_ratio"),
+        (("output_directory",), 3, "output_directory is 3"),
+        (("quantization",), {"bits": 4}, "quantization"),
+    ],
+)
+def test_what_is_wrong_is_told_before_a_model_is_loaded(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: tuple[str, ...], value: Any, words: str
+) -> None:
+    monkeypatch.setattr(mlora.cli.models, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    whole = config(base, tmp_path)
+    section = whole
+    for key in path[:-1]:
+        section = section[key]
+    section[path[-1]] = value
+    code, output = run(tmp_path, whole)
+    assert code == 2 and words in output, output
+
+
+def test_a_row_without_a_target_and_an_adapter_twice(base: str, tmp_path: Path) -> None:
+    whole = config(base, tmp_path)
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write('{"instruction": "x", "output": ""}\n')
+    code, output = run(tmp_path, whole)
+    assert code == 2 and "its column 'output' is empty" in output
+    file_ = tmp_path / "config.yaml"
+    file_.write_text("base_model: x\nadapters:\n  adapters:\n    a: {r: 2}\n    a: {r: 3}\n")
+    result = CliRunner().invoke(app, ["train", str(file_)])
+    assert result.exit_code == 2 and "'a'" in result.output
