@@ -97,6 +97,7 @@ class Run:
 
     @property
     def rows_per_step(self) -> int:
+        """How many rows one step of the optimizer has."""
         return self.batch_size * self.gradient_accumulation_steps
 
     def settings(self) -> dict[str, Any]:
