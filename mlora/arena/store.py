@@ -20,7 +20,7 @@ from .allocator import Allocator
 from .memory import Room, fixed, give_back, reserve
 from .pack import ALIGNMENT, OFFSETS, Packed, numel_of, pack
 
-_MORE_MEMORY = "patch(memory=...), mlora generate --memory"  # what an error says to do
+_MORE_MEMORY = "patch(memory=...), or --memory of the commands"  # what an error says to do
 
 
 class Store:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import signal
+import socket
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,6 +59,7 @@ def serve(
         typer.Option(
             help="A folder whose subfolders are adapters: each is loaded when a request first names it, by its path in "
             "there. Nothing outside is read. Repeatable.",
+            metavar="FOLDER",
             rich_help_panel=_ADAPTERS,
             show_default=False,
         ),
@@ -86,6 +89,7 @@ def serve(
     api_key: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="KEY",
             envvar="MLORA_API_KEY",
             help="Requests must bring it: Authorization: Bearer KEY. Repeatable. The variable, with spaces between "
             "keys, does not show in the list of processes.",
@@ -96,6 +100,7 @@ def serve(
     admin_key: Annotated[
         str | None,
         typer.Option(
+            metavar="KEY",
             envvar="MLORA_ADMIN_KEY",
             help="Opens all, and what loads and unloads adapters.",
             rich_help_panel=_ACCESS,
@@ -184,7 +189,7 @@ def serve(
     Every request picks its adapter, a mix or a merge by name. GET /openapi.json describes all routes.
     """
     with one_line_errors():
-        if allow_runtime_adapters and not admin_key:
+        if allow_runtime_adapters and admin_key is None:
             raise InputError("--allow-runtime-adapters: wanted --admin-key beside it")
         body = parse_size(max_body, "--max-body")
         room = None if memory is None else parse_size(memory)
@@ -194,11 +199,22 @@ def serve(
         from mlora.serve.http import Access, Limits, create_app, require
 
         require("uvicorn")
+        from mlora.serve.http.roots import HubIds, Roots
+
         from . import models
         from .demo_model import MODEL_ID
 
         limits = Limits(body, max_prompts, max_answers, default_tokens, max_stops, max_logprobs)
-        access = Access(tuple(api_key or ()), admin_key)
+        called = name or served.model or MODEL_ID
+        if called in served.names:
+            raise InputError(f"--name {called!r}: an adapter is called so, too")
+        try:  # now, and not when the model has been loaded
+            access = Access(tuple(api_key or ()), admin_key)
+            roots, hub_ids = [root.expanduser() for root in adapter_root or []], hub_adapter or []
+            Roots(roots), HubIds(hub_ids)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        sockets = _bound(host, port)
         progress = Progress()
         with progress.step(f"loading the model{f' {served.model}' if served.model else ''}"):
             tokenizer = models.load_tokenizer(served.model)
@@ -221,20 +237,46 @@ def serve(
         with engine:
             app = create_app(
                 engine,
-                name or served.model or MODEL_ID,
+                called,
                 limits=limits,
                 access=access,
-                roots=[root.expanduser() for root in adapter_root or []],
-                hub_ids=hub_adapter or [],
+                roots=roots,
+                hub_ids=hub_ids,
                 runtime_adapters=allow_runtime_adapters,
                 base_tokenizer=base_tokenizer,
             )
             if host not in ("127.0.0.1", "::1", "localhost") and not access.keys:
                 progress.note(f"everybody who reaches {host} can ask: there is no --api-key")
-            _run(app, host, port, drain_seconds, progress)
+            _run(app, sockets, drain_seconds, progress)
 
 
-def _run(app: Any, host: str, port: int, drain_seconds: int, progress: Progress) -> None:
+def _bound(host: str, port: int) -> list[socket.socket]:
+    """A socket for each address of `host`. Who connects is refused until the server listens."""
+    found: list[socket.socket] = []
+    try:
+        for family, _, _, _, address in socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ):
+            try:
+                one = socket.socket(family)
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                same = found[0].getsockname()[1] if found else port  # where 0 stands for a free one
+                one.bind((address[0], same, *address[2:]))
+                found.append(one)
+            except OSError as error:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):  # as ::1 where there is no IPv6
+                    raise
+                reason = error
+        if not found:
+            raise reason
+    except OSError as error:
+        raise InputError(f"--host {host} --port {port}: cannot listen there: {error.strerror}") from None
+    return found
+
+
+def _run(app: Any, own: list[socket.socket], drain_seconds: int, progress: Progress) -> None:
     """Until SIGTERM or SIGINT. A second one ends it at once."""
     import uvicorn
 
@@ -242,9 +284,9 @@ def _run(app: Any, host: str, port: int, drain_seconds: int, progress: Progress)
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
             if self.started:
-                own = self.servers[0].sockets[0].getsockname()[1]
+                host, port = own[0].getsockname()[:2]
                 progress.note(
-                    f"serving {app.state.server.model} on http://{f'[{host}]' if ':' in host else host}:{own}"
+                    f"serving {app.state.server.model} on http://{f'[{host}]' if ':' in host else host}:{port}"
                 )
 
         async def shutdown(self, sockets: Any = None) -> None:
@@ -252,15 +294,15 @@ def _run(app: Any, host: str, port: int, drain_seconds: int, progress: Progress)
             await super().shutdown(sockets)
 
     config = uvicorn.Config(
-        app, host, port, log_config=_logging(), access_log=False, server_header=False, ws="none",
+        app, log_config=_logging(), access_log=False, server_header=False, ws="none",
         timeout_keep_alive=_KEEP_ALIVE, timeout_graceful_shutdown=drain_seconds,
     )  # fmt: skip
     # uvicorn sends itself the signal that ended it once more, when all is done: which then is nothing new.
     signal.signal(signal.SIGTERM, lambda *_: None)
     server = Server(config)
-    server.run()
+    server.run(own)
     if not server.started:
-        raise RuntimeError(f"cannot listen on {host}:{port}")
+        raise RuntimeError("the server did not start; what it said is above")
 
 
 def _logging() -> dict[str, Any]:

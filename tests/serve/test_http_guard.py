@@ -324,8 +324,19 @@ def test_the_page(served: Served, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 def test_what_an_app_needs(served: Served, tmp_path: Any) -> None:
     with pytest.raises(ValueError, match="admin key"):
         create_app(served.engine, "tiny", runtime_adapters=True)
+    with pytest.raises(ValueError, match="the base is called 'a', and so is an adapter"):
+        create_app(served.engine, "a")
     with pytest.raises(ValueError, match="no folder"):
         create_app(served.engine, "tiny", roots=[tmp_path / "nothing"])
     with pytest.raises(ValueError, match="no hub id"):
         create_app(served.engine, "tiny", hub_ids=["x"])
     assert running is not None
+
+
+@pytest.mark.parametrize("key", ["", " ", "key\n"])
+def test_keys_that_let_everybody_in_or_nobody(key: str) -> None:
+    """As of a variable that is not set: a request without a key has the empty one."""
+    with pytest.raises(ValueError, match="API key is empty"):
+        Access(["key", key])
+    with pytest.raises(ValueError, match="admin key is empty"):
+        Access(["key"], key)

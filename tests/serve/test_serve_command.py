@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -133,11 +134,27 @@ def test_a_served_process_and_its_end(folder: Path) -> None:
         (["--adapter", "a=/nowhere/x"], "--adapter"),
         (["--config", "/nowhere.yaml"], "MODEL"),
         (["--device", "tpu9"], "--device"),
+        (["--adapter-root", "/nowhere"], "'/nowhere' is no folder"),
+        (["--hub-adapter", "x"], "'x' is no hub id"),
+        (["--host", "no.host.invalid"], "--host no.host.invalid --port 8000: cannot listen there"),
+        (["--api-key", ""], "an API key is empty"),
+        (["--api-key", "key", "--admin-key", " "], "an admin key is empty"),
+        (["--name", "b", "--adapter", "b=ADAPTERS/a"], "--name 'b'"),
     ],
 )
 def test_wrong_options(folder: Path, options: list[str], said: str) -> None:
-    result = CliRunner().invoke(app, ["serve", str(folder / "model"), *options])
-    assert result.exit_code == 2 and said in result.output
+    """Before anything is loaded."""
+    own = [option.replace("ADAPTERS", str(folder / "adapters")) for option in options]
+    result = CliRunner().invoke(app, ["serve", str(folder / "model"), *own])
+    assert result.exit_code == 2 and said in result.output and "loading" not in result.output
+
+
+def test_a_port_that_is_taken(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        result = CliRunner().invoke(app, ["serve", str(folder / "model"), "--port", port])
+    assert result.exit_code == 2 and f"--port {port}: cannot listen there: Address already in use" in result.output
+    assert "loading" not in result.output
 
 
 def test_help_tells_each_limit() -> None:

@@ -27,6 +27,9 @@ class Names:
 
     Args:
         model: what the base is called. `roots`, `hub_ids`: see `Roots` and `HubIds`.
+
+    Raises:
+        ValueError: an adapter is called so, too.
     """
 
     def __init__(self, engine: Engine, model: str, roots: Sequence[str | Path], hub_ids: Sequence[str]) -> None:
@@ -34,6 +37,8 @@ class Names:
         self._engine = engine
         self._roots = Roots(roots)
         self._hub = HubIds(hub_ids)
+        if model in self:
+            raise ValueError(f"the base is called {model!r}, and so is an adapter; give one of them another name")
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # kept by who holds or awaits them
 
     def known(self) -> dict[str, str]:

@@ -39,10 +39,18 @@ class Access:
     Args:
         keys: of which each request has to bring one, as `Authorization: Bearer KEY`; none lets everybody in.
         admin_key: opens what the keys do, and loads and unloads adapters, which nobody may without it.
+
+    Raises:
+        ValueError: a key is empty, which who brings none would have, or has space around it, which no request can send.
     """
 
     keys: Sequence[str] = ()
     admin_key: str | None = None
+
+    def __post_init__(self) -> None:
+        for what, keys in (("API", self.keys), ("admin", () if self.admin_key is None else (self.admin_key,))):
+            if any(not key or key != key.strip() for key in keys):
+                raise ValueError(f"an {what} key is empty, or has space around it")
 
 
 @dataclass
