@@ -140,7 +140,7 @@ def test_a_config_excludes(loads: list[Any], config: Path, tmp_path: Path, optio
 @pytest.mark.parametrize(
     ("option", "wanted"),
     [
-        (["--memory", "12KiB"], "the arena has 12,288 (patch(memory=...), mlora generate --memory)"),
+        (["--memory", "12KiB"], "the arena has 12,288 (patch(memory=...), or --memory of the commands)"),
         (["--memory", "12000"], "the arena has 11,968 ("),
         (["--max-adapters", "1"], ""),
         (["--memory", "0.25 mib", "--max-adapters", "2"], ""),
