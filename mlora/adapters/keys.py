@@ -24,8 +24,8 @@ _AROUND_ALL = re.compile(r"^(?:module\.)+(?=base_model\.)")
 # What PEFT calls the tensors of its layers. A model holds them by the adapter's name, which files do not have.
 _PARTS = (
     r"lora_(?:A|B|E|embedding_A|embedding_B|diag|magnitude_vector)|(?:hada|lokr)_[wt][12](?:_[ab])?|ia3_l|oft_R"
-    r"|(?:vera|vblora|randlora|delora|miss|gralora|hra|road|boft|fourierft|waveft|c3a|shira|hira)_\w+"
-    r"|ln_tuning_layers|trainable_tokens_delta"
+    r"|(?:beft|deft|pvera|supertuning|unilora|vera|vblora|randlora|delora|miss|gralora|hra|road|boft|fourierft|waveft|c3a|shira|hira)_\w+"
+    r"|tinylora_[ABP]|ln_tuning_layers|trainable_tokens_delta"
 )
 _NAMED = re.compile(rf"((?:.*\.)?(?:{_PARTS}))\.(?!(?:weight|bias)$)([^.]+)((?:\.weight|\.bias)?)")
 _NAMED_COPY = re.compile(r"(.*)\.modules_to_save\.([^.]+)\.([^.]+)")

@@ -86,7 +86,7 @@ def base_linear(name: str, module: nn.Module, originals: Callable[[], Mapping[st
     plain = is_dense(getattr(module, "weight", None)) and (embed_scale is not None or _is_plain(module))
     return BaseLinear(
         name, in_features, out_features, weight, lambda: _bias(module, originals), embed_scale, _dtype(module), offset,
-        turned=transposed if plain else None,
+        _device(module), turned=transposed if plain else None,
     )  # fmt: skip
 
 
@@ -137,6 +137,11 @@ def _bias(module: nn.Module, originals: Callable[[], Mapping[str, Tensor]]) -> T
 def _dtype(module: nn.Module) -> torch.dtype:
     held: Any = getattr(module, "weight", None)
     return cast(torch.dtype, held.dtype) if is_dense(held) else torch.float32
+
+
+def _device(module: nn.Module) -> torch.device:
+    held: Any = getattr(module, "weight", None)
+    return held.device if isinstance(held, Tensor) and not held.is_meta else torch.device("cpu")
 
 
 def dequantize(name: str, module: nn.Module) -> Tensor:

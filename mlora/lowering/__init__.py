@@ -10,12 +10,17 @@ from torch import nn
 from .. import errors
 from ..adapters.adapter import Adapter
 from .adalora import ADALORA
+from .adamss import ADAMSS
+from .beft import BEFT
 from .boft import BOFT
+from .deft import DEFT
 from .delora import DELORA
 from .delta import BaseLinear, Conv, Delta, Dense, approximate, exactly
 from .dense import C3A, FOURIERFT, HIRA, SHIRA, WAVEFT
+from .frod import FROD
 from .gather import gather
 from .gather import module_names as _module_names
+from .glora import GLORA
 from .gralora import GRALORA
 from .hra import HRA
 from .ia3 import IA3
@@ -28,35 +33,45 @@ from .module import Lowering, Module
 from .names import Names
 from .native import NATIVE, to_adapter
 from .oft import OFT
+from .osf import OSF
 from .parts import lower_module
+from .peanut import PEANUT
+from .psoft import PSOFT
+from .pvera import PVERA
 from .randlora import RANDLORA
 from .rewritten import is_rewriting, untouched
 from .road import ROAD
 from .saved import LN_TUNING
 from .several import check_one, part_of
+from .supertuning import SUPERTUNING
 from .targets import some
+from .tinylora import TINYLORA
 from .tokens import TRAINABLE_TOKENS
 from .turn import Turn
+from .unilora import UNILORA
 from .vblora import VBLORA
 from .vera import VERA
 
 LOWERINGS: dict[str, Lowering] = {
-    "ADALORA": ADALORA, "BOFT": BOFT, "C3A": C3A, "DELORA": DELORA, "DELTA": NATIVE, "FOURIERFT": FOURIERFT,
-    "GRALORA": GRALORA, "HIRA": HIRA, "HRA": HRA, "IA3": IA3, "LN_TUNING": LN_TUNING, "LOHA": LOHA, "LOKR": LOKR,
-    "LORA": LORA, "LYCORIS": LYCORIS, "MISS": MISS, "OFT": OFT, "RANDLORA": RANDLORA, "ROAD": ROAD, "SHIRA": SHIRA,
-    "TRAINABLE_TOKENS": TRAINABLE_TOKENS, "VBLORA": VBLORA, "VERA": VERA, "WAVEFT": WAVEFT,
+    "ADALORA": ADALORA, "ADAMSS": ADAMSS, "BEFT": BEFT, "BOFT": BOFT, "C3A": C3A, "DEFT": DEFT, "DELORA": DELORA,
+    "DELTA": NATIVE, "FOURIERFT": FOURIERFT, "FROD": FROD, "GLORA": GLORA, "GRALORA": GRALORA, "HIRA": HIRA,
+    "HRA": HRA, "IA3": IA3, "LN_TUNING": LN_TUNING, "LOHA": LOHA, "LOKR": LOKR, "LORA": LORA, "LYCORIS": LYCORIS,
+    "MISS": MISS, "OFT": OFT, "OSF": OSF, "PEANUT": PEANUT, "PSOFT": PSOFT, "PVERA": PVERA, "RANDLORA": RANDLORA,
+    "ROAD": ROAD, "SHIRA": SHIRA, "SUPERTUNING": SUPERTUNING, "TINYLORA": TINYLORA,
+    "TRAINABLE_TOKENS": TRAINABLE_TOKENS, "UNILORA": UNILORA, "VBLORA": VBLORA, "VERA": VERA, "WAVEFT": WAVEFT,
 }  # fmt: skip
 
-# Types that no per-row delta expresses, with the reason.
+# PEFT's other types, with the reason that makes each no function of one row and one module.
 REFUSED = {
     **dict.fromkeys(
         ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"),
         "it adds virtual tokens to the prompt, not deltas to linears",
     ),
     "ADAPTION_PROMPT": "it adds virtual tokens inside attention, not deltas to linears",
-    "LILY": "what it adds to a row depends on the other rows of the batch",
+    "LILY": "what it adds to a token depends on all other tokens of the call, those of other rows among them",
+    "SHADOW": "it runs a small model of its own beside the base, whose states all layers exchange",
     "XLORA": "an X-LoRA runs the model twice and mixes adapters by what it sees; its classifier is not in the file",
-    "POLY": "it chooses by task_ids, an input of the model",
+    "POLY": "it mixes its factors by task_ids, an input of the call that no model of transformers has",
 }
 
 

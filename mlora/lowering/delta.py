@@ -186,6 +186,9 @@ class Conv:
     even: bool = True
 
 
+_CPU = torch.device("cpu")
+
+
 @dataclass(frozen=True)
 class BaseLinear:
     """A linear of the base model, as lowerings see it. An embedding is one too: of one-hot inputs, W being its
@@ -200,6 +203,7 @@ class BaseLinear:
         bias: returns the (out,) bias in fp32 on the CPU, or None.
         embed_scale: the factor of an embedding that scales what it looks up, 1 of others; None of a linear.
         dtype: of the weight in the model, to which a file's copy of it is rounded before they are compared.
+        device: where it is, and where what depends on the library that decomposes it is computed.
         offset: of a norm, n * (weight + offset) + bias of a normalised n: 0, or Gemma's 1; None of a linear. Its
             `weight` returns (out,).
         aliases: the other paths of the same module. `tied`: those of other modules that hold its very weight.
@@ -222,6 +226,7 @@ class BaseLinear:
     embed_scale: float | None = None
     dtype: torch.dtype = torch.float32
     offset: float | None = None
+    device: torch.device = _CPU
     aliases: tuple[str, ...] = ()
     tied: tuple[str, ...] = ()
     head: bool = False
@@ -278,6 +283,17 @@ def _channels_last(part: Tensor, taps: int) -> Tensor:
 def spread(weight: Tensor, groups: int) -> Tensor:
     """What a grouped convolution's matrix, (out, in / groups), is for all channels: (out, in), zeros between groups."""
     return weight if groups == 1 else torch.block_diag(*weight.chunk(groups))
+
+
+def minus(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B of B^T A - B0^T A0 in twice as many rank rows, those of (B - B0)^T A + B0^T (A - A0).
+
+    They are known up to the sign of each row of A0 and B0, and are taken with that which is nearer to A and B. So where
+    training moved A and B little from there, each product has a small factor, and 16 bits round little.
+    """
+    sign = torch.where((a * a0).sum(1) + (b * b0).sum(1) < 0, -1.0, 1.0)[:, None]
+    a0, b0 = a0 * sign, b0 * sign
+    return torch.cat([a, a - a0]), torch.cat([b - b0, b0])
 
 
 def compact(a: Tensor, b: Tensor, scale: float = 1.0) -> Delta:

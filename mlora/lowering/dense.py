@@ -96,20 +96,25 @@ def _shira(module: Module) -> Delta | Dense:
     places = module.part("shira_indices", 2, len(values)).long()
     if places.min() < 0 or places[0].max() >= outputs or places[1].max() >= inputs:
         raise errors.AdapterError(f"{module.where}: shira_indices lie outside of its ({outputs}, {inputs}) weight")
+    return sparse(places[0], places[1], values, outputs, inputs)
 
-    rows, row = places[0].unique(return_inverse=True)
-    columns, column = places[1].unique(return_inverse=True)
-    least = min(len(rows), len(columns))
+
+def sparse(rows: Tensor, columns: Tensor, values: Tensor, outputs: int, inputs: int) -> Delta | Dense:
+    """`values` at these places of an (outputs, inputs) matrix: exact in as many rank rows as there are rows or columns
+    with values in them, where those take less room than the matrix."""
+    own_rows, row = rows.unique(return_inverse=True)
+    own_columns, column = columns.unique(return_inverse=True)
+    least = min(len(own_rows), len(own_columns))
     if least * (outputs + inputs) > outputs * inputs:
         return Dense(
-            lambda: torch.zeros(outputs, inputs).index_put((places[0], places[1]), values, accumulate=True),
+            lambda: torch.zeros(outputs, inputs).index_put((rows, columns), values, accumulate=True),
             "it is sparse over the whole weight",
         )
-    if least == len(rows):
-        a = torch.zeros(least, inputs).index_put((row, places[1]), values, accumulate=True)
-        return Delta(a, torch.eye(outputs)[rows])
-    b = torch.zeros(least, outputs).index_put((column, places[0]), values, accumulate=True)
-    return Delta(torch.eye(inputs)[columns], b)
+    if least == len(own_rows):
+        a = torch.zeros(least, inputs).index_put((row, columns), values, accumulate=True)
+        return Delta(a, torch.eye(outputs)[own_rows])
+    b = torch.zeros(least, outputs).index_put((column, rows), values, accumulate=True)
+    return Delta(torch.eye(inputs)[own_columns], b)
 
 
 def _hira(module: Module) -> Dense:

@@ -81,6 +81,10 @@ def gather(adapter: Adapter, lowering: Lowering, names: Names) -> Gathered:
     grouped, shared = _group(
         adapter, lowering.format, lambda name: names.find(name) in vocabulary, lambda name: names.find(name) in bases
     )
+    targets = _in_order(adapter, bases) if lowering.ordered else ()
+    if lowering.everywhere in shared:
+        for base in targets:
+            grouped.setdefault(base.name, {})[lowering.everywhere] = shared[lowering.everywhere]
     if not grouped:
         raise errors.AdapterError(f"adapter from {adapter.source}: it has no weights of any module")
     placed = place(adapter, grouped, shared, lowering, names)
@@ -117,6 +121,7 @@ def gather(adapter: Adapter, lowering: Lowering, names: Names) -> Gathered:
             placed.files.get(name, (name,))[0],
             weights.get(name, ""),
             name in swapped,
+            targets,
         )
         for name, parts in modules.items()
     )
@@ -130,6 +135,16 @@ def module_names(adapter: Adapter, lowering: Lowering) -> list[str]:
         adapter, lowering.format, lambda name: name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES, lambda name: False
     )
     return sorted(usual[0])
+
+
+def _in_order(adapter: Adapter, bases: Mapping[str, BaseLinear]) -> tuple[BaseLinear, ...]:
+    """What the config targets, in the order in which PEFT visits it: a module of several names once, at the first."""
+    wanted, seen, found = targets_of(adapter.config, bases), set[str](), []
+    for name, base in bases.items():
+        if name in wanted and not seen & {*base.aliases} and (base.linear or base.embed_scale is not None):
+            found.append(base)
+        seen.add(name)
+    return tuple(found)
 
 
 _COPIES = {suffix for suffix in BASE_PARTS if suffix.startswith("base_layer.")}
@@ -175,9 +190,13 @@ def _group(
     for key, stored in adapter.tensors.items():
         # 8-bit floats are a format of storage, which torch computes little with.
         tensor = stored.float() if stored.itemsize == 1 and stored.is_floating_point() else stored
+        family = next((start for start in format.families if key.startswith(start)), None)
         if key in format.shared:
             part = format.shared[key]
             shared[part] = tensor
+        elif family is not None:
+            part = format.families[family]
+            shared[part + key.removeprefix(family)] = tensor
         else:
             suffix = suffix_of(key, endings)
             name = "" if suffix is None else key[: -len(suffix) - 1]

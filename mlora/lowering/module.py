@@ -49,7 +49,8 @@ class Format:
         parts: suffix of a key -> the part's name.
         honoured: options that the lowering reads. `neutral`: options that do not change the result of
             a trained adapter: training and initialisation. Any other option must be null, false or empty.
-        shared: key of a tensor that belongs to the whole adapter -> the part's name.
+        shared: key of a tensor that belongs to the whole adapter -> the part's name. `families`: start of the keys of
+            several such -> what takes its place in their names.
         integers: parts that hold whole numbers. `numbers`: those that hold one number, of whichever kind.
         notes: option -> why it is refused, if not just for want of an implementation.
         convs: the numbers of spatial dimensions of the convolutions that PEFT has such a layer for.
@@ -60,6 +61,7 @@ class Format:
     honoured: Set[str] = frozenset()
     neutral: Set[str] = frozenset()
     shared: Mapping[str, str] = field(default_factory=dict)
+    families: Mapping[str, str] = field(default_factory=dict)
     integers: Set[str] = frozenset()
     numbers: Set[str] = frozenset()
     notes: Mapping[str, str] = field(default_factory=dict)
@@ -74,6 +76,7 @@ class Module:
     Args:
         config: the adapter's config. `parts`: its tensors. `shared`: the adapter's own tensors.
         base: the linear that it changes. `peers`: those of the whole adapter.
+        targets: of a type that is `ordered`, all that the config targets, in the model's order; of others none.
         source: of the adapter, for messages.
         file: what the adapter's files call it, which is what the patterns of its config match.
         parameter: the path of its weight where it is that which `target_parameters` names, else "".
@@ -89,6 +92,7 @@ class Module:
     file: str
     parameter: str = ""
     swapped: bool = False
+    targets: tuple[BaseLinear, ...] = ()
 
     @property
     def where(self) -> str:
@@ -189,6 +193,9 @@ class Lowering:
         format: how it is saved.
         delta: the pure function from one of its modules to a delta.
         norms: whether it targets norms too. `tied`: whether what it targets takes along what is tied to it.
+        ordered: whether a module's delta depends on its place among those that the config targets.
+        everywhere: the part of the whole adapter that is all there is of a module; "" of types of which files have
+            tensors for each module.
         starts: config -> whether a layer that PEFT has just made changes nothing, so that a target which the files have
             nothing for is the base.
         names: where files do not use names as PEFT does: (those in the file, what the model knows of names) -> the
@@ -200,6 +207,8 @@ class Lowering:
     names: Callable[[Iterable[str], Names], dict[str, str]] | None = None
     norms: bool = False
     tied: bool = False
+    ordered: bool = False
+    everywhere: str = ""
     starts: Callable[[Mapping[str, Any]], bool] = lambda config: True
 
 

@@ -13,7 +13,8 @@ from .module import BASE_NAMES, TOKENS, Format, Lowering, Module
 from .saved import saved
 from .tokens import indices_of, trained_tokens
 
-# What may change an embedding: LoRA, what mlora makes of several when it merges them, and training of tokens or of all.
+# What may change an embedding: LoRA, TinyLoRA, what mlora makes of several when it merges them, and training of tokens
+# or of all.
 _EMBEDDING_PARTS = {
     "lora_embedding_A",
     "lora_embedding_B",
@@ -22,6 +23,9 @@ _EMBEDDING_PARTS = {
     "delta_matrix",
     "delta_gain",
     "magnitude",
+    "tinylora_A",
+    "tinylora_B",
+    "tinylora_P",
     "copy",
     "saved weight",
     TOKENS,
@@ -38,8 +42,8 @@ def lower_module(module: Module, lowering: Lowering) -> Delta | Dense:
         allowed = _EMBEDDING_PARTS | ({"lora_A", "lora_B"} if module.parameter else set())
         if unserved := sorted(parts.keys() - allowed):
             raise errors.UnsupportedAdapterError(
-                f"{module.where}: an embedding is served with LoRA only, or trained tokens; the file has its "
-                f"{', '.join(unserved)}"
+                f"{module.where}: an embedding is served with LoRA or TinyLoRA only, or trained tokens; the file has "
+                f"its {', '.join(unserved)}"
             )
     if base.offset is not None and (unserved := sorted(parts.keys() - _NORM_PARTS)):
         raise errors.UnsupportedAdapterError(

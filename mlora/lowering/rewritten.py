@@ -10,11 +10,8 @@ of the base's weight, whatever its dtype, as PEFT does it. Singular vectors are 
 B0 A0.
 
 Training moves A and B little, so s B A and s B0 A0 are large and nearly equal. The rank rows are therefore those of
-
-    B A - B0 A0 = (B - B0) A + B0 (A - A0)
-
-with the signs of B0 and A0 that are nearer to B and A: each product has a small factor, and 16 bits round little.
-PEFT's own conversion ([B, -B0] [A; A0]) is the same delta and loses more.
+(B - B0) A + B0 (A - A0), see `minus`. PEFT's own conversion ([B, -B0] [A; A0]) is the same delta, and loses more in 16
+bits.
 
 PEFT takes the weight of GPT-2's `Conv1D`, (in, out), for (out, in) in OLoRA; so does this.
 """
@@ -30,6 +27,7 @@ from torch import Tensor
 
 from .. import errors
 from ..adapters.adapter import Adapter
+from .delta import minus
 from .gather import gather
 from .lora import LORA, factors, scale_of
 from .module import Module
@@ -123,9 +121,8 @@ def _difference(module: Module, init: str) -> tuple[Tensor, Tensor]:
             f"{module.where}: its factors have shapes {tuple(b.shape)} and {tuple(a.shape)}, and what "
             f"init_lora_weights={init!r} makes of its weight {tuple(b0.shape)} and {tuple(a0.shape)}"
         )
-    sign = torch.where((a * a0).sum(1) + (b * b0).sum(0) < 0, -1.0, 1.0)
-    a0, b0 = a0 * sign[:, None], b0 * sign
-    return torch.cat([a, a - a0]), torch.cat([b - b0, b0], dim=1)
+    rows, columns = minus(a, b.t(), a0, b0.t())
+    return rows, columns.t().contiguous()
 
 
 def _principal(module: Module, rank: int, scale: float) -> tuple[Tensor, Tensor]:

@@ -20,13 +20,13 @@ FORMAT = Format(
 def delta(module: Module) -> Delta:
     """The delta of one module."""
     base, rank = module.base, module.integer("r", 256)
+    outputs, inputs = projections.widest(module)
     if module.config.get("save_projection", True):
-        outputs, inputs = projections.widest(module)
         a, b = module.whole("vera_A", rank, None), module.whole("vera_B", None, rank)
         module.covers("vera_A", a.shape[1], inputs)
         module.covers("vera_B", b.shape[0], outputs)
     else:
-        a, b = projections.vera(projections.seed(module), rank, *projections.widest(module))
+        a, b = projections.kaiming(projections.seed(module), (rank, inputs), (outputs, rank))
     lambda_b, lambda_d = module.part("vera_lambda_b", base.out_features), module.part("vera_lambda_d", rank)
     return compact(a[:, : base.in_features] * lambda_d[:, None], (b[: base.out_features] * lambda_b[:, None]).t())
 

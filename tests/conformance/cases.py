@@ -109,6 +109,10 @@ TOKENS = list(range(2, VOCAB, 2))
 _LORA = {"r": 3, "lora_alpha": 7}
 _WEIGHTS = ["q_proj.weight", "mlp.down_proj.weight", "embed_tokens.weight"]
 _ALORA = {**_LORA, "task_type": "CAUSAL_LM", "alora_invocation_tokens": [5, 9]}
+_VECTORS = {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"}
+_SERIES = {"use_cayley_neumann": True, "cayley_neumann_eps": 0.9}
+_ANY_MATRIX = {"psoft_orth": False, "psoft_mag_a": False}
+_QUIET = {"progressbar": False}
 _ONE_BLOCK = {"boft_block_size": 0, "boft_block_num": 1}
 
 
@@ -119,6 +123,19 @@ def _lora(name: str, verdict: str = EXACT, reason: str = "", **options: Any) -> 
 def _rewritten(name: str, reason: str, **values: Any) -> Spec:
     return Spec(name, "LoraConfig", _LORA, REFUSED, reason, rewritten=values)
 
+
+def _refused(name: str, kind: str, reason: str) -> Spec:
+    """A type that is refused whatever its files hold."""
+    return _rewritten(name, reason, peft_type=kind)
+
+
+_PROMPTS = {
+    "P-tuning": "P_TUNING",
+    "Multitask prompt tuning": "MULTITASK_PROMPT_TUNING",
+    "CPT": "CPT",
+    "Cartridge": "CARTRIDGE",
+    "Adaption prompt": "ADAPTION_PROMPT",
+}
 
 SPECS: tuple[Spec, ...] = (
     Spec("LoRA", "LoraConfig", _LORA, models=(*ALL, "conv")),
@@ -260,6 +277,34 @@ SPECS: tuple[Spec, ...] = (
     Spec("Constrained OFT", "OFTConfig", {"oft_block_size": 4, "coft": True}, REFUSED, "coft"),
     Spec("BOFT", "BOFTConfig", {"boft_block_size": 4}, DENSE, "rotates", models=LINEAR),
     Spec("BOFT, one block", "BOFTConfig", _ONE_BLOCK, DENSE, "rotates", models=("conv",)),
+    Spec("BEFT", "BeftConfig", models=("qwen2", *LINEAR)),
+    Spec("PVeRA", "PveraConfig", {"r": 5}, models=ALL),
+    Spec("PVeRA without projections", "PveraConfig", {"r": 5, "save_projection": False}),
+    Spec("PVeRA that samples", "PveraConfig", {"r": 5, "sample_at_inference": True}, REFUSED, "random numbers"),
+    Spec("UniLoRA", "UniLoraConfig", {"r": 3, "theta_d_length": 40}, strength=1.0, models=ALL),
+    Spec("UniLoRA with places", "UniLoraConfig", {"r": 3, "theta_d_length": 40, "save_indices": True}, strength=1.0),
+    Spec("TinyLoRA", "TinyLoraConfig", {"r": 3, "u": 5}, models=ALL),
+    Spec("TinyLoRA without projections", "TinyLoraConfig", {"r": 3, "u": 5, "save_projection": False}),
+    Spec("TinyLoRA, tied", "TinyLoraConfig", {"r": 2, "u": 5, "weight_tying": 0.6}),
+    Spec("TinyLoRA of embeddings", "TinyLoraConfig", {"r": 3, "u": 5, "target_modules": ["embed_tokens", "q_proj"]}),
+    Spec("DEFT", "DeftConfig", {"r": 3, "alpha": 5}, models=ALL),
+    Spec("DEFT, orthogonal", "DeftConfig", {"r": 3, "decomposition_method": "qr"}, models=("gpt2",)),
+    Spec("DEFT, PaRa", "DeftConfig", {"r": 3, "decomposition_method": "qr", "para": True}),
+    Spec("PEANuT", "PeanutConfig", {"r": 4}, models=LINEAR),
+    Spec("PEANuT, deep", "PeanutConfig", {"r": 4, "depth": 2, "act_fn": "gelu", "scaling": 0.5}, strength=0.6),
+    Spec("PSOFT", "PsoftConfig", {"r": 4, "psoft_alpha": 6}, models=LINEAR),
+    Spec("PSOFT, series", "PsoftConfig", {"r": 5, "ab_svd_init": "pissa_init", **_SERIES}),
+    Spec("PSOFT, any matrix", "PsoftConfig", {"r": 4, "psoft_svd": "lowrank", "random_seed": 3, **_ANY_MATRIX}),
+    Spec("OSF", "OSFConfig", {"effective_rank": 0.9}, models=LINEAR),
+    Spec("OSF of full rank", "OSFConfig"),
+    Spec("GLoRA, vectors", "GloraConfig", _VECTORS, models=("qwen2", *LINEAR)),
+    Spec("GLoRA, numbers", "GloraConfig", {"config_A_B": "constant", "config_C": "none"}, models=("qwen2",)),
+    Spec("GLoRA", "GloraConfig", {"r": 3}, DENSE, "elementwise", models=("qwen2", *LINEAR)),
+    Spec("FRoD", "FrodConfig", {"sparse_rate": 0.1, **_QUIET}, DENSE, "anew", models=ALL),
+    Spec("FRoD without projections", "FrodConfig", {"save_projection": False, **_QUIET}, REFUSED, "save_projection"),
+    Spec("Super-Tuning", "SupertuningConfig", {"sparsity": 0.9}, DENSE, "sparse", models=LINEAR),
+    Spec("Super-Tuning, Supra", "SupertuningConfig", {"sparsity": 0.9, "r": 3, "lora_alpha": 5}, DENSE, "sparse"),
+    Spec("AdaMSS", "AdamssConfig", {"r": 9, "num_subspaces": 3, "subspace_rank": 2}, models=("qwen2", *LINEAR)),
     Spec("FourierFT", "FourierFTConfig", {"n_frequency": 30, "random_loc_seed": 5}, DENSE, "waves"),
     Spec("WaveFT", "WaveFTConfig", {"n_frequency": 30, "scaling": 5.0}, DENSE, "wavelets"),
     Spec(
@@ -284,6 +329,11 @@ SPECS: tuple[Spec, ...] = (
     Spec("Trainable tokens", "TrainableTokensConfig", {"token_indices": TOKENS}, models=TEXTS),
     Spec("Prompt tuning", "PromptTuningConfig", {"num_virtual_tokens": 2}, REFUSED, "virtual tokens"),
     Spec("Prefix tuning", "PrefixTuningConfig", {"num_virtual_tokens": 2}, REFUSED, "virtual tokens"),
+    *(_refused(name, kind, "virtual tokens") for name, kind in _PROMPTS.items()),
+    _refused("Lily", "LILY", "other rows"),
+    _refused("Poly", "POLY", "task_ids"),
+    _refused("X-LoRA", "XLORA", "runs the model twice"),
+    _refused("Shadow", "SHADOW", "a small model of its own"),
     Spec(
         "LoRA with target parameters",
         "LoraConfig",
@@ -305,9 +355,9 @@ _OWN_TARGETS = ("TrainableTokensConfig", "PromptTuningConfig", "PrefixTuningConf
 _NO_FAN_IN = ("RandLoraConfig", "VeraConfig", "LNTuningConfig", "TrainableTokensConfig")
 
 
-def make(folder: Path, spec: Spec, model: str, seed: int) -> Path:
-    """Save the adapter of `spec` for a model of conftest's, with every trainable tensor random."""
-    base = spec.on(build(model))
+def make(folder: Path, spec: Spec, model: str, seed: int, dtype: torch.dtype = torch.float32) -> Path:
+    """Save the adapter of `spec` for a model of conftest's in `dtype`, with every trainable tensor random, in fp32."""
+    base = spec.on(build(model, dtype).float())
     options = {key: _named(value, EMBEDDINGS.get(model, "")) for key, value in spec.options.items()}
     if spec.kind == "LNTuningConfig":
         options["target_modules"] = NORMS[model]
@@ -408,10 +458,11 @@ def planted(ids: Tensor, entries: Sequence[Any]) -> Tensor:
 def merged(base: nn.Module, mix: Mapping[Path, float]) -> nn.Module:
     """The base with the weighted sum of the differences that PEFT's own merges make, in fp64."""
     base = untied(base)  # where weights are tied, PEFT merges what changes one end into both
-    biased = {key for folder in mix for key in load_file(folder / "adapter_model.safetensors") if "lora_B.bias" in key}
+    keys = {key for folder in mix for key in load_file(folder / "adapter_model.safetensors")}
+    biased = {key.rpartition(part)[0] for key in keys for part in (".lora_B.bias", ".beft_bias") if key.endswith(part)}
     for name, module in base.named_modules():
-        # PEFT merges lora_bias only into a bias.
-        if f"base_model.model.{name}.lora_B.bias" in biased and module.bias is None:
+        # PEFT merges a shift only into a bias.
+        if f"base_model.model.{name}" in biased and module.bias is None:
             module.bias = nn.Parameter(torch.zeros(module.weight.shape[0], dtype=module.weight.dtype))
     states: dict[Path, dict[str, Tensor]] = {}
     with warnings.catch_warnings():

@@ -30,7 +30,7 @@ class World:
     """One architecture: the bare model, its patched copy, and oracles, made when they are first asked for."""
 
     def __init__(self, kind: str, root: Path, dtype: torch.dtype = torch.float32) -> None:
-        self.kind, self.root = kind, root
+        self.kind, self.root, self.dtype = kind, root, dtype
         self.base = build(kind, dtype)
         self.model = copy.deepcopy(self.base)
         self.runtime = mlora.patch(self.model, memory=8 << 20)
@@ -39,7 +39,7 @@ class World:
         self.load = cache(self._load)
 
     def _folder(self, spec: Spec) -> Path:
-        return make(self.root / spec.id, spec, self.kind, SPECS.index(spec))
+        return make(self.root / spec.id, spec, self.kind, SPECS.index(spec), self.dtype)
 
     def _load(self, spec: Spec) -> str:
         """Load the adapter, as whole matrices where it takes that."""
@@ -235,7 +235,7 @@ def test_bf16_is_within_twice_pefts_own_error(worlds: Any, halves: World, verdic
     wide = worlds("llama")
     batch = wide.batch([spec] * 6)
     with verdicts(spec.name, "llama", "bf16", spec.verdict):
-        folder = wide.folder(spec)
+        folder = halves.folder(spec)
         oracle = logits(peft_alone(spec.on(copy.deepcopy(halves.base).float()), folder), batch).double()
         theirs = logits(peft_alone(spec.on(halves.base), folder), batch).double()
         name = halves.runtime.load_adapter(folder, spec.name, dense=spec.verdict == DENSE).name

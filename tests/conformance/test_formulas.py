@@ -220,6 +220,41 @@ def hira(t: Parts, w: Tensor, c: dict) -> Tensor:
     return w * (t["hira_B"] @ t["hira_A"])
 
 
+def pvera(t: Parts, w: Tensor, c: dict) -> Tensor:
+    a, b = t["pvera_A"][: c["r"], : w.shape[1]], t["pvera_B"][: w.shape[0]]
+    return t["pvera_lambda_b"].diag() @ b @ t["pvera_lambda_d"][: c["r"]].diag() @ a
+
+
+def unilora(t: Parts, w: Tensor, c: dict) -> Tensor:
+    a, b = (t["unilora_theta_d"][t[f"unilora_indices_{s}"].long()] * t[f"unilora_scales_{s}"] for s in "AB")
+    return b @ a
+
+
+def deft(t: Parts, w: Tensor, c: dict) -> Tensor:
+    p = t["deft_P"]
+    q, right = (p, p.clamp(min=0)) if c["decomposition_method"] == "relu" else [torch.linalg.qr(p)[0]] * 2
+    added = 0 if c["para"] else (c["alpha"] / c["r"] if c["alpha"] else 1) * q @ t["deft_R"]
+    return (EYE(len(w), dtype=torch.float64) - q @ right.t()) @ w + added - w
+
+
+def peanut(t: Parts, w: Tensor, c: dict) -> Tensor:
+    columns = [t["peanut_B.weight"] @ (t["peanut_A.weight"] @ w[:, i]).clamp(min=0) for i in range(w.shape[1])]
+    return c["scaling"] * torch.stack(columns, dim=1)
+
+
+def supertuning(t: Parts, w: Tensor, c: dict) -> Tensor:
+    result = torch.zeros_like(w)
+    for place, value in zip(t["supertuning_indices"].long().tolist(), t["supertuning_values"], strict=True):
+        result[divmod(place, w.shape[1])] += value
+    if c["r"]:
+        result += c["lora_alpha"] / c["r"] * t["supertuning_lora_B.weight"] @ t["supertuning_lora_A.weight"]
+    return result
+
+
+def glora(t: Parts, w: Tensor, c: dict) -> Tensor:
+    return w * (t["glora_A.Xd"] @ t["glora_A.Xu"]) + t["glora_B.Xd"] @ t["glora_B.Xu"]
+
+
 FORMULAS: dict[str, Callable[[Parts, Tensor, dict], Tensor]] = {
     "LoRA": low_rank, "KaSA": kasa, "AdaLoRA": adalora, "LoHa": loha, "LoHa of full rank": loha, "LoKr, low rank": lokr,
     "LoKr, one full factor": lokr, "LoKr, full": lokr, "VeRA": vera, "VB-LoRA": vblora, "DeLoRA": delora,
@@ -227,7 +262,9 @@ FORMULAS: dict[str, Callable[[Parts, Tensor, dict], Tensor]] = {
     "GraLoRA": gralora, "GraLoRA, hybrid": gralora, "GraLoRA of full rank": gralora, "HRA": hra,
     "HRA, Gram-Schmidt": hra, "IA3": ia3, "RoAd 1": road, "RoAd 2": road, "RoAd 4": road, "OFT": oft,
     "OFT, exact Cayley": oft, "OFT, shared block": oft, "FourierFT": fourierft, "C3A": c3a, "SHiRA": shira,
-    "HiRA": hira, "BOFT": boft, "BOFT, one block": boft, "WaveFT": waveft,
+    "HiRA": hira, "BOFT": boft, "BOFT, one block": boft, "WaveFT": waveft, "PVeRA": pvera,
+    "UniLoRA with places": unilora, "DEFT": deft, "DEFT, orthogonal": deft, "DEFT, PaRa": deft, "PEANuT": peanut,
+    "Super-Tuning": supertuning, "Super-Tuning, Supra": supertuning, "GLoRA": glora,
 }  # fmt: skip
 
 

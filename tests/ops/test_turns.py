@@ -278,7 +278,7 @@ def test_an_embedding_is_not_turned(llama: Any) -> None:
     width = llama.model.embed_tokens.embedding_dim
     tensors = {"model.embed_tokens.oft_R.weight": torch.ones(width // 4, 6)}
     adapter = mlora.Adapter({"peft_type": "OFT", "oft_block_size": 4}, tensors)
-    with pytest.raises(errors.UnsupportedAdapterError, match="an embedding is served with LoRA only"):
+    with pytest.raises(errors.UnsupportedAdapterError, match="an embedding is served with LoRA or TinyLoRA only"):
         mlora.patch(copy.deepcopy(llama)).add_adapter("a", adapter)
 
 
