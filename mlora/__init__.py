@@ -14,6 +14,7 @@ from .ops.registration import register_operators
 if TYPE_CHECKING:
     from . import serve as serve
     from .adapters.adapter import Adapter
+    from .attached import attach, detach
     from .config import from_config
     from .evaluation import evaluate
     from .merge import Merge
@@ -35,6 +36,8 @@ __all__ = [
     "Run",
     "Runtime",
     "Trainer",
+    "attach",
+    "detach",
     "errors",
     "evaluate",
     "from_config",
@@ -52,6 +55,8 @@ _HOMES = {
     "Run": "trainer",
     "Runtime": "runtime",
     "Trainer": "trainer",
+    "attach": "attached",
+    "detach": "attached",
     "evaluate": "evaluation",
     "from_config": "config",
     "losses": "training.losses",
