@@ -1,6 +1,7 @@
 """OFT: W' = W R^T, R block-diagonal and orthogonal   (Qiu et al., arXiv:2306.07280).
 
-The blocks turn the input before W reads it.
+The blocks turn the input before W reads it. With `coft` each block's skew-symmetric Q is first shortened to a Frobenius
+norm of eps / sqrt(b) at most, b the number of blocks in the file, whenever the adapter runs.
 """
 
 from __future__ import annotations
@@ -32,8 +33,17 @@ def delta(module: Module) -> Delta:
     blocks = base.in_features // size
     packed = module.part("oft_R", 1 if shared else blocks, size * (size - 1) // 2).double()
     terms = module.integer("num_cayley_neumann_terms", 5) if module.config.get("use_cayley_neumann", True) else 0
+    if module.config.get("coft"):
+        packed = _constrained(packed, module.number("eps", 6e-5))
     rotation = _cayley(packed, size, terms) - torch.eye(size, dtype=packed.dtype)
     return Delta(in_turn=Turn.of_blocks(rotation.transpose(1, 2).expand(blocks, size, size).float()))
+
+
+def _constrained(packed: Tensor, eps: float) -> Tensor:
+    """(blocks, n): the upper triangles of skew-symmetric matrices, of a norm of eps / sqrt(blocks) at most."""
+    norm = torch.linalg.vector_norm(packed, dim=1, keepdim=True) * math.sqrt(2)  # of both triangles
+    most = eps / math.sqrt(len(packed))
+    return torch.where(norm <= most, packed, packed * (most / norm))
 
 
 def _cayley(packed: Tensor, size: int, terms: int) -> Tensor:
@@ -57,10 +67,12 @@ def _cayley(packed: Tensor, size: int, terms: int) -> Tensor:
 OFT = Lowering(
     Format(
         parts={"oft_R.weight": "oft_R"},
-        honoured={"r", "oft_block_size", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms"},
-        neutral={"module_dropout", "init_weights", "eps"},  # eps is for coft only
+        honoured={
+            "r", "oft_block_size", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms", "coft", "eps",
+        },
+        neutral={"module_dropout", "init_weights"},
         convs={2},
         grouped=True,
     ),
     delta,
-)
+)  # fmt: skip

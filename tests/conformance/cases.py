@@ -274,7 +274,12 @@ SPECS: tuple[Spec, ...] = (
     Spec("OFT, one block", "OFTConfig", {"r": 1, "oft_block_size": 0}),
     Spec("OFT, exact Cayley", "OFTConfig", {"oft_block_size": 8, "use_cayley_neumann": False}, models=CONV),
     Spec("OFT, shared block", "OFTConfig", {"oft_block_size": 4, "block_share": True}, models=CONV),
-    Spec("Constrained OFT", "OFTConfig", {"oft_block_size": 4, "coft": True}, REFUSED, "coft"),
+    Spec("OFT, constrained", "OFTConfig", {"oft_block_size": 4, "coft": True, "eps": 0.9}, models=CONV),
+    Spec(
+        "OFT, constrained, shared block",
+        "OFTConfig",
+        {"oft_block_size": 8, "coft": True, "eps": 0.5, "block_share": True},
+    ),
     Spec("BOFT", "BOFTConfig", {"boft_block_size": 4}, DENSE, "rotates", models=LINEAR),
     Spec("BOFT, one block", "BOFTConfig", _ONE_BLOCK, DENSE, "rotates", models=("conv",)),
     Spec("BEFT", "BeftConfig", models=("qwen2", *LINEAR)),

@@ -151,11 +151,14 @@ def road(t: Parts, w: Tensor, c: dict) -> Tensor:
 def oft(t: Parts, w: Tensor, c: dict) -> Tensor:
     size = c["oft_block_size"]
     result = w.clone()
+    bound = c["eps"] / len(t["oft_R.weight"]) ** 0.5
     for block in range(w.shape[1] // size):
         packed = t["oft_R.weight"][0 if c["block_share"] else block]
         q = torch.zeros(size, size, dtype=torch.float64)
         q[tuple(torch.triu_indices(size, size, 1))] = packed
         q, eye = q - q.t(), EYE(size, dtype=torch.float64)
+        if c["coft"]:
+            q = q * min(1.0, bound / q.norm().item())
         if c["use_cayley_neumann"]:
             rotation = eye + 2 * q + 2 * q @ q + 2 * q @ q @ q + q @ q @ q @ q
         else:
@@ -262,6 +265,7 @@ FORMULAS: dict[str, Callable[[Parts, Tensor, dict], Tensor]] = {
     "GraLoRA": gralora, "GraLoRA, hybrid": gralora, "GraLoRA of full rank": gralora, "HRA": hra,
     "HRA, Gram-Schmidt": hra, "IA3": ia3, "RoAd 1": road, "RoAd 2": road, "RoAd 4": road, "OFT": oft,
     "OFT, exact Cayley": oft, "OFT, shared block": oft, "FourierFT": fourierft, "C3A": c3a, "SHiRA": shira,
+    "OFT, constrained": oft, "OFT, constrained, shared block": oft,
     "HiRA": hira, "BOFT": boft, "BOFT, one block": boft, "WaveFT": waveft, "PVeRA": pvera,
     "UniLoRA with places": unilora, "DEFT": deft, "DEFT, orthogonal": deft, "DEFT, PaRa": deft, "PEANuT": peanut,
     "Super-Tuning": supertuning, "Super-Tuning, Supra": supertuning, "GLoRA": glora,
