@@ -11,11 +11,15 @@ import typer
 
 from .errors import InputError, one_line_errors
 
+EVERY = (
+    "kernels", "attention", "generate", "train", "runs", "merge", "kinds", "load", "serve", "loopback", "plot",
+)  # fmt: skip
+
 
 def bench(
     what: Annotated[
         str,
-        typer.Argument(help="kernels, attention, generate, train, merge, kinds, load, serve, loopback, plot or all."),
+        typer.Argument(help=f"{', '.join(EVERY)} or all."),
     ] = "all",
     smoke: Annotated[bool, typer.Option("--smoke", help="A few seconds, to see that it runs.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the JSONL files and plots.")] = Path("bench/results"),
@@ -23,10 +27,9 @@ def bench(
     """Run the benchmarks of a source checkout."""
     with one_line_errors():
         folder = Path(__file__).resolve().parents[2] / "bench"
-        every = ["kernels", "attention", "generate", "train", "merge", "kinds", "load", "serve", "loopback", "plot"]
-        steps = every if what == "all" else [what]
-        if not set(steps) <= set(every):
-            raise InputError(f"bench {what!r}: wanted {', '.join(every)} or all")
+        steps = EVERY if what == "all" else (what,)
+        if not set(steps) <= set(EVERY):
+            raise InputError(f"bench {what!r}: wanted {', '.join(EVERY)} or all")
         if not (folder / "kernels.py").is_file():
             raise InputError(f"{folder} is not there: benchmarks need a source checkout (git clone, pip install -e .)")
         out.mkdir(parents=True, exist_ok=True)
