@@ -80,7 +80,8 @@ def summary(verdicts: dict[str, str]) -> str:
 
 
 def _family(name: str, verdicts: dict[str, str]) -> str:
-    """`RandLora, sparse` and `RandLora` are forms of RandLora; `PiSSA, converted` is none of PiSSA: that is refused."""
+    """`RandLora, sparse` and `RandLora` are forms of RandLora; `GLoRA, vectors` is none of GLoRA: that has
+    another verdict."""
     family = re.split(r",| with(?:out)? | of | mini$| bat$| \d$", name)[0]
     return family if verdicts.get(family, "exact") == "exact" else name
 

@@ -55,7 +55,7 @@ def inspect(
 
         from mlora import Adapter
         from mlora.errors import MloraError
-        from mlora.lowering import module_names
+        from mlora.lowering import is_rewriting, module_names
 
         out = Console(soft_wrap=True, highlight=False, markup=False)
         adapter = Adapter.from_pretrained(source, allow_pickle=allow_pickle, ignore=ignore or ())
@@ -63,6 +63,7 @@ def inspect(
             files = files_of(folder, source, path)
         linears = linears_of(adapter.tensors)
         copied = any(key.endswith("base_layer.weight") for key in adapter.tensors)  # to be compared with the base
+        rewriting = is_rewriting(adapter.config)  # it is another LoRA beside the base
         ranks = sorted({rank for rank, _, _ in linears.values()})
         options = {k: v for k, v in sorted(adapter.config.items()) if v is not None and v not in ({}, [], "")}
         out.print(f"source   {adapter.source}")
@@ -94,7 +95,7 @@ def inspect(
                 for name, error in sorted(info.errors.items(), key=lambda item: -item[1]):
                     out.print(f"error    {error:.1e} {name}")
                 zero = info.zero
-            elif set(linears) == set(names) and not (copied or any(map(adapter.config.get, _FROM_BASE))):
+            elif set(linears) == set(names) and not (copied or any(map(adapter.config.get, _FROM_BASE)) or rewriting):
                 zero = _is_zero(adapter, linears)
                 out.print("served   yes (pass --model to check that it fits a base model)")
             else:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import errors
 from ..adapters.adapter import Adapter
-from ..lowering import Conv, lower, module_names, to_adapter
+from ..lowering import LOWERINGS, Conv, Names, is_rewriting, lower, module_names, to_adapter, untouched
 from ..lowering.delta import BaseLinear, Delta
 from . import Merge, kept, merge_adapters
 
@@ -114,6 +114,15 @@ def _needs(name: str, part: str, users: str) -> Callable[[], Tensor]:
     return refuse
 
 
+def _check_apart(adapters: Iterable[Adapter]) -> None:
+    """Raise `MergeError` where what an adapter does to a module is not in its files, whatever the widths."""
+    for adapter in adapters:
+        ordered = adapter.peft_type in LOWERINGS and LOWERINGS[adapter.peft_type].ordered
+        if ordered or is_rewriting(adapter.config):
+            why = "its numbers go by the order of the model's modules" if ordered else "its start is a part of the base"
+            raise errors.MergeError(f"adapter from {adapter.source}: {why}: the base model is needed")
+
+
 def merge_files(
     adapters: Mapping[str, Adapter],
     how: Merge,
@@ -135,11 +144,13 @@ def merge_files(
         AdapterError: as `lower`.
     """
     if bases is None:
+        _check_apart([adapters[name] for name in how.adapters])
         known = bases_of(adapters)
         own = [{name: known[name] for name in module_names(adapters[n])} for n in how.adapters]
         bases = known
     else:
         own = [dict(bases)] * len(how.adapters)
+        adapters = {name: untouched(adapters[name], Names(None, bases)) for name in how.adapters}
     lowered = [dict(lower(adapters[name], mine).deltas) for name, mine in zip(how.adapters, own, strict=True)]
     total = len({name for deltas in lowered for name in deltas})
     deltas = kept(dict(track(merge_adapters(lowered, how, bases), total)), bases)

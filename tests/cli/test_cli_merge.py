@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from conftest import assert_close, build, inputs_for, logits, make_adapter, peft_alone
@@ -112,6 +113,34 @@ def test_types_whose_files_do_not_tell_the_widths(base: Any, tmp_path: Path) -> 
     peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path / "ia3")
     code, output = merge(tmp_path / "out", [str(tmp_path / "ia3")])
     assert code == 1 and "'ia3'" in output and "IA3" in output and "pass --model BASE" in output, output
+
+
+def test_what_the_files_do_not_hold(base: Any, folders: dict[str, Path], tmp_path: Path) -> None:
+    """The widths are told by another adapter, and are not enough."""
+    targets = {"target_modules": ["q_proj", "v_proj"]}
+    kinds = {
+        "pissa": (peft.LoraConfig(r=3, init_lora_weights="pissa", **targets), "part of the base"),
+        "tiny": (peft.TinyLoraConfig(u=3, init_weights="uniform", **targets), "order of the model's modules"),
+    }
+    for name, (config, why) in kinds.items():
+        model = peft.get_peft_model(copy.deepcopy(base), config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+        model.save_pretrained(tmp_path / name)
+        sources = [f"{folders['r3']}@0.7", f"{tmp_path / name}@-0.5"]
+        code, output = merge(tmp_path / f"{name} merged", sources)
+        assert code == 1 and why in output and "base model is needed" in output
+        code, output = merge(tmp_path / f"{name} merged", sources, "--model", "BASE")
+        assert code == 0, output
+        patched = copy.deepcopy(base)
+        runtime = mlora.patch(patched)
+        for folder, label in ((folders["r3"], "r3"), (tmp_path / name, name), (tmp_path / f"{name} merged", "merged")):
+            runtime.load_adapter(folder, label)
+        batch = inputs_for("llama", 2)
+        want = logits(patched, batch, adapter_names={"r3": 0.7, name: -0.5})
+        assert_close(logits(patched, batch, adapter_names="merged"), want)
 
 
 def test_adapters_of_different_bases(base: Any, folders: dict[str, Path], tmp_path: Path) -> None:
