@@ -109,8 +109,8 @@ def tiny_llama() -> Any:
         hidden_size=64,
         intermediate_size=160,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
         vocab_size=128,
         pad_token_id=0,
     )

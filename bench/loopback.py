@@ -22,8 +22,8 @@ from typing import Any
 
 import uvicorn
 from common import Log, add_arguments, machine, quantiles, set_up
+from engines import Bench
 from rich.table import Table
-from serve import Bench
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
