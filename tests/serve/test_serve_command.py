@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,8 @@ def test_a_served_process_and_its_end(folder: Path) -> None:
     section = {"adapters": {"a": {"path": "adapters/a"}, "b": {"path": "adapters/b"}}}
     section["merge"] = {"name": "both", "sources": ["a", "b"], "combination_type": "ties"}
     (folder / "config.yaml").write_text(json.dumps({"base_model": model, "adapters": section}))
-    with command("--config", str(folder / "config.yaml"), "--drain-seconds", "1") as (process, url, said):
+    options = ["--config", str(folder / "config.yaml"), "--drain-seconds", "1", "--max-running", "1"]
+    with command(*options, "--cache-tokens", "4096") as (process, url, said):
         models = httpx.get(f"{url}/v1/models", headers=headers).json()["data"]
         assert [card["id"] for card in models] == ["tiny", "a", "b", "both"]
         texts = set()
@@ -120,10 +122,18 @@ def test_a_served_process_and_its_end(folder: Path) -> None:
             texts.add(answer.json()["choices"][0]["text"])
         assert len(texts) == 4
         found, thread = stream(url, 4000)
-        process.send_signal(signal.SIGTERM)
+        body = {"model": "a", "prompt": "hello", "max_tokens": 4}
+        with ThreadPoolExecutor(1) as pool:
+            waits = pool.submit(httpx.post, f"{url}/v1/completions", json=body, headers=headers, timeout=60)
+            while httpx.get(f"{url}/adapters", headers=headers).json()["waiting"] < 1:
+                assert not waits.done()
+            process.send_signal(signal.SIGTERM)
+            late = waits.result()
         assert process.wait(30) == 0
         thread.join(30)
         assert found[-1] != "[DONE]"
+        assert late.status_code == 503 and late.json()["error"]["message"] == "the server is shutting down"
+        assert "Traceback" not in "".join(said)
 
 
 @pytest.mark.parametrize(

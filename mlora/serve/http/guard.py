@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import re
@@ -11,7 +12,7 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .problems import FAILED, FORBIDDEN, TOO_LARGE, UNAUTHORIZED, Problem
+from .problems import FAILED, FORBIDDEN, TOO_LARGE, UNAUTHORIZED, UNAVAILABLE, Problem
 from .server import Server
 from .streams import Gone
 
@@ -63,6 +64,12 @@ class Guard:
             status = _WENT_AWAY
         except Problem as problem:
             await problem.response(path)(scope, receive, answer)
+        except asyncio.CancelledError:  # by a server that waits no longer for what runs
+            if not self._server.draining:
+                raise
+            if not status:
+                late = Problem(UNAVAILABLE, "the server is shutting down", retry_after=1.0)
+                await late.response(path)(scope, receive, answer)
         except Exception:
             log.exception("request %s failed", id)
             if not status:
