@@ -211,7 +211,7 @@ def _group(
             parts = modules.setdefault(name, {})
             if part in parts:
                 raise errors.AdapterError(f"adapter from {adapter.source}: {key} is there under two names")
-            if tensor.dim() < 2 and (not tensor.numel() or _is_matrix(part, name)):
+            if tensor.dim() < 2 and ((not tensor.numel() and part not in format.empty) or _is_matrix(part, name)):
                 wanted = "a matrix" if _is_matrix(part, name) else "whole"
                 raise errors.AdapterError(
                     f"adapter from {adapter.source}, module {name}: {part} has shape {tuple(tensor.shape)}; it must be "

@@ -51,7 +51,8 @@ class Format:
             a trained adapter: training and initialisation. Any other option must be null, false or empty.
         shared: key of a tensor that belongs to the whole adapter -> the part's name. `families`: start of the keys of
             several such -> what takes its place in their names.
-        integers: parts that hold whole numbers. `numbers`: those that hold one number, of whichever kind.
+        integers: parts that hold whole numbers. `numbers`: those that hold one number, of whichever kind. `empty`:
+            those that may hold none.
         notes: option -> why it is refused, if not just for want of an implementation.
         convs: the numbers of spatial dimensions of the convolutions that PEFT has such a layer for.
         grouped: whether grouped ones are served as well.
@@ -64,6 +65,7 @@ class Format:
     families: Mapping[str, str] = field(default_factory=dict)
     integers: Set[str] = frozenset()
     numbers: Set[str] = frozenset()
+    empty: Set[str] = frozenset()
     notes: Mapping[str, str] = field(default_factory=dict)
     convs: Set[int] = frozenset()
     grouped: bool = False

@@ -15,6 +15,7 @@ from .module import Format, Lowering, Module
 
 FORMAT = Format(
     parts={f"osf_svd_params.{part}_low": part for part in "USV"},
+    empty={*"USV"},
     neutral={"effective_rank", "rank_pattern", "init_weights"},  # the rank is in the tensors
 )
 
@@ -22,6 +23,8 @@ FORMAT = Format(
 def delta(module: Module) -> Delta:
     """The delta of one module."""
     base, most = module.base, min(module.base.in_features, module.base.out_features)
+    if module.parts.keys() >= {*"USV"} and not any(module.parts[part].numel() for part in "USV"):
+        return Delta()  # k is all that it has
     values = module.part("S", None)
     if len(values) > most:
         raise errors.AdapterError(f"{module.where}: it has {len(values)} singular values, its weight {most}")

@@ -109,6 +109,14 @@ def test_what_does_not_fit(
         runtime.load_adapter(folder, dense=spec.verdict == DENSE)
 
 
+def test_modules_that_keep_all_their_singular_values(
+    llama: Any, model: Any, runtime: Any, batch: dict[str, Tensor], tmp_path: Path
+) -> None:
+    folder = make(tmp_path, Spec("", "OSFConfig", {"effective_rank": 28}), "llama", 1)
+    runtime.load_adapter(folder, "a")
+    assert_close(logits(model, batch, adapter_names="a"), logits(peft_alone(llama, folder), batch))
+
+
 def test_zeros_that_are_none(tmp_path: Path) -> None:
     """PEFT would read them."""
     spec = Spec("", "GloraConfig", {"config_A_B": "vector", "config_C": "none"})
