@@ -201,8 +201,10 @@ def adapter_of(body: bytes, model: str) -> str:
         if isinstance(entry, str):
             entry = "" if entry == model else entry.removeprefix(f"{model}:")
         names = merged["ids"] if merged else names_of(entry or None)
-        return min(str(name) for name in names) if names else ""
-    except (ValueError, TypeError, AttributeError, KeyError, errors.MloraError):
+        first = min(str(name) for name in names) if names else ""
+        first.encode()  # JSON may have halves of surrogate pairs, which Ray could not send
+        return first
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError, errors.MloraError):
         return ""  # its replica says what is wrong with it
 
 
