@@ -175,7 +175,15 @@ class Runtime(Trains):
         if is_trainable:
             check_config(adapter.config, adapter.source)
         adapter = untouched(part_of(adapter, names), names)
-        lowered = lower(adapter, self.bases, approximate, dense=dense, model=self._model, strict=strict)
+        lowered = lower(
+            adapter,
+            self.bases,
+            approximate,
+            dense=dense,
+            model=self._model,
+            strict=strict,
+            trainable=is_trainable,
+        )
         keys = keys_of(adapter, lowered.deltas, names, self._indices, self.bases) if is_trainable else None
         trainable = keys is not None
         info = self._registry.add(name, adapter, lowered, approximate, dense, replaces=replaces, trainable=trainable)

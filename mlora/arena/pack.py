@@ -94,7 +94,7 @@ class Packed:
 
 
 def pack(
-    deltas: Mapping[int, Delta], empty: np.ndarray, dtype: torch.dtype, pin: bool, label: str, rests: bool = False
+    deltas: Mapping[int, Delta], empty: np.ndarray, dtype: torch.dtype, pin: bool, label: str, changing: bool = False
 ) -> Packed:
     """Lay the parts of an adapter out in one host blob.
 
@@ -102,7 +102,7 @@ def pack(
         deltas: module number -> delta. `label`: of the adapter, for messages.
         empty: `Packed.rows` of an adapter without parts.
         dtype: the arena's. `pin`: put the blob into memory that a GPU copies from.
-        rests: have room for the rests of gains that have none yet, since they will change.
+        changing: whether the numbers will change, so that the rests of gains need room that have none yet.
 
     Raises:
         AdapterError: a value is finite in the adapter and not in the arena's dtype.
@@ -127,7 +127,8 @@ def pack(
             continue
         if delta.a is not None and delta.b is not None:
             factors.append((index, number(delta.a), number(delta.b), delta.rank, delta.scale))
-            if delta.b.shape[0] == delta.b.shape[1] and torch.equal(delta.b, torch.eye(delta.rank).to(delta.b)):
+            square = delta.b.shape[0] == delta.b.shape[1] and not changing
+            if square and torch.equal(delta.b, torch.eye(delta.rank).to(delta.b)):
                 rows[index, 0, layout.WHOLE] = 1
         elif delta.matrix is not None:
             first, second = _factors(delta.matrix)
@@ -142,7 +143,7 @@ def pack(
             if part is not None:
                 rows[index, 0, column] = number(part)
                 touches[index] |= bit
-                if bit != SHIFT and (rest := _rest(part, dtype, rests)) is not None:
+                if bit != SHIFT and (rest := _rest(part, dtype, changing)) is not None:
                     rows[index, 1, column] = number(rest)
         for column, bit, turn in ((layout.TURN, TURN, delta.turn), (layout.IN_TURN, INPUT, delta.in_turn)):
             if turn is not None:

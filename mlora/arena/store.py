@@ -87,14 +87,15 @@ class Store:
     def __contains__(self, name: str) -> bool:
         return name in self._adapters
 
-    def pack(self, deltas: Mapping[int, Delta], label: str, rests: bool = False) -> Packed:
-        """Lay the parts of an adapter out in one host blob. `deltas`: module number -> delta; `rests`: see `pack.pack`.
+    def pack(self, deltas: Mapping[int, Delta], label: str, changing: bool = False) -> Packed:
+        """Lay the parts of an adapter out in one host blob. `deltas`: module number -> delta; `changing`: see
+        `pack.pack`.
 
         Raises:
             AdapterError: a value is finite in the adapter and not in the arena's dtype.
             CapacityError: the blob is larger than the arena.
         """
-        packed = pack(deltas, self._empty_rows, self.arena.dtype, self.arena.is_cuda, label, rests)
+        packed = pack(deltas, self._empty_rows, self.arena.dtype, self.arena.is_cuda, label, changing)
         if packed.nbytes > self.capacity:
             raise errors.CapacityError(
                 f"{label} needs {packed.nbytes:,} bytes; the arena has {self.capacity:,} ({_MORE_MEMORY})"

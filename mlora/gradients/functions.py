@@ -1,14 +1,15 @@
-"""The products of layers under adapters that are being trained, as autograd records them.
+"""The products of linears under adapters that are being trained, as autograd records them.
 
-With h the gradient of y = G base(x) + B^T v + c, v = s A x in fp32, and V = s B h, of one row of one adapter:
+With h the gradient of y = G base(U x) + B^T v + c, v = s A x in fp32, and V = s B h, of one row of one adapter:
 
-    x       base^T(G h) + A^T V     the second term is `apply_` on a table with A and B exchanged, which makes V too
-    A, B    sum V x^T, sum v h^T    over the adapter's tokens
-    bias    s sum h
-    DoRA    g times that of B; sum h (base(x) - bias + s B A x) / n for m, where g = m / n with n = |W + s B A|
+    x       U base^T(G h) + A^T V     the second term is `apply_` on a table with A and B exchanged, which makes V too
+    A, B    sum V x^T, sum v h^T      over the adapter's tokens
+    c       sum h
+    G, U    sum h base(U x), sum x base^T(G h)
 
 What is kept for the backward pass is x, once for all layers that read it, and v, a few numbers a token. The adapters
-are read where they lie by then; if they have been changed or deleted meanwhile, the backward pass is refused.
+are read where they lie by then; if they have been changed or deleted meanwhile, the backward pass is refused. What the
+parameters' gradients are made of these is in `parts.py`.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..arena.bits import GAIN
+from ..arena.bits import GAIN as GAINS
 from ..ops import dispatch, reference
+from .parts import FACTOR_A, GAIN, SHIFT, Found
 from .recorded import Site
+from .sums import sums
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: Site, kblock: int) -> Tensor:
@@ -38,6 +41,12 @@ def add(y: Tensor, base: Tensor | None, x: Tensor, bias: Tensor | None, site: Si
     return out
 
 
+def scale(x: Tensor, site: Site) -> Tensor:
+    """`reference.scale_input`, differentiable with respect to x and the site's parameters of what the base reads."""
+    scaled: Tensor = _Scaled.apply(x, site, *site.read_parameters)
+    return scaled
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -45,7 +54,8 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         v = site.kept(x)
         y = dispatch.linear_keep(x, weight, bias, v, site.arena, site.table, site.words, kblock)
-        _keep(ctx, site, x, v, weight)
+        keep(ctx, site, x if site.reads & (FACTOR_A | GAIN) else None, v, weight)
+        ctx.shape, ctx.bias = x.shape, bias
         return y
 
     @staticmethod
@@ -57,9 +67,9 @@ class _Linear(torch.autograd.Function):
             h = h.contiguous()
             dx = None
             if ctx.needs_input_grad[0]:
-                dx = _through(h, site) @ weight
-            base = (F.linear(x, weight), None) if site.magnitudes and any(ctx.needs_input_grad[5:]) else None
-            gradients = _backward(site, dx, h, x, v, base, ctx.shape, ctx.needs_input_grad[5:])
+                dx = through(h, site) @ weight
+            product = F.linear(x, weight) if site.reads & GAIN and any(ctx.needs_input_grad[5:]) else None
+            gradients = _backward(site, dx, h, x, v, product, False, ctx.bias, ctx.shape, ctx.needs_input_grad[5:])
         return dx, None, None, None, None, *gradients
 
 
@@ -70,29 +80,52 @@ class _Added(torch.autograd.Function):
     ) -> Tensor:
         v, out = site.kept(x), y.clone()
         dispatch.apply_keep_(out, v, base, x, site.arena, site.table, site.words)
-        ctx.from_y, ctx.bias = base is None, bias
-        _keep(ctx, site, x, v, *([y if base is None else base] if site.magnitudes else []))
+        ctx.from_y, ctx.shape, ctx.bias = base is None, x.shape, bias
+        given = y if base is None else base
+        keep(ctx, site, x if site.reads & FACTOR_A else None, v, given if site.reads & GAIN else None)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, h: Tensor) -> tuple[Any, ...]:
-        x, v, *bases = ctx.saved_tensors
+        x, v, base = ctx.saved_tensors
         with ctx.site.training.again(ctx.made) as plan:
             site = ctx.site.training.site(plan, ctx.site.index)
             h = h.contiguous()
-            through = _through(h, site)
+            dy = through(h, site)
             dx = h.new_zeros(ctx.shape) if ctx.needs_input_grad[2] else None
-            base = (*bases, ctx.bias) if bases else None
-            gradients = _backward(site, dx, h, x, v, base, ctx.shape, ctx.needs_input_grad[5:])
+            gradients = _backward(site, dx, h, x, v, base, True, ctx.bias, ctx.shape, ctx.needs_input_grad[5:])
         if ctx.from_y:
-            return through, None, dx, None, None, *gradients
-        return h, through - h if ctx.needs_input_grad[1] else None, dx, None, None, *gradients
+            return dy, None, dx, None, None, *gradients
+        return h, dy - h if ctx.needs_input_grad[1] else None, dx, None, None, *gradients
 
 
-def _keep(ctx: Any, site: Site, x: Tensor, v: Tensor, *others: Tensor) -> None:
-    ctx.site, ctx.made, ctx.shape = site, site.training.made(site.plan), x.shape
-    ctx.save_for_backward(x if site.parts else None, v, *others)
+class _Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, site: Site, *parameters: Tensor) -> Tensor:
+        keep(ctx, site, x)
+        return dispatch.scale_input(x, site.arena, site.table, site.words)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, h: Tensor) -> tuple[Any, ...]:
+        (x,) = ctx.saved_tensors
+        with ctx.site.training.again(ctx.made) as plan:
+            site = ctx.site.training.site(plan, ctx.site.index)
+            dx = None
+            if ctx.needs_input_grad[0]:
+                with torch.enable_grad():  # other rows may have turns
+                    read = x.detach().requires_grad_()
+                    scaled = reference.scale_input(read, site.arena, site.table, site.words)
+                (dx,) = torch.autograd.grad(scaled, read, h)
+            found = sums(x, h, site, site.inputs.keys(), torch.promote_types(h.dtype, torch.float32))
+        gradients = [part.gradients(Found(in_gain=found[slot])) for slot, part in site.inputs.items()]
+        return dx, None, *wanted(gradients, ctx.needs_input_grad[2:])
+
+
+def keep(ctx: Any, site: Site, *tensors: Tensor | None) -> None:
+    ctx.site, ctx.made = site, site.training.made(site.plan)
+    ctx.save_for_backward(*tensors)
 
 
 def _backward(
@@ -101,59 +134,53 @@ def _backward(
     h: Tensor,
     x: Tensor | None,
     v: Tensor,
-    base: tuple[Tensor, Tensor | None] | None,
+    base: Tensor | None,
+    biased: bool,
+    bias: Tensor | None,
     shape: tuple[int, ...],
     needed: tuple[bool, ...],
 ) -> list[Tensor | None]:
     """Add A^T V to `dx`, if that is wanted; the gradients of the site's parameters, None of those not `needed`. `base`:
-    where there are magnitudes base(x), and the bias in it, if one is."""
+    what the base gave, where gains are trained; `biased`: whether its `bias` is in that."""
     where = (site.arena, site.exchanged, site.words)
     if dx is None and not any(needed):
         return [None] * len(needed)
     big = torch.empty_like(v)
-    dispatch.apply_keep_(h.new_zeros(shape) if dx is None else dx, big, None, h, *where)
-    if x is None:
-        return []
+    if site.ranks:
+        dispatch.apply_keep_(h.new_zeros(shape) if dx is None else dx, big, None, h, *where)
     flat = torch.empty(site.size, dtype=v.dtype, device=v.device)
     if not h.numel():
         flat.zero_()
-    dispatch.rank_gradients_(flat, big, x, site.a, *where)
-    dispatch.rank_gradients_(flat, v, h, site.b, site.arena, site.table, site.words)
-    if site.biases:
-        sums = _sums(h, None, None, site, v.dtype)
-        for slot, place in site.biases:
-            flat[place.offset : place.offset + place.shape[0]] = sums[slot] * site.parts[slot].scale
-    if base is not None:
-        sums = _sums(h, *base, site, v.dtype)
-        for slot, place in site.magnitudes:
-            b, measured = site.parts[slot].b.detach(), site.trained[slot].measured[site.index]
-            gradient = flat[site.b[slot] :][: b.numel()].view(b.shape[1], b.shape[0])  # of g B
-            size = place.shape[0]
-            flat[place.offset : place.offset + size] = (sums[slot] + (gradient * b.t()).sum(0)) / measured.norm
-            gradient *= measured.gain
-    pairs = zip(site.gradients(flat), needed, strict=True)
-    return [gradient if wanted else None for gradient, wanted in pairs]
+    if x is not None:
+        dispatch.rank_gradients_(flat, big, x, site.a, *where)
+    if site.size:
+        dispatch.rank_gradients_(flat, v, h, site.b, site.arena, site.table, site.words)
+    shifts = [slot for slot, part in site.outputs.items() if part.reads & (SHIFT | GAIN)]
+    shift = sums(h, None, site, shifts, v.dtype) if shifts else {}
+    gained = [slot for slot, part in site.outputs.items() if part.reads & GAIN]
+    gain = sums(h, base, site, gained, v.dtype) if base is not None else {}
+    gradients = []
+    for slot, part in site.outputs.items():
+        found = site.rank_rows(flat, slot)._replace(shift=shift.get(slot))
+        if slot in gain:
+            whole = product = gain[slot]
+            if bias is not None and biased:
+                product = whole - bias.to(v.dtype) * shift[slot]
+            elif bias is not None:
+                whole = product + bias.to(v.dtype) * shift[slot]
+            found = found._replace(gain=whole, product=product)
+        gradients.append(part.gradients(found))
+    return wanted(gradients, needed)
 
 
-def _through(h: Tensor, site: Site) -> Tensor:
+def wanted(gradients: list[list[Tensor]], needed: tuple[bool, ...]) -> list[Tensor | None]:
+    """One after the other, None of those not `needed`."""
+    each = zip((gradient for own in gradients for gradient in own), needed, strict=True)
+    return [gradient if one else None for gradient, one in each]
+
+
+def through(h: Tensor, site: Site) -> Tensor:
     """h (1 + sum_i w_i gain_i) by the terms of each row's recipe: the gradient of the base's output."""
-    if not site.plan.touches[site.index] & GAIN:
+    if not site.plan.touches[site.index] & GAINS:
         return h
     return dispatch.scale_input(h, site.arena, site.exchanged, site.words)
-
-
-def _sums(h: Tensor, base: Tensor | None, bias: Tensor | None, site: Site, dtype: torch.dtype) -> dict[int, Tensor]:
-    """Slot -> the sum of its weight times h, or h * (base - bias), over its rows' tokens; h and base (..., out)."""
-    flat, given = h.flatten(0, -2), None if base is None else base.flatten(0, -2)
-    sums: dict[int, Tensor] = {}
-    for route in reference.routes(site.words, site.table, len(flat)):
-        whole = len(route.tokens) == len(flat)  # in whatever order, which is the same for both
-        own = (flat if whole else flat[route.tokens]).to(dtype)
-        if given is None:
-            total = own.sum(0)
-        else:
-            total = (own * (given if whole else given[route.tokens])).sum(0)
-            total = total if bias is None else total - bias.to(dtype) * own.sum(0)
-        for t in route.terms:
-            sums[t.slot] = sums[t.slot] + t.weight * total if t.slot in sums else t.weight * total
-    return sums

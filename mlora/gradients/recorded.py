@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import operator
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import layout
 from ..arena.store import Store
 from ..plan.plan import Plan
-from .trained import Part, Trained
-
-
-class Place(NamedTuple):
-    """Where the gradient of a parameter lies in a buffer of a module's; `rank_rows` tells whether kernels write it."""
-
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
+from .parts import IN_GAIN, Found, Part
+from .trained import Trained
 
 
 class Site:
@@ -30,11 +26,12 @@ class Site:
     Args:
         words: the plan's. `table`, `exchanged`: the module's, and that with A and B, gains and input gains exchanged.
         ranks, rows: a call of T tokens keeps T / rows * ranks numbers for the backward pass (v).
-        trained: those that train here, by slot; `parts`: their parameters here.
+        trained: those that train here, by slot.
 
-    `parameters` are those of `parts`, in the order in which gradients are returned. The gradients lie in one buffer of
-    `size` numbers, those of A and B at `a` and `b` of each slot, those of `biases` and `magnitudes` (of DoRAs) where
-    these tell.
+    `outputs` and `inputs`: their parts here, by slot, as functions of what the module gives and of what its base reads
+    have them; `parameters` and `read_parameters` are those of these, in the order in which gradients are returned.
+    `reads`: the bits of what the first are made of. The gradients of rank rows lie in one buffer of `size` numbers, at
+    `a` and `b` of each slot.
     """
 
     def __init__(
@@ -44,40 +41,40 @@ class Site:
         self.training, self.plan, self.index, self.ranks, self.rows = training, plan, index, ranks, rows
         self.arena, self.words = store.arena, plan.tensor
         self.table, self.exchanged = store.tables[index], store.exchanged[index]
-        self.trained = trained
-        self.parts: dict[int, Part] = {slot: one.parts[index] for slot, one in trained.items()}
-        self.parameters: list[nn.Parameter] = []
-        self.places: list[Place] = []
-        self.biases: list[tuple[int, Place]] = []  # by slot
-        self.magnitudes: list[tuple[int, Place]] = []
+        parts: dict[int, Part] = {slot: one.parts[index] for slot, one in trained.items()}
+        self.inputs = {slot: part for slot, part in parts.items() if part.reads & IN_GAIN}
+        self.outputs = {slot: part for slot, part in parts.items() if slot not in self.inputs}
+        self.parameters = [parameter for part in self.outputs.values() for parameter in part.parameters]
+        self.read_parameters = [parameter for part in self.inputs.values() for parameter in part.parameters]
+        self.reads = functools.reduce(operator.or_, (part.reads for part in self.outputs.values()), 0)
         self.a = torch.full((len(self.table),), -1, dtype=torch.int64)
         self.b = self.a.clone()
         self.size = 0
-        for slot, part in self.parts.items():
-            self.a[slot] = self._place(part.a, part.a.stride())
-            self.b[slot] = self._place(part.b, part.b.stride())
-            if part.bias is not None:
-                self._place(part.bias, (1,))
-                self.biases.append((slot, self.places[-1]))
-            if part.magnitude is not None:
-                self._place(part.magnitude, (1,))
-                self.magnitudes.append((slot, self.places[-1]))
+        for slot, part in self.outputs.items():
+            for offsets, shape in ((self.a, part.shape_a), (self.b, part.shape_b)):
+                if shape is not None:
+                    offsets[slot] = self.size
+                    self.size += math.prod(shape)
 
-    def _place(self, parameter: nn.Parameter, strides: tuple[int, ...]) -> int:
-        offset = self.size
-        self.parameters.append(parameter)
-        self.places.append(Place(offset, tuple(parameter.shape), strides))
-        self.size += parameter.numel()
-        return offset
+    @property
+    def trains(self) -> bool:
+        """Whether any adapter has parameters here."""
+        return bool(self.outputs or self.inputs)
 
     def kept(self, x: Tensor) -> Tensor:
         """Room for v of a call on x, (..., in)."""
         count = x.numel() // x.shape[-1] // self.rows * self.ranks if self.ranks else 0
         return x.new_empty(count, dtype=torch.promote_types(x.dtype, torch.float32))
 
-    def gradients(self, flat: Tensor) -> list[Tensor]:
-        """The parameters' gradients in a buffer of them, without a copy: autograd takes them as they are."""
-        return [flat.as_strided(place.shape, place.strides, place.offset) for place in self.places]
+    def rank_rows(self, flat: Tensor, slot: int) -> Found:
+        """The gradients of a slot's rank rows in a buffer of them, without a copy: autograd takes them as they are."""
+        part = self.outputs[slot]
+        return Found(
+            *(
+                None if shape is None else flat[int(offsets[slot]) :][: math.prod(shape)].view(shape)
+                for offsets, shape in ((self.a, part.shape_a), (self.b, part.shape_b))
+            )
+        )
 
 
 class Training:

@@ -60,7 +60,9 @@ def base_linear(name: str, module: nn.Module, originals: Callable[[], Mapping[st
         return _base_conv(name, module, originals)
     transposed, embed_scale = isinstance(module, (Conv1D, nn.Embedding)), None
     if isinstance(module, nn.Embedding):  # in the dtype in which it multiplies
-        embed_scale = float(torch.as_tensor(getattr(module, "embed_scale", 1.0)).to(module.weight.dtype))
+        embed_scale = float(
+            torch.as_tensor(getattr(module, "embed_scale", 1.0), dtype=torch.float64).to(module.weight.dtype)
+        )
     norm = is_norm_like(module)
     if transposed:
         in_features, out_features = cast(Tensor, module.weight).shape

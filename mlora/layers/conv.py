@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..arena.bits import LORA
+from ..gradients.recorded import Site
 from ..ops import dispatch, reference
 from ..ops.checks import check_rows
 from ..plan.plan import Plan
@@ -68,6 +69,9 @@ class ConvLayer(LoraLayer):
 
     def _given(self, x: Tensor) -> Tensor:
         return self._base(x)
+
+    def _trained(self, x: Tensor, site: Site, touches: int, plain: bool) -> Tensor:
+        return self._routed(x, site.words, touches)  # no adapter has parameters here
 
     def _routed(self, x: Tensor, words: Tensor, touches: int) -> Tensor:
         if x.dim() == len(self.kernel_size) + 1:

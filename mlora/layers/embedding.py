@@ -8,13 +8,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .. import errors
 from ..arena.bits import HEAD, TAIL
+from ..gradients import embeddings
+from ..gradients.recorded import Site
 from ..ops import dispatch, reference
 from ..ops.checks import check_heads, check_rows
 from ..plan.late import Late
 from .head import Heads, check_tokens, look_up, within
 from .linear import LoraLayer
 from .swap import twin_of
+from .trained import refuse_beside, refuse_training
 
 
 class EmbeddingLayer(LoraLayer):
@@ -22,6 +26,8 @@ class EmbeddingLayer(LoraLayer):
 
     num_embeddings: int
     embedding_dim: int
+    padding_idx: int | None
+    scale_grad_by_freq: bool
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         state = self._mlora
@@ -30,6 +36,8 @@ class EmbeddingLayer(LoraLayer):
             if not shared.embeddings:
                 return self._base(input)
             check_rows(shared.plan, input.shape[0])
+            if shared.training is not None and torch.is_grad_enabled():
+                refuse_training(state.name)
             self._check_compiled(input)
             if state.index in shared.heads:
                 check_heads(shared.header)
@@ -43,6 +51,10 @@ class EmbeddingLayer(LoraLayer):
         if touches & TAIL:
             plan = self._by_token(input, scope)
         self._check_rows(input, plan)
+        if shared.training is not None and torch.is_grad_enabled():
+            site = shared.training.site(plan, state.index)
+            if site is not None and site.trains:
+                return self._trained_at(input, site, touches & HEAD or (touches & TAIL and not plan.by_token))
         base = partial(self._changed, words=plan.tensor)
         if touches & HEAD:
             heads = plan.heads[state.index]
@@ -50,6 +62,19 @@ class EmbeddingLayer(LoraLayer):
             found = look_up(known, heads, shared.arena, base, self._under, self.embedding_dim)
             return found if known is input else found.masked_fill((known != input)[..., None], math.nan)
         return base(input)
+
+    def _trained_at(self, ids: Tensor, site: Site, beside: int) -> Tensor:
+        """Of a call with an adapter that is trained here, as autograd records it; `beside`: whether other rows have
+        what is not served there."""
+        state = self._mlora
+        if beside:
+            refuse_beside(state.name)
+        if self.scale_grad_by_freq:
+            raise errors.UnsupportedAdapterError(
+                f"{state.name} scales gradients by how often a token occurs in a call (scale_grad_by_freq), of which "
+                f"others have rows too; its tokens are not trained"
+            )
+        return embeddings.change(self._base(ids), ids, self.num_embeddings, self.padding_idx, site)
 
     def _known(self, ids: Tensor, heads: Heads) -> Tensor:
         """`ids`, if each row's embedding has them, else TokenError. On a GPU, where asking would be waiting, others in

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import errors
 from ..arena.bits import BOTH, GAIN, HEAD, INPUT, LORA, SHIFT, TAIL, TURN
+from ..gradients.recorded import Site
 from ..ops import direct, dispatch, reference
 from ..ops.checks import check_foreign, check_front, check_heads, check_rows, check_tails
 from ..plan.plan import Plan
@@ -95,8 +96,8 @@ class LoraLayer(nn.Module):
         if shared.training is not None and torch.is_grad_enabled():
             site = shared.training.site(plan, state.index)
             touches &= ~TAIL if plan.by_token else ~0
-            if site is not None and (site.parts or not touches & (HEAD | TAIL)):
-                return trained(self, x, site, touches, plain and not touches & _APART)
+            if site is not None and (site.trains or not touches & (HEAD | TAIL)):
+                return self._trained(x, site, touches, plain and not touches & _APART)
         if touches & HEAD:
             base = partial(self._routed, words=plan.tensor, touches=touches)
             return answer(x, plan.heads[state.index], shared.arena, base, self.out_features)
@@ -104,6 +105,9 @@ class LoraLayer(nn.Module):
         if shared.groups is not None and not apart and not torch.is_grad_enabled() and not x.is_inference():
             return self._with_siblings(x, plan)
         return self._routed(x, plan.tensor, touches)
+
+    def _trained(self, x: Tensor, site: Site, touches: int, plain: bool) -> Tensor:
+        return trained(self, x, site, touches, plain)
 
     def _by_token(self, x: Tensor, scope: Scope) -> Plan:
         """The plan of what is done to x's tokens, where it is not the same for all of a row's."""
@@ -192,14 +196,16 @@ class LoraLayer(nn.Module):
         dispatch.apply_(y, source, x, arena, table, words)
         return y
 
-    def _bases(self, x: Tensor, words: Tensor, touches: int) -> tuple[Tensor, Tensor | None]:
+    def _bases(
+        self, x: Tensor, words: Tensor, touches: int, scale: Callable[..., Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """The base's output, and base(x) where gains read that and it is something else. With input gains or turns the
-        base reads U x, and where a row also takes an output gain or turn from another adapter base(x) is wanted beside
-        it: deltas add without a cross term."""
+        base reads U x, which `scale` makes, and where a row also takes an output gain or turn from another adapter
+        base(x) is wanted beside it: deltas add without a cross term."""
         source = None
         if touches & INPUT:
             source = self._given(x) if touches & BOTH else None
-            y = self._given(self._scaled(x, words))
+            y = self._given(self._scaled(x, words) if scale is None else scale(x))
         else:
             y = self._given(x)
         if not touches & TURN:

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ..arena.bits import TAIL
+from ..gradients import norms
 from ..ops import dispatch, reference
 from ..plan.packing import Packing
+from ..plan.plan import Plan
 from .dense import is_dense
 from .linear import LoraLayer
 from .swap import twin_of
+from .trained import refuse_beside, refuse_training
 
 
 def norm_offset(module: nn.Module) -> float | None:
@@ -83,30 +86,50 @@ class NormLayer(LoraLayer):
             if not shared.norms:
                 return self._base(x)
             self._check_autocast(x)
+            if shared.training is not None and torch.is_grad_enabled():
+                refuse_training(state.name)
             self._check_compiled(x)
-            words = shared.plan
-        else:
-            scope = shared.active.get()
-            plan = scope.plan or shared.default
-            if shared.recorded and torch.is_grad_enabled():
-                scope.check_told(state.name)
-            if plan is None or not (touches := plan.touches[state.index]):
-                return self._base(x)
-            self._check_autocast(x)
-            if touches & TAIL and isinstance(scope.tokens, Packing):
-                plan, axis = scope.tokens.attribute(x, state.name)
-                if math.prod(x.shape[:axis]) != 1:  # (1, heads, tokens, width)
-                    return self._behind(x, axis, plan.tensor)
-            elif touches & TAIL:
-                plan = self._by_token(x, scope)
-            self._check_rows(x, plan)
-            words = plan.tensor
-        return self._added(self._base(x), x, words)
+            return self._added(self._base(x), x, shared.plan)
+        scope = shared.active.get()
+        plan = scope.plan or shared.default
+        if shared.recorded and torch.is_grad_enabled():
+            scope.check_told(state.name)
+        if plan is None or not (touches := plan.touches[state.index]):
+            return self._base(x)
+        self._check_autocast(x)
+        if touches & TAIL and isinstance(scope.tokens, Packing):
+            plan, axis = scope.tokens.attribute(x, state.name)
+            if math.prod(x.shape[:axis]) != 1:  # (1, heads, tokens, width)
+                return self._behind(x, axis, plan)
+        elif touches & TAIL:
+            plan = self._by_token(x, scope)
+        self._check_rows(x, plan)
+        return self._planned(self._base(x), x, plan)
 
-    def _behind(self, x: Tensor, axis: int, words: Tensor) -> Tensor:
-        """What the words' rows, of which there is one for each index of that dimension, make of x."""
+    def _behind(self, x: Tensor, axis: int, plan: Plan) -> Tensor:
+        """What the plan's rows, of which there is one for each index of that dimension, make of x."""
         y, front = self._base(x).movedim(axis, 0), x.movedim(axis, 0)
-        return self._added(y.contiguous(), front.contiguous(), words).movedim(0, axis)
+        return self._planned(y.contiguous(), front.contiguous(), plan).movedim(0, axis)
+
+    def _normalized(self, x: Tensor, offset: float) -> Tensor:
+        """n, of n (w + k) + b."""
+        twin, cls = twin_of(self)
+        held: Any = self._mlora.own._parameters
+        plain = {"weight": torch.full_like(held["weight"], 1 - offset)}
+        if held.get("bias") is not None:
+            plain["bias"] = torch.zeros_like(held["bias"])
+        twin.__dict__["_parameters"] = {**held, **plain}
+        return cast(Tensor, cls.forward(twin, x))
+
+    def _planned(self, y: Tensor, x: Tensor, plan: Plan) -> Tensor:
+        state, shared = self._mlora, self._mlora.shared
+        if shared.training is not None and torch.is_grad_enabled():
+            site = shared.training.site(plan, state.index)
+            if site is not None and site.trains:
+                if plan.touches[state.index] & TAIL and not plan.by_token:
+                    refuse_beside(state.name)
+                return norms.change(y, x, self._normalized, site)
+        return self._added(y, x, plan.tensor)
 
     def _added(self, y: Tensor, x: Tensor, words: Tensor) -> Tensor:
         state, shared = self._mlora, self._mlora.shared

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from .. import errors
 from ..arena.bits import GAIN, HEAD, LORA, SHIFT, TAIL
 from ..gradients import functions
+from ..gradients.parts import GAIN as MADE_AGAIN
 from ..gradients.recorded import Site
 from ..ops import dispatch
 
@@ -22,19 +24,25 @@ def trained(layer: Any, x: Tensor, site: Site, touches: int, plain: bool) -> Ten
     """
     state, held = layer._mlora, layer._parameters
     if touches & (HEAD | TAIL):
-        raise errors.UnsupportedAdapterError(
-            f"{state.name}: an adapter is trained here, which is not served beside rows of an aLoRA or of a head of "
-            f"another size"
-        )
+        refuse_beside(state.name)
     if plain and x.dtype is state.dtype and x.is_cpu:
         weight, bias = held["weight"], held["bias"]
         if not weight.requires_grad and (bias is None or not bias.requires_grad):
             layer._check_weight(weight)
             kblock = state.kblock(x) if state.fused and weight.is_contiguous() else dispatch.LIBRARY
-            if kblock or not site.magnitudes:  # these need the base's output, which a fused product would make again
+            if kblock or not site.reads & MADE_AGAIN:  # of what the library made, the output is kept
                 return functions.linear(x, weight, bias, site, kblock)
-    y, source = layer._bases(x, site.words, touches)
+    scale = partial(functions.scale, site=site) if site.inputs else None
+    y, source = layer._bases(x, site.words, touches, scale)
     return functions.add(y, source, x, held.get("bias"), site) if touches & (LORA | GAIN | SHIFT) else y
+
+
+def refuse_beside(name: str) -> NoReturn:
+    """Of a module `name` where an adapter is trained, and whose rows or tokens are told apart in another way."""
+    raise errors.UnsupportedAdapterError(
+        f"{name}: an adapter is trained here, which is not served beside rows of an aLoRA or of a head or embedding of "
+        f"another size"
+    )
 
 
 def refuse_training(what: str) -> NoReturn:

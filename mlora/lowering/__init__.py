@@ -114,6 +114,7 @@ def lower(
     dense: bool = False,
     model: nn.Module | None = None,
     strict: bool = False,
+    trainable: bool = False,
 ) -> Lowered:
     """Lower `adapter` for a model whose linears are `bases` (dotted path -> linear).
 
@@ -122,6 +123,7 @@ def lower(
             the matrices that they are. With neither they are refused.
         model: the model itself, by whose rules names of older versions are understood; None takes its names only.
         strict: whether to refuse what there is a `remark` on.
+        trainable: have a delta of what `modules_to_save` names even where it is the base's yet.
 
     Raises:
         UnsupportedAdapterError: the type or one of its options is not served.
@@ -144,7 +146,7 @@ def lower(
         raise errors.AdapterError(f"adapter from {adapter.source}: {lowered.remark}; strict=True refuses that")
     refused: list[tuple[BaseLinear, str]] = []
     for module in gathered.modules:
-        base, delta = module.base, lower_module(module, lowering)
+        base, delta = module.base, lower_module(module, lowering, trainable)
         if base.owner:
             _check_idle(module, delta)
             delta = Delta()

@@ -258,7 +258,9 @@ class BaseLinear:
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Of the weight as it is kept, other than GPT-2's `Conv1D` and embeddings."""
+        """Of the weight as it is kept, other than embeddings'."""
+        if self.linear and self.turned:
+            return (self.in_features, self.out_features)
         return (self.out_features, self.channels // self.groups, *self.kernel)
 
 
@@ -294,6 +296,11 @@ def minus(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor) -> tuple[Tensor, Tensor]
     sign = torch.where((a * a0).sum(1) + (b * b0).sum(1) < 0, -1.0, 1.0)[:, None]
     a0, b0 = a0 * sign, b0 * sign
     return torch.cat([a, a - a0]), torch.cat([b - b0, b0])
+
+
+def laid_out(weight: Tensor, base: BaseLinear) -> Tensor:
+    """A weight as the module keeps it, other than an embedding's, as the (out, in) matrix that `base.weight` gives."""
+    return weight.t() if base.linear and base.turned else spread(weight.flatten(1), base.groups)
 
 
 def compact(a: Tensor, b: Tensor, scale: float = 1.0) -> Delta:

@@ -23,7 +23,7 @@ from .module import (
 from .names import Names
 from .parameters import swapped_in
 from .places import Places, place
-from .targets import is_all_linear, is_target, some, targets_of
+from .targets import is_all_linear, is_target, saved_by, some, targets_of
 from .tied import follow, tied_targets
 
 # Options of every type that say which modules are changed, or how a base weight lies.
@@ -97,7 +97,11 @@ def gather(adapter: Adapter, lowering: Lowering, names: Names) -> Gathered:
             f"{some(unsaved)}, for which it has no weights; ignore=['modules_to_save'] serves the model's own"
         )
     missing = placed.missing + _check_targets(adapter, placed, targeted, bases, lowering)
-    follow(adapter, modules, bases, lambda name: any(_is_saved(adapter, n) for n in placed.files.get(name, (name,))))
+
+    def is_saved(name: str) -> bool:
+        return any(_is_saved(adapter, file) for file in placed.files.get(name, (name,)))
+
+    follow(adapter, modules, bases, is_saved)
     missing = [name for name in missing if name not in modules]
     if missing and not lowering.starts(adapter.config):
         raise errors.AdapterError(
@@ -122,6 +126,7 @@ def gather(adapter: Adapter, lowering: Lowering, names: Names) -> Gathered:
             weights.get(name, ""),
             name in swapped,
             targets,
+            is_saved(name),
         )
         for name, parts in modules.items()
     )
@@ -244,12 +249,8 @@ def suffix_of(key: str, suffixes: frozenset[str]) -> str | None:
 
 
 def _is_saved(adapter: Adapter, name: str) -> bool:
-    """Whether `modules_to_save` names the module, or one that it is in. PEFT takes any ending of a name."""
-    saved = adapter.config.get("modules_to_save")
-    if not saved:
-        return False
-    steps = name.split(".")
-    return any(".".join(steps[:n]).endswith(s) for n in range(1, len(steps) + 1) for s in saved if isinstance(s, str))
+    """Whether `modules_to_save` names the module, or one that it is in."""
+    return saved_by(adapter.config, name) is not None
 
 
 def _guess(key: str) -> str:

@@ -7,6 +7,8 @@ A gain, or an input gain. `ia3_l` is (out, 1), or (1, in) for feed-forward modul
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from .delta import Delta
 from .module import Format, Lowering, Module
@@ -24,7 +26,7 @@ FORMAT = Format(
 def delta(module: Module) -> Delta:
     """The delta of one module."""
     base = module.base
-    if _feedforward(module):
+    if is_feedforward(module.config, module.file):
         gain = module.matrix("ia3_l", 1, base.channels)[0] - 1
         return Delta(in_gain=gain.repeat_interleave(math.prod(base.kernel)))
     if base.conv is not None:
@@ -32,8 +34,9 @@ def delta(module: Module) -> Delta:
     return Delta(gain=module.part("ia3_l", base.out_features, 1)[:, 0] - 1)
 
 
-def _feedforward(module: Module) -> bool:
-    names, name = module.config.get("feedforward_modules") or [], module.file
+def is_feedforward(config: Mapping[str, Any], name: str) -> bool:
+    """Whether `feedforward_modules` names the module, so that its input has the gain."""
+    names = config.get("feedforward_modules") or []
     if isinstance(names, str):
         return full_match(names, name) is not None
     return any(name.endswith(suffix) for suffix in names)  # PEFT takes any ending, not whole names only

@@ -83,6 +83,7 @@ class Module:
         file: what the adapter's files call it, which is what the patterns of its config match.
         parameter: the path of its weight where it is that which `target_parameters` names, else "".
         swapped: of experts' parameters, whether `lora_A` is as wide as its outputs and `lora_B` as its inputs.
+        saved: whether `modules_to_save` names it, or one that it is in.
     """
 
     config: Mapping[str, Any]
@@ -95,6 +96,7 @@ class Module:
     parameter: str = ""
     swapped: bool = False
     targets: tuple[BaseLinear, ...] = ()
+    saved: bool = False
 
     @property
     def where(self) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import errors
-from .delta import BaseLinear, Delta, Dense, spread
+from .delta import BaseLinear, Delta, Dense, laid_out
 from .module import BASE_NAMES, TOKENS, Format, Lowering, Module
 from .saved import saved
 from .tokens import indices_of, trained_tokens
@@ -35,8 +35,8 @@ _EMBEDDING_PARTS = {
 _NORM_PARTS = {"saved weight", "base bias", "trained weight", "trained bias", "delta_gain", "delta_shift"}
 
 
-def lower_module(module: Module, lowering: Lowering) -> Delta | Dense:
-    """The module's delta, with the shift from the base's bias to a saved one."""
+def lower_module(module: Module, lowering: Lowering, trainable: bool = False) -> Delta | Dense:
+    """The module's delta, with the shift from the base's bias to a saved one; for `trainable` see `lower`."""
     parts, base = module.parts, module.base
     if base.embed_scale is not None:
         allowed = _EMBEDDING_PARTS | ({"lora_A", "lora_B"} if module.parameter else set())
@@ -60,7 +60,8 @@ def lower_module(module: Module, lowering: Lowering) -> Delta | Dense:
     if "saved weight" in parts:
         if parts.keys() - BASE_NAMES:
             raise errors.AdapterError(f"{module.where}: modules_to_save names it and the adapter targets it as well")
-        if len(parts) == 1 and _is_copy(parts["saved weight"], base):  # saved, and not trained
+        kept = trainable and module.saved
+        if len(parts) == 1 and not kept and _is_copy(parts["saved weight"], base):  # saved, and not trained
             return Delta()
         return saved(module, "saved weight", "base bias")
     if TOKENS in parts and parts.keys() != {TOKENS}:
@@ -89,7 +90,7 @@ def _is_copy(tensor: Tensor, base: BaseLinear) -> bool:
     rounded = tensor.to(base.dtype).float()
     if base.embed_scale is not None:
         return torch.equal(rounded.t() * base.embed_scale, base.weight())
-    return tensor.shape == base.weight_shape and torch.equal(spread(rounded.flatten(1), base.groups), base.weight())
+    return tensor.shape == base.weight_shape and torch.equal(laid_out(rounded, base), base.weight())
 
 
 def _check_conv(module: Module, format: Format) -> None:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from .. import errors
-from .delta import BaseLinear, Delta, spread, whole
+from .delta import BaseLinear, Delta, laid_out, whole
 from .module import Format, Lowering, Module
 
 # How many times the largest value of a trained norm the base's may grow under the gain before its bias is taken out
@@ -50,9 +50,9 @@ def saved(module: Module, weight: str, bias: str) -> Delta:
     if base.head and module.parts[weight].shape[:1] != (base.out_features,):
         head = module.part(weight, None, base.in_features)
         return Delta(head, shift=module.part(bias, head.shape[0]) if bias in module.parts else None, replaces=True)
-    trained = module.part(weight, *base.weight_shape).flatten(1)
+    trained = module.part(weight, *base.weight_shape)
     shift = module.part(bias, base.out_features) - _bias(module) if bias in module.parts else None
-    return replace(_change(base, lambda: spread(trained, base.groups).double()), shift=shift)
+    return replace(_change(base, lambda: laid_out(trained, base).double()), shift=shift)
 
 
 def _change(base: BaseLinear, trained: Callable[[], Tensor]) -> Delta:

@@ -61,6 +61,17 @@ def is_target(config: Mapping[str, Any], name: str) -> bool:
     return _in_layers(config, name)
 
 
+def saved_by(config: Mapping[str, Any], name: str) -> str | None:
+    """The module that `modules_to_save` names: the one at `name`, or the outermost that it is in; None where there is
+    none. PEFT takes any ending of a name."""
+    saved = config.get("modules_to_save")
+    if not saved:
+        return None
+    steps = name.split(".")
+    paths = (".".join(steps[:n]) for n in range(1, len(steps) + 1))
+    return next((path for path in paths if any(path.endswith(s) for s in saved if isinstance(s, str))), None)
+
+
 def _matches(targets: str | Iterable[str], name: str) -> bool:
     if isinstance(targets, str):
         return full_match(targets, name) is not None

@@ -69,7 +69,7 @@ def rank_gradients_(
     if offsets.dim() != 1 or len(offsets) != len(table) or offsets.dtype != torch.int64:
         raise RuntimeError(f"mlora: offsets must be int64 of {len(table)} slots, is {tuple(offsets.shape)}")
     found = routes(plan, table, len(flat))
-    parts = _split(v, found)
+    parts = split(v, found)
     for route in found:
         own = flat[route.tokens].to(to.dtype)
         for t in route.terms:
@@ -90,10 +90,10 @@ def rank_gradients_(
 
 
 def _parts(v: Tensor, plan: Tensor, table: Tensor, tokens: int) -> Iterator[Tensor]:
-    return _split(v, routes(plan, table, tokens))
+    return split(v, routes(plan, table, tokens))
 
 
-def _split(v: Tensor, found: Sequence[Route]) -> Iterator[Tensor]:
+def split(v: Tensor, found: Sequence[Route]) -> Iterator[Tensor]:
     """The part of v, (tokens, rank), of each term that has rank rows, route after route."""
     ranks = [[t.rank for t in route.terms if t.rank] for route in found]
     sizes = [len(route.tokens) * sum(own) for route, own in zip(found, ranks, strict=True)]

@@ -1,12 +1,11 @@
 """A new adapter of a config: the modules that PEFT would choose, and the numbers that PEFT would draw.
 
-PEFT makes a layer around one module after the other, in the order of `named_modules`, and draws for each `nn.Linear`'s
-own first values of A and B before those of `init_lora_weights`. So the same seed gives the same start.
+PEFT makes a layer around one module after the other, in the order of `named_modules`, and draws for each what
+`draws.py` has. So the same seed gives the same start. What is trained whole, and trained tokens, start as the base's.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,11 +16,19 @@ from torch import Tensor, nn
 from .. import errors
 from ..adapters.adapter import Adapter
 from ..lowering import BaseLinear
-from ..lowering.targets import is_target, pattern_value, some, targets_of
+from ..lowering.targets import is_target, saved_by, some, targets_of
+from .draws import drawn
 from .eva import eva_start
 from .trainable import check_config
 
 _REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+# What PEFT adds to `modules_to_save` for a task: the heads of its models (`PeftModelForSequenceClassification`, ...).
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 def fresh(
@@ -34,7 +41,7 @@ def fresh(
     """The adapter that `peft.get_peft_model(model, config)` has after `torch.manual_seed(seed)`.
 
     Args:
-        config: a `peft.LoraConfig`, or its fields as a mapping.
+        config: a `peft.LoraConfig` or `peft.IA3Config`, or its fields as a mapping.
         model: the patched one. `bases`: what adapters can change of it.
         seed: None draws from torch's generator as it is.
         eva_state_dict: of a config with `init_lora_weights="eva"`, see `eva_start`.
@@ -45,58 +52,68 @@ def fresh(
     fields = _fields(config, model)
     init = _init_of(fields)
     check_config(fields, "config")
-    names = _modules(fields, model, bases)
     starts: dict[str, Tensor] = {}
+    names = _targets(fields, model, bases)
     if init == "eva":
         fields, starts = eva_start(fields, names, bases, eva_state_dict)
         names = [name for name in names if name in starts]
     elif eva_state_dict is not None:
         raise errors.AdapterError(f"config: init_lora_weights is {init!r}; eva_state_dict is of 'eva'")
+    targets, tokens = frozenset(names), _tokens(fields, model, bases)
+    if both := [name for name in tokens if name in targets or saved_by(fields, name) is not None]:
+        raise errors.AdapterError(
+            f"config: trainable_token_indices name tokens of {both[0]}, which is targeted or saved whole as well; PEFT "
+            f"does not define both"
+        )
     tensors: dict[str, Tensor] = {}
     with _seeded(seed):
-        for name in names:
-            base = bases[name]
-            rank = pattern_value(fields.get("rank_pattern"), name, fields.get("r", 8))
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise errors.AdapterError(f"config: r of {name} is {rank!r}; it must be a positive integer")
-            bias = bool(fields.get("lora_bias"))
-            a, b = _drawn(init, base, rank, bias)
-            parts = {"lora_A.weight": a.weight, "lora_B.weight": b.weight, "lora_B.bias": b.bias}
-            # Rounded as PEFT does, which moves them to the base's dtype first.
-            own = {part: tensor.detach().to(base.dtype) for part, tensor in parts.items() if tensor is not None}
-            if fields.get("use_dora"):
-                alpha = pattern_value(fields.get("alpha_pattern"), name, fields.get("lora_alpha", 8))
-                scale = alpha / (math.sqrt(rank) if fields.get("use_rslora") else rank)
-                own["lora_magnitude_vector"] = _norm(base, own["lora_A.weight"], own["lora_B.weight"], scale)
-            wide = torch.promote_types(base.dtype, torch.float32)
-            tensors.update({f"{name}.{part}": tensor.to(wide) for part, tensor in own.items()})
-            if name in starts:
-                tensors[f"{name}.lora_A.weight"] = starts[name]
+        for name, module in model.named_modules():
+            if name in targets:
+                # Rounded as PEFT does, which moves what it drew to the base's dtype first.
+                own = {key: part.to(bases[name].dtype) for key, part in drawn(fields, bases[name], init).items()}
+                own |= {"lora_A.weight": starts[name]} if name in starts else {}
+            elif name and saved_by(fields, name) is not None:
+                own = _copied(name, module, bases)
+            elif name in tokens:
+                own = {"token_adapter.trainable_tokens_delta": _held(module)["weight"][tokens[name]]}
+            else:
+                continue
+            for part, tensor in own.items():
+                wide = torch.promote_types(tensor.dtype, torch.float32)
+                tensors[f"{name}.{part}"] = tensor.detach().to("cpu", wide)
     return Adapter(fields, tensors, source="config")
 
 
 def _fields(config: Any, model: nn.Module) -> dict[str, Any]:
     if not isinstance(config, Mapping) and not hasattr(config, "to_dict"):
         raise errors.AdapterError(
-            f"add_adapter takes an mlora.Adapter, a peft.LoraConfig or its fields as a mapping, not {config!r}; "
-            f"load_adapter reads files"
+            f"add_adapter takes an mlora.Adapter, a peft.LoraConfig or IA3Config or its fields as a mapping, not "
+            f"{config!r}; load_adapter reads files"
         )
     fields = dict(config if isinstance(config, Mapping) else config.to_dict())
     fields["peft_type"] = str(getattr(fields.get("peft_type"), "value", fields.get("peft_type") or ""))
-    if fields.get("target_modules") is None:
-        kind = getattr(getattr(model, "config", None), "model_type", None)
-        fields["target_modules"] = _usual_targets(kind)
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    ia3 = fields["peft_type"].upper() == "IA3"
+    for option in ("target_modules", "feedforward_modules") if ia3 else ("target_modules",):
+        if fields.get(option) is None:
+            fields[option] = _usual(f"{'IA3' if ia3 else 'LORA'}_{option.upper()}", option, kind)
+    task = fields.get("task_type")
+    if heads := _HEADS.get(str(getattr(task, "value", task))):
+        saved = fields.get("modules_to_save") or []
+        fields["modules_to_save"] = [*saved, *(head for head in heads if head not in saved)]
     fields["base_model_name_or_path"] = fields.get("base_model_name_or_path") or getattr(model, "name_or_path", None)
     return fields
 
 
-def _usual_targets(kind: Any) -> list[str]:
+def _usual(table: str, option: str, kind: Any) -> list[str]:
     try:
-        from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as usual
+        from peft.utils import constants
+
+        usual = getattr(constants, f"TRANSFORMERS_MODELS_TO_{table}_MAPPING")
     except ImportError:
         usual = {}
     if kind not in usual:
-        raise errors.AdapterError(f"config: target_modules is None, and PEFT has no usual ones for a model {kind!r}")
+        raise errors.AdapterError(f"config: {option} is None, and PEFT has no usual ones for a model {kind!r}")
     return sorted(usual[kind])
 
 
@@ -114,8 +131,8 @@ def _init_of(fields: Mapping[str, Any]) -> bool | str:
     raise errors.UnsupportedAdapterError(f"config: option init_lora_weights={init!r} is not served: {why}")
 
 
-def _modules(fields: Mapping[str, Any], model: nn.Module, bases: Mapping[str, BaseLinear]) -> list[str]:
-    """Those that the config targets, in the order in which PEFT visits them."""
+def _targets(fields: Mapping[str, Any], model: nn.Module, bases: Mapping[str, BaseLinear]) -> list[str]:
+    """What the config targets, in the order in which PEFT visits it."""
     paths = [name for name, _ in model.named_modules() if name]
     wanted = targets_of(fields, bases)
     if strange := [name for name in paths if name not in bases and is_target(fields, name)]:
@@ -123,12 +140,14 @@ def _modules(fields: Mapping[str, Any], model: nn.Module, bases: Mapping[str, Ba
             f"config: its target_modules {fields.get('target_modules')!r} name {some(strange)}, which adapters cannot "
             f"change"
         )
-    if other := [name for name in paths if name in wanted and not bases[name].linear]:
-        raise errors.UnsupportedAdapterError(
-            f"config: its target_modules {fields.get('target_modules')!r} name {some(other)}; adapters are trained on "
-            f"linears only"
-        )
+    kind = fields["peft_type"].upper()
+    embeds = kind == "LORA"
     found = [name for name in paths if name in wanted]
+    if other := [n for n in found if not bases[n].linear and not (embeds and bases[n].embed_scale is not None)]:
+        raise errors.UnsupportedAdapterError(
+            f"config: its target_modules {fields.get('target_modules')!r} name {some(other)}; {kind} adapters are "
+            f"trained on linears{' and token embeddings' if embeds else ''} only"
+        )
     if not found:
         raise errors.AdapterError(
             f"config: its target_modules {fields.get('target_modules')!r} name no module of this model"
@@ -136,40 +155,48 @@ def _modules(fields: Mapping[str, Any], model: nn.Module, bases: Mapping[str, Ba
     return found
 
 
-def _drawn(init: Any, base: BaseLinear, rank: int, bias: bool) -> tuple[nn.Linear, nn.Linear]:
-    """A and B as PEFT's `update_layer` makes them."""
-    a, b = nn.Linear(base.in_features, rank, bias=False), nn.Linear(rank, base.out_features, bias=bias)
-    if init is False:
-        return a, b
-    with torch.no_grad():
-        if init == "orthogonal":
-            if rank % 2:
-                raise errors.AdapterError(f"config: r is {rank}; init_lora_weights='orthogonal' takes even ones")
-            q, _ = torch.linalg.qr(torch.randn(rank, rank))
-            a.weight.copy_(torch.randn(base.in_features, rank // 2).mm(q[0::2]).T / 10.0)
-            b.weight.copy_(torch.randn(rank // 2, base.out_features).T.mm(q[1::2]) / 10.0)
-            return a, b
-        if init == "mica":
-            if rank > min(base.in_features, base.out_features):
-                raise errors.AdapterError(f"config: r is {rank} on {base.name}, beyond its widths; MiCA takes no more")
-            u, _, _ = torch.linalg.svd(base.weight(), full_matrices=False)
-            a.weight.zero_()
-            b.weight.copy_(u[:, -rank:])
-            return a, b
-        if init == "gaussian":
-            nn.init.normal_(a.weight, std=1 / rank)
-        else:
-            nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
-        nn.init.zeros_(b.weight)
-        if b.bias is not None:
-            nn.init.zeros_(b.bias)
-    return a, b
+def _copied(name: str, module: nn.Module, bases: Mapping[str, BaseLinear]) -> dict[str, Tensor]:
+    """The weights of a module that is trained whole, or lies in one."""
+    held = _held(module)
+    other = [*(held.keys() - {"weight", "bias"}), *(key for key, tensor in module.named_buffers(recurse=False))]
+    if held and (name not in bases or bases[name].conv is not None or other):
+        raise errors.UnsupportedAdapterError(
+            f"config: modules_to_save names {name} ({type(module).__name__}); trained whole are linears, token "
+            f"embeddings and norms"
+        )
+    return held
 
 
-def _norm(base: BaseLinear, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """The magnitude that a DoRA starts with: |W + s B A| by rows, as PEFT rounds it."""
-    product = (b.float() @ a.float()).half() if base.dtype is torch.float16 else b @ a
-    return torch.linalg.norm(base.weight().to(base.dtype) + scale * product, dim=1).to(base.dtype)
+def _held(module: nn.Module) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in module._parameters.items() if tensor is not None}
+
+
+def _tokens(fields: Mapping[str, Any], model: nn.Module, bases: Mapping[str, BaseLinear]) -> dict[str, list[int]]:
+    """Path of an embedding, or of a head -> its tokens that are trained; of what is tied to an embedding that has the
+    same ones, that alone."""
+    given = fields.get("trainable_token_indices")
+    if not given:
+        return {}
+    if not isinstance(given, Mapping):
+        embeddings = [name for name, base in bases.items() if base.embed_scale is not None]
+        get = getattr(model, "get_input_embeddings", None)
+        given = {name: given for name in embeddings if get is None or model.get_submodule(name) is get()}
+    found: dict[str, list[int]] = {}
+    for key, indices in given.items():
+        named = [name for name in bases if name.endswith(key)]
+        if not named:
+            raise errors.AdapterError(f"config: its trainable_token_indices name {key!r}, which this model has not")
+        for name in named:
+            vocab = bases[name].in_features if bases[name].embed_scale is not None else bases[name].out_features
+            if not all(type(index) is int and 0 <= index < vocab for index in indices):
+                raise errors.AdapterError(
+                    f"config: trainable_token_indices of {name} are {indices!r}; they must be tokens below {vocab}"
+                )
+            found[name] = list(indices)
+    for name in list(found):
+        if any(found.get(other) == found[name] and bases[other].embed_scale is not None for other in bases[name].tied):
+            del found[name]
+    return found
 
 
 @contextmanager

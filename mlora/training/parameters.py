@@ -7,20 +7,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import errors
 from ..adapters.adapter import Adapter
-from ..adapters.keys import PEFT_PREFIX
 from ..arena.store import Store
+from ..gradients.parts import Base, Keys
 from ..gradients.recorded import Training
-from ..gradients.trained import Base, Keys, Trained
+from ..gradients.trained import Trained
 from ..lowering import BaseLinear
 from ..plan.shared import Shared
 from ..routing.registry import Registry
 from ..routing.router import Router
-
-_VECTOR = "lora_magnitude_vector"  # as files have it; in a model it is a module with a weight
+from .trainable import peft_name
 
 
 class Trains:
@@ -46,9 +45,9 @@ class Trains:
         Raises:
             UnknownAdapterError: there is none of that name. AdapterError: it has no parameters.
         """
-        for key, parameter in self._trained(adapter_name).parameters.items():
-            module, _, part = (f"{key}.weight" if key.endswith(_VECTOR) else key).rpartition(".")
-            yield f"{PEFT_PREFIX}{module}.{adapter_name}.{part}", parameter
+        trained, config = self._trained(adapter_name), self._registry[adapter_name].adapter.config
+        for key, parameter in trained.parameters.items():
+            yield peft_name(key, adapter_name, config), parameter
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Train adapters, or no more: PEFT's name. One that is not trained can be merged and folded.
@@ -117,11 +116,17 @@ class Trains:
     def _measured_by(self, path: str) -> Base:
         """A module's weight and bias, in fp32 or, of a model in that, fp64."""
         base, module = self.bases[path], self._model.get_submodule(path)
-        if base.dtype is not torch.float64 or base.turned is None:
-            return Base(base.weight, base.bias)
+        scale, offset, turned = base.embed_scale or 1.0, base.offset or 0.0, bool(base.turned)
+        padding = getattr(module, "padding_idx", None)
+        if base.dtype is not torch.float64 or (base.turned is None and base.offset is None):
+            return Base(base.weight, base.bias, scale, padding, offset, turned)
         held: Any = module._parameters
         weight = held["weight"].detach()
-        return Base(lambda: weight.t() if base.turned else weight, lambda: held["bias"])
+
+        def wide() -> Tensor:
+            return weight.t() * scale if turned else weight
+
+        return Base(wide, lambda: held.get("bias"), scale, padding, offset, turned)
 
     def _thaw(self) -> None:
         """Undo what the first `_train` did to the model's own parameters."""

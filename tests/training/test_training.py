@@ -436,7 +436,6 @@ def test_merges_of_what_is_trained_are_refused(tmp_path):
 REFUSED = {
     "lora_dropout": {"lora_dropout": 0.1},
     "bias": {"bias": "lora_only"},
-    "modules_to_save": {"modules_to_save": ["head"], "target_modules": ["up"]},
 }
 
 
@@ -452,13 +451,13 @@ def test_what_is_not_trained_is_named(option, tmp_path):
 
 
 def test_other_types_are_not_trained(tmp_path):
-    from peft import IA3Config, get_peft_model
+    from peft import LoHaConfig, get_peft_model
 
     base = build("mlp")
-    wrapped = get_peft_model(copy.deepcopy(base), IA3Config(target_modules=["up"], feedforward_modules=[]))
+    wrapped = get_peft_model(copy.deepcopy(base), LoHaConfig(target_modules=["up"]))
     wrapped.save_pretrained(tmp_path)
     runtime = mlora.patch(copy.deepcopy(base), memory=ROOM)
-    with pytest.raises(errors.UnsupportedAdapterError, match="'IA3' is served and not trained"):
+    with pytest.raises(errors.UnsupportedAdapterError, match="'LOHA' is served and not trained"):
         runtime.load_adapter(tmp_path, "a", is_trainable=True)
 
 
