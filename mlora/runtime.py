@@ -171,6 +171,8 @@ class Runtime(Trains):
         is_trainable: bool = False,
         replaces: bool = False,
     ) -> AdapterInfo:
+        if is_trainable:  # first, or who wants to train it would be told how to serve it
+            check_config(adapter.config, adapter.source)
         names = Names(self._model, self.bases)
         if is_trainable:
             check_config(adapter.config, adapter.source)

@@ -36,23 +36,53 @@ _KINDS_TITLE = (
     "*refused*: loading or the call fails with an error that says why; once, where the dtype is no matter.",
     "",
 )
+_TRAINING = "training, "
+_TRAINED = ("alone", "mixed", "weighted", "packed", "fp32", "bf16")
+_TRAINED_TITLE = (
+    "",
+    "## Training",
+    "",
+    "Gradients of all parameters that PEFT trains, by `tests/conformance/test_trained.py`. *exact*: they are those of",
+    "PEFT with that adapter alone on its rows, in fp64 within 1e-10 of their norm; in the column fp32 no further from",
+    "fp64 than twice PEFT's own; in bf16 no further than PEFT's with bf16 adapters, and than 1.5 times PEFT's default,",
+    "in the mean over batches and within twice its standard error.",
+    "*mixed*: beside base rows and another trained adapter; *weighted*: with a frozen adapter in one row. *refused*:",
+    "loading with `is_trainable=True` fails with an error that says why.",
+    "",
+)
 _WIDTH = 84  # of a summary's cell
 
 
 def write(file: Path, table: Table) -> None:
     """The table into `file`, and its summary between the README's marks."""
+    training = {name: _columns(cells, trains=True) for name, cells in table.items()}
+    table = {name: _columns(cells, trains=False) for name, cells in table.items()}
     kinds = {name: cells for name, cells in table.items() if cells.keys() <= set(_KINDS)}
     table = {name: cells for name, cells in table.items() if name not in kinds}
     for cells in table.values():
         for column in _SCENARIOS if "refusal" in cells else ():
             cells.setdefault(column, cells["refusal"])
     lines = [*_TITLE, *_rows("adapter", (*_SCENARIOS, *_MODELS), table)]
-    lines += [*_KINDS_TITLE, *_rows("case", _KINDS, kinds)]
+    lines += [*_KINDS_TITLE, *_rows("case", _KINDS, {name: cells for name, cells in kinds.items() if cells})]
+    lines += [*_TRAINED_TITLE, *_trained(training)]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     before, start, rest = README.read_text(encoding="utf-8").partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])
     verdicts = {name: _cell(set.union(*cells.values())) for name, cells in table.items()}
     README.write_text(before + start + summary(verdicts) + end + after, encoding="utf-8")
+
+
+def _columns(cells: dict[str, set[str]], trains: bool) -> dict[str, set[str]]:
+    """Those of training without its mark, or the others."""
+    return {key.removeprefix(_TRAINING): own for key, own in cells.items() if key.startswith(_TRAINING) is trains}
+
+
+def _trained(table: Table) -> list[str]:
+    """What is trained somewhere as a table; the rest by name."""
+    trained = {name: cells for name, cells in table.items() if set().union(*cells.values()) - {"refused"}}
+    refused = [name for name, cells in table.items() if cells and name not in trained]
+    rows = _rows("adapter", (*_TRAINED, *_MODELS), trained)
+    return [*rows, "", *textwrap.wrap(f"*refused*: {'; '.join(refused)}.", 124, break_on_hyphens=False)]
 
 
 def _rows(what: str, columns: tuple[str, ...], table: Table) -> list[str]:
