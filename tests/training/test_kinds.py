@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import HIDDEN, assert_close, build, identity, logits, make_adapter, peft_alone, row_of
+from conftest import HIDDEN, VOCAB, assert_close, build, identity, logits, make_adapter, peft_alone, row_of
 from gradients import ROOM, error, loss_of, out_of, trained
 from kinds import CASES, WIDE, base_of, batch_of, config_of, folder_of, gradients_of, peft_gradients
 from torch import Tensor
@@ -338,3 +338,27 @@ def test_a_large_bias_of_a_norm_takes_no_digits(tmp_path):
     ]
     want = (h.double() * torch.nn.functional.layer_norm(x.double(), (HIDDEN,))).sum((0, 1))
     assert (mine - want).norm() < 2**-9 * want.norm()
+
+
+@pytest.mark.parametrize(
+    "case", ["head", "RMS norms", "norms of heads", "whole embedding", "tokens", "embedding, Gemma's", "IA3, Conv1D"]
+)
+def test_packed_sequences(case, tmp_path):
+    """Each has the gradients that PEFT gives it alone."""
+    kind = CASES[case]
+    kind = (
+        kind._replace(model="llama", options={**kind.options, "target_modules": ["q_proj"]})
+        if case == "whole embedding"
+        else kind
+    )
+    base = base_of(kind)
+    folders = {name: folder_of(tmp_path, base, kind, name, seed) for seed, name in enumerate("ab")}
+    model, lengths = trained(base, folders), [5, 3, 2]
+    parts = torch.randint(3, VOCAB, (10,), generator=torch.Generator().manual_seed(0)).split(lengths)
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    with model.mlora.use_adapters(["b", None, "a"], lengths=lengths):
+        out = out_of(model, {"input_ids": torch.cat(parts)[None], "position_ids": positions[None], "use_cache": False})
+    sum(loss_of(own[None], row) for row, own in enumerate(out[0].split(lengths))).backward()
+    for name, row in (("b", 0), ("a", 2)):
+        want = peft_gradients(base, {"input_ids": parts[row][None].expand(row + 1, -1)}, row, folders[name])
+        assert error(gradients_of(model.mlora, name), want) < 1e-5
