@@ -4,12 +4,16 @@ Eight adapters made by PEFT, each of another type and with every tensor random, 
 have the same rank together. Both batches run on one patched model, in turns.
 Before any timing, each row of both batches is checked against PEFT serving its adapter alone.
 
+Then four adapters whose deltas are whole matrices (`dense=True`), one a row: what a decode step takes beyond that of
+base rows, as a ratio to reading as many bytes as the adapters have, in turns with both.
+
     python bench/kinds.py --out bench/results/kinds.jsonl
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
 import warnings
 from pathlib import Path
@@ -17,14 +21,17 @@ from typing import Any
 
 import peft
 import torch
-from common import Log, add_arguments, machine, quantiles, set_up
+from common import Log, add_arguments, machine, quantiles, seconds, set_up
 from generate import LINEARS, Case, alternate, check, decoder, load, tiny_llama, twin
+from rich.console import Console
 from rich.progress import track
 
 import mlora
 
 # Of the random values, where a delta multiplies several of them: each adapter changes a weight by a tenth or so.
-STRENGTHS = {"lora_E": 1.0, "hada": 0.25, "vera_lambda": 0.6, "ia3_l": 0.05}
+STRENGTHS = {
+    "lora_E": 1.0, "hada": 0.25, "vera_lambda": 0.6, "ia3_l": 0.05, "fourierft": 2.0, "c3a": 5.0, "hira": 0.3,
+}  # fmt: skip
 
 
 def configs(rank: int) -> dict[str, peft.PeftConfig]:
@@ -39,6 +46,16 @@ def configs(rank: int) -> dict[str, peft.PeftConfig]:
         "VeRA": peft.VeraConfig(**size),
         "DeLoRA": peft.DeloraConfig(**size),
         "IA3": peft.IA3Config(target_modules=LINEARS, feedforward_modules=["down_proj"]),
+    }
+
+
+def dense_configs(rank: int, block: int) -> dict[str, peft.PeftConfig]:
+    """Four whose deltas are whole matrices; `block` divides all widths."""
+    return {
+        "FourierFT": peft.FourierFTConfig(n_frequency=1000, target_modules=LINEARS),
+        "C3A": peft.C3AConfig(block_size=block, target_modules=LINEARS),
+        "SHiRA": peft.ShiraConfig(r=rank, target_modules=LINEARS),
+        "HiRA": peft.HiraConfig(r=rank, target_modules=LINEARS),
     }
 
 
@@ -94,6 +111,49 @@ def main() -> None:
         plain_seconds=quantiles(alike),
         bytes=totals[0],
         plain_bytes=totals[1],
+        repeats=args.repeats,
+    )
+    del model, runtime, cases
+    dense(args, console, bare, log)
+
+
+def dense(args: argparse.Namespace, console: Console, bare: Any, log: Log) -> None:
+    """Time adapters of whole matrices against a reading of their bytes."""
+    kinds = dense_configs(args.rank, 8 if args.smoke else 64)
+    with tempfile.TemporaryDirectory() as temp:
+        made = [save(bare, Path(temp) / name, config, seed) for seed, (name, config) in enumerate(kinds.items())]
+        model = twin(bare)
+        whole = sum(module.weight.nbytes for name, module in bare.named_modules() if name.rpartition(".")[2] in LINEARS)
+        runtime = mlora.patch(model, memory=2 * len(made) * whole + (1 << 20))
+        size = sum(runtime.load_adapter(folder, dense=True).bytes for folder in made)
+        ids = torch.randint(3, bare.config.vocab_size, (len(made) + 1, args.prompt))
+        with console.status("Checking against PEFT, each adapter alone"):
+            for line in check(bare, model, made, ids):
+                console.print(line)
+        names = ([folder.name for folder in made], [None] * len(made))
+        steps = [decoder(Case("", model, {"adapter_names": entries}), ids[:-1]) for entries in names]
+        read = torch.ones(size // 4).sum
+        with torch.inference_mode(), console.status("Decode steps"):
+            for call in (*steps, read):
+                call()
+            times = [[seconds(call) for call in (*steps, read)] for _ in range(args.repeats)]
+    ratio, low, high = quantiles([(mine - base) / reading for mine, base, reading in times])
+    mine, base, reading = (statistics.median(column) for column in zip(*times, strict=True))
+    console.print(
+        f"{', '.join(kinds)}, whole matrices of {size / 1e6:,.0f} MB, {size / whole / len(made):.3f} of a copy of the "
+        f"weights each: {mine * 1e3:.1f} ms a step of {len(made)} rows, base rows {base * 1e3:.1f} ms, reading as "
+        f"many bytes {reading * 1e3:.1f} ms; ratio of the difference to that {ratio:.3f} ({low:.3f}-{high:.3f})"
+    )
+    log.write(
+        kinds=list(kinds),
+        dense=True,
+        ratio=ratio,
+        ratio_q20=low,
+        ratio_q80=high,
+        seconds=quantiles([one[0] for one in times]),
+        base_seconds=quantiles([one[1] for one in times]),
+        read_seconds=quantiles([one[2] for one in times]),
+        bytes=size,
         repeats=args.repeats,
     )
 

@@ -7,12 +7,14 @@ absent adapter is rank 0 with every part -1.
     column   meaning
     A        (rank, in) row-major
     B        (rank, out) row-major: rank row j adds `B[j] * (A[j] . x)`
-    RANK     number of rank rows, 0 if none
+    RANK     number of rank rows, 0 if none. Where there are some, one of A and B may be absent: it is the identity
+             beside a whole matrix. Arenas of kernels that do not take that (CUDA's and Triton's) hold it.
     SCALE    bits of a float32 in the low half: the LoRA scaling, applied to `A x` in fp32
     GAIN     (out,) holding g - 1
     IN_GAIN  (in,)  holding u - 1
     SHIFT    (out,) holding c
-    WHOLE    1 where B is the identity, so that an embedding's A is looked up and nothing multiplied; else -1
+    WHOLE    1 where B is the identity, held or absent, so that an embedding's A is looked up and nothing multiplied;
+             else -1
     TURN     (size, out) holding T - I of the output's block-diagonal T
     IN_TURN  (size, in)  the same of the input's
     TURN_SHAPE, IN_TURN_SHAPE   size in the low 32 bits, stride in the high ones

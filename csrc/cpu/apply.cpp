@@ -37,7 +37,7 @@ void apply_all(const Problem& p, const Work& work, Type type) {
     pieces.push_back(piece_of(p, s));
     shrink += pieces.back().shrink;
     expand += pieces.back().expand;
-    b_bytes += s.ranks * p.out * p.itemsize;
+    b_bytes += s.b_ranks * p.out * p.itemsize;
   }
   const int64_t total = shrink + expand, tasks = threads_for(total);
   if (total == 0) return;

@@ -2,8 +2,6 @@
 // terms and rank rows, whatever the tile: a token's delta does not depend on what it is computed beside.
 #pragma once
 
-#include <type_traits>
-
 #include "vec.h"
 
 namespace mlora {
@@ -84,12 +82,13 @@ class Ahead {
     } else if (job_->term && part == 1) {
       row_ = reinterpret_cast<uintptr_t>(job_->term->a) + job_->from * p.in * size;
       width_ = count * p.in * size;
+      rows_ = job_->term->a ? 1 : 0;
     } else if (!job_->term && s.count <= kFewTokens && part < s.term_count) {
       const Term& term = s.terms[part];
       row_ = reinterpret_cast<uintptr_t>(term.b) + job_->from * size;
       width_ = count * size;
       stride_ = p.out * size;
-      rows_ = term.rank;
+      rows_ = term.b ? term.rank : 0;
     } else if (!job_->term && s.count <= kFewTokens && part < s.term_count + s.count) {
       row_ = reinterpret_cast<uintptr_t>(p.y) + (s.tokens[part - s.term_count] * p.y_stride + job_->from) * size;
       width_ = count * size;
@@ -229,6 +228,16 @@ MLORA_INLINE void shrink_tokens(const T* const* x, const Job& job, int t, Ahead<
   }
 }
 
+// v = scale * x, of an A that is the identity.
+template <class T>
+__attribute__((noinline)) void shrink_identity(const T* const* x, const Job& job) {
+  const Segment& s = *job.segment;
+  for (int t = 0; t < s.count; ++t) {
+    float* v = job.v + t * s.ranks;
+    for (int64_t r = job.from; r < job.to; ++r) v[r] = job.term->scale * widen(x[t][r]);
+  }
+}
+
 template <class T>
 MLORA_INLINE void shrink(const Job& job, Ahead<T>& ahead) {
   const Problem& p = *job.problem;
@@ -236,6 +245,7 @@ MLORA_INLINE void shrink(const Job& job, Ahead<T>& ahead) {
   const T* x[kSegmentTokens];
   for (int t = 0; t < s.count; ++t) x[t] = static_cast<const T*>(p.x) + s.tokens[t] * p.x_stride;
   for (int64_t k = 0; k < p.in; k += 2 * W) ahead.tail(ahead.at);
+  if (!job.term->a) return shrink_identity(x, job);
   int t = 0;
   if (s.count < 4) {
     shrink_tokens<T, 1, true>(x, job, t++, ahead);
@@ -265,10 +275,7 @@ template <>
 struct Loader<bf16, float> {
   template <bool Tail>
   static MLORA_INLINE Pair get(const float* p, int64_t) {  // linear's sums are padded to whole Pairs
-    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-    const __m512 lo = _mm512_loadu_ps(p), hi = _mm512_loadu_ps(p + W);
-    return {_mm512_permutex2var_ps(lo, even, hi), _mm512_permutex2var_ps(lo, odd, hi)};
+    return load_as<bf16, false>(p, 2 * W);
   }
 };
 #endif
@@ -337,6 +344,18 @@ MLORA_INLINE void expand_tile(const Rows<T, S>& rows, const Segment& s, int t0, 
   }
   const float* v = s.v + t0 * s.ranks;
   for (const Term* term = s.terms; term != s.terms + s.term_count; ++term) {
+    if (__builtin_expect(!term->b, 0)) {  // the identity, or no rank rows
+      if (term->rank) {
+        MLORA_UNROLL for (int i = 0; i < Pairs; ++i) {
+          MLORA_UNROLL for (int t = 0; t < Tokens; ++t) {
+            const Pair own = load_as<T, Tail>(v + t * s.ranks + n + i * step, left);
+            acc[t][i] = {add(acc[t][i].a, own.a), add(acc[t][i].b, own.b)};
+          }
+        }
+      }
+      v += term->rank;
+      continue;
+    }
     const T* b = static_cast<const T*>(term->b) + n;
     for (int64_t j = 0; j < term->rank; ++j, b += out, ++v) {
       Pair bs[Pairs];
@@ -424,6 +443,22 @@ MLORA_INLINE void expand_ranks(const T* b, int64_t out, int64_t width, const flo
   if (m < width) columns(m, std::true_type(), width - m);
 }
 
+// The same of an identity: sums[t][m] += v[t][m].
+template <class T, int Tokens>
+__attribute__((noinline)) void expand_identity(int64_t width, const float* v, int64_t ranks, bool first,
+                                               float (*sums)[kFewColumns]) {
+  constexpr int64_t step = 2 * W;
+  MLORA_UNROLL for (int t = 0; t < Tokens; ++t) {
+    for (int64_t m = 0; m < width; m += step) {
+      const float* own = v + t * ranks + m;
+      Pair sum = width - m < step ? load_as<T, true>(own, width - m) : load_as<T, false>(own, step);
+      if (!first) sum = {add(sum.a, load_sums(sums[t] + m)), add(sum.b, load_sums(sums[t] + m + W))};
+      store_sums(sums[t] + m, sum.a);
+      store_sums(sums[t] + m + W, sum.b);
+    }
+  }
+}
+
 // The same for all rank rows of a term. Not inlined, so that its loops have the registers for themselves.
 template <class T, int Tokens>
 __attribute__((noinline)) void expand_term(const T* b, int64_t out, int64_t width, const float* v, int64_t ranks,
@@ -472,6 +507,10 @@ MLORA_INLINE void expand_few(const Rows<T, T>& rows, const Job& job, Ahead<T>& a
   alignas(64) float sums[Tokens][kFewColumns];
   const float* v = s.v;
   for (const Term* term = s.terms; term != s.terms + s.term_count; v += term->rank, ++term) {
+    if (!term->b) {
+      if (term->rank) expand_identity<T, Tokens>(width, v + job.from, s.ranks, v == s.v, sums);
+      continue;
+    }
     expand_term<T, Tokens>(static_cast<const T*>(term->b) + job.from, out, width, v, s.ranks, term->rank, v == s.v, sums,
                            ahead);
   }

@@ -14,7 +14,7 @@ constexpr int64_t kStaysNear = 1 << 19;  // bytes that a core's second-level cac
 
 // In elements read or so; reading a rank row costs about as much as using it for four tokens.
 inline int64_t rank_unit_cost(const Problem& p, const Segment& s) { return (s.count + 4) * p.in; }
-inline int64_t column_unit_cost(const Segment& s) { return (s.count + 4) * (s.ranks + 2) * kColumnUnit / 4; }
+inline int64_t column_unit_cost(const Segment& s) { return (s.count + 4) * (s.b_ranks + 2) * kColumnUnit / 4; }
 
 inline int64_t shrink_cost(const Problem& p, const Segment& s) {
   int64_t units = 0;
@@ -55,7 +55,7 @@ struct Jobs {
         const Term& term = s.terms[e];
         if (rank_rows.take(ceil_div(term.rank, kRankUnit), rank_unit_cost(p, s), &begin, &end)) {
           const int64_t last = end * kRankUnit < term.rank ? end * kRankUnit : term.rank;
-          first.push_back({&p, &s, &term, v, begin * kRankUnit, last, fetch_b});
+          first.push_back({&p, &s, &term, v, begin * kRankUnit, last, fetch_b && term.b});
         }
         v += term.rank;
       }
@@ -79,11 +79,11 @@ struct Jobs {
       mine += cost;
       const Problem& p = *piece.problem;
       const Segment& s = *piece.segment;
-      const bool fetch_b = s.count > kFewTokens && s.ranks * p.out * p.itemsize <= kStaysNear;
+      const bool fetch_b = s.count > kFewTokens && s.b_ranks * p.out * p.itemsize <= kStaysNear;
       float* v = s.v;
       for (int32_t e = 0; e < s.term_count; ++e) {
         const Term& term = s.terms[e];
-        if (term.rank) first.push_back({&p, &s, &term, v, 0, term.rank, fetch_b});
+        if (term.rank) first.push_back({&p, &s, &term, v, 0, term.rank, fetch_b && term.b});
         v += term.rank;
       }
       add_columns(first, p, s, 0, p.out);

@@ -21,7 +21,8 @@ struct Turn {
   int64_t stride;
 };
 
-// One weighted slot of a recipe. Absent parts are null.
+// One weighted slot of a recipe. Absent parts are null. Where there are rank rows, one factor may be absent: it is the
+// identity beside a whole matrix.
 struct Term {
   const void* a;        // [rank, in]
   const void* b;        // [rank, out]
@@ -42,6 +43,8 @@ struct Segment {
   const int32_t* tokens;
   float* v;  // [count, ranks]: what shrink leaves for expand
   int64_t ranks;
+  int64_t b_ranks;     // of these, those that have a B
+  int64_t both_ranks;  // and those that have both A and B
   int32_t term_count;
   int32_t count;
   bool has_output;  // adds something to the output

@@ -84,7 +84,7 @@ void linear_rows(const Routing& routing, const Problem& p, Type type) {
   for (const Segment& s : work.segments) {
     pieces.push_back(piece_of(p, s));
     shrink += pieces.back().shrink;
-    b_bytes += s.ranks * p.out * p.itemsize;
+    b_bytes += s.b_ranks * p.out * p.itemsize;
   }
   const auto pack_size = tiles * kLinearTokens * p.in / unit;
   const auto columns = [&](const uint32_t* xt, int64_t task, int64_t tasks) {

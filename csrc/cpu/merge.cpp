@@ -38,8 +38,8 @@ void merge_(Tensor weight, std::optional<Tensor> source, Tensor arena, Tensor ta
   p.stream = p.source != p.weight && p.out * row_bytes > kBeyondCaches && row_bytes % 64 == 0 &&
              reinterpret_cast<uintptr_t>(p.weight) % 64 == 0;
   const int64_t blocks = ceil_div(p.out, kMergeRows);
-  split(p.out * p.in * (s.ranks + 1), [&](int64_t task, int64_t tasks) {
-    float* scratch = thread_factors.get<float>(merge_scratch(p.in, s.ranks));
+  split(p.out * p.in * (s.both_ranks + 1), [&](int64_t task, int64_t tasks) {
+    float* scratch = thread_factors.get<float>(merge_scratch(p.in, s.both_ranks));
     const int64_t begin = task * blocks / tasks * kMergeRows, end = (task + 1) * blocks / tasks * kMergeRows;
     k.merge[type](p, s, begin, end < p.out ? end : p.out, scratch);
   });

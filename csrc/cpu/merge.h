@@ -1,5 +1,6 @@
 // merge: a recipe folded into a weight in one pass over it, with one rounding. Every element is a chain over a term's
-// rank rows in order, in fp32, then one multiply-add a term and one onto the weight, whatever the tile.
+// rank rows in order, in fp32, then one multiply-add a term and one onto the weight, whatever the tile. A whole matrix is
+// one multiply-add onto the weight.
 //
 // Read where they lie, the rank rows of A are as many pages, which neither the first-level cache (pieces of a column
 // share its sets) nor the TLB holds: both factors are packed first, A for all rows of the weight, B for some hundred of them.
@@ -72,6 +73,18 @@ MLORA_INLINE Pair column_factors(const Segment& s, int64_t k, int64_t left) {
   return factor;
 }
 
+MLORA_INLINE bool is_whole(const Term& term) { return term.rank && !(term.a && term.b); }
+
+// Columns [m, m + 2 * W) of row n of a whole matrix: a piece of A, or where A is the identity, one across the rows of B.
+template <class T, bool Tail>
+MLORA_INLINE Pair whole_columns(const MergeProblem& p, const Term& term, int64_t n, int64_t m, int64_t left) {
+  if (term.a) return load<Tail>(static_cast<const T*>(term.a) + n * p.in + m, left);
+  T across[2 * W] = {};
+  const int64_t count = Tail && left < 2 * W ? left : 2 * W;
+  for (int64_t i = 0; i < count; ++i) across[i] = static_cast<const T*>(term.b)[(m + i) * p.out + n];
+  return load<false>(across, 2 * W);
+}
+
 // Rows [n, n + rows) of at most kMergeRows, columns [k, k + kTileColumns), of which `left` are there with `Tail`.
 //   a: packed, [steps, kTileColumns].
 //   b: packed, [steps, kMergeBlock], from row n on, and after it the rows' gains.
@@ -98,6 +111,7 @@ MLORA_INLINE void merge_tile(const MergeProblem& p, const Segment& s, const floa
       }
       summed = true;
     }
+    if (is_whole(term)) continue;
     for (int64_t j = 0; j < term.rank; j += Step<T>::kRanks, a += kTileColumns, b += kMergeBlock) {
       Pair as[kMergePairs];
       MLORA_UNROLL for (int i = 0; i < kMergePairs; ++i) as[i] = load<false>(a + i * step, step);
@@ -121,6 +135,12 @@ MLORA_INLINE void merge_tile(const MergeProblem& p, const Segment& s, const floa
       }
       if (summed) w = {add(w.a, sums[r][i].a), add(w.b, sums[r][i].b)};
       w = {fma(scale, acc[r][i].a, w.a), fma(scale, acc[r][i].b, w.b)};
+      for (int32_t e = 0; s.both_ranks < s.ranks && e < s.term_count; ++e) {
+        if (!is_whole(s.terms[e])) continue;
+        const vf all = set1(s.terms[e].scale);
+        const Pair d = whole_columns<T, Tail>(p, s.terms[e], n + r, m, there);
+        w = {fma(all, d.a, w.a), fma(all, d.b, w.b)};
+      }
       T* to = static_cast<T*>(p.weight) + at;
       if (!Tail && p.stream) {
         stream(to, w);
@@ -135,6 +155,7 @@ MLORA_INLINE void merge_tile(const MergeProblem& p, const Segment& s, const floa
 template <class T, bool Tail>
 MLORA_INLINE float* pack_columns(const MergeProblem& p, const Segment& s, int64_t k, int64_t left, float* to) {
   for (int32_t e = 0; e < s.term_count; ++e) {
+    if (is_whole(s.terms[e])) continue;
     const T* a = static_cast<const T*>(s.terms[e].a) + k;
     for (int64_t j = 0; j < s.terms[e].rank; j += Step<T>::kRanks, a += Step<T>::kRanks * p.in) {
       const T* next = j + 1 < s.terms[e].rank ? a + p.in : nullptr;
@@ -153,7 +174,7 @@ MLORA_INLINE void pack_rows(const MergeProblem& p, const Segment& s, int64_t n, 
   for (int32_t e = 0; e < s.term_count; ++e) {
     const Term& term = s.terms[e];
     const T* b = static_cast<const T*>(term.b) + n;
-    for (int64_t j = 0; j < term.rank; j += Step<T>::kRanks, b += Step<T>::kRanks * p.out, to += kMergeBlock) {
+    for (int64_t j = 0; !is_whole(term) && j < term.rank; j += Step<T>::kRanks, b += Step<T>::kRanks * p.out, to += kMergeBlock) {
       const T* next = j + 1 < term.rank ? b + p.out : nullptr;
       for (int64_t r = 0; r < rows; ++r) to[r] = Step<T>::pack(b[r], next ? next[r] : T{}, term.scale);
     }
@@ -167,8 +188,10 @@ MLORA_INLINE void pack_rows(const MergeProblem& p, const Segment& s, int64_t n, 
 template <class T>
 void merge(const MergeProblem& p, const Segment& s, int64_t from, int64_t to, float* scratch) {
   int64_t steps = 0;
-  for (int32_t e = 0; e < s.term_count; ++e) steps += (s.terms[e].rank + Step<T>::kRanks - 1) / Step<T>::kRanks;
-  const int64_t columns = merge_columns(p.in, s.ranks);
+  for (int32_t e = 0; e < s.term_count; ++e) {
+    if (!is_whole(s.terms[e])) steps += (s.terms[e].rank + Step<T>::kRanks - 1) / Step<T>::kRanks;
+  }
+  const int64_t columns = merge_columns(p.in, s.both_ranks);
   float *const a = scratch, *const b = scratch + columns * steps;
   for (int64_t k0 = 0; k0 < p.in; k0 += columns) {
     const int64_t end = k0 + columns < p.in ? k0 + columns : p.in;

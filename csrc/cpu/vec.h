@@ -9,6 +9,8 @@
 #error "define MLORA_ISA and its MLORA_HAVE_* macros first"
 #endif
 
+#include <type_traits>
+
 #define MLORA_INLINE inline __attribute__((always_inline))
 
 namespace mlora {
@@ -279,6 +281,26 @@ MLORA_INLINE void stream(T* p, Pair v) {
 MLORA_INLINE void fence() {}
 
 #endif
+
+// 2 * W floats in the lane order of T.
+template <class T, bool Tail>
+MLORA_INLINE Pair load_as(const float* p, int64_t n) {
+  const Pair v = load<Tail>(p, n);
+#if MLORA_HAVE_AVX512
+  if (std::is_same<T, bf16>::value) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    return {_mm512_permutex2var_ps(v.a, even, v.b), _mm512_permutex2var_ps(v.a, odd, v.b)};
+  }
+#elif MLORA_HAVE_AVX2
+  if (std::is_same<T, bf16>::value) {  // the halves of each register hold a part of both sides
+    const __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(v.a, v.b, 0x88));
+    const __m256d odd = _mm256_castps_pd(_mm256_shuffle_ps(v.a, v.b, 0xdd));
+    return {_mm256_castpd_ps(_mm256_permute4x64_pd(even, 0xd8)), _mm256_castpd_ps(_mm256_permute4x64_pd(odd, 0xd8))};
+  }
+#endif
+  return v;
+}
 
 // 2 * W elements of one side of a dot product, and a step of it.
 template <class T>

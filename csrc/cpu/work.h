@@ -153,8 +153,10 @@ struct Work {
       term.slot = slot;
       term.rank = row[kRank];
       STD_TORCH_CHECK(term.rank >= 0 && term.rank <= limit, "mlora: slot ", slot, " has rank ", term.rank);
-      STD_TORCH_CHECK(term.rank == 0 || (row[kA] >= 0 && row[kB] >= 0), "mlora: slot ", slot, " has rank ", term.rank,
-                      " but no A or B");
+      const bool a = row[kA] != -1, b = row[kB] != -1;
+      const int64_t side = a && b ? term.rank : a ? out : b ? in : -1;  // 0: the operator reads no factors
+      STD_TORCH_CHECK(term.rank == 0 || side == 0 || side == term.rank, "mlora: slot ", slot, " has rank ", term.rank,
+                      " but no A or B, and no identity of ", side, " in its place");
       term.a = term.rank ? part(kA, checked(term.rank, in, limit)) : nullptr;
       term.b = term.rank ? part(kB, checked(term.rank, out, limit)) : nullptr;
       term.gain = part(kGain, out);
@@ -191,6 +193,8 @@ struct Work {
     for (int64_t e = first_term; e < last_term; ++e) {
       const Term& term = terms[e];
       s.ranks += term.rank;
+      s.b_ranks += term.b ? term.rank : 0;
+      s.both_ranks += term.a && term.b ? term.rank : 0;
       s.has_gain = s.has_gain || term.gain;
       s.has_shift = s.has_shift || term.shift;
       s.has_in_gain = s.has_in_gain || term.in_gain;

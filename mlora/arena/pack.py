@@ -94,7 +94,13 @@ class Packed:
 
 
 def pack(
-    deltas: Mapping[int, Delta], empty: np.ndarray, dtype: torch.dtype, pin: bool, label: str, changing: bool = False
+    deltas: Mapping[int, Delta],
+    empty: np.ndarray,
+    dtype: torch.dtype,
+    pin: bool,
+    label: str,
+    changing: bool = False,
+    implied: bool = False,
 ) -> Packed:
     """Lay the parts of an adapter out in one host blob.
 
@@ -103,6 +109,7 @@ def pack(
         empty: `Packed.rows` of an adapter without parts.
         dtype: the arena's. `pin`: put the blob into memory that a GPU copies from.
         changing: whether the numbers will change, so that the rests of gains need room that have none yet.
+        implied: leave out the identity beside a whole matrix: all that reads the arena takes it so.
 
     Raises:
         AdapterError: a value is finite in the adapter and not in the arena's dtype.
@@ -131,9 +138,9 @@ def pack(
             if square and torch.equal(delta.b, torch.eye(delta.rank).to(delta.b)):
                 rows[index, 0, layout.WHOLE] = 1
         elif delta.matrix is not None:
-            first, second = _factors(delta.matrix)
-            factors.append((index, number(first), number(second), first.shape[0], delta.scale))
-            if first.shape == (delta.matrix.outputs, delta.matrix.inputs):
+            first, second = (-1 if part is None else number(part) for part in _factors(delta.matrix, implied))
+            factors.append((index, first, second, delta.rank, delta.scale))
+            if delta.matrix.outputs <= delta.matrix.inputs:
                 rows[index, 0, layout.WHOLE] = 1
         for column, bit, part in (
             (layout.GAIN, GAIN, delta.gain),
@@ -204,9 +211,10 @@ def tensors_in(packed: Packed, deltas: Mapping[int, Delta], tensors: Mapping[str
         if part is not None and offset >= 0
     }
     for index, delta in deltas.items():
-        if delta.matrix is not None and delta.matrix.tensor is not None and packed.rows[index, 0, layout.WHOLE] == 1:
-            tensor = delta.matrix.tensor
-            parts[tensor.data_ptr()] = tensor, offsets[index][0]
+        if delta.matrix is not None and (tensor := delta.matrix.tensor) is not None:
+            a, b = offsets[index]
+            lies = packed.rows[index, 0, layout.WHOLE] == 1
+            parts[tensor.data_ptr()] = (tensor, a) if lies else (tensor.t(), b)
     places: dict[str, tuple[Sequence[int], Sequence[int], int]] = {}
     for key, tensor in tensors.items():
         part, offset = parts.get(tensor.data_ptr(), (None, 0))
@@ -225,17 +233,20 @@ def tensors_in(packed: Packed, deltas: Mapping[int, Delta], tensors: Mapping[str
     return {key: held[key] if key in places else tensor.clone() for key, tensor in tensors.items()}
 
 
-def _factors(matrix: Matrix) -> tuple[Made, Made]:
-    """A and B of a whole matrix: itself beside an identity, of the smaller of its sides."""
+def _factors(matrix: Matrix, implied: bool) -> tuple[Made | None, Made | None]:
+    """A and B of a whole matrix: itself beside an identity of the smaller of its sides, which is None where that is
+    `implied`."""
     out, width = matrix.outputs, matrix.inputs
+    size = min(out, width)
+    identity = None if implied else Made((size, size), lambda: torch.eye(size))
     if out <= width:
-        return Made((out, width), matrix.read), Made((out, out), lambda: torch.eye(out))
-    return Made((width, width), lambda: torch.eye(width)), Made((width, out), lambda: matrix.read().t())
+        return Made((out, width), matrix.read), identity
+    return identity, Made((width, out), lambda: matrix.read().t())
 
 
-def numel_of(matrix: Matrix) -> int:
+def numel_of(matrix: Matrix, implied: bool) -> int:
     """How many numbers a blob holds of it."""
-    return sum(math.prod(part.shape) for part in _factors(matrix))
+    return sum(math.prod(part.shape) for part in _factors(matrix, implied) if part)
 
 
 def _lay_out(parts: Sequence[Tensor | Made], dtype: torch.dtype, pin: bool) -> tuple[Tensor, np.ndarray]:

@@ -16,6 +16,7 @@ import torch
 from .. import errors, layout
 from ..lowering import Delta
 from ..lowering.delta import Matrix
+from ..ops import dispatch
 from .allocator import Allocator
 from .memory import Room, fixed, give_back, reserve
 from .pack import ALIGNMENT, OFFSETS, Packed, numel_of, pack
@@ -50,6 +51,8 @@ class Store:
         empty[..., layout.SCALE] = 0
         self.tables = torch.from_numpy(empty).to(device)
         self._empty_rows = empty[:, :2].copy()
+        # Compiled code and captured graphs read the arena by the kernels that were chosen when it was made.
+        self._implied = dispatch.backend(device, dtype) in ("cpu", "reference")
         self._allocator = Allocator(self.arena.numel())
         self._free_slots = list(range(slots))[::-1]
         self._adapters: OrderedDict[str, Packed] = OrderedDict()  # least recently used first
@@ -95,7 +98,8 @@ class Store:
             AdapterError: a value is finite in the adapter and not in the arena's dtype.
             CapacityError: the blob is larger than the arena.
         """
-        packed = pack(deltas, self._empty_rows, self.arena.dtype, self.arena.is_cuda, label, changing)
+        implied = self._implied and not changing  # parameters that are whole matrices are written beside theirs
+        packed = pack(deltas, self._empty_rows, self.arena.dtype, self.arena.is_cuda, label, changing, implied)
         if packed.nbytes > self.capacity:
             raise errors.CapacityError(
                 f"{label} needs {packed.nbytes:,} bytes; the arena has {self.capacity:,} ({_MORE_MEMORY})"
@@ -104,7 +108,7 @@ class Store:
 
     def nbytes(self, matrix: Matrix) -> int:
         """Of a whole matrix on the device."""
-        return numel_of(matrix) * self.itemsize
+        return numel_of(matrix, self._implied) * self.itemsize
 
     def register(self, name: str, packed: Packed) -> None:
         """Add a packed adapter under a new name; it becomes resident if what is ready of the arena has room for it."""

@@ -272,6 +272,8 @@ class ParametersLayer(LoraLayer):
         for term in terms:
             a, b = (
                 arena[start : start + term.rank * width].view(experts, -1, width).to(wide)
+                if start >= 0
+                else torch.eye(width, dtype=wide, device=arena.device)[None]  # of a matrix that was trained whole
                 for start, width in ((term.a, inputs), (term.b, outputs))
             )
             left, right = (a, b) if transposed else (b, a)

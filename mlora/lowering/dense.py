@@ -1,4 +1,4 @@
-"""Types whose delta has full rank by design: refused, or approximated when asked for.
+"""Types whose delta has full rank by design: served as whole matrices, or approximated, where asked for.
 
 FourierFT  dW = s Re(ifft2(S)), S sparse                        (Gao et al., arXiv:2405.03003)
 C3A        dW = blocks, each circulant, / in                    (Chen et al., arXiv:2407.19342)
@@ -6,13 +6,16 @@ SHiRA      dW sparse                                            (Bhardwaj et al.
 HiRA       dW = W * (B A)                                       (Huang et al., ICLR 2025)
 WaveFT     dW = s S, S sparse, or its inverse wavelet transform (Bilican et al., arXiv:2505.12532)
 
-None has an exact form that is cheaper than a copy of the weight, which is what `approximate=min(in, out)` stores. HiRA
-multiplies W itself, so it is no sum beside base(x); FourierFT has as many waves as values; C3A's blocks are of low rank
-in the Fourier domain only. SHiRA is exact in as many rank rows as there are rows or columns with values in them: where
-those take less room than the weight it is served.
+Where few rows or columns have values in them, a sparse matrix is exact in as many rank rows (SHiRA, WaveFT without
+transform), and FourierFT is in two for each frequency that occurs along one of its sides: cos(a + b) =
+cos a cos b - sin a sin b. Where those take less room than the weight they are served, without being asked for. For the
+rest no exact form is cheaper than a copy of the weight: HiRA multiplies W itself, so it is no sum beside base(x), and
+C3A's blocks are of low rank in the Fourier domain only.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -23,36 +26,65 @@ from .delta import Delta, Dense
 from .module import Format, Lowering, Module
 
 
-def _located(module: Module, part: str, count: int) -> Tensor:
-    """(out, in) with the `count` values of `part` at the places that PEFT draws from `random_loc_seed`."""
+def _places(module: Module, count: int) -> tuple[Tensor, Tensor]:
+    """The rows and columns, (count,) each, that PEFT draws from `random_loc_seed`."""
     outputs, inputs = module.base.out_features, module.base.in_features
     if count > outputs * inputs:
         raise errors.AdapterError(f"{module.where}: n_frequency is {count}, its weight has {outputs * inputs} numbers")
     generator = torch.Generator().manual_seed(module.integer("random_loc_seed", 777, least=0))
     places = torch.randperm(outputs * inputs, generator=generator)[:count]
-    dense = torch.zeros(outputs * inputs, dtype=torch.float64)
-    dense[places] = module.part(part, count).double()
-    return dense.reshape(outputs, inputs)
+    return places // inputs, places % inputs
 
 
-def _fourierft(module: Module) -> Dense:
+def _spread(module: Module, places: tuple[Tensor, Tensor], values: Tensor) -> Tensor:
+    """(out, in), fp64, with the values at their places."""
+    dense = torch.zeros(module.base.out_features, module.base.in_features, dtype=torch.float64)
+    return dense.index_put(places, values.double(), accumulate=True)
+
+
+def _fourierft(module: Module) -> Delta | Dense:
     count, scale = module.integer("n_frequency", 1000, "n_frequency_pattern"), module.number("scaling", 150.0)
-    module.part("fourierft_spectrum", count)
-    return Dense(
-        lambda: torch.fft.ifft2(_located(module, "fourierft_spectrum", count)).real * scale,
-        "it is a sum of waves over the whole weight",
-    )
+    outputs, inputs = module.base.out_features, module.base.in_features
+    values, places = module.part("fourierft_spectrum", count), _places(module, count)
+    sides = [(outputs, *places), (inputs, *places[::-1])]
+    classes = [len(torch.minimum(first, size - first).unique()) for size, first, _ in sides]
+    if 2 * min(classes) * (outputs + inputs) > outputs * inputs:
+        return Dense(
+            lambda: torch.fft.ifft2(_spread(module, places, values)).real * scale,
+            "it is a sum of waves over the whole weight",
+        )
+    scale /= outputs * inputs
+    if classes[0] <= classes[1]:
+        b, a = _waves(outputs, places[0], inputs, places[1], values)
+    else:
+        a, b = _waves(inputs, places[1], outputs, places[0], values)
+    return Delta(a, b, scale)
 
 
-def _waveft(module: Module) -> Dense:
+def _waves(size: int, along: Tensor, width: int, across: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """(rank, size) and (rank, width) whose products add up to values cos(2 pi (along n / size + across m / width)): two
+    rank rows for each frequency `along`, which differs from its negative in the sign of the sine."""
+    classes, index = torch.minimum(along, size - along).unique(return_inverse=True)
+    sign = torch.where(along > size - along, -1.0, 1.0).double()
+    turn = 2 * math.pi / width * (across[:, None] * torch.arange(width) % width)
+    wide = values.double()[:, None]
+    second = torch.zeros(2, len(classes), width, dtype=torch.float64)
+    second[0].index_add_(0, index, wide * turn.cos())
+    second[1].index_add_(0, index, -sign[:, None] * wide * turn.sin())
+    turn = 2 * math.pi / size * (classes[:, None] * torch.arange(size) % size)
+    return torch.cat((turn.cos(), turn.sin())).float(), second.flatten(0, 1).float()
+
+
+def _waveft(module: Module) -> Delta | Dense:
     count, scale = module.integer("n_frequency", 2592, "n_frequency_pattern"), module.number("scaling", 25.0)
-    module.part("waveft_spectrum", count)
+    values = module.part("waveft_spectrum", count)
     if module.config.get("use_idwt", True):
-        return Dense(lambda: _wavelets(module, count) * scale, "it is a sum of wavelets over the whole weight")
-    return Dense(lambda: _located(module, "waveft_spectrum", count) * scale, "it is sparse over the whole weight")
+        return Dense(lambda: _wavelets(module, values) * scale, "it is a sum of wavelets over the whole weight")
+    base = module.base
+    return sparse(*_places(module, count), values * scale, base.out_features, base.in_features)
 
 
-def _wavelets(module: Module, count: int) -> Tensor:
+def _wavelets(module: Module, values: Tensor) -> Tensor:
     """The inverse wavelet transform of the spectrum, padded and cut as PEFT does it, with PEFT's tables of filters."""
     family = module.config.get("wavelet_family", "db1")
     try:
@@ -64,7 +96,7 @@ def _wavelets(module: Module, count: int) -> Tensor:
         ) from error
     if not isinstance(family, str) or family not in WAVELET_REDUCTIONS:
         raise errors.AdapterError(f"adapter from {module.source}: wavelet_family is {family!r}, which PEFT lacks")
-    spectrum = _located(module, "waveft_spectrum", count)
+    spectrum = _spread(module, _places(module, len(values)), values)
     height, width = spectrum.shape
     extra = [lost + (size + lost) % 2 for size, lost in zip((height, width), WAVELET_REDUCTIONS[family], strict=True)]
     top, left = (number // 2 for number in extra)

@@ -110,7 +110,7 @@ def routes(plan: Tensor, table: Tensor, tokens: int) -> list[Route]:
                 in_turn=row[layout.IN_TURN],
                 in_turn_shape=row[layout.IN_TURN_SHAPE],
             )
-            if term.rank < 0 or (term.rank and min(term.a, term.b) < 0):
+            if term.rank < 0 or (term.rank and max(term.a, term.b) < 0):
                 raise RuntimeError(f"mlora: slot {term.slot} has rank {term.rank} but no A or B")
             recipe.append(term)
         order = torch.tensor(row_order[row_start[p] : row_start[p + 1]], dtype=torch.int64)
@@ -126,6 +126,17 @@ def _part(arena: Tensor, offset: int, count: int, slot: int, dtype: torch.dtype)
         )
     # Autograd keeps what it was given, and by the time of the backward pass another adapter may lie there.
     return arena[offset : offset + count].to(dtype, copy=torch.is_grad_enabled())
+
+
+def _factor(arena: Tensor, offset: int, t: Term, width: int, dtype: torch.dtype) -> Tensor | None:
+    """A or B of a term, (rank, width); None where it is the identity."""
+    if offset >= 0:
+        return _part(arena, offset, t.rank * width, t.slot, dtype).view(t.rank, width)
+    if t.rank != width:
+        raise RuntimeError(
+            f"mlora: slot {t.slot} has rank {t.rank} but no A or B, and no identity of {width} in its place"
+        )
+    return None
 
 
 def turned(x: Tensor, turn: Tensor, stride: int, transposed: bool = False) -> Tensor:
@@ -155,12 +166,13 @@ def added(
         delta, gain = None, None
         for t in route.terms:
             if t.rank:
-                a = _part(arena, t.a, t.rank * width_in, t.slot, dtype).view(t.rank, width_in)
-                b = _part(arena, t.b, t.rank * width_out, t.slot, dtype).view(t.rank, width_out)
-                v = (x[route.tokens].to(dtype) @ a.T) * (t.weight * t.scale)
+                a, b = _factor(arena, t.a, t, width_in, dtype), _factor(arena, t.b, t, width_out, dtype)
+                own = x[route.tokens].to(dtype)
+                v = (own if a is None else own @ a.T) * (t.weight * t.scale)
                 if keep is not None:
                     next(keep).copy_(v)
-                delta = v @ b if delta is None else delta + v @ b
+                out = v if b is None else v @ b
+                delta = out if delta is None else delta + out
             if t.shift >= 0:
                 shift = t.weight * _part(arena, t.shift, width_out, t.slot, dtype)
                 delta = shift if delta is None else delta + shift
@@ -330,9 +342,10 @@ def merge_(weight: Tensor, source: Tensor | None, arena: Tensor, table: Tensor, 
     for route in routes(plan, table, 1):
         for t in route.terms:
             if t.rank:
-                a = _part(arena, t.a, t.rank * width, t.slot, dtype).view(t.rank, width)
-                b = _part(arena, t.b, t.rank * height, t.slot, dtype).view(t.rank, height)
-                out += (t.weight * t.scale) * (b.T @ a)
+                a, b = _factor(arena, t.a, t, width, dtype), _factor(arena, t.b, t, height, dtype)
+                product = a if b is None else b.T if a is None else b.T @ a
+                assert product is not None
+                out += (t.weight * t.scale) * product
             if t.gain >= 0:
                 out += t.weight * _part(arena, t.gain, height, t.slot, dtype)[:, None] * base
             if t.in_gain >= 0:

@@ -282,3 +282,45 @@ def test_an_approximation_is_the_best_of_its_rank_and_tells_its_error(worlds: An
         assert error == pytest.approx((values[rank:].norm() / values.norm()).item(), rel=1e-3)
     assert f"{info.error:.1e}" in world.runtime.status()
     world.runtime.delete_adapter(info.name)
+
+
+WHOLE = tuple(spec for spec in SPECS if spec.verdict == DENSE)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+@pytest.mark.parametrize("spec", WHOLE, ids=[spec.id for spec in WHOLE])
+def test_a_whole_matrix_is_folded_saved_and_loaded_again(
+    worlds: Any, halves: World, tmp_path: Path, spec: Spec, dtype: torch.dtype
+) -> None:
+    wide, world = worlds("llama"), worlds("llama") if dtype is torch.float32 else halves
+    folder, runtime, batch = wide.folder(spec), world.runtime, wide.batch([None] * 3)
+    name = runtime.load_adapter(folder, f"{spec.name} of {dtype}", dense=True).name
+    got = logits(world.model, batch, adapter_names=name)
+
+    runtime.save_adapter(name, tmp_path / "saved")
+    again = runtime.load_adapter(tmp_path / "saved", "again", dense=True)
+    assert torch.equal(logits(world.model, batch, adapter_names="again"), got)
+    merged = runtime.add_weighted_adapter([name], [1.0], "merged", "cat")
+    assert merged.peft_type == "DELTA" and merged.dense == again.dense
+    runtime.save_adapter("merged", tmp_path / "merged")
+    runtime.load_adapter(tmp_path / "merged", "merged again")
+    assert torch.equal(*(logits(world.model, batch, adapter_names=one) for one in ("merged", "merged again")))
+
+    before = {key: value.clone() for key, value in world.model.state_dict().items()}
+    runtime.merge_adapter(name)
+    folded = logits(world.model, batch)
+    runtime.unmerge_adapter()
+    assert all(torch.equal(value, before[key]) for key, value in world.model.state_dict().items())
+    for one in (name, "again", "merged", "merged again"):
+        runtime.delete_adapter(one)
+
+    exact = logits(peft_alone(copy.deepcopy(world.base).float(), folder), batch).double()
+    if dtype is torch.float32:
+        assert_close(got, exact.float())
+        assert_close(folded, exact.float())
+        return
+    theirs = peft_alone(world.base, folder)
+    allowed = (logits(theirs, batch).double() - exact).norm()
+    assert (got.double() - exact).norm() <= 2 * allowed
+    allowed = (logits(theirs.merge_and_unload(), batch).double() - exact).norm()
+    assert (folded.double() - exact).norm() <= 2 * allowed

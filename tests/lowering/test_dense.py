@@ -90,6 +90,30 @@ def test_the_refusal_tells_the_bytes_of_a_copy(net: Net) -> None:
     assert not runtime.adapters
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_gradients_of_inputs(net: Net, dtype: torch.dtype) -> None:
+    (one, first), (two, second) = c3a(1), c3a(2)
+    bare, x = copy.deepcopy(net), torch.randn(3, 10, dtype=dtype)
+    runtime = mlora.patch(net.to(dtype), memory=1 << 20)
+    runtime.add_adapter("one", one, dense=True)
+    runtime.add_adapter("two", two, dense=True)
+    x.requires_grad_()
+    with runtime.use_adapters(["one", None, {"one": 0.5, "two": -1.5}]):
+        net(x).square().sum().backward()
+    for row, terms in enumerate((((first, 1.0),), (), ((first, 0.5), (second, -1.5)))):
+        own = x[row : row + 1].detach().double().requires_grad_()
+        changed(bare, *terms)(own).square().sum().backward()
+        assert x.grad is not None
+        torch.testing.assert_close(x.grad[row : row + 1].double(), own.grad, rtol=5e-6, atol=5e-6)
+
+
+def test_a_matrix_takes_the_bytes_of_the_weight(net: Net) -> None:
+    """Where the kernels take the identity beside it as read."""
+    runtime = mlora.patch(net, memory=1 << 20)
+    info = runtime.add_adapter("one", c3a(1)[0], dense=True)
+    assert info.dense == {name: net.get_submodule(name).weight.nbytes for name in ("first", "second")}
+
+
 @pytest.mark.parametrize("keep", ("copy", "corrections"))
 def test_folding_is_exact_and_goes_back_to_the_bit(net: Net, keep: str) -> None:
     (one, first), (two, second) = c3a(1), c3a(2)

@@ -83,3 +83,28 @@ def test_a_sparse_delta_all_over_the_weight_is_refused(rows: int) -> None:
     base, _, adapter = shira(torch.stack((torch.arange(rows), torch.arange(rows))))
     with pytest.raises(errors.UnsupportedAdapterError, match=r"sparse.*dense=True.*252 bytes"):
         mlora.patch(base).add_adapter("a", adapter)
+
+
+@pytest.mark.parametrize(("out", "width", "count"), ((30, 50, 6), (50, 30, 6), (33, 64, 9)))
+def test_few_waves_are_exact_in_rank_rows(out: int, width: int, count: int) -> None:
+    base = nn.Sequential(nn.Linear(width, out))
+    bare, x = copy.deepcopy(base), torch.randn(4, width)
+    values = torch.randn(count, generator=torch.Generator().manual_seed(1))
+    config = {"peft_type": "FOURIERFT", "n_frequency": count, "random_loc_seed": 3, "target_modules": ["0"]}
+    adapter = mlora.Adapter(config, {"0.fourierft_spectrum": values})
+    places = torch.randperm(out * width, generator=torch.Generator().manual_seed(3))[:count]
+    spectrum = torch.zeros(out * width, dtype=torch.float64)
+    spectrum[places] = values.double()
+    dense = torch.fft.ifft2(spectrum.view(out, width)).real * 150
+    info = mlora.patch(base, memory=1 << 20).add_adapter("a", adapter)
+    assert 0 < info.rank <= 2 * count and not info.dense and not info.errors
+    with torch.no_grad(), base.mlora.use_adapters("a"):
+        torch.testing.assert_close(base(x).double(), bare(x).double() + x.double() @ dense.t(), rtol=1e-6, atol=1e-6)
+
+
+def test_few_values_without_transform_are_exact_in_rank_rows() -> None:
+    base = nn.Sequential(nn.Linear(50, 30))
+    config = {"peft_type": "WAVEFT", "n_frequency": 8, "use_idwt": False, "target_modules": ["0"]}
+    adapter = mlora.Adapter(config, {"0.waveft_spectrum": torch.randn(8)})
+    info = mlora.patch(base, memory=1 << 20).add_adapter("a", adapter)
+    assert 0 < info.rank <= 8 and not info.dense

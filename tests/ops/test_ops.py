@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -603,11 +604,12 @@ def test_lower_instruction_sets(isa):
     if names.index(isa) >= torch.ops.mlora.isa() or "MLORA_CPU_ISA" in os.environ:
         pytest.skip("not lower than what the tests above ran with")
     select = "fp64 and (20x855 or 2049x20) and (decode or prefill) or see_its_batch and 855"
-    select += " or scale_input and not blocks or subnormals or merge and 20x855"
+    select += " or scale_input and not blocks or subnormals or merge and 20x855 or identities"
+    files = [__file__, str(Path(__file__).with_name("test_identities.py"))]
     code = f"""
 import sys, pytest, torch, mlora.ops.dispatch
 assert torch.ops.mlora.isa() == {names.index(isa)}
-sys.exit(pytest.main(["-qx", "-p", "no:cacheprovider", {__file__!r}, "-k", {select!r}]))
+sys.exit(pytest.main(["-qx", "-p", "no:cacheprovider", *{files!r}, "-k", {select!r}]))
 """
     run_python(code, MLORA_CPU_ISA=isa)
 
