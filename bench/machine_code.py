@@ -126,7 +126,12 @@ def triton(smoke: bool) -> list[dict[str, Any]]:
                 launches = launch.apply_launches(y, None, x, arena, table, plan, arrived, device)
                 launches += launch.linear_launches(y, x, weight, None, arena, table, plan, device)
                 named = [(f"triton {item.name} {form}", item) for item in launches]
+                v, offsets = torch.empty(16 * tokens), torch.empty(64, dtype=torch.int64)
+                keep = launch.apply_launches(y, None, x, arena, table, plan, arrived, device, v)[0]
+                named.append((f"triton shrink, keeping {form}", keep))
                 if form == "prefill":
+                    gradients = launch.gradient_launches(v, v, x, offsets, table, plan, device)
+                    named += [("triton rank_gradients", gradients[0])]
                     scale = launch.turn_launches(y, x, None, arena, table, plan, device)
                     turn = launch.turn_launches(y, x, y, arena, table, plan, device)
                     named += [("triton scale_input", scale[0]), ("triton turn_output", turn[0])]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .data import Example, batch_of
+from .plan.call import Call
 from .runtime import Runtime
 from .training.losses import IGNORED, losses
 
@@ -59,7 +60,7 @@ class Passes:
     def _losses(self, call: Sequence[Wanted], counts: Mapping[Hashable, int]) -> dict[Hashable, Tensor]:
         groups = [row.group for row in call]
         batch = batch_of([row.example for row in call], self._pad, self._model.device)
-        with self._runtime.use_adapters([row.entry for row in call]):
+        with self._runtime._router.forward([row.entry for row in call], Call((), batch.inputs)):
             if self._splits(batch.inputs):
                 hidden = self._decoder()(**batch.inputs, use_cache=False).last_hidden_state
                 hidden, labels = _targets_only(hidden, batch.labels)

@@ -154,12 +154,12 @@ class Runtime(Trains):
     ) -> AdapterInfo:
         """Add an adapter that is in memory: an `Adapter`, or a new one of a `peft.LoraConfig` (or its fields), which is
         trainable and starts as PEFT's does after `torch.manual_seed(seed)`; one with `init_lora_weights="eva"` from
-        `eva_state_dict`, which is what `peft.get_eva_state_dict(model, dataloader, config)` returns. Takes the other
-        arguments and raises as `load_adapter` does."""
+        `eva_state_dict`, which is what `peft.get_eva_state_dict(model, dataloader, config)` returns. Its dropout has
+        that seed too. Takes the other arguments and raises as `load_adapter` does."""
         self._registry.check_new(adapter_name)
         if not isinstance(adapter, Adapter):
             adapter, is_trainable = fresh(adapter, self._model, self.bases, seed, eva_state_dict), True
-        return self._add(adapter_name, adapter.ignoring(ignore), approximate, dense, strict, is_trainable)
+        return self._add(adapter_name, adapter.ignoring(ignore), approximate, dense, strict, is_trainable, seed=seed)
 
     def _add(
         self,
@@ -170,6 +170,7 @@ class Runtime(Trains):
         strict: bool = False,
         is_trainable: bool = False,
         replaces: bool = False,
+        seed: int | None = None,
     ) -> AdapterInfo:
         if is_trainable:  # first, or who wants to train it would be told how to serve it
             check_config(adapter.config, adapter.source)
@@ -190,7 +191,7 @@ class Runtime(Trains):
         trainable = keys is not None
         info = self._registry.add(name, adapter, lowered, approximate, dense, replaces=replaces, trainable=trainable)
         if keys is not None:
-            self._train(name, adapter, keys)
+            self._train(name, adapter, keys, seed)
         if lowered.remark:
             warnings.warn(f"adapter {name!r} from {adapter.source}: {lowered.remark}", stacklevel=3)
         return info

@@ -158,3 +158,71 @@ ROUTINGS = {
     "prefill": ([MIX, [], B, A, B], 9),
     "long": ([A, []], 70),
 }
+
+
+def terms_of(case: Case, recipes: list, length: int) -> list[tuple[int, float, Tensor]]:
+    """(slot, weight, tokens) of each term that has rank rows, route after route."""
+    rows: dict[tuple, list[int]] = {}
+    for row, recipe in enumerate(recipes):
+        rows.setdefault(tuple(recipe), []).append(row)
+    return [
+        (slot, float(np.float32(weight)), torch.tensor([row * length + t for row in own for t in range(length)]))
+        for recipe, own in rows.items()
+        for slot, weight in recipe
+        if "a" in case.adapters[slot]
+    ]
+
+
+def width_of_v(case: Case, recipes: list, length: int) -> int:
+    return sum(len(tokens) * len(case.adapters[slot]["a"]) for slot, _, tokens in terms_of(case, recipes, length))
+
+
+def parts_of(v: Tensor, case: Case, recipes: list, length: int) -> list[Tensor]:
+    """Each term's part of v."""
+    parts, at = [], 0
+    routes = dict.fromkeys(tuple(recipe) for recipe in recipes)
+    for recipe in routes:
+        ranks = [len(case.adapters[slot]["a"]) for slot, _ in recipe if "a" in case.adapters[slot]]
+        tokens = recipes.count(list(recipe)) * length
+        own = v[at : at + tokens * sum(ranks)].view(tokens, sum(ranks))
+        parts += own.split(ranks, 1) if ranks else []
+        at += own.numel()
+    assert at == v.numel()
+    return parts
+
+
+def offsets_of(case: Case, width: int, gap: int = 5) -> tuple[Tensor, int]:
+    """Of all slots that have rank rows, the last first."""
+    offsets, at = torch.full((len(case.table),), -1), gap
+    for slot in reversed(range(len(case.table))):
+        if "a" in case.adapters[slot]:
+            offsets[slot] = at
+            at += case.adapters[slot]["a"].shape[0] * width + gap
+    return offsets, at
+
+
+def check_kept(v: Tensor, x: Tensor, case: Case, recipes: list, length: int) -> None:
+    """v against the fp64 loop."""
+    terms = terms_of(case, recipes, length)
+    for part, (slot, weight, tokens) in zip(parts_of(v, case, recipes, length), terms, strict=True):
+        adapter = case.adapters[slot]
+        factor, own = abs(weight * adapter["scale"]), x[tokens].double()
+        want = weight * adapter["scale"] * own @ adapter["a"].T
+        # A sum in fp32 of products, in whatever order: some roundings of the sum of their sizes.
+        assert ((part - want).abs() <= 16 * EPS[torch.float32] * factor * own.abs() @ adapter["a"].abs().T).all()
+
+
+def check_rank_gradients(
+    to: Tensor, ref: Tensor, v: Tensor, rows: Tensor, offsets: Tensor, case: Case, recipes: list, length: int
+) -> None:
+    """What went `to`, and the reference's, against the fp64 loop; what is no gradient is still NaN."""
+    want: dict[int, Tensor] = {}
+    for part, (slot, _, own) in zip(parts_of(v, case, recipes, length), terms_of(case, recipes, length), strict=True):
+        if len(own):
+            want[slot] = want.get(slot, 0) + part.double().T @ rows[own].double()
+    written = torch.zeros(len(to), dtype=torch.bool)
+    for slot, gradient in want.items():
+        span = slice(int(offsets[slot]), int(offsets[slot]) + gradient.numel())
+        written[span] = True
+        check(to[span].view(gradient.shape), gradient, ref[span].view(gradient.shape))
+    assert to[~written].isnan().all(), "wrote outside of the gradients"

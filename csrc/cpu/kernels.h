@@ -183,6 +183,19 @@ struct Gradient {
   float* to;
 };
 
+// What drop reads of a row of its input, and of an adapter; as in mlora/ops/dropout.py.
+enum PlaceWord : int { kWho, kStep, kRow, kPosition, kPlaceWidth };
+enum OddsWord : int { kKey, kThreshold = 2, kOddsWidth };
+
+// y[t] = what is kept of x[t], scaled, for tokens that lie `length` to a row.
+struct Drop {
+  const void* x;
+  void* y;  // contiguous
+  int64_t x_stride, width, length;
+  const int32_t* places;  // [row, kPlaceWidth]
+  const int32_t* odds;    // [adapter, kOddsWidth]
+};
+
 struct Kernels {
   // Runs jobs in order, and asks for each one's bytes during the one before: an adapter's parts are a few KiB each and
   // lie anywhere, and the hardware's prefetchers, which learn a stream and stop at its end, leave most of such a part
@@ -206,6 +219,9 @@ struct Kernels {
   // Columns [from, to) of a gradient.
   using Gradients = void (*)(const Gradient&, int64_t from, int64_t to);
 
+  // Tokens [from, to).
+  using DropTokens = void (*)(const Drop&, int64_t from, int64_t to);
+
   // Jobs in order; `scratch` is of attend_scratch floats.
   using Attend = void (*)(const Attention&, const AttendJob*, int64_t jobs, float* scratch);
   using MergeRows = void (*)(const Attention&, const AttendMerge&);
@@ -220,6 +236,7 @@ struct Kernels {
   MergeRows merge_rows[3];
   int64_t attend_rows;  // of a tile of more than kFewRows
   Gradients gradients[3];
+  DropTokens drop[3];
 };
 
 enum Isa : int { kScalar, kAvx2, kAvx512, kAvx512Bf16 };

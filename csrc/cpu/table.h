@@ -3,6 +3,7 @@
 
 #include "apply.h"
 #include "attend.h"
+#include "dropout.h"
 #include "gradients.h"
 #include "linear.h"
 #include "merge.h"
@@ -32,6 +33,7 @@ const Kernels MLORA_TABLE(MLORA_ISA) = {
     {MLORA_ISA::merge_rows<float>, MLORA_ISA::merge_rows<fp16>, MLORA_ISA::merge_rows<bf16>},
     MLORA_ISA::kTileRows,
     {MLORA_ISA::gradients<float>, MLORA_ISA::gradients<fp16>, MLORA_ISA::gradients<bf16>},
+    {MLORA_ISA::drop<float>, MLORA_ISA::drop<fp16>, MLORA_ISA::drop<bf16>},
 };
 
 }  // namespace mlora

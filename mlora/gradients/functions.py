@@ -35,9 +35,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: Site, kblock: i
     return y
 
 
-def add(y: Tensor, base: Tensor | None, x: Tensor, bias: Tensor | None, site: Site) -> Tensor:
-    """`reference.apply`, differentiable with respect to y, base, x and the site's parameters. `bias`: the module's."""
-    out: Tensor = _Added.apply(y, base, x, bias, site, *site.parameters)
+def add(
+    y: Tensor,
+    base: Tensor | None,
+    x: Tensor,
+    bias: Tensor | None,
+    site: Site,
+    drop: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """`reference.apply`, differentiable with respect to y, base, x and the site's parameters. `bias`: the module's.
+    `drop`: places and odds, by which the adapters read `dropout.drop` of x."""
+    out: Tensor = _Added.apply(y, base, x, bias, site, drop, *site.parameters)
     return out
 
 
@@ -76,11 +84,19 @@ class _Linear(torch.autograd.Function):
 class _Added(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, base: Tensor | None, x: Tensor, bias: Tensor | None, site: Site, *parameters: Tensor
+        ctx: Any,
+        y: Tensor,
+        base: Tensor | None,
+        x: Tensor,
+        bias: Tensor | None,
+        site: Site,
+        drop: tuple[Tensor, Tensor] | None,
+        *parameters: Tensor,
     ) -> Tensor:
         v, out = site.kept(x), y.clone()
-        dispatch.apply_keep_(out, v, base, x, site.arena, site.table, site.words)
-        ctx.from_y, ctx.shape, ctx.bias = base is None, x.shape, bias
+        read = x if drop is None else dispatch.drop(x, *drop)
+        dispatch.apply_keep_(out, v, base, read, site.arena, site.table, site.words)
+        ctx.from_y, ctx.shape, ctx.bias, ctx.drop = base is None, x.shape, bias, drop
         given = y if base is None else base
         keep(ctx, site, x if site.reads & FACTOR_A else None, v, given if site.reads & GAIN else None)
         return out
@@ -94,10 +110,14 @@ class _Added(torch.autograd.Function):
             h = h.contiguous()
             dy = through(h, site)
             dx = h.new_zeros(ctx.shape) if ctx.needs_input_grad[2] else None
-            gradients = _backward(site, dx, h, x, v, base, True, ctx.bias, ctx.shape, ctx.needs_input_grad[5:])
+            if ctx.drop is not None and x is not None:
+                x = dispatch.drop(x, *ctx.drop)  # the same mask again
+            gradients = _backward(site, dx, h, x, v, base, True, ctx.bias, ctx.shape, ctx.needs_input_grad[6:])
+            if ctx.drop is not None and dx is not None:
+                dx = dispatch.drop(dx, *ctx.drop)
         if ctx.from_y:
-            return dy, None, dx, None, None, *gradients
-        return h, dy - h if ctx.needs_input_grad[1] else None, dx, None, None, *gradients
+            return dy, None, dx, None, None, None, *gradients
+        return h, dy - h if ctx.needs_input_grad[1] else None, dx, None, None, None, *gradients
 
 
 class _Scaled(torch.autograd.Function):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor
 
 from .. import layout
+from ..arena.bits import DROP
 from ..arena.store import Store
-from ..plan.plan import Plan
+from ..plan.plan import Plan, to_device
+from .dropout import Drops
 from .parts import IN_GAIN, Found, Part
 from .trained import Trained
 
@@ -31,7 +34,7 @@ class Site:
     `outputs` and `inputs`: their parts here, by slot, as functions of what the module gives and of what its base reads
     have them; `parameters` and `read_parameters` are those of these, in the order in which gradients are returned.
     `reads`: the bits of what the first are made of. The gradients of rank rows lie in one buffer of `size` numbers, at
-    `a` and `b` of each slot.
+    `a` and `b` of each slot, where kernels read that.
     """
 
     def __init__(
@@ -47,14 +50,15 @@ class Site:
         self.parameters = [parameter for part in self.outputs.values() for parameter in part.parameters]
         self.read_parameters = [parameter for part in self.inputs.values() for parameter in part.parameters]
         self.reads = functools.reduce(operator.or_, (part.reads for part in self.outputs.values()), 0)
-        self.a = torch.full((len(self.table),), -1, dtype=torch.int64)
-        self.b = self.a.clone()
+        self.trained = trained
         self.size = 0
+        self._at = np.full((2, len(self.table)), -1, dtype=np.int64)
         for slot, part in self.outputs.items():
-            for offsets, shape in ((self.a, part.shape_a), (self.b, part.shape_b)):
+            for offsets, shape in zip(self._at, (part.shape_a, part.shape_b), strict=True):
                 if shape is not None:
                     offsets[slot] = self.size
                     self.size += math.prod(shape)
+        self.a, self.b = to_device(self._at, self.arena.device)
 
     @property
     def trains(self) -> bool:
@@ -72,7 +76,7 @@ class Site:
         return Found(
             *(
                 None if shape is None else flat[int(offsets[slot]) :][: math.prod(shape)].view(shape)
-                for offsets, shape in ((self.a, part.shape_a), (self.b, part.shape_b))
+                for offsets, shape in zip(self._at, (part.shape_a, part.shape_b), strict=True)
             )
         )
 
@@ -92,11 +96,34 @@ class Training:
         self.again = again
         self._made = made
         self._kept: _Sites | None = None
+        self._dropping: tuple[Plan, list[tuple[Trained, int]], Plan, Tensor] | None = None
 
     def site(self, plan: Plan, index: int) -> Site | None:
         """Of a module under a plan whose adapters are pinned; None where none of them has parameters."""
         sites = self._sites(plan)
         return sites.of(index) if sites.trained else None
+
+    def begin(self, plan: Plan, rows: int) -> Drops | None:
+        """Of a call of the model on so many rows that autograd may record: what its layers ask about dropout, and the
+        plan that tells them to (`Drops.plan`); None where no adapter of the plan has any."""
+        adapters = self._that_drop(plan)
+        if not adapters:
+            return None
+        made_of = [(one, one.dropout.seed) for one in adapters.values()]
+        kept = self._dropping
+        if kept is None or (plan is not kept[0] and plan is not kept[2]) or kept[1] != made_of:
+            odds = np.stack([one.dropout.odds(len(plan.touches)) for one in adapters.values()], 1)
+            kept = self._dropping = plan, made_of, _marked(plan, adapters), to_device(odds, self.store.arena.device)
+        *_, dropping, of_modules = kept
+        return Drops(dropping, rows, {name: one.dropout for name, one in adapters.items()}, of_modules)
+
+    def resume(self, plan: Plan) -> Plan:
+        """The plan of a `Drops` again, of the same adapters."""
+        return _marked(plan, self._that_drop(plan))
+
+    def _that_drop(self, plan: Plan) -> dict[str, Trained]:
+        sources = {name: self.store[name].source for name in plan.names}
+        return {name: one for name, one in sources.items() if isinstance(one, Trained) and one.drops}
 
     def made(self, plan: Plan) -> Any:
         """For `again`, as the numbers are now."""
@@ -135,6 +162,15 @@ class _Sites:
             site = Site(self._training, self.plan, index, int(self._ranks[index]), self._rows, trained)
             self._sites[index] = site
         return site
+
+
+def _marked(plan: Plan, adapters: Mapping[str, Trained]) -> Plan:
+    """The plan, which tells the layers of these adapters to ask about dropout."""
+    touches = list(plan.touches)
+    for one in adapters.values():
+        for index in one.dropout.paths:
+            touches[index] |= DROP
+    return replace(plan, touches=tuple(touches))
 
 
 def _rank_rows(plan: Plan, tables: Tensor) -> tuple[int, np.ndarray]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..arena.pack import Packed
+from .dropout import Dropout
 from .parts import KINDS, Base, Keys, Lora, Part, Places
 
 
@@ -27,7 +28,7 @@ class Trained:
     Args:
         tensors: its parameters' first values, by key. `keys`: of each module, by its number.
         bases: of each module. `packed`: of these tensors. `device`: of the arena.
-        fixed: whether the B of LoRAs are not trained, as MiCA's.
+        fixed: whether the B of LoRAs are not trained, as MiCA's. `dropout`: its, which may have a chance of 0.
 
     `parameters`: key -> parameter. `parts`: module number -> its parameters.
     """
@@ -40,7 +41,9 @@ class Trained:
         packed: Packed,
         device: torch.device,
         fixed: bool,
+        dropout: Dropout,
     ) -> None:
+        self.dropout = dropout
         places = Places(packed, device, tensors)
         self._master = places.master
         self._version = -1
@@ -69,9 +72,19 @@ class Trained:
             for part in self.parts.values():
                 part.write(to)
 
-    def stepped(self) -> None:
-        """An optimizer has changed a parameter."""
+    def refresh(self) -> None:
+        """Something has changed a parameter."""
         self._stepped, self._zero = True, None
+
+    def stepped(self) -> None:
+        """An optimizer has made a step of its parameters."""
+        self.refresh()
+        self.dropout.stepped()
+
+    @property
+    def drops(self) -> bool:
+        """Whether rows of its own are dropped from, in training mode."""
+        return self.dropout.p > 0 and self.training
 
     def require_grad(self, requires_grad: bool) -> None:
         for parameter in self.parameters.values():
@@ -101,7 +114,7 @@ def _watch() -> None:
 
 
 def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if (owner := _owners.get(id(parameter))) is not None:
-                owner.stepped()
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    owners = {id(one): one for parameter in parameters if (one := _owners.get(id(parameter))) is not None}
+    for owner in owners.values():
+        owner.stepped()

@@ -62,6 +62,8 @@ def source(launch: Launch) -> ASTSource:
         if isinstance(value, Tensor):
             signature[name] = _POINTERS[value.dtype]
             divisible = True  # what torch allocates is
+        elif value is None:
+            signature[name], constants[name] = "constexpr", None
         elif value == 1 and not parameter.do_not_specialize:
             signature[name], constants[name] = "constexpr", 1
         else:

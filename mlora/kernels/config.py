@@ -24,6 +24,7 @@ SHRINK_STAGES = 3  # blocks of `in` in flight
 
 _LEAVES = 32  # at most, of the sum over `in`
 PART = 4  # leaves of a part
+SEGMENT = 64  # tokens of a chain of a gradient, as on the CPU
 _REACH = 1 << 31
 
 
@@ -78,6 +79,12 @@ def form(tokens: int) -> Form:
 def leaf(width: int) -> int:
     """Elements of a leaf of the sum over `width`: at most 32 leaves, of a multiple of 64."""
     return max(64, -(-width // (_LEAVES * 64)) * 64)
+
+
+def shrink_registers(keep: bool) -> int:
+    """Registers that a thread of `shrink` may take. Where it leaves v for training, 96 would spill on some
+    architectures; 128 leave room for the two programs of 8 warps that a processor gets in prefill, and for no more."""
+    return 128 if keep else 80
 
 
 def expand_registers(device: Device, f: Form, itemsize: int) -> int:
@@ -156,3 +163,16 @@ def linear_grid(device: Device, tokens: int, width_out: int, bm: int, bn: int, w
     fewer."""
     resident = 65536 // (32 * registers) // warps
     return max(1, min(device.processors * resident, -(-tokens // bm) * -(-width_out // bn)))
+
+
+def gradient_tiles(itemsize: int) -> tuple[int, int, int, int, int]:
+    """BR, BN, BT, warps and registers of `rank_gradients`. 32 columns are two sectors of 16 bits, and too few for the
+    instructions of a warp group; 64 would spill. fp32 has no tensor cores here and wants few tokens at once."""
+    return (16, 64, 16, 8, 80) if itemsize == 4 else (16, 32, 64, 4, 80)
+
+
+def gradient_grid(device: Device, kept: int, width: int, bn: int, warps: int, registers: int) -> int:
+    """Programs of `rank_gradients`: as many as the processors' registers have room for at once, or, of v of `kept`
+    numbers, one a tile if every token had an adapter of its own."""
+    resident = 65536 // (32 * registers) // warps
+    return max(1, min(device.processors * resident, kept * -(-width // bn)))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import layout
-from . import arrivals, config, embed, expand, merge, shrink, turn, work
+from . import arrivals, config, dropout, embed, expand, gradients, merge, shrink, turn, work
 from . import linear as fused
 from .config import Device
 
@@ -115,9 +115,10 @@ def apply_launches(
     plan: Tensor,
     arrived: Tensor,
     device: Device,
+    kept: Tensor | None = None,
 ) -> list[Launch]:
-    """The launches of `apply_` on y (tokens, out), base (tokens, out) or None, x (tokens, in). `arrived` is int32,
-    (tokens,), zeros, and for no other launch at the same time."""
+    """The launches of `apply_` on y (tokens, out), base (tokens, out) or None, x (tokens, in); with `kept` those of
+    `apply_keep_`. `arrived` is int32, (tokens,), zeros, and for no other launch at the same time."""
     tokens, width = x.shape
     f, leaf = config.form(tokens), config.leaf(width)
     v, capacity = _workspace(x)
@@ -144,10 +145,18 @@ def apply_launches(
     grids = config.shrink_grid(device, tokens, width), config.expand_grid(device, tokens, y.shape[1])
     strides = (x.stride(0), y.stride(0), source.stride(0))
     registers = config.expand_registers(device, f, x.itemsize)
-    first = (v, arrived, x, *adapters, x.stride(0), capacity)
+    first = (v, arrived, x, *adapters, x.stride(0), capacity, kept)
     second = (y, source, v, x, *adapters, y.shape[1], *strides, capacity)
     return [
-        Launch(shrink.shrink, grids[0], first, first_sizes, f.shrink_warps, config.SHRINK_STAGES),
+        Launch(
+            shrink.shrink,
+            grids[0],
+            first,
+            first_sizes,
+            f.shrink_warps,
+            config.SHRINK_STAGES,
+            config.shrink_registers(kept is not None),
+        ),
         Launch(expand.expand, grids[1], second, second_sizes, f.expand_warps, 1, registers),
     ]
 
@@ -199,6 +208,26 @@ def embed_launches(
     return [Launch(embed.embed, min(device.processors * 4, tiles), args, {"BM": bm, "BN": bn})]
 
 
+def gradient_launches(
+    to: Tensor, v: Tensor, rows: Tensor, offsets: Tensor, table: Tensor, plan: Tensor, device: Device
+) -> list[Launch]:
+    """The launch of `rank_gradients_` on rows (tokens, width)."""
+    tokens, width = rows.shape
+    br, bn, bt, warps, registers = config.gradient_tiles(rows.itemsize)
+    args = (to, v, rows, offsets, table, plan, tokens, len(table), width, rows.stride(0))
+    constants = {"BR": br, "BN": bn, "BT": bt, "SEGMENT": config.SEGMENT}
+    grid = config.gradient_grid(device, v.numel(), width, bn, warps, registers)
+    return [Launch(gradients.rank_gradients, grid, args, constants, warps, 1, registers)]
+
+
+def drop_launches(y: Tensor, x: Tensor, places: Tensor, odds: Tensor) -> list[Launch]:
+    """The launch of `drop` on x (tokens, width) and y, contiguous: a program for each tile."""
+    tokens, width = x.shape
+    bm, bn = 8, 128
+    args = (y, x, places, odds, tokens, tokens // len(places), width, x.stride(0))
+    return [Launch(dropout.drop, -(-tokens // bm) * -(-width // bn), args, {"BM": bm, "BN": bn})]
+
+
 def merge_launches(weight: Tensor, source: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> list[Launch]:
     """The launch of `merge_`: a program for each tile of the weight."""
     width_out, width = weight.shape
@@ -210,6 +239,20 @@ def merge_launches(weight: Tensor, source: Tensor, arena: Tensor, table: Tensor,
 
 def apply_(y: Tensor, base: Tensor | None, x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> None:
     """`reference.apply_` in two launches; fp32, float16 or bfloat16, one dtype for all."""
+    _apply(y, None, base, x, arena, table, plan)
+
+
+def apply_keep_(
+    y: Tensor, v: Tensor, base: Tensor | None, x: Tensor, arena: Tensor, table: Tensor, plan: Tensor
+) -> None:
+    """`training.apply_keep_` in the launches of `apply_`."""
+    _check_kept(v)
+    _apply(y, v, base, x, arena, table, plan)
+
+
+def _apply(
+    y: Tensor, v: Tensor | None, base: Tensor | None, x: Tensor, arena: Tensor, table: Tensor, plan: Tensor
+) -> None:
     _check(arena, table, plan, x=x, y=y, base=base)
     rows, flat = _flat("y", y), _flat("x", x)
     if rows.shape[0] != flat.shape[0]:
@@ -220,7 +263,7 @@ def apply_(y: Tensor, base: Tensor | None, x: Tensor, arena: Tensor, table: Tens
         return
     source = None if base is None else _flat("base", base)
     arrived = arrivals.counters(y.device, rows.shape[0])
-    _run(apply_launches(rows, source, flat, arena, table, plan, arrived, device_of(y)), y)
+    _run(apply_launches(rows, source, flat, arena, table, plan, arrived, device_of(y), v), y)
     if rows.data_ptr() != y.data_ptr():
         y.copy_(rows.view(y.shape))
 
@@ -250,6 +293,64 @@ def linear(
         rows = y.view(-1, weight.shape[0])
         _run(linear_launches(rows, flat, weight, bias, arena, table, plan, device_of(x)), x)
     return y
+
+
+def linear_keep(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    v: Tensor,
+    arena: Tensor,
+    table: Tensor,
+    plan: Tensor,
+    kblock: int,
+) -> Tensor:
+    """`training.linear_keep`: `linear`, and unless kblock is 0 a `shrink` of its own for v."""
+    _check_kept(v)
+    if kblock == 0:
+        y = F.linear(x, weight, bias)
+        apply_keep_(y, v, None, x, arena, table, plan)
+        return y
+    y = linear(x, weight, bias, arena, table, plan, kblock)
+    flat = _flat("x", x)
+    if flat.shape[0]:
+        rows, arrived = y.view(-1, weight.shape[0]), arrivals.counters(x.device, flat.shape[0])
+        _run(apply_launches(rows, None, flat, arena, table, plan, arrived, device_of(x), v)[:1], x)
+    return y
+
+
+def rank_gradients_(
+    to: Tensor, v: Tensor, rows: Tensor, offsets: Tensor, arena: Tensor, table: Tensor, plan: Tensor
+) -> None:
+    """`training.rank_gradients_` in one launch."""
+    _check(arena, table, plan, rows=rows)
+    _check_kept(v)
+    if to.dim() != 1 or not to.is_contiguous() or to.dtype is not torch.float32:
+        raise RuntimeError(f"mlora: to must be a contiguous 1-D float32 tensor, is {to.dtype}, {tuple(to.shape)}")
+    if offsets.shape != table.shape[:1] or offsets.dtype is not torch.int64 or not offsets.is_contiguous():
+        raise RuntimeError(f"mlora: offsets must be int64 of {len(table)} slots, is {tuple(offsets.shape)}")
+    flat = _flat("rows", rows)
+    if flat.shape[0]:
+        _run(gradient_launches(to, v, flat, offsets, table, plan, device_of(rows)), rows)
+
+
+def _check_kept(v: Tensor) -> None:
+    if v.dim() != 1 or not v.is_contiguous() or v.dtype is not torch.float32:
+        raise RuntimeError(f"mlora: v must be a contiguous 1-D float32 tensor, is {v.dtype}, {tuple(v.shape)}")
+
+
+def drop(x: Tensor, places: Tensor, odds: Tensor) -> Tensor:
+    """`ops.dropout.drop` in one launch; places that name an adapter beyond odds are undefined."""
+    for name, t, width in (("places", places, 4), ("odds", odds, 3)):
+        if t.dim() != 2 or t.shape[1] != width or t.dtype is not torch.int32 or not t.is_contiguous():
+            raise RuntimeError(f"mlora: {name} must be a contiguous int32 tensor of (n, {width}), is {tuple(t.shape)}")
+    flat, rows = _flat("x", x), len(places)
+    if flat.shape[0] % rows if rows else flat.shape[0]:
+        raise RuntimeError(f"mlora: {flat.shape[0]} tokens do not divide into {rows} places")
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if flat.shape[0]:
+        _run(drop_launches(out.view(flat.shape), flat, places, odds), x)
+    return out
 
 
 def scale_input(x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> Tensor:

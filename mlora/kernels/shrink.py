@@ -19,6 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .expand import compute_v
 from .work import (
     ALIGN,
     RANK,
@@ -26,9 +27,12 @@ from .work import (
     RANKS,
     A,
     header,
+    kept_place,
     locate,
     mma,
     read_row,
+    read_scale,
+    read_weight,
     segment_terms,
     share_halves,
     tile_place,
@@ -96,15 +100,55 @@ def add_slices(
     some = (js < count)[:, None]
     for c in tl.range(0, columns, RANK_ALIGN, disable_licm=True):
         at = v + (js[:, None] * capacity + (tl.multiple_of(c, RANK_ALIGN) + cs)[None, :])
-        total = tl.zeros((BM, RANK_ALIGN), tl.float32)
-        if LEAVES == PART:
-            for s in range(0, slices):
-                total += tl.load(at + s * step, mask=some, other=0.0, cache_modifier=".cg")
-        else:
-            for part in range(0, slices * leaves, PART):
-                pair = add_pair(at, part, some, step, slices, leaves)
-                total += pair + add_pair(at, part + 2, some, step, slices, leaves)
-        tl.store(at, total, mask=some)
+        tl.store(at, add_columns(at, some, step, slices, leaves, BM, LEAVES, PART), mask=some)
+
+
+@triton.jit
+def add_columns(at, some, step, slices, leaves, BM: tl.constexpr, LEAVES: tl.constexpr, PART: tl.constexpr):
+    """(BM, RANK_ALIGN) of `add_slices`; `at` points at those of slice 0."""
+    total = tl.zeros((BM, RANK_ALIGN), tl.float32)
+    if LEAVES == PART:
+        for s in range(0, slices):
+            total += tl.load(at + s * step, mask=some, other=0.0, cache_modifier=".cg")
+    else:
+        for part in range(0, slices * leaves, PART):
+            pair = add_pair(at, part, some, step, slices, leaves)
+            total += pair + add_pair(at, part + 2, some, step, slices, leaves)
+    return total
+
+
+@triton.jit
+def add_and_keep(
+    kept, v, count, x, arena, plan, table, t0, t1, rows, routes, token, live, step, capacity, slices, leaves, width,
+    x_stride, BM: tl.constexpr, LEAF: tl.constexpr, LEAVES: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """`add_slices` of the terms [t0, t1), whose sums also go to `kept`, (count, ranks of the terms side by side), times
+    weight and scaling. Rank rows that v has no room for are computed here."""
+    ranks = 0
+    for t in tl.range(t0, t1, disable_licm=True):
+        ranks += tl.load(read_row(plan, table, t, rows, routes) + RANK).to(tl.int32)
+    col, to = 0, kept
+    for t in tl.range(t0, t1, disable_licm=True):
+        rank = tl.load(read_row(plan, table, t, rows, routes) + RANK).to(tl.int32)
+        for c in tl.range(0, rank, RANK_ALIGN, disable_licm=True):
+            if col + c < capacity:
+                js, cs = tl.arange(0, BM), tl.arange(0, RANK_ALIGN)
+                some = (js < count)[:, None]
+                at = v + (js[:, None] * capacity + (tl.multiple_of(col + c, RANK_ALIGN) + cs)[None, :])
+                total = add_columns(at, some, step, slices, leaves, BM, LEAVES, PART)
+                tl.store(at, total, mask=some)
+            else:
+                a = tl.multiple_of(tl.load(read_row(plan, table, t, rows, routes) + A), ALIGN)
+                again = compute_v(
+                    x, arena + a, token, live, c, rank, width, x_stride, BM, RANK_ALIGN, LEAF, PART
+                )  # fmt: skip
+                total = tl.trans(again)
+            scale = read_weight(plan, t, rows, routes) * read_scale(read_row(plan, table, t, rows, routes))
+            js, cs = tl.arange(0, BM), c + tl.arange(0, RANK_ALIGN)
+            mask = (js < count)[:, None] & (cs < rank)[None, :]
+            tl.store(to + (js[:, None] * ranks + cs[None, :]), total * scale, mask=mask)
+        col += tl.cdiv(rank, RANK_ALIGN) * RANK_ALIGN
+        to += rank
 
 
 @triton.jit
@@ -141,6 +185,7 @@ def shrink(
     arrived,  # int32 (tokens,), zeros before and after
     x,  # (tokens, in)
     arena, table, plan, tokens, width, x_stride, capacity,
+    kept,  # fp32, as `training.apply_keep_` leaves it, or None
     BM: tl.constexpr,  # tokens of a tile, at most
     RC: tl.constexpr,  # rank rows at once
     BK: tl.constexpr,
@@ -148,7 +193,8 @@ def shrink(
     LEAVES: tl.constexpr,  # of a slice, at most: 2, or PART
     PART: tl.constexpr,  # leaves of a part
 ):  # fmt: skip
-    """v[0, t, col(e) + j] = A_e[j] . x[t] for the terms e of t's recipe."""
+    """v[0, t, col(e) + j] = A_e[j] . x[t] for the terms e of t's recipe; times w_e scale_e that goes to `kept`, too."""
+    KEEP: tl.constexpr = kept is not None
     rows, routes, length = header(plan, tokens)
     if LEAVES == PART:
         size: tl.constexpr = BM
@@ -191,11 +237,19 @@ def shrink(
                 )  # fmt: skip
             passed += 2 * tl.cdiv(rank, grain)
             col += tl.cdiv(rank, RANK_ALIGN) * RANK_ALIGN
-        if slices > 1:
+        if (slices > 1) | KEEP:
             tl.debug_barrier()  # all threads' stores come before the arrival, which releases them
             before = tl.atomic_add(arrived + position, q_end - q, sem="acq_rel", scope="gpu")
             if before + q_end - q == 2 * units * slices:
-                add_slices(first, count, tl.minimum(col, capacity), step, capacity, slices, leaves, BM, LEAVES, PART)
+                if KEEP:
+                    place = kept_place(plan, table, segment, tile * size, rows, routes, length)
+                    add_and_keep(
+                        kept + place, first, count, x, arena, plan, table, t0, t1, rows, routes, token, live, step,
+                        capacity, slices, leaves, width, x_stride, BM, LEAF, LEAVES, PART,
+                    )  # fmt: skip
+                else:
+                    columns = tl.minimum(col, capacity)
+                    add_slices(first, count, columns, step, capacity, slices, leaves, BM, LEAVES, PART)
                 tl.store(arrived + position, 0)
         h += q_end - q
 

@@ -151,6 +151,18 @@ def tile_place(plan, segment, tile, routes, length, size):
 
 
 @triton.jit
+def kept_place(plan, table, segment, j0, rows, routes, length):
+    """Where what is kept of a segment's tokens from the j0th on begins, route after route; int64."""
+    place = tl.zeros((), tl.int64)
+    for p0 in range(0, segment + 1, SPAN):
+        p = p0 + tl.arange(0, SPAN)
+        count, ranks = measure(plan, table, p, rows, routes, length, 1, 1, RANKS)
+        before = tl.where(p < segment, count, tl.where(p == segment, j0, 0))
+        place += tl.sum(before.to(tl.int64) * ranks, axis=0)
+    return place
+
+
+@triton.jit
 def tile_tokens(plan, segment, j0, rows, routes, length, BM: tl.constexpr):
     """The tokens of a segment from its j0th on (BM,), and which of them exist."""
     first = tl.load(plan + HEADER + segment, mask=routes > 0, other=0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import errors
-from ..arena.bits import BOTH, GAIN, HEAD, INPUT, LORA, SHIFT, TAIL, TURN
+from ..arena.bits import BOTH, DROP, GAIN, HEAD, INPUT, LORA, SHIFT, TAIL, TURN
 from ..gradients.recorded import Site
 from ..ops import direct, dispatch, reference
 from ..ops.checks import check_foreign, check_front, check_heads, check_rows, check_tails
@@ -25,7 +25,7 @@ from .state import LayerState
 from .swap import refuse_copy, refuse_move
 from .trained import refuse_training, trained
 
-_APART = INPUT | TURN | HEAD  # what takes more than the base and a delta of its input
+_APART = INPUT | TURN | HEAD | DROP  # what takes more than the base and a delta of its input
 
 
 class LoraLayer(nn.Module):
@@ -93,11 +93,11 @@ class LoraLayer(nn.Module):
         state = self._mlora
         shared = state.shared
         self._check(x, plan)
-        if shared.training is not None and torch.is_grad_enabled():
+        if shared.training is not None and (touches & DROP or torch.is_grad_enabled()):
             site = shared.training.site(plan, state.index)
             touches &= ~TAIL if plan.by_token else ~0
             if site is not None and (site.trains or not touches & (HEAD | TAIL)):
-                return self._trained(x, site, touches, plain and not touches & _APART)
+                return self._trained(x, site, touches, plain and not touches & (_APART ^ DROP))
         if touches & HEAD:
             base = partial(self._routed, words=plan.tensor, touches=touches)
             return answer(x, plan.heads[state.index], shared.arena, base, self.out_features)

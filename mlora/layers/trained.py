@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from .. import errors
-from ..arena.bits import GAIN, HEAD, LORA, SHIFT, TAIL
+from ..arena.bits import DROP, GAIN, HEAD, LORA, SHIFT, TAIL
 from ..gradients import functions
 from ..gradients.parts import GAIN as MADE_AGAIN
 from ..gradients.recorded import Site
@@ -25,7 +25,8 @@ def trained(layer: Any, x: Tensor, site: Site, touches: int, plain: bool) -> Ten
     state, held = layer._mlora, layer._parameters
     if touches & (HEAD | TAIL):
         refuse_beside(state.name)
-    if plain and x.dtype is state.dtype and x.is_cpu:
+    drop = _drop(layer, x, site, touches) if layer.training else None
+    if drop is None and plain and x.dtype is state.dtype and x.is_cpu:
         weight, bias = held["weight"], held["bias"]
         if not weight.requires_grad and (bias is None or not bias.requires_grad):
             layer._check_weight(weight)
@@ -34,7 +35,21 @@ def trained(layer: Any, x: Tensor, site: Site, touches: int, plain: bool) -> Ten
                 return functions.linear(x, weight, bias, site, kblock)
     scale = partial(functions.scale, site=site) if site.inputs else None
     y, source = layer._bases(x, site.words, touches, scale)
-    return functions.add(y, source, x, held.get("bias"), site) if touches & (LORA | GAIN | SHIFT) else y
+    return functions.add(y, source, x, held.get("bias"), site, drop) if touches & (LORA | GAIN | SHIFT) else y
+
+
+def _drop(layer: Any, x: Tensor, site: Site, touches: int) -> tuple[Tensor, Tensor] | None:
+    """What tells which elements of x the adapters do not read; None where they read all."""
+    state = layer._mlora
+    if touches & DROP:
+        places: tuple[Tensor, Tensor] = state.shared.active.get().drops.of(x, state.index, state.name)
+        return places
+    if any(one.drops and state.index in one.dropout.paths for one in site.trained.values()):
+        raise errors.AttributionError(
+            f"{state.name} runs outside of a call of the patched model, so that it cannot be told which rows an "
+            f"adapter's lora_dropout is for; call the model itself, or train it with lora_dropout=0"
+        )
+    return None
 
 
 def refuse_beside(name: str) -> NoReturn:

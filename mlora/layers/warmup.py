@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..kernels import apply_, config, embed_, scale_input, turn_output
+from ..kernels import apply_, apply_keep_, config, embed_, rank_gradients_, scale_input, turn_output
 from .norm import NormLayer
 
 
@@ -52,7 +53,18 @@ def warmup(model: torch.nn.Module, tokens: Sequence[int] = (1, config.DECODE_TOK
             if state.shared.turns:
                 turn_output(y, None, arena, state.table, state.shared.blank.tensor)
                 calls += 1
+            if state.shared.training is not None:
+                calls += _train(x, y, arena, state.table, state.shared.blank.tensor)
     return calls
+
+
+def _train(x: Tensor, y: Tensor, arena: Tensor, table: Tensor, words: Tensor) -> int:
+    """What a linear's forward and backward pass call beside; returns how many calls that are."""
+    v, offsets = x.new_empty(0, dtype=torch.float32), torch.full_like(table[:, 0], -1)
+    for one, other in ((x, y), (y, x)):
+        apply_keep_(other, v, None, one, arena, table, words)
+        rank_gradients_(v, v, one, offsets, arena, table, words)
+    return 4
 
 
 def _widths(module: Any) -> tuple[int, int]:

@@ -7,7 +7,7 @@ They are declared to write what they read, so that no compiler drops the calls a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Protocol
 from weakref import WeakValueDictionary
 
@@ -23,7 +23,7 @@ class Publisher(Protocol):
     def publish(self, plan: Tensor, header: Tensor) -> None:
         """Put what is routed here into `plan` and `header`; raises `RoutingError` where that cannot be told."""
 
-    def touched(self) -> bytes:
+    def touched(self) -> Sequence[int]:
         """What that does to each module (`Plan.touches`); raises as `publish`."""
 
 

@@ -89,12 +89,13 @@ _reference_turn_output = torch.ops.mlora.reference_turn_output.default
 _reference_embed_ = torch.ops.mlora.reference_embed_.default
 _reference_merge_ = torch.ops.mlora.reference_merge_.default
 _reference_apply_keep_ = torch.ops.mlora.reference_apply_keep_.default
+_reference_drop = torch.ops.mlora.reference_drop.default
 _reference_rank_gradients_ = torch.ops.mlora.reference_rank_gradients_.default
 _apply_ = getattr(torch.ops.mlora, _PREFIX + "apply_").default
-_TRAINED = "reference_" if _PREFIX else ""  # there are no Triton kernels
-_apply_keep_ = getattr(torch.ops.mlora, _TRAINED + "apply_keep_").default
-_linear_keep = getattr(torch.ops.mlora, _TRAINED + "linear_keep").default
-_rank_gradients_ = getattr(torch.ops.mlora, _TRAINED + "rank_gradients_").default
+_apply_keep_ = getattr(torch.ops.mlora, _PREFIX + "apply_keep_").default
+_linear_keep = getattr(torch.ops.mlora, _PREFIX + "linear_keep").default
+_rank_gradients_ = getattr(torch.ops.mlora, _PREFIX + "rank_gradients_").default
+_drop = getattr(torch.ops.mlora, _PREFIX + "drop").default
 _linear = getattr(torch.ops.mlora, _PREFIX + "linear").default
 _scale_input = getattr(torch.ops.mlora, _PREFIX + "scale_input").default
 apply_native_ = _apply_  # `apply_` of tensors that are known to have one dtype, which kernels take, on the CPU
@@ -175,6 +176,11 @@ def rank_gradients_(
     """See `training.rank_gradients_`."""
     native = rows.dtype is arena.dtype and arena.dtype in _KERNEL_DTYPES
     (_rank_gradients_ if native else _reference_rank_gradients_)(to, v, rows, offsets, arena, table, plan)
+
+
+def drop(x: Tensor, places: Tensor, odds: Tensor) -> Tensor:
+    """See `dropout.drop`."""
+    return (_drop if x.dtype in _KERNEL_DTYPES else _reference_drop)(x, places, odds)
 
 
 def scale_input(x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """The operators of namespace `mlora`: schemas, shapes for tracing, and the reference for every device.
 
 The C++ library registers its kernels for the CPU dispatch key and takes over there. CUDA tensors go to the CUDA
-library where it is built, and otherwise, and for what it lacks, to the Triton kernels; but the operators of training
-have a kernel for the CPU only. Each operator also exists as `reference_<name>`, which is the reference whatever is
-built, and the others as `triton_<name>`, which is the Triton kernels, on CPU tensors in Triton's interpreter.
+library where it is built, and otherwise, and for what it lacks, to the Triton kernels; but attention has a kernel for
+the CPU only. Each operator also exists as `reference_<name>`, which is the reference whatever is built, and the others
+as `triton_<name>`, which is the Triton kernels, on CPU tensors in Triton's interpreter.
 
 For tests, `MLORA_BACKEND=emulation` registers the CUDA kernels for the CPU instead, from the library built out of
 csrc/emulation that `MLORA_EMULATION_LIBRARY` names.
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import attention, reference, training
+from . import attention, dropout, reference, training
 
 _SCHEMAS = {
     "apply_": "(Tensor(a!) y, Tensor? base, Tensor x, Tensor arena, Tensor table, Tensor plan) -> ()",
@@ -33,6 +33,7 @@ _SCHEMAS = {
     "rank_gradients_": (
         "(Tensor(a!) to, Tensor v, Tensor rows, Tensor offsets, Tensor arena, Tensor table, Tensor plan) -> ()"
     ),
+    "drop": "(Tensor x, Tensor places, Tensor odds) -> Tensor",
     "scale_input": "(Tensor x, Tensor arena, Tensor table, Tensor plan) -> Tensor",
     "turn_output": "(Tensor y, Tensor? base, Tensor arena, Tensor table, Tensor plan) -> Tensor",
     "apply_group_": "(Tensor(a!)[] y, Tensor x, Tensor arena, Tensor[] tables, Tensor plan) -> ()",
@@ -71,6 +72,10 @@ def _fake_rank_gradients_(
     return None
 
 
+def _fake_drop(x: Tensor, places: Tensor, odds: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 def _fake_scale_input(x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -101,6 +106,7 @@ _FAKES: dict[str, Any] = {
     "linear": _fake_linear,
     "linear_keep": _fake_linear_keep,
     "rank_gradients_": _fake_rank_gradients_,
+    "drop": _fake_drop,
     "scale_input": _fake_scale_input,
     "turn_output": _fake_turn_output,
     "apply_group_": _fake_apply_group_,
@@ -114,6 +120,7 @@ _REFERENCES: dict[str, Any] = {
     "linear": reference.linear,
     "linear_keep": training.linear_keep,
     "rank_gradients_": training.rank_gradients_,
+    "drop": dropout.drop,
     "scale_input": reference.scale_input,
     "turn_output": reference.turn_output,
     "apply_group_": reference.apply_group_,
@@ -134,8 +141,15 @@ def _triton(name: str) -> Any:
     return run
 
 
-# Of which there is no GPU kernel: GPUs compute the references of training, and models there have FlashAttention.
-_CPU_ONLY = ("apply_keep_", "linear_keep", "rank_gradients_", "attend_")
+_CPU_ONLY = ("attend_",)  # models on GPUs have FlashAttention
+_NOT_IN_CUDA = (
+    "embed_",
+    "linear",
+    "apply_keep_",
+    "linear_keep",
+    "rank_gradients_",
+    "drop",
+)  # what the CUDA library lacks
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -163,5 +177,5 @@ HAS_CPU = not EMULATED and _load("mlora._C")
 HAS_CUDA = torch.backends.cuda.is_built() and _load("mlora._C_cuda")
 if HAS_TRITON:
     for _name in _SCHEMAS.keys() - _CPU_ONLY:
-        if not HAS_CUDA or _name in ("embed_", "linear"):  # the CUDA library has all but these
+        if not HAS_CUDA or _name in _NOT_IN_CUDA:
             LIBRARY.impl(_name, _triton(_name), "CUDA")

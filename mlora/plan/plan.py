@@ -25,7 +25,7 @@ class Plan:
     Args:
         tensor: int32, the layout of `mlora.layout`, on the device.
         header: the first of its words, on the host.
-        touches: one byte a module, what the plan's adapters do to it (`arena.bits.LORA`, ...).
+        touches: one number a module, what the plan's adapters do to it (`arena.bits.LORA`, ...).
         names: the adapters that it pins.
         rows: batch rows, or 1 if one recipe serves every row of any batch.
         row_counts: the leading sizes that a module's input may have: as many as there are entries, and that times the
@@ -45,7 +45,7 @@ class Plan:
 
     tensor: Tensor
     header: Tensor
-    touches: bytes
+    touches: Sequence[int]
     names: tuple[str, ...]
     rows: int
     row_counts: tuple[int, ...]

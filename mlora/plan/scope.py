@@ -61,8 +61,8 @@ class Scope:
     cut, `unobserved`, whether nothing looked at the operators when it began, what its layers left for their `siblings`,
     `tokens`, which gives layers a plan whose rows are tokens where one is needed, the `prompt` of the `generate` that
     is running if it has some, `late`, what is asked of the call when it ends (None if none runs), `counted`, whether
-    its rows, or those of the `generate`, were found to be as many as the entries, and, of a model that reads more than
-    text, what the call tells of `others`.
+    its rows, or those of the `generate`, were found to be as many as the entries, of a model that reads more than text
+    what the call tells of `others`, and `drops`, what layers ask about dropout (`gradients.dropout.Drops`).
 
     Layers read `plan` of whatever is in the variable. It is `own`, and missing where that need not be what counts, as
     Python then asks `__getattr__`.
@@ -82,6 +82,7 @@ class Scope:
     prompt: Prompt | None = None
     late: list[Late] | None = None
     others: Others | None = None
+    drops: Any = None
     _token: Token[None] | None = None
 
     def __init__(self, scopes: Scopes, outer: Scope | None, own: Plan | None, entries: Any) -> None:
@@ -97,7 +98,7 @@ class Scope:
             self.unobserved = outer.unobserved
             self.prompt, self.late, self.others = outer.prompt, outer.late, outer.others
             if outer.own is own:
-                self.tokens, self.counted = outer.tokens, outer.counted
+                self.tokens, self.counted, self.drops = outer.tokens, outer.counted, outer.drops
 
     def __getattr__(self, name: str) -> Any:
         if name == "plan":

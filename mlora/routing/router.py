@@ -122,6 +122,8 @@ class Router:
             lengths = shape[1 if scope.choices == 1 else 2 :]
             scope.length, scope.tokens, scope.late = lengths[0] if lengths else 0, None, []
             scope.others = self._others(call)
+            if plan is not None and self._shared.training is not None and torch.is_grad_enabled():
+                plan = self._dropping(scope, plan, shape[0] if shape else 1)
             if plan is not None and plan.lengths:
                 scope.tokens = packing_of(plan, call, self._planner.of_tokens, self._shared)
             elif plan is not None and plan.invocations:  # to which tokens do its aLoRAs apply?
@@ -130,6 +132,13 @@ class Router:
             yield
             for late in scope.late:
                 late.settle()
+
+    def _dropping(self, scope: Scope, plan: Plan, rows: int) -> Plan:
+        """The plan of a call of the model that autograd may record, after its scope was told about dropout."""
+        scope.drops = self._shared.training.begin(plan, rows * scope.choices)
+        if scope.drops is not None:
+            scope.own = scope.plan = plan = scope.drops.plan
+        return plan
 
     def check_rows(self, call: Call) -> None:
         """Raise `EntryError` unless a call of the model has as many rows as entries are routed, or tokens as its packed
@@ -211,6 +220,10 @@ class Router:
             scope.late = None if was.late is None else []  # what it asked was answered in the forward pass
             scope.others = None if was.others is None else was.others.again()
             scope.prompt, plan = was.prompt, scope.plan
+            if was.drops is not None and plan is not None:
+                scope.drops = was.drops
+                if plan is not was.drops.plan:
+                    scope.own = scope.plan = plan = self._shared.training.resume(plan)
             if was.tokens is not None and plan is not None:
                 same = was.tokens.plan is plan
                 scope.tokens = was.tokens if same else replace(was.tokens, plan=plan)
@@ -271,7 +284,7 @@ class Router:
             self._published = None
             self._copy(plan, buffer, header)
 
-    def touched(self) -> bytes:
+    def touched(self) -> Sequence[int]:
         return (self._shared.local.plan or self._shared.default or self._nothing).touches
 
     def _publish(self) -> None:

@@ -75,6 +75,7 @@ class Active:
         if self._kept is not None:
             optimizer.load_state_dict(self._kept["optimizer"])
             self._schedule.load_state_dict(self._kept["schedule"])
+            self._runtime.set_rng_state(self.name, self._kept["rng"])
             self._kept = None
 
     @property

@@ -59,7 +59,8 @@ def save(
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     runtime.save_adapter(name, part)
-    torch.save({"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, part / _OPTIMIZER)
+    kept = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "rng": runtime.get_rng_state(name)}
+    torch.save(kept, part / _OPTIMIZER)
     (part / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
     _to_disk(part.iterdir())
     if place.exists():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import errors
 from ..adapters.adapter import Adapter
 from ..arena.store import Store
+from ..gradients.dropout import Dropout
 from ..gradients.parts import Base, Keys
 from ..gradients.recorded import Training
 from ..gradients.trained import Trained
@@ -68,7 +69,17 @@ class Trains:
     def refresh_adapter(self, adapter_name: str) -> None:
         """Have the next call read the parameters of an adapter again, whatever changed them; raises as
         `named_parameters`."""
-        self._trained(adapter_name).stepped()
+        self._trained(adapter_name).refresh()
+
+    def get_rng_state(self, adapter_name: str) -> dict[str, int]:
+        """Where an adapter's dropout (`lora_dropout`) is: its `seed`, which `add_adapter` was given, else torch's;
+        `step`, how many steps optimizers have made; `rows`, how many rows were computed since. With the parameters and
+        the optimizer's state, it lets a run go on as if it was not interrupted. Raises as `named_parameters`."""
+        return self._trained(adapter_name).dropout.state
+
+    def set_rng_state(self, adapter_name: str, state: Mapping[str, int]) -> None:
+        """Go on from what `get_rng_state` returned; raises as `named_parameters`."""
+        self._trained(adapter_name).dropout.restore(state)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """How many parameters are trained, of all adapters, and how many there are with the model's."""
@@ -97,13 +108,18 @@ class Trains:
             )
         return source
 
-    def _train(self, name: str, adapter: Adapter, keys: Mapping[int, Keys]) -> None:
-        """Give a registered adapter parameters. The first one freezes the model's own, as PEFT does."""
+    def _train(self, name: str, adapter: Adapter, keys: Mapping[int, Keys], seed: int | None) -> None:
+        """Give a registered adapter parameters. The first one freezes the model's own, as PEFT does. `seed`: of its
+        dropout; torch's if None."""
         with self._lock:
             packed = self._store[self._registry[name].key]
             fixed = adapter.config.get("init_lora_weights") == "mica"  # PEFT trains the B of "MiCA"
             bases = {index: self._measured_by(self._registry.paths[index]) for index in keys}
-            one = Trained(adapter.tensors, keys, bases, packed, self._store.arena.device, fixed)
+            paths = {index: self._registry.paths[index] for index, own in keys.items() if own.kind == "lora"}
+            paths = {index: path for index, path in paths.items() if self.bases[path].linear}
+            chance = adapter.config.get("lora_dropout") or 0.0
+            dropout = Dropout(chance, torch.initial_seed() if seed is None else seed, paths)
+            one = Trained(adapter.tensors, keys, bases, packed, self._store.arena.device, fixed, dropout)
             if self._shared.training is None:
                 self._thawed = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
                 for parameter in self._thawed:

@@ -21,7 +21,8 @@ _ANY = frozenset((
 ))  # fmt: skip
 _TRAINED = {
     "LORA": _ANY | {
-        "alpha_pattern", "eva_config", "init_lora_weights", "lora_alpha", "lora_bias", "megatron_core",
+        "alpha_pattern", "eva_config", "init_lora_weights", "lora_alpha", "lora_bias", "lora_dropout",
+        "megatron_core",
         "qalora_group_size", "r", "rank_pattern", "runtime_config", "trainable_token_indices", "use_dora", "use_rslora",
     },
     "IA3": _ANY | {"feedforward_modules", "init_ia3_weights"},
@@ -56,6 +57,14 @@ def check_config(config: Mapping[str, Any], source: str) -> None:
         raise errors.UnsupportedAdapterError(
             f"adapter from {source}: option init_lora_weights={config['init_lora_weights']!r} is not trained: the base "
             f"that it is trained on was rewritten; load it without is_trainable to serve it"
+        )
+    chance = config.get("lora_dropout") or 0.0
+    if not 0 <= chance < 1:
+        raise errors.AdapterError(f"adapter from {source}: lora_dropout is {chance!r}, must be in [0, 1)")
+    if chance and config.get("use_dora"):
+        raise errors.UnsupportedAdapterError(
+            f"adapter from {source}: option lora_dropout={chance!r} is not trained with use_dora, whose norms would be "
+            f"of a base product of what is left; set it to 0"
         )
     for option, value in config.items():
         if option in _TRAINED[kind] or value in (None, False, 0, "none", {}, []):

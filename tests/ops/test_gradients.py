@@ -5,54 +5,27 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from op_cases import DTYPES, EPS, FUSED, MIX, ROUTINGS, A, B, Case, check, needs_native, sentinel
+from op_cases import (
+    DTYPES,
+    FUSED,
+    MIX,
+    ROUTINGS,
+    A,
+    B,
+    Case,
+    check_kept,
+    check_rank_gradients,
+    needs_native,
+    offsets_of,
+    sentinel,
+    width_of_v,
+)
 from torch import Tensor
 
 from mlora.ops import dispatch, training
 
 SHAPES = [((1, 3, 2), 1, 1), ((16, 3, 20), 20, 855), ((16, 1, 0), 2049, 20), ((9, 8, 4), 576, 576)]
 IDS = ["1x1", "20x855", "2049x20", "576x576"]
-
-
-def terms_of(case: Case, recipes: list, length: int) -> list[tuple[int, float, Tensor]]:
-    """(slot, weight, tokens) of each term that has rank rows, route after route."""
-    rows: dict[tuple, list[int]] = {}
-    for row, recipe in enumerate(recipes):
-        rows.setdefault(tuple(recipe), []).append(row)
-    return [
-        (slot, float(np.float32(weight)), torch.tensor([row * length + t for row in own for t in range(length)]))
-        for recipe, own in rows.items()
-        for slot, weight in recipe
-        if "a" in case.adapters[slot]
-    ]
-
-
-def width_of_v(case: Case, recipes: list, length: int) -> int:
-    return sum(len(tokens) * len(case.adapters[slot]["a"]) for slot, _, tokens in terms_of(case, recipes, length))
-
-
-def parts_of(v: Tensor, case: Case, recipes: list, length: int) -> list[Tensor]:
-    """Each term's part of v."""
-    parts, at = [], 0
-    routes = dict.fromkeys(tuple(recipe) for recipe in recipes)
-    for recipe in routes:
-        ranks = [len(case.adapters[slot]["a"]) for slot, _ in recipe if "a" in case.adapters[slot]]
-        tokens = recipes.count(list(recipe)) * length
-        own = v[at : at + tokens * sum(ranks)].view(tokens, sum(ranks))
-        parts += own.split(ranks, 1) if ranks else []
-        at += own.numel()
-    assert at == v.numel()
-    return parts
-
-
-def offsets_of(case: Case, width: int, gap: int = 5) -> tuple[Tensor, int]:
-    """Of all slots that have rank rows, the last first."""
-    offsets, at = torch.full((len(case.table),), -1), gap
-    for slot in reversed(range(len(case.table))):
-        if "a" in case.adapters[slot]:
-            offsets[slot] = at
-            at += case.adapters[slot]["a"].shape[0] * width + gap
-    return offsets, at
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
@@ -70,13 +43,7 @@ def test_what_is_kept_matches_fp64(ranks, width_in, width_out, dtype, routing):
     dispatch.apply_(plain, base, x, case.arena, case.table, plan)
     assert dispatch.apply_keep_(kept, v, base, x, case.arena, case.table, plan) is None
     assert torch.equal(kept, plain), "keeping changes the result"
-    terms = terms_of(case, recipes, length)
-    for part, (slot, weight, tokens) in zip(parts_of(v, case, recipes, length), terms, strict=True):
-        adapter = case.adapters[slot]
-        factor, own = abs(weight * adapter["scale"]), x[tokens].double()
-        want = weight * adapter["scale"] * own @ adapter["a"].T
-        # A sum in fp32 of products, in whatever order: some roundings of the sum of their sizes.
-        assert ((part - want).abs() <= 16 * EPS[torch.float32] * factor * own.abs() @ adapter["a"].abs().T).all()
+    check_kept(v, x, case, recipes, length)
 
 
 @pytest.mark.parametrize("dtype", FUSED)
@@ -108,16 +75,7 @@ def test_rank_gradients_match_fp64(ranks, width_in, width, dtype, routing):
     to, ref = torch.full((size,), torch.nan), torch.full((size,), torch.nan)
     assert dispatch.rank_gradients_(to, v, rows, offsets, case.arena, case.table, plan) is None
     training.rank_gradients_(ref, v, rows, offsets, case.arena, case.table, plan)
-    want: dict[int, Tensor] = {}
-    for part, (slot, _, own) in zip(parts_of(v, case, recipes, length), terms_of(case, recipes, length), strict=True):
-        if len(own):
-            want[slot] = want.get(slot, 0) + part.double().T @ rows[own].double()
-    written = torch.zeros(size, dtype=torch.bool)
-    for slot, gradient in want.items():
-        span = slice(int(offsets[slot]), int(offsets[slot]) + gradient.numel())
-        written[span] = True
-        check(to[span].view(gradient.shape), gradient, ref[span].view(gradient.shape))
-    assert to[~written].isnan().all(), "wrote outside of the gradients"
+    check_rank_gradients(to, ref, v, rows, offsets, case, recipes, length)
 
 
 def gradient(case: Case, recipes: list, rows: Tensor, vs: dict[int, Tensor], slot: int) -> Tensor:

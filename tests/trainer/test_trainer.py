@@ -169,9 +169,11 @@ def test_what_diverged_keeps_its_last_finite_weights(llama: Any, tmp_path: Path,
 
 @pytest.mark.parametrize("stop", [4, 7])
 def test_a_run_goes_on_to_the_bit(llama: Any, tmp_path: Path, monkeypatch: Any, stop: int) -> None:
+    """With the masks of its dropout, where it has some."""
     from mlora.trainer.active import Active
 
     runs = {name: Run(**{**vars(run), "save_steps": 3}) for name, run in RUNS.items()}
+    runs["b"] = Run(**{**vars(runs["b"]), "config": lora(2, lora_dropout=0.2)})
     whole = trained(llama, runs, tmp_path / "whole")
     step = Active.step
 

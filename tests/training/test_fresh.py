@@ -174,7 +174,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     },
     "of data": ("llama", {"init_lora_weights": "eva"}, r"starts from data; .*peft.get_eva_state_dict"),
     "unknown": ("llama", {"init_lora_weights": "zeros"}, "'zeros' is not served: PEFT has none of that name"),
-    "dropout": ("llama", {"lora_dropout": 0.1}, "lora_dropout=0.1 is not trained"),
+    "dropout": ("llama", {"lora_dropout": 1.0}, r"lora_dropout is 1\.0, must be in \[0, 1\)"),
     "convolutions": (
         "conv",
         {"target_modules": ["convolution"]},
