@@ -13,8 +13,8 @@ import pytest
 import torch
 from conftest import HIDDEN, VOCAB, assert_close, build, identity, logits, make_adapter, peft_alone, row_of
 from gradients import ROOM, error, loss_of, out_of, trained
-from kinds import CASES, WIDE, base_of, batch_of, config_of, folder_of, gradients_of, peft_gradients
 from torch import Tensor
+from trained_kinds import CASES, WIDE, base_of, batch_of, config_of, folder_of, gradients_of, peft_gradients
 
 import mlora
 from mlora import errors
@@ -234,7 +234,7 @@ def test_nothing_is_left_behind(case):
 
 def test_kinds_beside_each_other(tmp_path):
     """IA3 of outputs and of inputs, LoRA and a whole linear on one module: each has the gradients that it has alone."""
-    from kinds import Case
+    from trained_kinds import Case
 
     cases = {
         "a": Case("mlp", {"target_modules": ["up", "0"], "feedforward_modules": ["up"]}, ia3=True),
