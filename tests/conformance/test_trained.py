@@ -33,6 +33,10 @@ from mlora import errors
 TRAINED = frozenset((
     "LoRA", "rsLoRA", "DoRA", "LoRA with rank and alpha patterns", "LoRA with lora_bias", "MiCA",
     "LoRA, orthogonal init", "EVA", "PiSSA, converted", "PiSSA with rsLoRA, converted", "OLoRA, converted",
+    "LoRA with a trained lm_head", "LoRA with a trained classifier", "LoRA with a trained head", "IA3",
+    "LoRA with a trained norm",
+    "LoRA with trained norms", "LoRA with trained embeddings", "LoRA with trained tokens", "LoRA of embeddings",
+    "LoRA with other trained tokens in the head", "IA3 with a trained lm_head",
 ))  # fmt: skip
 
 
