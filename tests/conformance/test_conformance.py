@@ -289,14 +289,18 @@ def test_an_approximation_is_the_best_of_its_rank_and_tells_its_error(worlds: An
     rank = 6
     info = world.runtime.load_adapter(world.folder(spec), f"{spec.name} at {rank}", approximate=rank)
     oracle = world.alone(spec)
-    assert info.ranks == (rank,) and set(info.errors) == set(info.modules)
-    for name, error in info.errors.items():
+    assert rank in info.ranks and info.errors
+    for name in info.modules:
         base, layer = world.base.get_submodule(name), oracle.get_base_model().get_submodule(name)
         eye = torch.eye(base.in_features)
         with torch.no_grad():
             delta = (layer(eye) - layer(0 * eye) - base(eye) + base(0 * eye)).t().double()
         values = torch.linalg.svdvals(delta)
-        assert error == pytest.approx((values[rank:].norm() / values.norm()).item(), rel=1e-3)
+        if name in info.errors:
+            wanted = (values[rank:].norm() / values.norm()).item()
+            assert info.errors[name] == pytest.approx(wanted, rel=1e-3)
+        else:  # few numbers, which a few rank rows hold exactly
+            assert values[max(info.ranks) :].norm() <= 1e-5 * values.norm()
     assert f"{info.error:.1e}" in world.runtime.status()
     world.runtime.delete_adapter(info.name)
 
@@ -310,7 +314,9 @@ def test_a_whole_matrix_is_folded_saved_and_loaded_again(
     worlds: Any, halves: World, tmp_path: Path, spec: Spec, dtype: torch.dtype
 ) -> None:
     wide, world = worlds("llama"), worlds("llama") if dtype is torch.float32 else halves
-    folder, runtime, batch = wide.folder(spec), world.runtime, wide.batch([None] * 3)
+    runtime, batch = world.runtime, wide.batch([None] * 3)
+    # PEFT keeps the V of a FRoD's file and takes the rest from the base that it loads it on: they must be one's.
+    folder = (world if spec.kind == "FrodConfig" else wide).folder(spec)
     name = runtime.load_adapter(folder, f"{spec.name} of {dtype}", dense=True).name
     got = logits(world.model, batch, adapter_names=name)
 

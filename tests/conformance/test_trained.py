@@ -260,7 +260,9 @@ def test_errors_beside_pefts_own(worlds: Any, verdicts: Any, spec: Spec, dtype: 
     allowed = {"default": 2.0}
     if dtype is torch.bfloat16:
         oracles["narrow"] = trainable(world.base, folder, dtype)
-        allowed = {"default": 1.5, "narrow": 1.0}
+        # Of a whole embedding the difference to the base's is kept: it is rounded, and so is the sum. In this model
+        # that is 1.7 times the error of what the embedding gives.
+        allowed = {"default": 1.5, "narrow": 1.5 if "trained embeddings" in spec.name else 1.0}
     ratios: dict[str, list[float]] = {key: [] for key in oracles}
     with verdicts(spec.name, "llama", f"training, {column}", "exact"):
         for seed in range(BATCHES[dtype]):
