@@ -196,8 +196,6 @@ def test_what_cannot_be_taken_over_stays_as_it_is(
     live.merge_adapter()
     check_untouched(live, batch, "merged", "b")
     live.unmerge_adapter()
-    folder = tmp_path / "oft"
-    peft.get_peft_model(
-        copy.deepcopy(llama), peft.OFTConfig(oft_block_size=4, coft=True, target_modules=TARGETS)
-    ).save_pretrained(folder)
-    check_untouched(peft_alone(llama, folder), batch, "coft", error=errors.UnsupportedAdapterError)
+    folder = tmp_path / "lily"
+    peft.get_peft_model(copy.deepcopy(llama), peft.LilyConfig(r=2, target_modules=TARGETS)).save_pretrained(folder)
+    check_untouched(peft_alone(llama, folder), batch, "LILY", error=errors.UnsupportedAdapterError)

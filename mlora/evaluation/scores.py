@@ -15,7 +15,6 @@ from ..data import Form, Pair, Rows, check_rows, encode, prompt_ids, read_rows, 
 from ..merge import Merge, as_merge
 from ..passes import Passes, Wanted
 from ..runtime import Runtime
-from ..serve import Engine, Sampling
 
 Metric: TypeAlias = str | Callable[[str, str], float]
 METRICS = ("loss", "perplexity", "exact_match")
@@ -161,6 +160,8 @@ def _answers(
     max_new_tokens: int,
     max_running: int,
 ) -> dict[tuple[str, str], list[str]]:
+    from ..serve import Engine, Sampling  # which imports what generates, half of transformers
+
     prompts = {task: [prompt_ids(pair, tokenizer) for pair in own] for task, own in pairs.items()}
     sampling = Sampling.like_generate(runtime.model, do_sample=False, max_new_tokens=max_new_tokens)
     found: dict[tuple[str, str], list[str]] = {

@@ -70,7 +70,12 @@ def test_an_adapter_that_changes_nothing_is_said_to(model: None, tmp_path: Path,
             0,
             ("with an error of up to ", "model.layers.0.mlp.down_proj"),
         ),
-        (peft.OFTConfig(oft_block_size=4, coft=True, target_modules=TARGETS), (), 1, ("coft",)),
+        (
+            peft.RandLoraConfig(r=3, save_projection=False, target_modules=TARGETS),
+            (),
+            1,
+            ("served   no", "save_projection=False"),
+        ),
         (
             peft.LoraConfig(r=3, target_modules=TARGETS, trainable_token_indices=[1], modules_to_save=["norm"]),
             ("--model", "x"),
