@@ -72,7 +72,7 @@ def test_an_adapter_that_changes_nothing_is_said_to(model: None, tmp_path: Path,
         ),
         (
             peft.RandLoraConfig(r=3, save_projection=False, target_modules=TARGETS),
-            (),
+            ("--model", "x"),
             1,
             ("served   no", "save_projection=False"),
         ),
