@@ -270,7 +270,7 @@ def _gradients(
     turned = (adapter.arena, adapter.exchanged, adapter.words)
     big = torch.empty_like(v)
     dispatch.apply_keep_(torch.zeros_like(x) if dx is None else dx, big, None, h, *turned)
-    at = torch.zeros(1, dtype=torch.int64)
+    at = torch.zeros(1, dtype=torch.int64, device=v.device)
     a, b, bias = _parameters(adapter)
     assert a is not None and b is not None
     if needed[0]:
