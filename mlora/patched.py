@@ -97,7 +97,7 @@ class PatchedModel(nn.Module):
         return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        refuse_move(self, fn)
+        refuse_move(self, fn, self.mlora._shared.moves)
         return super()._apply(fn, recurse)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -200,9 +200,10 @@ def _routing(cls: Any) -> Callable[..., Any]:
         if shared.training is not None and torch.is_grad_enabled() and _in_compiler():
             refuse_training(cls.__name__)
         if torch.compiler.is_compiling():
-            fetch_plan(shared.plan, shared.header, shared.number)
+            for words in shared.words:
+                fetch_plan(words, shared.header, shared.number)
             if shape := Call(args, kwargs).shape:
-                check_rows(shared.plan, shape[0])
+                check_rows(shared.words[0], shape[0])
         elif not shared.active.get().counted:
             self.mlora._router.check_rows(Call(args, kwargs))
         return own(self, *args, **kwargs)

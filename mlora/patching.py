@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Integral
+from typing import TypeAlias
 
 import torch
 from torch import nn
 
 from . import errors
 from .adapters.adapter import Adapter
-from .arena.memory import default_room, fixed
+from .arena.memory import Room, default_room, fixed
 from .arena.store import Store
 from .layers import (
     DENSE,
@@ -21,12 +22,14 @@ from .layers import (
     ParametersState,
     compute_dtype,
     cuts_choices,
+    devices_of,
     find_layers,
     find_stacks,
     guard_moves,
     is_norm_like,
     mixin_of,
     model_dtype,
+    moves,
     order_of,
     swap_class,
     swap_forward,
@@ -41,10 +44,14 @@ from .takeover import has_peft, taken_over
 PLAN_WORDS = 1 << 16  # the plan buffer of compiled code: room for batches of some ten thousand rows
 
 
+Memory: TypeAlias = int | Mapping[int | str | torch.device, int] | None
+"""Bytes of each device's arena; see `patch`."""
+
+
 def patch(
     model: nn.Module,
     *,
-    memory: int | None = None,
+    memory: Memory = None,
     max_adapters: int = 256,
     max_merges: int = 64,
     dtype: torch.dtype | None = None,
@@ -64,7 +71,8 @@ def patch(
         memory: bytes of device memory for resident adapters; the others wait on the host. The default is a quarter of
             what is free, on the CPU of what the machine and a container's limits leave, where pages that no adapter
             needs are not taken; or half the size of the model's weights, where that is more and free twice over.
-            `Runtime.status` tells it.
+            Of a model on several devices it is so much on each of them, or of each what a mapping device -> bytes says
+            (`{0: 1 << 30, "cpu": 1 << 32}`), and the default on others. `Runtime.status` tells it.
         max_adapters: how many adapters can be resident at once.
         max_merges: how many results of merges in requests are kept; of more, those that were not used for longest are
             forgotten, and computed again when asked for.
@@ -76,7 +84,8 @@ def patch(
         The runtime, also reachable as `model.mlora`.
 
     Raises:
-        PatchError: it is patched already, has no linear, or has PEFT adapters merged or several active.
+        PatchError: it is patched already, has no linear, or has PEFT adapters merged or several active; or `memory`
+            names a device on which no module is called.
         AdapterError, UnsupportedAdapterError, CapacityError: an adapter in it cannot be served.
     """
     with patching(model, memory, max_adapters, max_merges, dtype, fused) as runtime:
@@ -86,7 +95,7 @@ def patch(
 @contextmanager
 def patching(
     model: nn.Module,
-    memory: int | None,
+    memory: Memory,
     max_adapters: int,
     max_merges: int,
     dtype: torch.dtype | None,
@@ -114,7 +123,7 @@ def patching(
 
 def _patch(
     model: nn.Module,
-    memory: int | None,
+    memory: Memory,
     max_adapters: int,
     max_merges: int,
     dtype: torch.dtype | None,
@@ -131,13 +140,15 @@ def _patch(
     for name, module in paths.items():
         modules.setdefault(id(module), (name, module))
     stacks = find_stacks(model)
-    device = _device(model)
+    called = devices_of(model)
     usual = model_dtype(model)
     dtypes = {key: compute_dtype(module, usual) for key, (_, module) in modules.items()}
     kinds = Counter(dtypes[key] for key, (_, module) in modules.items() if not is_norm_like(module))
     arena_dtype = dtype or kinds.most_common(1)[0][0]
+    given = {f"memory[{key!r}]": value for key, value in memory.items()} if isinstance(memory, Mapping) else {}
     for option, value, least in (
-        ("memory", 1 if memory is None else memory, 1),
+        *((option, value, 1) for option, value in given.items()),
+        ("memory", 1 if given or memory is None else memory, 1),
         ("max_adapters", max_adapters, 1),
         ("max_merges", max_merges, 0),
     ):
@@ -145,9 +156,10 @@ def _patch(
             raise errors.PatchError(f"{option}={value!r}, wanted a whole number of at least {least}")
     if arena_dtype not in DENSE:
         raise errors.PatchError(f"dtype={dtype!r}, wanted one of {', '.join(sorted(map(str, DENSE)))}")
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    room = default_room(weights, arena_dtype, device) if memory is None else fixed(int(memory))
-    store = Store(device, arena_dtype, room, len(modules) + len(stacks), max_adapters)
+    homes = [called[id(module)] for _, module in modules.values()] + [called[id(s.module)] for s in stacks.values()]
+    devices = list(dict.fromkeys(homes))
+    rooms = _rooms(model, memory, arena_dtype, devices, called)
+    store = Store(devices, arena_dtype, rooms, [devices.index(device) for device in homes], max_adapters)
     numbers = {key: number for number, key in enumerate(modules)}
     indices = {name: numbers[id(module)] for name, module in paths.items()}
     indices.update({path: len(modules) + number for number, path in enumerate(stacks)})
@@ -155,13 +167,15 @@ def _patch(
     if placeholders := placeholders_of(model):
         is_foreign = foreign_in(model)
         foreign = {index for path, index in indices.items() if is_foreign(path)}
-    words = torch.zeros(PLAN_WORDS, dtype=torch.int32, device=device)
-    shared = Shared(store.arena, words, fused, placeholders if foreign else (), foreign, cuts_choices(model))
+    words = [torch.zeros(PLAN_WORDS, dtype=torch.int32, device=device) for device in devices]
+    arenas = [space.arena for space in store.spaces]
+    shared = Shared(arenas, words, fused, placeholders if foreign else (), foreign, cuts_choices(model))
+    shared.moves = moves(model)
     states = {
         key: LayerState(
-            name, numbers[key], shared, store.tables[numbers[key]], module, dtypes[key], order_of(model, name)
+            name, index, store.homes[index], shared, store.table(index), module, dtypes[key], order_of(model, name)
         )
-        for key, (name, module) in modules.items()
+        for (key, (name, module)), index in zip(modules.items(), numbers.values(), strict=True)
     }
     runtime = Runtime(model, store, shared, indices, paths, stacks, max_merges)
     for path, (module, _) in stacks.items():
@@ -170,8 +184,9 @@ def _patch(
             own = {stack.name: indices[p] for p, stack in stacks.items() if stack.module is module}
             dtype = getattr(module, next(iter(own))).dtype
             modules[id(module)] = owner, module
+            first = next(iter(own.values()))
             states[id(module)] = ParametersState(
-                owner, shared, store.tables, module, dtype, own, order_of(model, owner)
+                owner, store.homes[first], shared, store.table(first), module, dtype, own, order_of(model, owner)
             )
 
     shared.unpacked = {
@@ -193,6 +208,27 @@ def _patch(
     return runtime
 
 
-def _device(model: nn.Module) -> torch.device:
-    devices = Counter(p.device for p in model.parameters() if not p.is_meta)
-    return devices.most_common(1)[0][0] if devices else torch.device("cpu")
+def _rooms(
+    model: nn.Module,
+    memory: Memory,
+    dtype: torch.dtype,
+    devices: Sequence[torch.device],
+    called: Mapping[int, torch.device],
+) -> list[Room]:
+    """What the arena of each device takes. `called`: by the id of a module, where it is."""
+    if memory is not None and not isinstance(memory, Mapping):
+        return [fixed(int(memory))] * len(devices)
+    asked = {torch.empty(0, device=device).device: size for device, size in (memory or {}).items()}
+    if beyond := [device for device in asked if device not in devices]:
+        raise errors.PatchError(
+            f"memory names {', '.join(map(str, beyond))}; modules of this model are called on "
+            f"{', '.join(map(str, devices))}"
+        )
+    weights = dict.fromkeys([*devices, *called.values()], 0)
+    held = {id(tensor): (tensor, module) for module in model.modules() for tensor in module.parameters(recurse=False)}
+    for tensor, module in held.values():
+        weights[called[id(module)]] += tensor.numel() * tensor.element_size()
+    return [
+        fixed(int(asked[device])) if device in asked else default_room(weights[device], dtype, device)
+        for device in devices
+    ]

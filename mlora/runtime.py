@@ -191,7 +191,11 @@ class Runtime(Trains):
         trainable = keys is not None
         info = self._registry.add(name, adapter, lowered, approximate, dense, replaces=replaces, trainable=trainable)
         if keys is not None:
-            self._train(name, adapter, keys, seed)
+            try:
+                self._train(name, adapter, keys, seed)
+            except BaseException:
+                self._registry.remove(name)
+                raise
         if lowered.remark:
             warnings.warn(f"adapter {name!r} from {adapter.source}: {lowered.remark}", stacklevel=3)
         return info

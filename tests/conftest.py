@@ -384,16 +384,23 @@ def snapshot(model: Any) -> dict[str, Any]:
     """Everything that a refused call must leave alone."""
     runtime = model.mlora
     store = runtime._store
-    used = sorted((p.offset, p.blob.numel()) for p in store._adapters.values() if p.resident)
+    resident = [packed for packed in store._adapters.values() if packed.resident]
     return {
         "adapters": runtime.adapters,
         "used": store.used,
-        "blobs": [store.arena[offset : offset + size].tolist() for offset, size in used],
-        "tables": store.tables.tolist() if store.tables.numel() < 50_000 else store.tables.sum().item(),
+        "blobs": [
+            space.place(offset, size).tolist()
+            for at, space in enumerate(store.spaces)
+            for offset, size in sorted((packed.offsets[at], packed.size(at)) for packed in resident)
+        ],
+        "tables": [
+            space.tables.tolist() if space.tables.numel() < 50_000 else space.tables.sum().item()
+            for space in store.spaces
+        ],
         "pins": {name: packed.pins for name, packed in store._adapters.items()},
         "default": runtime._shared.default,
         "plan": runtime._shared.local.plan,
-        "words": _in_force(runtime._shared.plan.tolist()),
+        "words": [_in_force(words.tolist()) for words in runtime._shared.words],
         "weights": state_hash(model),
     }
 

@@ -69,7 +69,7 @@ def test_unpatch_frees_the_arena(model: Any, folders: dict[str, Path], batch: di
     runtime = mlora.patch(model, memory=1 << 20)
     runtime.load_adapter(folders["r3"], "r3")
     logits(model, batch, adapter_names="r3")
-    arena = weakref.ref(runtime._store.arena)
+    arena = weakref.ref(runtime._store.spaces[0].arena)
     mlora.unpatch(model)
     del runtime
     gc.collect()

@@ -45,8 +45,8 @@ class Source(Protocol):
     def changed(self) -> bool:
         """Whether they may have changed since the last `write`."""
 
-    def write(self, to: Tensor) -> None:
-        """Put them where the blob would be copied to, in the arena's dtype."""
+    def write(self, to: Sequence[Tensor]) -> None:
+        """Put them where the parts of the blob would be copied to, one a device, in the arena's dtype."""
 
 
 @dataclass
@@ -54,7 +54,8 @@ class Packed:
     """A registered adapter.
 
     Args:
-        blob: 1-D host tensor in the arena's dtype.
+        blob: 1-D host tensor in the arena's dtype: what each device holds of it, one part behind another.
+        cuts: where the part of each device ends, in elements.
         rows: int64 (modules, 2, TABLE_WIDTH), offsets relative to the blob's start: the adapter's own row of each
             module's table, and that of the rests of its gains and turns.
         touches: one byte a module: LORA | GAIN | INPUT | SHIFT | HEAD | TAIL | TURN.
@@ -64,12 +65,14 @@ class Packed:
         rests: whether any of the latter has a part.
         invocation: of an aLoRA, see `Delta`; it is that of every module with TAIL.
         number: the how manieth it was to be registered.
-        slot, offset: where it is resident, or -1.
+        slot: which it has on every device where it is resident, or -1. `offsets`: where its part starts in each
+            device's arena, in elements, or -1.
         pins: how many active routings use it. `retired`: whether it goes with the last of them.
         source: of one that is being trained; its blob has its size only. `version`: how often its numbers changed.
     """
 
     blob: Tensor
+    cuts: tuple[int, ...]
     rows: np.ndarray
     touches: np.ndarray
     heads: Mapping[int, tuple[int, int, int]] = field(default_factory=dict)
@@ -78,15 +81,30 @@ class Packed:
     invocation: tuple[int, ...] = ()
     number: int = field(default=0)
     slot: int = field(default=-1)
-    offset: int = field(default=-1)
+    offsets: list[int] = field(init=False)
     pins: int = field(default=0)
     retired: bool = field(default=False)
     source: Source | None = field(default=None)
     version: int = field(default=0)
 
+    def __post_init__(self) -> None:
+        self.offsets = [-1] * len(self.cuts)
+
     @property
     def nbytes(self) -> int:
         return self.blob.numel() * self.blob.element_size()
+
+    def start(self, device: int) -> int:
+        """Where the part of a device begins in the blob."""
+        return self.cuts[device - 1] if device else 0
+
+    def size(self, device: int) -> int:
+        """How many elements a device holds."""
+        return self.cuts[device] - self.start(device)
+
+    def shift(self, device: int) -> int:
+        """What makes an offset in the blob one in a device's arena, where it is resident."""
+        return self.offsets[device] - self.start(device)
 
     @property
     def resident(self) -> bool:
@@ -99,8 +117,9 @@ def pack(
     dtype: torch.dtype,
     pin: bool,
     label: str,
+    homes: Sequence[int],
+    implied: Sequence[bool],
     changing: bool = False,
-    implied: bool = False,
 ) -> Packed:
     """Lay the parts of an adapter out in one host blob.
 
@@ -108,8 +127,10 @@ def pack(
         deltas: module number -> delta. `label`: of the adapter, for messages.
         empty: `Packed.rows` of an adapter without parts.
         dtype: the arena's. `pin`: put the blob into memory that a GPU copies from.
+        homes: the number of each module's device.
+        implied: of each device, whether to leave out the identity beside a whole matrix: all that reads its arena takes
+            it so.
         changing: whether the numbers will change, so that the rests of gains need room that have none yet.
-        implied: leave out the identity beside a whole matrix: all that reads the arena takes it so.
 
     Raises:
         AdapterError: a value is finite in the adapter and not in the arena's dtype.
@@ -119,13 +140,16 @@ def pack(
     scales = np.zeros(len(rows), dtype=np.float32)
     heads: dict[int, tuple[int, int, int]] = {}
     parts: list[Tensor | Made] = []
+    owners: list[int] = []  # the device of each
 
     def number(part: Tensor | Made) -> int:  # stands for the part's offset until all are known
         parts.append(part)
+        owners.append(home)
         return len(parts) - 1
 
     factors: list[tuple[int, int, int, int, float]] = []  # of all modules, which is most of it; written at once
     for index, delta in deltas.items():
+        home = homes[index]
         if delta.invocation:
             touches[index] |= TAIL
         if delta.replaces and delta.a is not None:
@@ -138,7 +162,7 @@ def pack(
             if square and torch.equal(delta.b, torch.eye(delta.rank).to(delta.b)):
                 rows[index, 0, layout.WHOLE] = 1
         elif delta.matrix is not None:
-            first, second = (-1 if part is None else number(part) for part in _factors(delta.matrix, implied))
+            first, second = (-1 if part is None else number(part) for part in _factors(delta.matrix, implied[home]))
             factors.append((index, first, second, delta.rank, delta.scale))
             if delta.matrix.outputs <= delta.matrix.inputs:
                 rows[index, 0, layout.WHOLE] = 1
@@ -164,7 +188,7 @@ def pack(
         rows[indices, 0, layout.A], rows[indices, 0, layout.B], rows[indices, 0, layout.RANK] = a, b, ranks
         scales[indices] = values
         touches[indices] |= LORA
-    blob, offsets = _lay_out(parts, dtype, pin)
+    blob, cuts, offsets = _lay_out(parts, owners, len(implied), dtype, pin)
     for column in OFFSETS:
         rows[..., column] = offsets[rows[..., column]]
     heads = {index: (int(offsets[a]), int(offsets[bias]), width) for index, (a, bias, width) in heads.items()}
@@ -177,7 +201,7 @@ def pack(
     rests = bool((rows[:, 1, OFFSETS] >= 0).any())
     invocation = next((delta.invocation for delta in deltas.values() if delta.invocation), ())
     trained = frozenset(index for index, delta in deltas.items() if delta.trained)
-    return Packed(blob, rows, touches, heads, trained, rests, invocation)
+    return Packed(blob, cuts, rows, touches, heads, trained, rests, invocation)
 
 
 class Held(Mapping[str, Tensor]):
@@ -249,21 +273,27 @@ def numel_of(matrix: Matrix, implied: bool) -> int:
     return sum(math.prod(part.shape) for part in _factors(matrix, implied) if part)
 
 
-def _lay_out(parts: Sequence[Tensor | Made], dtype: torch.dtype, pin: bool) -> tuple[Tensor, np.ndarray]:
-    """A blob of all parts, those of one shape and layout side by side, which takes a few copies in place of one a
-    part; and the offset of each, with a last one, -1, for what is absent."""
+def _lay_out(
+    parts: Sequence[Tensor | Made], owners: Sequence[int], devices: int, dtype: torch.dtype, pin: bool
+) -> tuple[Tensor, tuple[int, ...], np.ndarray]:
+    """A blob of all parts, device by device; of each device those of one shape and layout side by side, which takes a
+    few copies in place of one a part. Beside it where each device's part ends, and the offset of each part, with a last
+    one, -1, for what is absent."""
     align = ALIGNMENT // dtype.itemsize
     alike: dict[tuple[Any, ...], list[int]] = {}
-    for number, part in enumerate(parts):
+    for number, (part, owner) in enumerate(zip(parts, owners, strict=True)):
         kind = (part.shape,) if isinstance(part, Made) else (part.shape, part.stride(), part.dtype)
-        alike.setdefault(kind, []).append(number)
+        alike.setdefault((owner, *kind), []).append(number)
     offsets = np.full(len(parts) + 1, -1, dtype=np.int64)
     end = 0
-    for (shape, *_), numbers in alike.items():
+    cuts: list[int] = []
+    for (owner, shape, *_), numbers in sorted(alike.items(), key=lambda item: item[0][0]):  # stable
+        cuts += [end] * (owner - len(cuts))
         size = math.prod(shape)
         step = size + -size % align
         offsets[numbers] = np.arange(end, end + step * len(numbers), step)
         end += step * len(numbers)
+    cuts += [end] * (devices - len(cuts))
     blob = torch.empty(end, dtype=dtype, pin_memory=pin)
     for numbers in alike.values():
         group = [parts[number] for number in numbers]
@@ -276,7 +306,7 @@ def _lay_out(parts: Sequence[Tensor | Made], dtype: torch.dtype, pin: bool) -> t
             start, size = offsets[number], math.prod(part.shape)
             blob[start : start + size].view(part.shape).copy_(part.make())
             blob[start + size : start + size + -size % align] = 0
-    return blob, offsets
+    return blob, tuple(cuts), offsets
 
 
 def _rest(part: Tensor, dtype: torch.dtype, always: bool) -> Tensor | None:

@@ -1,7 +1,7 @@
-"""The arena: every resident adapter in one contiguous buffer, and the tables that point into it.
+"""The arena: every resident adapter in one contiguous buffer a device, and the tables that point into it.
 
-An adapter is packed once, when it is registered (`pack.py`); becoming resident is one copy of its blob and one write of
-its rows in the tables.
+An adapter is packed once, when it is registered (`pack.py`); becoming resident is one copy a device of its blob and one
+write of its rows in the tables.
 """
 
 from __future__ import annotations
@@ -16,73 +16,89 @@ import torch
 from .. import errors, layout
 from ..lowering import Delta
 from ..lowering.delta import Matrix
-from ..ops import dispatch
-from .allocator import Allocator
-from .memory import Room, fixed, give_back, reserve
-from .pack import ALIGNMENT, OFFSETS, Packed, numel_of, pack
+from .memory import Room
+from .pack import Packed, numel_of, pack
+from .space import Space
 
+_PLACED = -1  # no device's number
 _MORE_MEMORY = "patch(memory=...), or --memory of the commands"  # what an error says to do
 
 
 class Store:
-    """Named adapters on the host, as many of them as fit in the arena on the device.
+    """Named adapters on the host, as many of them as fit in the arenas of the devices.
 
     Args:
-        device, dtype: of the arena.
-        room: how many bytes it has, and how they are used; or just their number.
-        modules: number of modules, in the order in which `register` numbers them.
+        devices: on which modules are called.
+        dtype: of the arenas.
+        rooms: of each device, how many bytes its arena has, and how they are used; or just their number.
+        homes: of each module, in the order in which `register` numbers them, the number of its device.
         slots: how many adapters can be resident at once.
 
-    `arena` (capacity elements of `dtype`) and `tables` (int64, (modules, 2 * slots, TABLE_WIDTH)) keep
-    their addresses for good: loading and evicting change contents only, which is what lets compiled
-    and captured graphs outlive them. All methods are thread-safe.
+    Each device has a `Space`, an arena and the tables of the modules that are called there; none holds what another's
+    modules need. A resident adapter has one slot, the same on all devices, so that a plan's words mean the same on each
+    of them; and it is resident wholly, on every device that needs a part of it, or not at all. Arenas and tables keep
+    their addresses for good: loading and evicting change contents only, which is what lets compiled and captured graphs
+    outlive them. All methods are thread-safe.
 
     A gain far below 1 has few of its digits in a 16-bit g - 1. Where that matters, what rounding took off
     is kept too, its rest (or a turn's), as the only part of a second row, `slots` rows on, which recipes name
     beside the first: to kernels that sum the gains of a recipe's terms it is one more term.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, room: Room | int, modules: int, slots: int) -> None:
-        self.itemsize = dtype.itemsize
-        self.room = fixed(room) if isinstance(room, int) else room
-        self.arena, self._pages = reserve(self.room.size // ALIGNMENT * ALIGNMENT, dtype, device)
-        empty = np.full((modules, 2 * slots, layout.TABLE_WIDTH), -1, dtype=np.int64)
+    def __init__(
+        self,
+        devices: Sequence[torch.device],
+        dtype: torch.dtype,
+        rooms: Sequence[Room | int],
+        homes: Sequence[int],
+        slots: int,
+    ) -> None:
+        self.dtype = dtype
+        self.homes = tuple(homes)
+        self.slots = slots
+        empty = np.full((len(homes), 2 * slots, layout.TABLE_WIDTH), -1, dtype=np.int64)
         empty[..., layout.RANK] = 0
         empty[..., layout.SCALE] = 0
-        self.tables = torch.from_numpy(empty).to(device)
         self._empty_rows = empty[:, :2].copy()
-        # Compiled code and captured graphs read the arena by the kernels that were chosen when it was made.
-        self._implied = dispatch.backend(device, dtype) in ("cpu", "reference")
-        self._allocator = Allocator(self.arena.numel())
+        own = [[index for index, home in enumerate(homes) if home == device] for device in range(len(devices))]
+        self.spaces = tuple(
+            Space(device, dtype, room, modules if len(devices) > 1 else None, empty)
+            for device, room, modules in zip(devices, rooms, own, strict=True)
+        )
+        self._local = {index: local for modules in own for local, index in enumerate(modules)}
         self._free_slots = list(range(slots))[::-1]
         self._adapters: OrderedDict[str, Packed] = OrderedDict()  # least recently used first
         self.changes = 0  # how often the numbers of an adapter that is being trained were found changed
-        self._exchanged: torch.Tensor | None = None
-        self.placements = 0  # changes whenever something comes onto the device, moves there or leaves it
+        self.placements = 0  # changes whenever something comes onto the devices, moves there or leaves them
         self.registered = 0  # how many adapters ever were
         self._lock = threading.RLock()
 
     @property
-    def capacity(self) -> int:
-        """Bytes of the arena."""
-        return self.arena.numel() * self.itemsize
+    def devices(self) -> tuple[torch.device, ...]:
+        return tuple(space.device for space in self.spaces)
+
+    @property
+    def modules(self) -> int:
+        """How many there are."""
+        return len(self.homes)
 
     @property
     def used(self) -> int:
-        """Bytes of the arena that hold resident adapters."""
-        return self.capacity - self._allocator.free_size * self.itemsize
+        """Bytes of all arenas that hold resident adapters."""
+        return sum(space.used for space in self.spaces)
 
-    @property
-    def slots(self) -> int:
-        return self.tables.shape[1] // 2
+    def table(self, index: int) -> torch.Tensor:
+        """A module's rows, int64 (2 * slots, TABLE_WIDTH), on its device."""
+        return self.spaces[self.homes[index]].tables[self._local[index]]
 
-    @property
-    def exchanged(self) -> torch.Tensor:
-        """`tables` with each module turned round (`layout.EXCHANGED`), kept up from the first time on."""
+    def exchanged(self, index: int) -> torch.Tensor:
+        """`table` of the module turned round (`layout.EXCHANGED`)."""
         with self._lock:
-            if self._exchanged is None:
-                self._exchanged = _exchange(self.tables)
-            return self._exchanged
+            return self.spaces[self.homes[index]].exchanged[self._local[index]]
+
+    def offset(self, packed: Packed, index: int, offset: int) -> int:
+        """Where what a module has at an offset of a resident adapter's blob lies in the arena of its device."""
+        return offset + packed.shift(self.homes[index])
 
     def __getitem__(self, name: str) -> Packed:
         return self._adapters[name]
@@ -98,25 +114,32 @@ class Store:
             AdapterError: a value is finite in the adapter and not in the arena's dtype.
             CapacityError: the blob is larger than the arena.
         """
-        implied = self._implied and not changing  # parameters that are whole matrices are written beside theirs
-        packed = pack(deltas, self._empty_rows, self.arena.dtype, self.arena.is_cuda, label, changing, implied)
-        if packed.nbytes > self.capacity:
-            raise errors.CapacityError(
-                f"{label} needs {packed.nbytes:,} bytes; the arena has {self.capacity:,} ({_MORE_MEMORY})"
-            )
+        # Parameters that are whole matrices are written beside their identities.
+        implied = [space.implied and not changing for space in self.spaces]
+        pin = any(device.type == "cuda" for device in self.devices)
+        packed = pack(deltas, self._empty_rows, self.dtype, pin, label, self.homes, implied, changing)
+        for device, space in enumerate(self.spaces):
+            needed = packed.size(device) * self.dtype.itemsize
+            if needed > space.capacity:
+                raise errors.CapacityError(
+                    f"{label} needs {needed:,} bytes on {space.device}; the arena has {space.capacity:,} "
+                    f"({_MORE_MEMORY})"
+                )
         return packed
 
-    def nbytes(self, matrix: Matrix) -> int:
-        """Of a whole matrix on the device."""
-        return numel_of(matrix, self._implied) * self.itemsize
+    def nbytes(self, matrix: Matrix, index: int) -> int:
+        """Of a whole matrix of a module on its device."""
+        return numel_of(matrix, self.spaces[self.homes[index]].implied) * self.dtype.itemsize
 
     def register(self, name: str, packed: Packed) -> None:
-        """Add a packed adapter under a new name; it becomes resident if what is ready of the arena has room for it."""
+        """Add a packed adapter under a new name; it becomes resident if what is ready of the arenas has room for it."""
         with self._lock:
             self._adapters[name] = packed
             self.registered += 1
             packed.number = self.registered
-            if self._free_slots and self.used + packed.nbytes <= self.room.ready:
+            itemsize = self.dtype.itemsize
+            ready = all(s.used + packed.size(at) * itemsize <= s.room.ready for at, s in enumerate(self.spaces))
+            if self._free_slots and ready:
                 self._place(packed)
 
     def unregister(self, name: str) -> None:
@@ -156,12 +179,12 @@ class Store:
         packed = self._adapters[name]
         if packed.pins or not packed.retired:
             return
-        at = packed.offset
+        places = list(packed.offsets)
         self._evict(packed)
         del self._adapters[name]
-        if self._pages is not None and at >= 0:
-            start, end = (edge * self.itemsize for edge in self._allocator.hole(at))
-            give_back(self._pages, max(start, self.room.ready), end)
+        for space, at in zip(self.spaces, places, strict=True):
+            if at >= 0:
+                space.give_back(at)
 
     def touched(self, names: Iterable[str]) -> list[int]:
         """The numbers of the modules that any of these adapters changes."""
@@ -176,16 +199,16 @@ class Store:
         return (*((packed.slot, weight) for packed, weight in named), *rests)
 
     def _check_fits(self, wanted: Sequence[Packed]) -> None:
-        keep = {id(p): p for p in self._adapters.values() if p.pins}
-        others = sum(p.nbytes for p in keep.values())
-        keep.update((id(p), p) for p in wanted)
-        needed = sum(p.nbytes for p in keep.values())
-        beside = f", {others:,} of them for routings that are active already" if others else ""
-        if needed > self.capacity:
-            raise errors.CapacityError(
-                f"this batch needs {needed:,} bytes of adapters on the device{beside}; the arena has "
-                f"{self.capacity:,} ({_MORE_MEMORY})"
-            )
+        pinned = {id(p): p for p in self._adapters.values() if p.pins}
+        keep = {**pinned, **{id(p): p for p in wanted}}
+        for device, space in enumerate(self.spaces):
+            others, needed = (sum(p.size(device) for p in of.values()) * self.dtype.itemsize for of in (pinned, keep))
+            beside = f", {others:,} of them for routings that are active already" if others else ""
+            if needed > space.capacity:
+                raise errors.CapacityError(
+                    f"this batch needs {needed:,} bytes of adapters on {space.device}{beside}; the arena has "
+                    f"{space.capacity:,} ({_MORE_MEMORY})"
+                )
         if len(keep) > self.slots:
             raise errors.CapacityError(
                 f"this batch needs {len(keep)} adapters on the device; there are {self.slots} slots "
@@ -193,79 +216,107 @@ class Store:
             )
 
     def _make_resident(self, packed: Packed, keep: Set[int]) -> None:
-        """Place `packed`, evicting what was used longest ago except those whose id is in `keep`."""
-        others = list(self._adapters.values())
-        idle = (p for p in others if p.resident and not p.pins and id(p) not in keep)
-        while not (self._free_slots and self._place(packed)):
-            victim = next(idle, None)
+        """Place `packed`, evicting what was used longest ago except those whose id is in `keep`, and those that hold
+        nothing on the device whose room is short."""
+        idle = [p for p in self._adapters.values() if p.resident and not p.pins and id(p) not in keep]
+        while True:
+            short = self._place(packed) if self._free_slots else None
+            if short == _PLACED:
+                return
+            victim = next((p for p in idle if short is None or p.size(short)), None)
             if victim is None:
                 # Pinned adapters do not move, so the holes between them can stay too small.
+                assert short is not None  # slots were counted before
+                space = self.spaces[short]
                 raise errors.CapacityError(
-                    f"an adapter of {packed.nbytes:,} bytes finds no contiguous room between the adapters that "
-                    f"running batches have pinned; {self._allocator.free_size * self.itemsize:,} bytes are free "
-                    f"({_MORE_MEMORY})"
+                    f"an adapter of {packed.size(short) * self.dtype.itemsize:,} bytes on {space.device} finds no "
+                    f"contiguous room between the adapters that running batches have pinned; {space.free:,} bytes are "
+                    f"free ({_MORE_MEMORY})"
                 )
+            idle = [p for p in idle if p is not victim]
             self._evict(victim)
 
-    def _place(self, packed: Packed) -> bool:
-        size = packed.blob.numel()
-        offset = self._allocator.alloc(size) if size else 0
-        if offset is None and self._allocator.free_size >= size:
-            self._compact()
-            offset = self._allocator.alloc(size)
-        if offset is None:
-            return False
-        packed.slot, packed.offset = self._free_slots.pop(), offset
-        self._fill(packed)
-        self._write_rows(packed)
-        return True
+    def _place(self, packed: Packed) -> int:
+        """Bring it onto every device, or onto none. Returns the number of the first one that has no room for its part,
+        else `_PLACED`."""
+        short = self._allocate(packed)
+        if short != _PLACED:
+            return short
+        packed.slot = self._free_slots.pop()
+        try:
+            self._fill(packed)
+            for device in range(len(self.spaces)):
+                self._write_rows(packed, device)
+        except BaseException:
+            self._evict(packed)
+            raise
+        self.placements += 1
+        return _PLACED
 
-    def _fill(self, packed: Packed) -> None:
-        """Bring its numbers to where it is."""
-        place = self.arena[packed.offset : packed.offset + packed.blob.numel()]
+    def _allocate(self, packed: Packed) -> int:
+        """As `_place` returns: room for its part on every device, or on none."""
+        try:
+            for device, space in enumerate(self.spaces):
+                size = packed.size(device)
+                offset = space.allocator.alloc(size) if size else 0
+                if offset is None and space.allocator.free_size >= size:
+                    self._compact(device)
+                    offset = space.allocator.alloc(size)
+                if offset is None:
+                    self._free(packed)
+                    return device
+                packed.offsets[device] = offset
+        except BaseException:
+            self._free(packed)
+            raise
+        return _PLACED
+
+    def _free(self, packed: Packed) -> None:
+        for device, space in enumerate(self.spaces):
+            if packed.offsets[device] >= 0 and packed.size(device):
+                space.allocator.free(packed.offsets[device])
+            packed.offsets[device] = -1
+
+    def _fill(self, packed: Packed, device: int | None = None) -> None:
+        """Bring its numbers to where it is: to all devices, or to one."""
+        places = [s.place(packed.offsets[at], packed.size(at)) for at, s in enumerate(self.spaces)]
         if packed.source is None:
-            place.copy_(packed.blob, non_blocking=True)
+            for at, place in enumerate(places):
+                if device is None or device == at:
+                    place.copy_(packed.blob[packed.start(at) : packed.cuts[at]], non_blocking=True)
             return
         if packed.source.changed:
             packed.version += 1
             self.changes += 1
-        packed.source.write(place)
+        packed.source.write(places)
 
     def _evict(self, packed: Packed) -> None:
         if packed.resident:
-            if packed.blob.numel():
-                self._allocator.free(packed.offset)
-            self._free_slots.append(packed.slot)
-            self._set_rows(packed.slot, self._empty_rows)
-            packed.slot = packed.offset = -1
+            slot, packed.slot = packed.slot, -1
+            self._free(packed)
+            self._free_slots.append(slot)
+            for space in self.spaces:
+                space.write(slot, self._empty_rows, 0)
             self.placements += 1
 
-    def _compact(self) -> None:
-        resident = {p.offset: p for p in self._adapters.values() if p.resident and p.blob.numel()}
-        for source, target, _ in self._allocator.compact(o for o, p in resident.items() if p.pins):
-            packed = resident[source]
-            packed.offset = target
-            self._fill(packed)
-            self._write_rows(packed)
+    def _compact(self, device: int) -> None:
+        """Slide what is resident on a device together. What cannot be filled again leaves all of them."""
+        resident = {p.offsets[device]: p for p in self._adapters.values() if p.resident and p.size(device)}
+        allocator = self.spaces[device].allocator
+        moves = allocator.compact(offset for offset, packed in resident.items() if packed.pins)
+        moving = [resident[source] for source, _, _ in moves]
+        for packed, (_, target, _) in zip(moving, moves, strict=True):
+            packed.offsets[device] = target
+        self.placements += bool(moves)
+        try:
+            for at, packed in enumerate(moving):
+                left = moving[at:]
+                self._fill(packed, device)
+                self._write_rows(packed, device)
+        except BaseException:
+            for packed in left:
+                self._evict(packed)
+            raise
 
-    def _write_rows(self, packed: Packed) -> None:
-        rows = packed.rows.copy()
-        for column in OFFSETS:
-            rows[..., column] += np.where(rows[..., column] >= 0, packed.offset, 0)
-        self._set_rows(packed.slot, rows)
-        self.placements += 1
-
-    def _set_rows(self, slot: int, rows: np.ndarray) -> None:
-        """Both rows of a slot, (modules, 2, TABLE_WIDTH)."""
-        written = torch.from_numpy(rows).to(self.tables.device)
-        self.tables[:, slot :: self.slots] = written
-        if self._exchanged is not None:
-            self._exchanged[:, slot :: self.slots] = _exchange(written)
-
-
-def _exchange(rows: torch.Tensor) -> torch.Tensor:
-    """Rows of a table, (..., TABLE_WIDTH), of the modules turned round."""
-    out = torch.full_like(rows, -1)
-    for column, source in layout.EXCHANGED.items():
-        out[..., column] = rows[..., source]
-    return out
+    def _write_rows(self, packed: Packed, device: int) -> None:
+        self.spaces[device].write(packed.slot, packed.rows, packed.shift(device))

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from .. import errors, layout
 from ..arena.store import Store
-from ..layers import ParametersLayer
+from ..layers import ParametersLayer, moves
 from ..ops import reference
 from ..plan.plan import Recipe, plan_words, to_device
-from .originals import Checkpoint, Copies, Keeper, Target, keeper_of, matrix_of, shared_storages, target_of
+from .originals import Checkpoint, Copies, Keeper, Plans, Target, keeper_of, matrix_of, shared_storages, target_of
 
 
 class Folded:
@@ -74,11 +74,16 @@ class Folded:
         found: dict[str, Tensor] = {}
         if target is not None and self._fold is not None:
             keeper = self._fold.keeper
-            self._with_plan(self.recipe, lambda arena, plan: found.update(keeper.original(target, arena, plan)))
+            self._with_plan(self.recipe, lambda plans: found.update(keeper.original(target, plans)))
         return {name.rpartition(".")[2]: tensor for name, tensor in found.items()}
 
     def _put_in(self, recipe: Recipe, keeper: Keeper, safe: bool) -> None:
         shared = shared_storages(self._model)
+        if recipe and moves(self._model):
+            raise errors.MergeError(
+                "this model's weights are offloaded: a hook (accelerate's CpuOffload) moves them for its calls, so "
+                "that nothing can be folded in; serve the adapters unmerged"
+            )
         for name, _ in recipe:
             for index in self._store[name].heads:
                 raise errors.MergeError(
@@ -97,20 +102,18 @@ class Folded:
                     f"{path}: nothing is folded into experts' weights and other parameters (target_parameters); serve "
                     f"it unmerged"
                 )
-        targets = [
-            target_of(*self._modules[index], index, self._store.tables[index], shared) for index in sorted(touched)
-        ]
+        targets = [target_of(*self._modules[index], index, self._store, shared) for index in sorted(touched)]
         fold = Fold(targets, keeper)
         self._with_plan(recipe, fold.put_in, safe)
         self._fold, self.recipe = (fold, recipe) if recipe else (None, ())
 
     def _with_plan(self, recipe: Recipe, use: Callable[..., None], *args: Any) -> None:
-        """use(arena, plan of `recipe`, *args) with the recipe's adapters on the device."""
+        """use(plan of `recipe` on each device, *args) with the recipe's adapters on the devices."""
         names = tuple(name for name, _ in recipe)
         self._store.acquire(names)
         try:
             words = plan_words([self._store.terms(recipe)])
-            use(self._store.arena, to_device(words, self._store.arena.device), *args)
+            use([to_device(words, device) for device in self._store.devices], *args)
         finally:
             self._store.release(names)
 
@@ -126,7 +129,7 @@ class Fold:
         self.targets = list(targets)
         self.keeper = keeper
 
-    def put_in(self, arena: Tensor, plan: Tensor, safe: bool) -> None:
+    def put_in(self, plans: Plans, safe: bool) -> None:
         """Change the weights in one pass, or none of them. Where the keeper holds an original already, it is read in
         place of the weight: what was folded in before is gone, without drift.
 
@@ -135,34 +138,34 @@ class Fold:
         """
         for target in self.targets:
             if safe:
-                _refuse_infinite(target, self._source(target), arena, plan)
-            self.keeper.keep(target, arena, plan)
+                _refuse_infinite(target, self._source(target), plans)
+            self.keeper.keep(target, plans)
         changed: list[Target] = []
         try:
             for target in self.targets:
                 source = self._source(target)
-                bias = _folded_bias(target, source, arena, plan)
+                bias = _folded_bias(target, source, plans)
                 original, matrix = source.get(f"{target.name}.weight"), target.matrix
                 original = None if original is None else matrix_of(original)
-                target.merge(matrix, original, arena, plan)
+                target.merge(matrix, original, plans)
                 target.write(matrix)
                 changed.append(target)
                 if bias is not None and target.bias is not None:
                     target.bias.copy_(bias)
         except BaseException:
-            self._restore(changed, arena, plan)
+            self._restore(changed, plans)
             raise
 
-    def take_out(self, arena: Tensor, plan: Tensor) -> None:
+    def take_out(self, plans: Plans) -> None:
         """Restore every byte, or change nothing."""
         if isinstance(self.keeper, Checkpoint):  # the one that can fail: find out first
             for target in self.targets:
-                self.keeper.original(target, arena, plan)
-        self._restore(self.targets, arena, plan)
+                self.keeper.original(target, plans)
+        self._restore(self.targets, plans)
 
-    def _restore(self, targets: Sequence[Target], arena: Tensor, plan: Tensor) -> None:
+    def _restore(self, targets: Sequence[Target], plans: Plans) -> None:
         for target in targets:
-            for name, original in self.keeper.original(target, arena, plan).items():
+            for name, original in self.keeper.original(target, plans).items():
                 target.tensors[name].copy_(original)
 
     def _source(self, target: Target) -> dict[str, Tensor]:
@@ -171,11 +174,11 @@ class Fold:
         return {name: tensor.to(target.weight.device) for name, tensor in kept.items()}
 
 
-def _refuse_infinite(target: Target, source: dict[str, Tensor], arena: Tensor, plan: Tensor) -> None:
+def _refuse_infinite(target: Target, source: dict[str, Tensor], plans: Plans) -> None:
     trial = torch.empty_like(target.matrix)
     original = matrix_of(source.get(f"{target.name}.weight", target.weight))
-    target.merge(trial, original, arena, plan)
-    bias = _folded_bias(target, source, arena, plan)
+    target.merge(trial, original, plans)
+    bias = _folded_bias(target, source, plans)
     if not torch.isfinite(trial).all() or (bias is not None and not torch.isfinite(bias).all()):
         raise errors.MergeError(
             f"module {target.name}: folding this in gives values that {target.weight.dtype} cannot hold; nothing was "
@@ -183,12 +186,13 @@ def _refuse_infinite(target: Target, source: dict[str, Tensor], arena: Tensor, p
         )
 
 
-def _folded_bias(target: Target, source: dict[str, Tensor], arena: Tensor, plan: Tensor) -> Tensor | None:
+def _folded_bias(target: Target, source: dict[str, Tensor], plans: Plans) -> Tensor | None:
     """b * (1 + gains) + shifts, and what turns make of b, rounded once; None where nothing changes it.
 
     Raises MergeError if there is something to add and no bias.
     """
     gain, shift = layout.IN_GAIN if target.transposed else layout.GAIN, layout.SHIFT
+    arena, plan = target.arena, plans[target.home]
     width = target.weight.shape[1 if target.transposed else 0]
     bias = source.get(f"{target.name}.bias", target.bias)
     old = None if bias is None else bias.double().cpu()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
@@ -13,10 +14,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import errors, layout
+from ..arena.store import Store
 from ..layers import base_linear, is_dense, norm_offset
 from ..ops import dispatch, reference
 
 KEEPS = ("copy", "checkpoint", "corrections")
+Plans = Sequence[Tensor]
+"""Of what is folded in, the words of its plan on each device."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,8 @@ class Target:
         name: its dotted path. `index`: its number in the store.
         weight: (out, in), or (in, out) if `transposed`, as an embedding's is, or (out, channels, *kernel), or (out, 1)
             of a norm. `bias`: (out,) or None.
-        table: its rows of the store's tables, int64 (slots, TABLE_WIDTH).
+        table: its rows of the store's tables, int64 (slots, TABLE_WIDTH). `arena`: where they point to. `home`: the
+            number of the device of both.
     """
 
     name: str
@@ -35,10 +40,13 @@ class Target:
     weight: Tensor
     bias: Tensor | None
     table: Tensor
+    arena: Tensor
+    home: int
     transposed: bool
 
-    def merge(self, into: Tensor, source: Tensor | None, arena: Tensor, plan: Tensor) -> None:
+    def merge(self, into: Tensor, source: Tensor | None, plans: Plans) -> None:
         """`ops.reference.merge_` of a matrix as `matrix` gives it. Turns are the reference's."""
+        arena, plan = self.arena, plans[self.home]
         terms = [t for route in reference.routes(plan, self.table, 1) for t in route.terms]
         if all(t.turn < 0 and t.in_turn < 0 for t in terms):
             dispatch.merge_(into, source, arena, self.table, plan)
@@ -67,12 +75,14 @@ class Target:
         return found
 
 
-def target_of(name: str, module: nn.Module, index: int, table: Tensor, shared: set[int]) -> Target:
+def target_of(name: str, module: nn.Module, index: int, store: Store, shared: set[int]) -> Target:
     """Raises MergeError if the weight cannot be changed without changing more than this module's output.
 
     Args:
+        store: in which the module has the number `index`.
         shared: `storage_of` every tensor that several modules hold.
     """
+    table, home = store.table(index), store.homes[index]
     weight, bias = cast(Tensor, getattr(module, "weight", None)), getattr(module, "bias", None)
     if not is_dense(weight) or weight.is_meta:
         kind = f"{type(module).__name__}, {getattr(weight, 'dtype', type(weight))}"
@@ -109,7 +119,8 @@ def target_of(name: str, module: nn.Module, index: int, table: Tensor, shared: s
     transposed = isinstance(module, (Conv1D, nn.Embedding))
     if transposed:  # W^T <- W^T + A^T B: the same with the parts' roles exchanged
         table = _exchanged(table)
-    return Target(name, index, weight, bias.detach() if isinstance(bias, Tensor) else None, table, transposed)
+    bias = bias.detach() if isinstance(bias, Tensor) else None
+    return Target(name, index, weight, bias, table, store.spaces[home].arena, home, transposed)
 
 
 def _exchanged(table: Tensor) -> Tensor:
@@ -143,12 +154,12 @@ def _weight(matrix: Tensor, like: Tensor) -> Tensor:
 
 
 class Keeper(Protocol):
-    """How the originals come back. `arena` and `plan` are those of the recipe that is folded in."""
+    """How the originals come back. `plans` are those of the recipe that is folded in."""
 
-    def keep(self, target: Target, arena: Tensor, plan: Tensor) -> None:
+    def keep(self, target: Target, plans: Plans) -> None:
         """Called before the target is changed; raises MergeError if it could not be restored."""
 
-    def original(self, target: Target, arena: Tensor, plan: Tensor) -> dict[str, Tensor]:
+    def original(self, target: Target, plans: Plans) -> dict[str, Tensor]:
         """The target's tensors as they were, to the bit."""
 
 
@@ -158,7 +169,7 @@ class Copies:
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
 
-    def keep(self, target: Target, arena: Tensor, plan: Tensor) -> None:
+    def keep(self, target: Target, plans: Plans) -> None:
         for name, tensor in target.tensors.items():
             if name not in self._kept:  # when recipes are switched, the original is there already
                 self._kept[name] = tensor.to("cpu", copy=True)
@@ -167,7 +178,7 @@ class Copies:
         """What it holds of the target."""
         return {name: self._kept[name] for name in target.tensors if name in self._kept}
 
-    def original(self, target: Target, arena: Tensor, plan: Tensor) -> dict[str, Tensor]:
+    def original(self, target: Target, plans: Plans) -> dict[str, Tensor]:
         return self.kept(target)
 
 
@@ -183,13 +194,13 @@ class Checkpoint:
         if not self._files:
             raise errors.MergeError(f"keep='checkpoint': there are no safetensors files in {str(folder)!r}")
 
-    def keep(self, target: Target, arena: Tensor, plan: Tensor) -> None:
+    def keep(self, target: Target, plans: Plans) -> None:
         for name, tensor in target.tensors.items():
             if not torch.equal(self._read(name, tensor), tensor.cpu()):
                 raise errors.MergeError(f"keep='checkpoint': {name} is not what its file holds; use keep='copy'")
             self._sums[name] = _checksum(tensor)
 
-    def original(self, target: Target, arena: Tensor, plan: Tensor) -> dict[str, Tensor]:
+    def original(self, target: Target, plans: Plans) -> dict[str, Tensor]:
         found = {name: self._read(name, tensor) for name, tensor in target.tensors.items()}
         for name, tensor in found.items():
             if _checksum(tensor) != self._sums[name]:
@@ -216,7 +227,8 @@ class Corrections:
         self._kept: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self._biases: dict[str, Tensor] = {}
 
-    def keep(self, target: Target, arena: Tensor, plan: Tensor) -> None:
+    def keep(self, target: Target, plans: Plans) -> None:
+        plan = plans[target.home]
         terms = [t for route in reference.routes(plan, target.table, 1) for t in route.terms]
         if any(max(t.gain, t.in_gain, t.turn, t.in_turn) >= 0 for t in terms):
             raise errors.MergeError(
@@ -224,17 +236,17 @@ class Corrections:
                 f"or turns it (DoRA, IA3, OFT, RoAd). Use keep='copy'"
             )
         merged = torch.empty_like(target.matrix)
-        target.merge(merged, target.matrix, arena, plan)
-        distance = _ordered(target.matrix) - _ordered(self._subtracted(merged, target, arena, plan))
+        target.merge(merged, target.matrix, plans)
+        distance = _ordered(target.matrix) - _ordered(self._subtracted(merged, target, plans))
         far = (distance.abs() > 127).flatten().nonzero()[:, 0]
         byte = distance.clamp(-127, 127).to(torch.int8)
         self._kept[target.name] = byte.cpu(), far.cpu(), target.matrix.flatten()[far].cpu()
         if target.bias is not None:
             self._biases[target.name] = target.bias.to("cpu", copy=True)
 
-    def original(self, target: Target, arena: Tensor, plan: Tensor) -> dict[str, Tensor]:
+    def original(self, target: Target, plans: Plans) -> dict[str, Tensor]:
         byte, far, whole = self._kept[target.name]
-        back = self._subtracted(target.matrix, target, arena, plan)
+        back = self._subtracted(target.matrix, target, plans)
         weight = _unordered(_ordered(back) + byte.to(back.device), back.dtype)
         weight.view(-1)[far.to(back.device)] = whole.to(back.device)
         found = {f"{target.name}.weight": _weight(weight, target.weight)}
@@ -243,12 +255,14 @@ class Corrections:
         return found
 
     @staticmethod
-    def _subtracted(merged: Tensor, target: Target, arena: Tensor, plan: Tensor) -> Tensor:
-        negative = plan.clone()
-        terms = int(plan[2])
-        negative[plan.numel() - terms :] ^= -(2**31)  # the sign bits of the weights
+    def _subtracted(merged: Tensor, target: Target, plans: Plans) -> Tensor:
+        negative = []
+        for plan in plans:
+            words = plan.clone()
+            words[plan.numel() - int(plan[2]) :] ^= -(2**31)  # the sign bits of the weights
+            negative.append(words)
         back = torch.empty_like(merged)
-        target.merge(back, merged, arena, negative)
+        target.merge(back, merged, negative)
         return back
 
 

@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .. import errors
@@ -67,12 +68,15 @@ class Drops:
     Args:
         plan: of the call, in which layers that drop something are marked. `rows`: of its batch.
         adapters: by name, those of the plan that have dropout.
-        odds: (modules, adapters, 3) of these, in order.
+        odds: (modules, adapters, 3) of these, in order, on each device.
     """
 
-    def __init__(self, plan: Plan, rows: int, adapters: Mapping[str, Dropout], odds: Tensor) -> None:
+    def __init__(
+        self, plan: Plan, rows: int, adapters: Mapping[str, Dropout], odds: Mapping[torch.device, Tensor]
+    ) -> None:
         self.plan, self._rows, self._adapters, self._odds = plan, rows, adapters, odds
-        self._places: Tensor | None = None
+        self._counts: np.ndarray | None = None
+        self._places: dict[torch.device, Tensor] = {}
 
     def of(self, x: Tensor, index: int, module: str) -> tuple[Tensor, Tensor]:
         """The places and the odds of a module's input, (..., in).
@@ -81,15 +85,18 @@ class Drops:
             UnsupportedAdapterError: a row mixes adapters of which one has dropout.
             AttributionError: x does not have the tokens of the call's rows.
         """
-        if self._places is None:
-            self._places = to_device(self._counted(), x.device)
+        places = self._places.get(x.device)
+        if places is None:
+            if self._counts is None:
+                self._counts = self._counted()
+            places = self._places[x.device] = to_device(self._counts, x.device)
         tokens = x.numel() // x.shape[-1]
-        if tokens % len(self._places) or (self.plan.lengths and tokens != len(self._places)):
+        if tokens % len(places) or (self.plan.lengths and tokens != len(places)):
             raise errors.AttributionError(
                 f"{module} got an input of shape {tuple(x.shape)}, which are not the tokens of {self._rows} rows, so "
                 f"that it cannot be told which of them an adapter's lora_dropout is for; train it with lora_dropout=0"
             )
-        return self._places, self._odds[index]
+        return places, self._odds[x.device][index]
 
     def _counted(self) -> np.ndarray:
         """The rows' places, in order; of packed sequences those of each token."""

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import layout
+from .. import errors, layout
 from ..arena.pack import Packed, rest_of
 
 # What the gradients of parameters are made of, as bits.
@@ -74,37 +74,55 @@ class Found(NamedTuple):
 
 
 class Places:
-    """The buffer in which an adapter's parameters lie, in the layout of its blob, and what else that has: identities
-    and one-hot matrices.
+    """The buffers in which an adapter's parameters lie, one a device, each in the layout of the device's part of the
+    blob, and what else that has: identities and one-hot matrices.
 
     Args:
-        packed: the adapter. `device`: of the arena.
+        packed: the adapter. `devices`: of the arenas. `homes`: of each module, the number of its device.
         tensors: its parameters' first values, by key.
 
     `parameters`: key -> parameter.
     """
 
-    def __init__(self, packed: Packed, device: torch.device, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, packed: Packed, devices: Sequence[torch.device], homes: Sequence[int], tensors: Mapping[str, Tensor]
+    ) -> None:
         dtype = torch.promote_types(packed.blob.dtype, torch.float32)
-        self.master = packed.blob.to(device, dtype, copy=True)
+        self.masters = [
+            packed.blob[packed.start(at) : packed.cuts[at]].to(device, dtype, copy=True)
+            for at, device in enumerate(devices)
+        ]
         self.parameters: dict[str, nn.Parameter] = {}
+        self.homes = homes
         self._rows, self._tensors = packed.rows, tensors
+        self._starts = [packed.start(at) for at in range(len(devices))]
 
     def offset(self, index: int, column: int, rest: bool = False) -> int:
-        """Of a part of a module, or of the rest of one; -1 where there is none."""
-        return int(self._rows[index, int(rest), column])
+        """Of a part of a module, or of the rest of one, in its device's buffer; -1 where there is none."""
+        offset = int(self._rows[index, int(rest), column])
+        return offset if offset < 0 else offset - self._starts[self.homes[index]]
 
     def scale(self, index: int) -> float:
         return float(self._rows[index, 0, layout.SCALE].astype("uint32").view("float32"))
 
-    def parameter(self, key: str, offset: int, turned: bool = False) -> nn.Parameter:
-        """That of a key, at an offset of the blob; `turned`: whether it lies there transposed. What several modules
-        have in common is at the first one's place."""
+    def parameter(self, key: str, index: int, offset: int, turned: bool = False) -> nn.Parameter:
+        """That of a key, at an offset of the buffer of a module's device; `turned`: whether it lies there transposed.
+        What several modules have in common is at the first one's place.
+
+        Raises:
+            UnsupportedAdapterError: these are not on one device.
+        """
+        master = self.masters[self.homes[index]]
         if key not in self.parameters:
             value = self._tensors[key].t() if turned else self._tensors[key]
-            place = self.master[offset : offset + value.numel()].view(value.shape)
+            place = master[offset : offset + value.numel()].view(value.shape)
             place.copy_(value)
             self.parameters[key] = nn.Parameter(place.t() if turned else place)
+        if self.parameters[key].device != master.device:
+            raise errors.UnsupportedAdapterError(
+                f"{key} is of several modules, on {self.parameters[key].device} and on {master.device}; it is trained "
+                f"only where they are on one device"
+            )
         return self.parameters[key]
 
 
@@ -137,11 +155,11 @@ class Lora(Part):
 
     def __init__(self, places: Places, index: int, keys: Keys, base: Base) -> None:
         a, b = places.offset(index, layout.A), places.offset(index, layout.B)
-        self.a = places.parameter(keys.names["a"], a)
-        self.b = places.parameter(keys.names["b"], b, turned=True)
+        self.a = places.parameter(keys.names["a"], index, a)
+        self.b = places.parameter(keys.names["b"], index, b, turned=True)
         self.bias, self._shift = None, places.offset(index, layout.SHIFT)
         if "bias" in keys.names:
-            self.bias = places.parameter(keys.names["bias"], self._shift)
+            self.bias = places.parameter(keys.names["bias"], index, self._shift)
         self.scale = places.scale(index)
         self.parameters = [self.a, self.b, *([] if self.bias is None else [self.bias])]
         self.reads = FACTOR_A | FACTOR_B | (0 if self.bias is None else SHIFT)
@@ -168,7 +186,7 @@ class Dora(Lora):
         super().__init__(places, index, keys, base)
         self._base, self._b, self._gain = base, places.offset(index, layout.B), places.offset(index, layout.GAIN)
         self._rest = places.offset(index, layout.GAIN, rest=True)
-        self.magnitude = places.parameter(keys.names["magnitude"], self._gain)
+        self.magnitude = places.parameter(keys.names["magnitude"], index, self._gain)
         self.parameters = [self.a, self.b, self.magnitude]
         self.reads = FACTOR_A | FACTOR_B | GAIN
         self.norm = self.gain = self.magnitude.detach()  # as the parameters were when they were last written
@@ -205,9 +223,9 @@ class Saved(Part):
         shape = tuple(base.weight().shape)
         self._wide = shape[0] <= shape[1]  # what has the difference: A, (out, in), or else B, (in, out)
         self._place, self._flipped = value[not self._wide], base.turned == self._wide
-        self.weight = places.parameter(keys.names["weight"], self._place, self._flipped)
+        self.weight = places.parameter(keys.names["weight"], index, self._place, self._flipped)
         self._shift = places.offset(index, layout.SHIFT)
-        self.bias = places.parameter(keys.names["bias"], self._shift) if "bias" in keys.names else None
+        self.bias = places.parameter(keys.names["bias"], index, self._shift) if "bias" in keys.names else None
         self._base = base
         self.parameters = [self.weight, *([] if self.bias is None else [self.bias])]
         self.reads = (FACTOR_A if self._wide else FACTOR_B) | (0 if self.bias is None else SHIFT)
@@ -253,8 +271,8 @@ class Norm(Part):
     def __init__(self, places: Places, index: int, keys: Keys, base: Base) -> None:
         self._gain, self._shift = places.offset(index, layout.GAIN), places.offset(index, layout.SHIFT)
         self._rest = places.offset(index, layout.GAIN, rest=True)
-        self.weight = places.parameter(keys.names["weight"], self._gain)
-        self.bias = places.parameter(keys.names["bias"], self._shift) if "bias" in keys.names else None
+        self.weight = places.parameter(keys.names["weight"], index, self._gain)
+        self.bias = places.parameter(keys.names["bias"], index, self._shift) if "bias" in keys.names else None
         self.offset = base.offset
         self._before = base.weight().double().to(self.weight.device) + base.offset
         self._old = None if self.bias is None else _of(base.bias(), self._before)
@@ -283,7 +301,7 @@ class Tokens(Part):
     def __init__(self, places: Places, index: int, keys: Keys, base: Base) -> None:
         self._embeds = base.turned
         self._place = places.offset(index, layout.B if self._embeds else layout.A)
-        self.tokens = places.parameter(keys.names["tokens"], self._place)
+        self.tokens = places.parameter(keys.names["tokens"], index, self._place)
         at = torch.tensor(keys.indices)
         weight = base.weight()
         self._before = (weight[:, at].t() if self._embeds else weight[at]).double().to(self.tokens.device)
@@ -320,7 +338,7 @@ class Gain(Part):
     def __init__(self, places: Places, index: int, keys: Keys, base: Base) -> None:
         column = layout.GAIN if places.offset(index, layout.GAIN) >= 0 else layout.IN_GAIN
         self._place, self._rest = places.offset(index, column), places.offset(index, column, rest=True)
-        self.gain = places.parameter(keys.names["gain"], self._place)
+        self.gain = places.parameter(keys.names["gain"], index, self._place)
         self.parameters = [self.gain]
         self.reads = GAIN if column == layout.GAIN else IN_GAIN
 

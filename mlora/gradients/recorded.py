@@ -41,9 +41,10 @@ class Site:
         self, training: Training, plan: Plan, index: int, ranks: int, rows: int, trained: dict[int, Trained]
     ) -> None:
         store = training.store
+        home = store.homes[index]
         self.training, self.plan, self.index, self.ranks, self.rows = training, plan, index, ranks, rows
-        self.arena, self.words = store.arena, plan.tensor
-        self.table, self.exchanged = store.tables[index], store.exchanged[index]
+        self.arena, self.words = store.spaces[home].arena, plan.tensors[home]
+        self.table, self.exchanged = store.table(index), store.exchanged(index)
         parts: dict[int, Part] = {slot: one.parts[index] for slot, one in trained.items()}
         self.inputs = {slot: part for slot, part in parts.items() if part.reads & IN_GAIN}
         self.outputs = {slot: part for slot, part in parts.items() if slot not in self.inputs}
@@ -96,7 +97,7 @@ class Training:
         self.again = again
         self._made = made
         self._kept: _Sites | None = None
-        self._dropping: tuple[Plan, list[tuple[Trained, int]], Plan, Tensor] | None = None
+        self._dropping: tuple[Plan, list[tuple[Trained, int]], Plan, Mapping[torch.device, Tensor]] | None = None
 
     def site(self, plan: Plan, index: int) -> Site | None:
         """Of a module under a plan whose adapters are pinned; None where none of them has parameters."""
@@ -113,7 +114,8 @@ class Training:
         kept = self._dropping
         if kept is None or (plan is not kept[0] and plan is not kept[2]) or kept[1] != made_of:
             odds = np.stack([one.dropout.odds(len(plan.touches)) for one in adapters.values()], 1)
-            kept = self._dropping = plan, made_of, _marked(plan, adapters), to_device(odds, self.store.arena.device)
+            of_device = {device: to_device(odds, device) for device in self.store.devices}
+            kept = self._dropping = plan, made_of, _marked(plan, adapters), of_device
         *_, dropping, of_modules = kept
         return Drops(dropping, rows, {name: one.dropout for name, one in adapters.items()}, of_modules)
 
@@ -153,7 +155,7 @@ class _Sites:
             if isinstance(source := store[name].source, Trained):
                 self.trained[store[name].slot] = source
         if self.trained:
-            self._rows, self._ranks = _rank_rows(plan, store.tables)
+            self._rows, self._ranks = _rank_rows(plan, store)
 
     def of(self, index: int) -> Site:
         site = self._sites.get(index)
@@ -173,17 +175,19 @@ def _marked(plan: Plan, adapters: Mapping[str, Trained]) -> Plan:
     return replace(plan, touches=tuple(touches))
 
 
-def _rank_rows(plan: Plan, tables: Tensor) -> tuple[int, np.ndarray]:
+def _rank_rows(plan: Plan, store: Store) -> tuple[int, np.ndarray]:
     """The plan's rows, and of each module how many rank rows all of them have together."""
-    words = np.frombuffer(plan.raw, dtype=np.int32) if plan.raw else plan.tensor.cpu().numpy()
+    words = np.frombuffer(plan.raw, dtype=np.int32) if plan.raw else plan.tensors[0].cpu().numpy()
     rows, routes, terms = words[:3].tolist()
     if not routes:
-        return max(rows, 1), np.zeros(len(tables), dtype=np.int64)
+        return max(rows, 1), np.zeros(store.modules, dtype=np.int64)
     at = layout.PLAN_HEADER
     row_start = words[at : at + routes + 1]
     at += routes + 1 + rows
     term_start = words[at : at + routes + 1]
     at += routes + 1
     slots = words[at : at + terms].tolist()
-    ranks = tables[:, slots, layout.RANK].cpu().numpy()
+    ranks = np.zeros((store.modules, terms), dtype=np.int64)
+    for space in store.spaces:
+        ranks[space.own] = space.tables[:, slots, layout.RANK].cpu().numpy()
     return rows, ranks @ np.repeat(np.diff(row_start), np.diff(term_start)).astype(np.int64)

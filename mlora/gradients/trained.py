@@ -1,15 +1,15 @@
 """An adapter that is being trained.
 
-Its parameters are views of one buffer, the master, in fp32 whatever the model's dtype: small steps would vanish in 16
-bits. It has the layout of the adapter's blob, so that one copy brings most of it to the arena, where the kernels read
-it; the rest is written after (`parts.py`). That happens when the next call asks for the adapter: what changed the
-parameters shows in their version, or, since fused optimizers do not count there, was an optimizer's step.
+Its parameters are views of one buffer a device, the master, in fp32 whatever the model's dtype: small steps would
+vanish in 16 bits. It has the layout of the adapter's blob, so that one copy brings most of it to the arena, where the
+kernels read it; the rest is written after (`parts.py`). That happens when the next call asks for the adapter: what
+changed the parameters shows in their version, or, since fused optimizers do not count there, was an optimizer's step.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -27,7 +27,7 @@ class Trained:
 
     Args:
         tensors: its parameters' first values, by key. `keys`: of each module, by its number.
-        bases: of each module. `packed`: of these tensors. `device`: of the arena.
+        bases: of each module. `packed`: of these tensors. `devices`, `homes`: of the store.
         fixed: whether the B of LoRAs are not trained, as MiCA's. `dropout`: its, which may have a chance of 0.
 
     `parameters`: key -> parameter. `parts`: module number -> its parameters.
@@ -39,13 +39,14 @@ class Trained:
         keys: Mapping[int, Keys],
         bases: Mapping[int, Base],
         packed: Packed,
-        device: torch.device,
+        devices: Sequence[torch.device],
+        homes: Sequence[int],
         fixed: bool,
         dropout: Dropout,
     ) -> None:
         self.dropout = dropout
-        places = Places(packed, device, tensors)
-        self._master = places.master
+        places = Places(packed, devices, homes, tensors)
+        self._masters, self._homes = places.masters, homes
         self._version = -1
         self._stepped = False
         self._zero: tuple[int, bool] | None = None  # whether it was, at which version: weights take long to compare
@@ -62,15 +63,21 @@ class Trained:
     @property
     def changed(self) -> bool:
         """Whether the parameters may have changed since the last `write`."""
-        return self._stepped or self._version != self._master._version
+        return self._stepped or self._version != self._written
 
-    def write(self, to: Tensor) -> None:
-        """Copy what the blob would have to `to`, 1-D in the arena's dtype."""
-        self._stepped, self._version = False, self._master._version
+    @property
+    def _written(self) -> int:
+        """How often something has written to the parameters."""
+        return sum(master._version for master in self._masters)
+
+    def write(self, to: Sequence[Tensor]) -> None:
+        """Copy what the blob would have to `to`, 1-D in the arena's dtype, one a device."""
+        self._stepped, self._version = False, self._written
         with torch.no_grad():
-            to.copy_(self._master)
-            for part in self.parts.values():
-                part.write(to)
+            for place, master in zip(to, self._masters, strict=True):
+                place.copy_(master)
+            for index, part in self.parts.items():
+                part.write(to[self._homes[index]])
 
     def refresh(self) -> None:
         """Something has changed a parameter."""
@@ -98,7 +105,7 @@ class Trained:
     @property
     def is_zero(self) -> bool:
         """Whether it changes nothing, as a fresh one."""
-        version = self._master._version
+        version = self._written
         if self._zero is None or self._zero[0] != version:
             with torch.no_grad():
                 self._zero = version, all(part.is_zero() for part in self.parts.values())

@@ -15,7 +15,8 @@ from .linear import LoraLayer
 from .norm import NormLayer, is_norm_like, norm_offset
 from .order import Order, cuts_choices, order_of
 from .parameters import ParametersLayer, ParametersState, Stack
-from .route import group_routes
+from .placed import devices_of, moves
+from .route import Route, group_routes
 from .state import LayerState
 from .swap import guard_moves, refuse_copy, refuse_move, restore_class, swap_class, swap_forward
 from .trained import refuse_training
@@ -33,12 +34,14 @@ __all__ = [
     "Order",
     "ParametersLayer",
     "ParametersState",
+    "Route",
     "Shared",
     "Stack",
     "base_linear",
     "base_linears",
     "compute_dtype",
     "cuts_choices",
+    "devices_of",
     "find_layers",
     "find_stacks",
     "group_heads",
@@ -50,6 +53,7 @@ __all__ = [
     "is_norm_like",
     "mixin_of",
     "model_dtype",
+    "moves",
     "norm_offset",
     "order_of",
     "refuse_copy",

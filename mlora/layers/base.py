@@ -19,6 +19,7 @@ from .conv import CONVS
 from .dense import DENSE, compute_dtype, is_cast, is_dense, tensors_of
 from .norm import is_norm_like, norm_offset
 from .owners import owners_of
+from .placed import offloaded
 from .swap import twin_of
 
 _IDENTITY_ROWS = 1024  # of the identity that is sent through a quantized linear at a time
@@ -30,7 +31,10 @@ def base_linears(
     originals: Callable[[str], Mapping[str, Tensor]] = lambda _: {},
 ) -> dict[str, BaseLinear]:
     """`base_linear` of each of `paths`, and what they are to each other: dotted path -> module of `model`."""
-    bases = {name: base_linear(name, module, partial(originals, name)) for name, module in paths.items()}
+    bases = {
+        name: base_linear(name, module, partial(_elsewhere, model, module, originals, name))
+        for name, module in paths.items()
+    }
     modules: dict[int, list[str]] = {}
     weights: dict[int, list[str]] = {}
     held: dict[str, int] = {}
@@ -55,7 +59,7 @@ def base_linears(
 
 def base_linear(name: str, module: nn.Module, originals: Callable[[], Mapping[str, Tensor]] = dict) -> BaseLinear:
     """What a lowering may ask of `module`. `originals` gives the weight and bias where the module's own are not the
-    base's, because something is folded in."""
+    base's, because something is folded in or they are offloaded."""
     if isinstance(module, CONVS):
         return _base_conv(name, module, originals)
     transposed, embed_scale = isinstance(module, (Conv1D, nn.Embedding)), None
@@ -118,10 +122,18 @@ def _base_conv(name: str, module: nn.Module, originals: Callable[[], Mapping[str
     )
 
 
+def _elsewhere(
+    model: nn.Module, module: nn.Module, originals: Callable[[str], Mapping[str, Tensor]], name: str
+) -> Mapping[str, Tensor]:
+    """What something that is folded in has taken the place of, or else what accelerate keeps for the module."""
+    return originals(name) or offloaded(model, module)
+
+
 def _dense(name: str, module: nn.Module, originals: Callable[[], Mapping[str, Tensor]]) -> Tensor:
     """The weight as the module keeps it, dense, in fp32 on the CPU: a copy, since folding changes it in place."""
-    tensor = originals().get("weight", getattr(module, "weight", None))
-    if any(t.is_meta for t in tensors_of(module)):
+    held = originals()
+    tensor = held.get("weight", getattr(module, "weight", None))
+    if any(t.is_meta for t in tensors_of(module)) and not is_dense(held.get("weight")):
         raise errors.UnsupportedAdapterError(
             f"module {name}: this adapter's delta depends on the base weight, which is offloaded "
             f"({type(module).__name__})"
@@ -133,6 +145,10 @@ def _dense(name: str, module: nn.Module, originals: Callable[[], Mapping[str, Te
 
 def _bias(module: nn.Module, originals: Callable[[], Mapping[str, Tensor]]) -> Tensor | None:
     tensor = originals().get("bias", getattr(module, "bias", None))
+    if isinstance(tensor, Tensor) and tensor.is_meta:
+        raise errors.UnsupportedAdapterError(
+            f"a {type(module).__name__}: this adapter's delta depends on its bias, which is offloaded"
+        )
     return tensor.detach().to("cpu", torch.float32, copy=True) if isinstance(tensor, Tensor) else None
 
 

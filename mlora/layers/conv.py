@@ -60,12 +60,12 @@ class ConvLayer(LoraLayer):
         return x if x.dim() == len(self.kernel_size) + 2 else x[None]
 
     def _compiled(self, x: Tensor) -> Tensor:
-        check_rows(self._mlora.shared.plan, self._batched(x).shape[0])
+        check_rows(self._mlora.words, self._batched(x).shape[0])
         return super()._compiled(x)
 
     def _with_siblings(self, x: Tensor, plan: Plan) -> Tensor:
         """Siblings share an input; of convolutions they would have to share kernels and strides too."""
-        return self._routed(x, plan.tensor, plan.touches[self._mlora.index])
+        return self._routed(x, plan.tensors[self._mlora.home], plan.touches[self._mlora.index])
 
     def _given(self, x: Tensor) -> Tensor:
         return self._base(x)
@@ -77,7 +77,7 @@ class ConvLayer(LoraLayer):
         if x.dim() == len(self.kernel_size) + 1:
             return self._routed(x[None], words, touches)[0]
         state = self._mlora
-        arena, table = state.shared.arena, state.table
+        arena, table = state.arena, state.table
         y, source = self._bases(x, words, touches)
         # (rows, positions, out): y itself where its memory format is channels_last, else a copy. One for all pieces:
         # turning a few lines at a time costs several times as much.
@@ -125,7 +125,7 @@ class ConvLayer(LoraLayer):
             return _like(x, super()._scaled(_tokens(x), words))
         wide = torch.promote_types(x.dtype, torch.float32)
         ones = x.new_ones((x.shape[0], self.in_channels * taps), dtype=wide)
-        factor = dispatch.scale_input(ones, state.shared.arena, state.table, words)[:, : self.in_channels]
+        factor = dispatch.scale_input(ones, state.arena, state.table, words)[:, : self.in_channels]
         return (x * factor.reshape(*x.shape[:2], *[1] * len(self.kernel_size))).to(x.dtype)
 
     def _turned(self, y: Tensor, base: Tensor | None, words: Tensor) -> Tensor:

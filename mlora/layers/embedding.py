@@ -35,13 +35,13 @@ class EmbeddingLayer(LoraLayer):
         if torch.compiler.is_compiling():
             if not shared.embeddings:
                 return self._base(input)
-            check_rows(shared.plan, input.shape[0])
+            check_rows(state.words, input.shape[0])
             if shared.training is not None and torch.is_grad_enabled():
                 refuse_training(state.name)
             self._check_compiled(input)
             if state.index in shared.heads:
                 check_heads(shared.header)
-            return self._changed(input, shared.plan)
+            return self._changed(input, state.words)
         scope = shared.active.get()
         plan = scope.plan or shared.default
         if shared.recorded and torch.is_grad_enabled():
@@ -55,11 +55,11 @@ class EmbeddingLayer(LoraLayer):
             site = shared.training.site(plan, state.index)
             if site is not None and site.trains:
                 return self._trained_at(input, site, touches & HEAD or (touches & TAIL and not plan.by_token))
-        base = partial(self._changed, words=plan.tensor)
+        base = partial(self._changed, words=plan.tensors[state.home])
         if touches & HEAD:
             heads = plan.heads[state.index]
             known = self._known(input, heads)
-            found = look_up(known, heads, shared.arena, base, self._under, self.embedding_dim)
+            found = look_up(known, heads, state.arena, base, self._under, self.embedding_dim)
             return found if known is input else found.masked_fill((known != input)[..., None], math.nan)
         return base(input)
 
@@ -83,7 +83,7 @@ class EmbeddingLayer(LoraLayer):
         state = self._mlora
         check = partial(check_tokens, heads=heads, tokens=self.num_embeddings, name=state.name)
         if not ids.is_cuda:
-            check(ids)
+            check(ids.cpu())
             return ids
         if not torch.cuda.is_current_stream_capturing():
             late, asked = Late(ids, check), state.shared.active.get().late
@@ -103,9 +103,9 @@ class EmbeddingLayer(LoraLayer):
 
     def _changed(self, input: Tensor, words: Tensor) -> Tensor:
         """The base, then one op."""
-        state, shared = self._mlora, self._mlora.shared
+        state = self._mlora
         y = self._base(input)
         if y.requires_grad:
-            return reference.embed(y, input, shared.arena, state.table, words, self.num_embeddings)
-        dispatch.embed_(y, input, shared.arena, state.table, words, self.num_embeddings)
+            return reference.embed(y, input, state.arena, state.table, words, self.num_embeddings)
+        dispatch.embed_(y, input, state.arena, state.table, words, self.num_embeddings)
         return y

@@ -79,13 +79,13 @@ class LoraLayer(nn.Module):
             if touches:
                 self._check_weight(weight)
             if weight.is_contiguous():  # or somebody has replaced it since
-                return dispatch.linear(x, weight, bias, shared.arena, state.table, plan.tensor, kblock)
+                return dispatch.linear(x, weight, bias, state.arena, state.table, plan.tensors[state.home], kblock)
         y = F.linear(x, weight, bias)
         if touches and not (past and direct.apply(state.direct, plan.raw, y, x)):
             if y.dtype is not x.dtype:
                 self._check_autocast(x)
             self._check_weight(weight)
-            dispatch.apply_native_(y, None, x, shared.arena, state.table, plan.tensor)
+            dispatch.apply_native_(y, None, x, state.arena, state.table, plan.tensors[state.home])
         return y
 
     def _apart(self, x: Tensor, plan: Plan, touches: int, plain: bool = False) -> Tensor:
@@ -98,13 +98,14 @@ class LoraLayer(nn.Module):
             touches &= ~TAIL if plan.by_token else ~0
             if site is not None and (site.trains or not touches & (HEAD | TAIL)):
                 return self._trained(x, site, touches, plain and not touches & (_APART ^ DROP))
+        words = plan.tensors[state.home]
         if touches & HEAD:
-            base = partial(self._routed, words=plan.tensor, touches=touches)
-            return answer(x, plan.heads[state.index], shared.arena, base, self.out_features)
+            base = partial(self._routed, words=words, touches=touches)
+            return answer(x, plan.heads[state.index], state.arena, base, self.out_features)
         apart = touches & (INPUT | TURN)
         if shared.groups is not None and not apart and not torch.is_grad_enabled() and not x.is_inference():
             return self._with_siblings(x, plan)
-        return self._routed(x, plan.tensor, touches)
+        return self._routed(x, words, touches)
 
     def _trained(self, x: Tensor, site: Site, touches: int, plain: bool) -> Tensor:
         return trained(self, x, site, touches, plain)
@@ -124,6 +125,7 @@ class LoraLayer(nn.Module):
         tensors, which do not tell whether they were written to in between."""
         state = self._mlora
         shared, index, seen = state.shared, state.index, state.shared.active.get().siblings
+        words = plan.tensors[state.home]
         if seen is not None and seen.input is x and seen.plan is plan:
             ready = seen.results.pop(index, None)
             if ready is not None and seen.version == x._version:
@@ -135,7 +137,7 @@ class LoraLayer(nn.Module):
             if seen.first != index and seen.input is x and seen.version == x._version:  # read by that one too
                 if self not in known and len(known) < dispatch.GROUP - 1:
                     groups[seen.first] = (*known, self)
-                return self._routed(x, plan.tensor, plan.touches[index])
+                return self._routed(x, words, plan.touches[index])
             if seen.results:  # not asked for: their layers do not read what that one reads
                 groups[seen.first] = tuple(layer for layer in known if layer._mlora.index not in seen.results)
         y = self._given(x)
@@ -154,9 +156,9 @@ class LoraLayer(nn.Module):
                 tables.append(its.table)
         shared.active.get().siblings = Siblings(index, x, plan, results)
         if results:
-            dispatch.apply_group_(outputs, x, shared.arena, tables, plan.tensor)
+            dispatch.apply_group_(outputs, x, state.arena, tables, words)
         else:
-            dispatch.apply_(y, None, x, shared.arena, state.table, plan.tensor)
+            dispatch.apply_(y, None, x, state.arena, state.table, words)
         return y
 
     def _base(self, x: Tensor) -> Tensor:
@@ -187,7 +189,7 @@ class LoraLayer(nn.Module):
 
     def _routed(self, x: Tensor, words: Tensor, touches: int) -> Tensor:
         """The base, then one op."""
-        arena, table = self._mlora.shared.arena, self._mlora.table
+        arena, table = self._mlora.arena, self._mlora.table
         y, source = self._bases(x, words, touches)
         if not touches & (LORA | GAIN | SHIFT):  # nothing is added to what the base gave, turned or not
             return y
@@ -217,13 +219,13 @@ class LoraLayer(nn.Module):
         state = self._mlora
         recorded = x.requires_grad and torch.is_grad_enabled()
         scale = reference.scale_input if recorded else dispatch.scale_input
-        return scale(x, state.shared.arena, state.table, words)
+        return scale(x, state.arena, state.table, words)
 
     def _turned(self, y: Tensor, base: Tensor | None, words: Tensor) -> Tensor:
         """y with the output turns of `base`, or of y."""
         state = self._mlora
         turn = reference.turn_output if y.requires_grad else dispatch.turn_output
-        return turn(y, base, state.shared.arena, state.table, words)
+        return turn(y, base, state.arena, state.table, words)
 
     def _compiled(self, x: Tensor) -> Tensor:
         """What a compiled graph runs: always the same ops, whose inputs only change their contents."""
@@ -239,21 +241,21 @@ class LoraLayer(nn.Module):
             check_tails(shared.header)
         if shared.inputs or shared.turns:
             touches = (LORA | INPUT | BOTH if shared.inputs else LORA | GAIN) | (TURN if shared.turns else 0)
-            return self._routed(x, shared.plan, touches)
+            return self._routed(x, state.words, touches)
         if state.plain and not (torch.is_grad_enabled() and self._recorded(x)):
             kblock = dispatch.PROBED if state.fused else dispatch.LIBRARY
             held: Any = self._parameters
-            return dispatch.linear(x, held["weight"], held["bias"], shared.arena, state.table, shared.plan, kblock)
-        return self._routed(x, shared.plan, LORA | GAIN)
+            return dispatch.linear(x, held["weight"], held["bias"], state.arena, state.table, state.words, kblock)
+        return self._routed(x, state.words, LORA | GAIN)
 
     def _check_compiled(self, x: Tensor) -> None:
         """`_check_rows`, when the compiled code runs."""
         state, inner = self._mlora, _inner(x)
         shared = state.shared
         if state.gathered or (state.order.exchanged and not inner):
-            check_rows(shared.plan, 0 if state.gathered else x.shape[0])  # of 0 rows: only one entry for all may pass
+            check_rows(state.words, 0 if state.gathered else x.shape[0])  # of 0 rows: only one entry for all may pass
         elif state.order.exchanged:
-            check_front(shared.plan, x.shape[0], inner)
+            check_front(state.words, x.shape[0], inner)
         if state.foreign:
             check_foreign(shared.header)
 
@@ -340,7 +342,7 @@ class LoraLayer(nn.Module):
         if state.shared.active.get().late is not None:  # a call runs: a hook's, which casts the layer
             state.cast = True
         elif not state.cast:
-            refuse_move(self, fn)
+            refuse_move(self, fn, state.shared.moves)
         return super()._apply(fn, recurse)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:

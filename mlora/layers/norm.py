@@ -89,7 +89,7 @@ class NormLayer(LoraLayer):
             if shared.training is not None and torch.is_grad_enabled():
                 refuse_training(state.name)
             self._check_compiled(x)
-            return self._added(self._base(x), x, shared.plan)
+            return self._added(self._base(x), x, state.words)
         scope = shared.active.get()
         plan = scope.plan or shared.default
         if shared.recorded and torch.is_grad_enabled():
@@ -129,11 +129,11 @@ class NormLayer(LoraLayer):
                 if plan.touches[state.index] & TAIL and not plan.by_token:
                     refuse_beside(state.name)
                 return norms.change(y, x, self._normalized, site)
-        return self._added(y, x, plan.tensor)
+        return self._added(y, x, plan.tensors[state.home])
 
     def _added(self, y: Tensor, x: Tensor, words: Tensor) -> Tensor:
-        state, shared = self._mlora, self._mlora.shared
+        state = self._mlora
         if y.requires_grad:
-            return reference.apply(y, None, x, shared.arena, state.table, words)
-        dispatch.apply_(y, None, x, shared.arena, state.table, words)
+            return reference.apply(y, None, x, state.arena, state.table, words)
+        dispatch.apply_(y, None, x, state.arena, state.table, words)
         return y

@@ -96,15 +96,16 @@ class ParametersState(LayerState):
     def __init__(
         self,
         name: str,
+        home: int,
         shared: Shared,
-        tables: Tensor,
+        table: Tensor,
         module: nn.Module,
         dtype: torch.dtype,
         stacks: Mapping[str, int],
         order: Order = IN_FRONT,
     ) -> None:
         index = next(iter(stacks.values()))
-        super().__init__(name, index, shared, tables[index], module, dtype, order)
+        super().__init__(name, index, home, shared, table, module, dtype, order)
         self.stacks = dict(stacks)
         self.flattens: bool | None = None
         self.input = cast(str, _input_name(type(module)))
@@ -194,7 +195,7 @@ class ParametersLayer(LoraLayer):
     def _parts(self, plan: Plan) -> list[tuple[Changes, Tensor]]:
         """What recipes do to the module, and the plan's rows that get it."""
         rows: dict[tuple[tuple[Factors, ...], ...], list[Tensor]] = {}
-        for route in plan.routes:
+        for route in plan.routes[self._mlora.home]:
             terms = tuple(route.terms.get(index, ()) for index in self._mlora.stacks.values())
             rows.setdefault(terms, []).append(route.rows)
         return [
@@ -266,7 +267,7 @@ class ParametersLayer(LoraLayer):
         """W + sum_i w_i s_i B_i A_i (of every expert), summed in fp32 (fp64 for fp64) and rounded once."""
         weight = cast(Tensor, self._parameters[name])
         wide = torch.promote_types(weight.dtype, torch.float32)
-        transposed, arena = is_transposed(self) and weight.dim() == 3, self._mlora.shared.arena
+        transposed, arena = is_transposed(self) and weight.dim() == 3, self._mlora.arena
         experts, inputs, outputs = _widths(weight, transposed)
         total = weight.to(wide).view(experts, *weight.shape[-2:])
         for term in terms:

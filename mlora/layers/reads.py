@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..arena.bits import GAIN, HEAD, INPUT, LORA, SHIFT, TURN
 from ..ops.checks import check_reads, refuse_read
+from .placed import BRINGS, brings_all
 
 if TYPE_CHECKING:
     from .state import LayerState
@@ -110,10 +111,13 @@ def _check(read: Read) -> None:
 
 
 def _runs(layer: nn.Module) -> bool:
-    """Whether the layer is being called in this thread, so that its own hooks read it."""
+    """Whether the layer is being called in this thread, so that its own hooks read it; or a hook of a module around it
+    brings or takes away what is inside."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code in _CALLS and frame.f_locals.get("self") is layer:
+            return True
+        if frame.f_code.co_name in BRINGS and brings_all(frame.f_locals.get("self")):
             return True
         frame = frame.f_back
     return False

@@ -33,29 +33,34 @@ class Route(NamedTuple):
 
 
 def group_routes(
-    recipes: Sequence[Recipe], adapters: Mapping[str, Packed], stacks: Sequence[int], device: torch.device
+    recipes: Sequence[Recipe], adapters: Mapping[str, Packed], stacks: Sequence[int], home: int, device: torch.device
 ) -> tuple[Route, ...]:
     """By recipe: `recipes` has one for each of the plan's rows. One copy to the device, so that layers need none.
 
     Args:
         adapters: what is packed under each name; resident and pinned, so that it does not move.
-        stacks: the numbers of all parameters.
+        stacks: the numbers of all parameters on the device, which is that of number `home`.
     """
     rows: dict[Recipe, list[int]] = {}
     for row, recipe in enumerate(recipes):
         rows.setdefault(recipe, []).append(row)
-    held = {name: _held(packed, stacks) for name, packed in adapters.items()}
+    held = {name: _held(packed, stacks, home) for name, packed in adapters.items()}
     order = to_device(np.array([row for own in rows.values() for row in own], dtype=np.int64), device)
     parts = order.split([len(own) for own in rows.values()])
     return tuple(Route(part, _terms(recipe, held)) for recipe, part in zip(rows, parts, strict=True))
 
 
-def _held(packed: Packed, stacks: Sequence[int]) -> dict[int, tuple[int, int, int, float]]:
+def _held(packed: Packed, stacks: Sequence[int], home: int) -> dict[int, tuple[int, int, int, float]]:
     """(rank, A, B, scaling) of each parameter that the adapter changes."""
     rows = packed.rows[stacks, 0]
     scales = rows[:, layout.SCALE].astype(np.uint32).view(np.float32).tolist()
     parts = zip(stacks, rows[:, [layout.RANK, layout.A, layout.B]].tolist(), scales, strict=True)
-    return {index: (rank, packed.offset + a, packed.offset + b, scale) for index, (rank, a, b), scale in parts if rank}
+    shift = packed.shift(home)
+    return {
+        index: (rank, a if a < 0 else a + shift, b if b < 0 else b + shift, scale)
+        for index, (rank, a, b), scale in parts
+        if rank
+    }
 
 
 def _terms(

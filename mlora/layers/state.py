@@ -24,10 +24,11 @@ class LayerState:
     """What one layer knows beside its module's own parameters.
 
     Args:
-        name: its dotted path. `index`: its number in the store.
+        name: its dotted path. `index`: its number in the store. `home`: that of the device on which it is called.
         table: this module's rows of the store's tables, int64 (slots, TABLE_WIDTH).
+        arena, words: of its device, as `Shared` has them.
         dtype: of its activations.
-        plain: whether the module is a linear of its dense `weight` and `bias` on the CPU and nothing more.
+        plain: whether the module is a linear of its dense `weight` and `bias` and nothing more, called on the CPU.
         fused: whether, of a plain one, the base product may be computed by `dispatch.linear`.
         gathered, foreign: whether it is an expert, or reads another modality than text.
         order: where the rows lie in its input. `in_front`: whether they were once seen to be its first dimension.
@@ -42,14 +43,16 @@ class LayerState:
     """
 
     __slots__ = (
-        "_asked", "_kblocks", "cast", "device", "device_type", "direct", "dtype", "embeds", "foreign", "fused",
-        "gathered", "in_front", "index", "loose", "name", "order", "outer", "own", "plain", "shape", "shared", "table",
+        "_asked", "_kblocks", "arena", "cast", "device", "device_type", "direct", "dtype", "embeds", "foreign", "fused",
+        "gathered", "home", "in_front", "index", "loose", "name", "order", "outer", "own", "plain", "shape", "shared",
+        "table", "words",
     )  # fmt: skip
 
     def __init__(
         self,
         name: str,
         index: int,
+        home: int,
         shared: Shared,
         table: Tensor,
         module: nn.Module,
@@ -58,9 +61,11 @@ class LayerState:
     ) -> None:
         self.name = name
         self.index = index
+        self.home = home
         self.shared = shared
+        self.arena, self.words = shared.arenas[home], shared.words[home]
         self.table = table
-        self.dtype, self.device, self.device_type = dtype, shared.arena.device, shared.arena.device.type
+        self.dtype, self.device, self.device_type = dtype, self.arena.device, self.arena.device.type
         wraps = bound_forwards(module, type(module).forward)
         self.outer: Callable[..., Tensor] | None = None if wraps else module.__dict__.get("forward")
         self.own = alias_of(module)
@@ -77,7 +82,7 @@ class LayerState:
             and type(module).forward is nn.Linear.forward
             and {"weight", "bias"} <= module._parameters.keys()
             and is_dense(weight)  # not a quantized tensor that acts as one of bf16
-            and self.dtype == shared.arena.dtype
+            and self.dtype == self.arena.dtype
             and dispatch.backend(self.device, self.dtype) == "cpu"
         )
         self.fused = self.plain and shared.fused and cast(Tensor, weight).is_contiguous() and module.in_features != 0
@@ -85,7 +90,7 @@ class LayerState:
         if self.plain:
             self.shape = cast(Tensor, weight).shape
             outputs, inputs = self.shape
-            self.direct = direct.layer_of(shared.arena, table, inputs, outputs)
+            self.direct = direct.layer_of(self.arena, table, inputs, outputs)
             self._asked = inputs, outputs, module.bias is not None
             self._kblocks = shared.kblocks.setdefault((*self._asked, dtype), {})
 

@@ -73,7 +73,7 @@ def guard_moves(module: nn.Module, shared: Shared) -> None:
 
     def apply(fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         if shared.active.get().late is None:
-            refuse_move(module, fn)
+            refuse_move(module, fn, shared.moves)
         return type(module)._apply(module, fn, recurse)
 
     module.__dict__["_apply"] = apply
@@ -86,12 +86,13 @@ def refuse_copy() -> NoReturn:
     )
 
 
-def refuse_move(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
-    """Raise if `fn`, which `nn.Module.to` and its like pass to `_apply`, would move a parameter."""
+def refuse_move(module: nn.Module, fn: Callable[[Tensor], Tensor], moves: bool) -> None:
+    """Raise if `fn`, which `nn.Module.to` and its like pass to `_apply`, would move a parameter. With `moves` a hook
+    brings it back for its call, wherever it rests: it may only keep its dtype."""
     for tensor in (*module.parameters(), *module.buffers()):
         probe = torch.empty(0, dtype=tensor.dtype, device=tensor.device)  # quantized tensors lack new_empty
         moved = fn(probe)
-        if moved.dtype != probe.dtype or moved.device != probe.device:
+        if moved.dtype != probe.dtype or (moved.device != probe.device and not moves):
             raise errors.ModelMovedError(
                 f"the model is patched in {probe.dtype} on {probe.device} and cannot be moved to {moved.dtype} on "
                 f"{moved.device}; unpatch it, move it, patch it again"

@@ -34,7 +34,7 @@ def warmup(model: torch.nn.Module, tokens: Sequence[int] = (1, config.DECODE_TOK
             continue
         if isinstance(module, NormLayer) and not state.shared.norms:  # norms, which no adapter trains yet
             continue
-        arena = state.shared.arena
+        arena, words = state.arena, state.shared.blank.tensors[state.home]
         shape = (state.table.shape[0], *_widths(module))
         if arena.device.type not in ("cuda", "cpu") or state.dtype is not arena.dtype or shape in seen:
             continue
@@ -42,19 +42,19 @@ def warmup(model: torch.nn.Module, tokens: Sequence[int] = (1, config.DECODE_TOK
         _, width, width_out = shape
         if isinstance(module, torch.nn.Embedding):
             y, ids = torch.zeros(1, shape[2], dtype=arena.dtype, device=arena.device), state.table.new_zeros(1)
-            embed_(y, ids, arena, state.table, state.shared.blank.tensor, shape[1])
+            embed_(y, ids, arena, state.table, words, shape[1])
             calls += 1
             continue
         for count in tokens:
             x, y = (torch.zeros(count, n, dtype=arena.dtype, device=arena.device) for n in (width, width_out))
-            apply_(y, None, x, arena, state.table, state.shared.blank.tensor)
-            scale_input(x, arena, state.table, state.shared.blank.tensor)
+            apply_(y, None, x, arena, state.table, words)
+            scale_input(x, arena, state.table, words)
             calls += 2
             if state.shared.turns:
-                turn_output(y, None, arena, state.table, state.shared.blank.tensor)
+                turn_output(y, None, arena, state.table, words)
                 calls += 1
             if state.shared.training is not None:
-                calls += _train(x, y, arena, state.table, state.shared.blank.tensor)
+                calls += _train(x, y, arena, state.table, words)
     return calls
 
 

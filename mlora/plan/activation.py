@@ -89,9 +89,10 @@ class Activation:
             for begin, end in pairwise(sorted({0, *first.values(), count})):
                 recipes.append(self.terms(tuple(term for term in recipe if first.get(term[0], 0) <= begin)))
                 runs.append(end - begin)
-        words = to_device(plan_words(recipes, runs=runs), self.plan.tensor.device)
+        words = plan_words(recipes, runs=runs)
+        tensors = tuple(to_device(words, tensor.device) for tensor in self.plan.tensors)
         rows = len(self.starts)
-        return replace(self.plan, tensor=words, rows=rows, row_counts=(rows,), entries=rows)
+        return replace(self.plan, tensors=tensors, rows=rows, row_counts=(rows,), entries=rows)
 
     def _within(self, start: int | None, count: int) -> int:
         """Where an aLoRA's tokens start among the last `count`; `count` if none of them is one."""

@@ -23,7 +23,7 @@ class Plan:
     """The routing of one forward.
 
     Args:
-        tensor: int32, the layout of `mlora.layout`, on the device.
+        tensors: int32, the layout of `mlora.layout`: the same words on each of the store's devices.
         header: the first of its words, on the host.
         touches: one number a module, what the plan's adapters do to it (`arena.bits.LORA`, ...).
         names: the adapters that it pins.
@@ -36,21 +36,22 @@ class Plan:
             are tokens then, and `entries` is 1, as in one row. `starts`: as given, see `activation.Starts`.
         by_token: whether `rows` are tokens, as many of each of `recipes` as its length; not where one serves them all.
         heads: module number -> which rows heads or token embeddings of another size answer (`layers.head.Heads`).
-        routes: of each recipe, where one changes parameters: its rows, and the terms (`layers.route.Route`).
+        routes: of each device, where a recipe changes parameters: of each recipe its rows, and the terms
+            (`layers.route.Route`).
         recipes: of each row, or packed sequence. `invocations`: aLoRAs among its adapters -> the tokens from which on
             each applies; see `activation.py`.
         trained: the numbers of the modules whose own weights were trained, so that PEFT shows those to who reads them.
-        raw: the words of `tensor`, where that is on the CPU.
+        raw: the words, where one of the devices is the CPU.
     """
 
-    tensor: Tensor
+    tensors: tuple[Tensor, ...]
     header: Tensor
     touches: Sequence[int]
     names: tuple[str, ...]
     rows: int
     row_counts: tuple[int, ...]
     heads: Mapping[int, Any] = field(default_factory=dict)
-    routes: tuple[Any, ...] = ()
+    routes: tuple[tuple[Any, ...], ...] = ()
     recipes: tuple[Recipe, ...] = ()
     invocations: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     trained: frozenset[int] = frozenset()
@@ -61,8 +62,9 @@ class Plan:
     raw: bytes = field(init=False, repr=False, default=b"")
 
     def __post_init__(self) -> None:
-        if self.tensor.device.type == "cpu" and type(self.tensor) is Tensor:
-            object.__setattr__(self, "raw", self.tensor.numpy().tobytes())
+        for tensor in self.tensors:
+            if tensor.device.type == "cpu" and type(tensor) is Tensor:
+                object.__setattr__(self, "raw", tensor.numpy().tobytes())
 
     @property
     def uniform(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ class Shared:
     """What all layers of one patched model share. Tensors here keep their addresses for good.
 
     Args:
-        arena, plan: the arena and the plan buffer that compiled code reads. `header`: of that plan, on the host.
+        arenas, words: of each device, the arena and the plan buffer that compiled code reads there. `header`: of that
+            plan, on the host.
         number: by which `ops.checks` knows who fills these buffers.
         scopes: what is routed where. `active` is theirs: the scope whose plan eager code reads.
         default: the plan of `Runtime.set_adapter`, for code in no scope.
@@ -27,6 +28,7 @@ class Shared:
         placeholders: the tokens that stand for inputs of other modalities than text; see `modality.py`.
         foreign: the numbers of the modules that read those inputs.
         choices: whether the model is one of multiple choice; see `layers.order`.
+        moves: whether a hook moves modules to the device of their calls.
         unpacked: number of a module -> why it cannot be told which of its inputs are of which token of a packed call.
         body, axes: as `Packing` has them.
         kblocks: (in, out, whether there is a bias, dtype) of a layer -> tokens and threads -> the block with which that
@@ -43,26 +45,28 @@ class Shared:
 
     def __init__(
         self,
-        arena: Tensor,
-        plan: Tensor,
+        arenas: Sequence[Tensor],
+        words: Sequence[Tensor],
         fused: bool,
         placeholders: Iterable[int],
         foreign: Iterable[int],
         choices: bool,
     ) -> None:
-        self.arena = arena
-        self.plan = plan
+        self.arenas = tuple(arenas)
+        self.words = tuple(words)
         self.header = torch.zeros(layout.PLAN_HEADER, dtype=torch.int32)
         self.number = -1
         self.scopes = Scopes()
         self.active = self.scopes.active
         self.default: Plan | None = None
-        self.blank = Plan(plan.new_zeros(layout.PLAN_HEADER), self.header.clone(), b"", (), 1, (1,))
+        blank = tuple(own.new_zeros(layout.PLAN_HEADER) for own in self.words)
+        self.blank = Plan(blank, self.header.clone(), b"", (), 1, (1,))
         self.fused = fused
         self.kblocks: dict[tuple[int, int, bool, torch.dtype], dict[tuple[int, int], int]] = {}
         self.placeholders = tuple(placeholders)
         self.foreign = frozenset(foreign)
         self.choices = choices
+        self.moves = False
         self.unpacked: dict[int, str] = {}
         self.body = ""
         self.axes: dict[str, int] = {}
@@ -71,7 +75,7 @@ class Shared:
         self.inputs = self.turns = self.norms = self.embeddings = self.experts = False
         self.heads: frozenset[int] = frozenset()
         self.tails: frozenset[int] = frozenset()
-        grouped = dispatch.backend(arena.device, arena.dtype) in dispatch.GROUPING
+        grouped = any(dispatch.backend(arena.device, arena.dtype) in dispatch.GROUPING for arena in self.arenas)
         self.groups: dict[int, tuple[Any, ...]] | None = {} if grouped else None
 
     @property

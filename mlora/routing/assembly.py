@@ -11,7 +11,7 @@ import torch
 from .. import errors, layout
 from ..arena.bits import BOTH, GAIN, INPUT, TAIL, TURN
 from ..arena.store import Store
-from ..layers import Head, group_heads, group_routes
+from ..layers import Head, Route, group_heads, group_routes
 from ..plan.activation import Starts
 from ..plan.plan import Plan, Recipe, plan_words, to_device
 from ..plan.shared import Shared
@@ -53,10 +53,10 @@ class Assembly:
         for (start, end), owned in zip(pairwise(accumulate(runs, initial=0)), owners, strict=True):
             for index, name in owned.items():
                 weight, bias, width = packed[name].heads[index]
-                offset = packed[name].offset
-                head = Head(offset + weight, bias if bias < 0 else offset + bias, width)
+                weight, bias = (at if at < 0 else store.offset(packed[name], index, at) for at in (weight, bias))
+                head = Head(weight, bias, width)
                 heads[index][start:end] = [head] * (end - start)
-        touches = np.zeros(store.tables.shape[0], dtype=np.uint8)
+        touches = np.zeros(store.modules, dtype=np.uint8)
         for one in packed.values():
             touches |= one.touches
         if (touches & INPUT).any():  # few plans have any, and each one is made within a forward
@@ -71,21 +71,30 @@ class Assembly:
             touches[touches > 0] |= TAIL
         listed = rows if by_token else entries
         words = plan_words(terms, expansion, bool(heads), experts, bool(invocations), foreign, runs, listed)
-        device, most = store.arena.device, self._shared.plan.numel()
-        if len(words) > most and device.type != "cpu":
+        devices, most = store.devices, self._shared.words[0].numel()
+        if len(words) > most and any(device.type != "cpu" for device in devices):
             raise errors.CapacityError(
                 f"the routing of {rows} rows takes {len(words)} words; the buffer that compiled code and captured "
                 f"graphs read has {most}"
             )
-        tensor = to_device(words, device)
+        tensors = tuple(to_device(words, device) for device in devices)
         header = torch.from_numpy(words[: layout.PLAN_HEADER])
-        grouped = {index: group_heads(found, self._width(index), device) for index, found in heads.items()}
-        of_row = [recipe for recipe, run in zip(recipes, runs, strict=True) for _ in range(run)] if experts else []
-        routes = group_routes(of_row, packed, self._experts, device) if experts else ()
+        grouped = {
+            index: group_heads(found, self._width(index), devices[store.homes[index]]) for index, found in heads.items()
+        }
+        routes: tuple[tuple[Route, ...], ...] = ()
+        if experts:
+            of_row = [recipe for recipe, run in zip(recipes, runs, strict=True) for _ in range(run)]
+            routes = tuple(
+                group_routes(
+                    of_row, packed, [index for index in self._experts if store.homes[index] == home], home, device
+                )
+                for home, device in enumerate(devices)
+            )
         counts = (entries, entries * expansion)
         trained = frozenset().union(*(one.trained for one in packed.values()))
         return Plan(
-            tensor,
+            tensors,
             header,
             touches.tobytes(),
             names,

@@ -32,7 +32,7 @@ def learn_axes(model: nn.Module, shared: Shared, paths: Iterable[str]) -> None:
         norm.register_forward_pre_hook(lambda _, args, path=path: note(path, args[0])) for path, norm in norms.items()
     ]
     try:
-        ids = torch.zeros((1, tokens), dtype=torch.long, device=shared.arena.device)
+        ids = torch.zeros((1, tokens), dtype=torch.long, device=shared.arenas[0].device)
         with torch.inference_mode():
             cast(Any, model)(input_ids=ids, use_cache=False)
     finally:

@@ -237,7 +237,7 @@ class Planner:
             self._store.release(names)
             raise
         # On a GPU a plan belongs to the stream that it was copied on, and with aLoRAs to the prompt of its call.
-        if self._store.arena.device.type == "cpu" and not plan.invocations:
+        if all(device.type == "cpu" for device in self._store.devices) and not plan.invocations:
             named = isinstance(entries, (list, tuple)) and all(
                 one is None or type(one) in (str, Pinned) for one in entries
             )

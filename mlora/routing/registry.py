@@ -213,7 +213,11 @@ class Registry:
         info = AdapterInfo(
             name, adapter.source, adapter.peft_type, _variant(adapter), ranks[-1], ranks, tuple(deltas),
             packed.nbytes, "host", {path: delta.error for path, delta in deltas.items() if delta.error},
-            {path: self._store.nbytes(delta.matrix) for path, delta in deltas.items() if delta.matrix is not None},
+            {
+                path: self._store.nbytes(delta.matrix, self._indices[path])
+                for path, delta in deltas.items()
+                if delta.matrix is not None
+            },
             lowered.missing, lowered.unused, all(delta.is_zero for delta in deltas.values()), adapter.ignored,
             tuple(sources),
         )  # fmt: skip

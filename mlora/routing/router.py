@@ -57,11 +57,11 @@ class Router:
         self._shared = shared
         self._lock = lock
         # As good as none, and no default counts beside it.
-        self._nothing = replace(shared.blank, touches=bytes(len(store.tables)))
+        self._nothing = replace(shared.blank, touches=bytes(store.modules))
         hand_over()
         follow(self)
         shared.number = add_publisher(self)
-        self._words, self._header = _bytes_of(shared.plan), _bytes_of(shared.header)
+        self._views = {id(buffer): _bytes_of(buffer) for buffer in (*shared.words, shared.header)}
         self._published: Plan | None = None  # what they hold, if that is known
 
     def set_default(self, entry: Entry) -> None:
@@ -106,9 +106,9 @@ class Router:
 
     def arrive(self) -> None:
         """Wait until plans are on the device: what they route may run on other streams than this one."""
-        device = self._store.arena.device
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
+        for device in self._store.devices:
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
 
     @contextmanager
     def forward(self, entries: Any, call: Call) -> Iterator[None]:
@@ -297,16 +297,17 @@ class Router:
         plan = plan or shared.default or shared.blank
         with self._lock:
             if plan is not self._published:
-                self._copy(plan, shared.plan, shared.header)
+                for words in shared.words:
+                    self._copy(plan, words, shared.header)
                 self._published = plan
 
     def _copy(self, plan: Plan, buffer: Tensor, header: Tensor) -> None:
         """Of a plan that is too large only the header: kernels on the host refuse one that is shorter than its header
         says, and on other devices `Planner` did."""
-        shared = buffer is self._shared.plan and header is self._shared.header
-        words, first = (self._words, self._header) if shared else (_bytes_of(buffer), _bytes_of(header))
+        words, first = (self._views.get(id(own)) or _bytes_of(own) for own in (buffer, header))
         if words is None or first is None:
-            buffer[: plan.tensor.numel()].copy_(plan.tensor)
+            tensor = next(tensor for tensor in plan.tensors if tensor.device == buffer.device)
+            buffer[: tensor.numel()].copy_(tensor)
             header.copy_(plan.header)
             return
         # As bytes: torch's copies, whose code a step leaves cold, take ten times as long.

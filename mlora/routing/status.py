@@ -17,6 +17,7 @@ def status(infos: Iterable[AdapterInfo], store: Store) -> str:
         rows.append((info.name, kind, ranks, str(len(info.modules)), f"{info.bytes:,}", info.location, error))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    lines.append(f"arena: {store.used:,} of {store.capacity:,} bytes, {store.arena.dtype} on {store.arena.device}")
-    lines.append(f"  {store.room.why}")
+    for space in store.spaces:
+        lines.append(f"arena: {space.used:,} of {space.capacity:,} bytes, {store.dtype} on {space.device}")
+        lines.append(f"  {space.room.why}")
     return "\n".join(line.rstrip() for line in lines)

@@ -119,7 +119,7 @@ class Trains:
             paths = {index: path for index, path in paths.items() if self.bases[path].linear}
             chance = adapter.config.get("lora_dropout") or 0.0
             dropout = Dropout(chance, torch.initial_seed() if seed is None else seed, paths)
-            one = Trained(adapter.tensors, keys, bases, packed, self._store.arena.device, fixed, dropout)
+            one = Trained(adapter.tensors, keys, bases, packed, self._store.devices, self._store.homes, fixed, dropout)
             if self._shared.training is None:
                 self._thawed = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
                 for parameter in self._thawed:

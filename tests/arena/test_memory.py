@@ -137,8 +137,8 @@ def take_and_give_back() -> None:
     size, ready = free_memory()[0] // 2, 20 * MIB
     big = Delta(torch.ones(1, 4 * MIB), torch.ones(1, 1))  # 16 MiB
     before = touched()
-    store = Store(CPU, torch.float32, Room(size, "", ready), 1, 8)
-    assert store.capacity > size - 64 and touched() - before < 8 * MIB
+    store = Store([CPU], torch.float32, [Room(size, "", ready)], [0], 8)
+    assert store.spaces[0].capacity > size - 64 and touched() - before < 8 * MIB
     for name in "abcd":
         store.register(name, store.pack({0: big}, name))
     assert [store[name].resident for name in "abcd"] == [True, False, False, False], "no more than what is ready"
@@ -150,7 +150,7 @@ def take_and_give_back() -> None:
         store.unregister(name)
     assert touched() - before < 16 * MIB + ready + 8 * MIB, "blobs and pages of those that left are gone"
     a = store["a"]
-    assert bool((store.arena[a.offset : a.offset + 4 * MIB] == 1).all())
+    assert bool((store.spaces[0].place(a.offsets[0], 4 * MIB) == 1).all())
     store.unregister("a")
     assert touched() - before > 12 * MIB, "what is ready stays"
 
@@ -181,5 +181,7 @@ def test_a_batch_of_more_adapters_than_half_of_the_model(
     mlora.unpatch(model)
     fixed = mlora.patch(model, memory=1 << 16)
     assert (
-        fixed._store.capacity == 1 << 16 and "65,536 bytes" in fixed.status() and "patch(memory=...)" in fixed.status()
+        fixed._store.spaces[0].capacity == 1 << 16
+        and "65,536 bytes" in fixed.status()
+        and "patch(memory=...)" in fixed.status()
     )

@@ -120,15 +120,18 @@ def deltas_of(seed: int, ranks: tuple[int, int], extras: int = 0) -> dict[int, D
     return deltas
 
 
-def store_of(capacity: int, slots: int = 8, dtype: torch.dtype = torch.float32) -> Store:
-    return Store(CPU, dtype, capacity, len(WIDTHS), slots)
+def store_of(
+    capacity: int, slots: int = 8, dtype: torch.dtype = torch.float32, homes: tuple[int, int] = (0, 0)
+) -> Store:
+    devices = 1 + max(homes)
+    return Store([CPU] * devices, dtype, [capacity] * devices, homes, slots)
 
 
 def check_rows(store: Store, packed: Packed, deltas: dict[int, Delta]) -> None:
     """The table rows of a resident adapter lead to exactly its parts, in the arena's dtype."""
-    arena = store.arena
     for index in range(len(WIDTHS)):
-        row, rest_row = store.tables[index, packed.slot :: store.slots].tolist()
+        arena = store.spaces[store.homes[index]].arena
+        row, rest_row = store.table(index)[packed.slot :: store.slots].tolist()
         delta = deltas.get(index)
         assert row[layout.RANK] == (delta.rank if delta else 0)
         parts = {layout.A: delta.a, layout.B: delta.b, layout.GAIN: delta.gain, layout.IN_GAIN: delta.in_gain,
@@ -189,11 +192,11 @@ def test_a_blob_has_no_padding_to_a_maximum_rank() -> None:
 class StoreMachine(RuleBasedStateMachine):
     """A store beside a model of it: names with deltas, pins, and the order of use."""
 
-    SLOTS, CAPACITY = 4, 64 * 40
+    SLOTS, CAPACITY, HOMES = 4, 64 * 40, (0, 0)
 
     def __init__(self) -> None:
         super().__init__()
-        self.store = store_of(self.CAPACITY, self.SLOTS, torch.bfloat16)  # in which some gains have rests
+        self.store = store_of(self.CAPACITY, self.SLOTS, torch.bfloat16, self.HOMES)  # in which some gains have rests
         self.deltas: dict[str, dict[int, Delta]] = {}
         self.order: list[str] = []  # least recently used first
         self.held: list[list[str]] = []
@@ -215,27 +218,29 @@ class StoreMachine(RuleBasedStateMachine):
         names = data.draw(st.lists(st.sampled_from(sorted(self.deltas)), min_size=1, max_size=4, unique=True))
         pinned = {n for held in self.held for n in held}
         union = pinned | set(names)
-        needed = sum(self.store[n].nbytes for n in union)
+        devices = range(len(self.store.spaces))
+        needed = [sum(self.store[n].size(device) for n in union) * 2 for device in devices]
+        beyond = [size for size in needed if size > self.CAPACITY]
         before = self.resident()
         pins = {n: self.store[n].pins for n in self.deltas}
         try:
             self.store.acquire(names)
         except errors.CapacityError as error:
             too_many = len(union) > self.SLOTS
-            if needed > self.CAPACITY:
-                assert f"{needed:,} bytes" in str(error) and f"{self.CAPACITY:,}" in str(error)
+            if beyond:
+                assert f"{beyond[0]:,} bytes" in str(error) and f"{self.CAPACITY:,}" in str(error)
             elif too_many:
                 assert str(len(union)) in str(error) and str(self.SLOTS) in str(error)
             else:
                 assert pinned, "only holes between pinned adapters are an excuse"
                 assert "contiguous" in str(error)
             assert pins == {n: self.store[n].pins for n in self.deltas}, "all of them or none"
-            if needed > self.CAPACITY or too_many:
+            if beyond or too_many:
                 assert before == self.resident()
             else:
                 self.order = list(self.store._adapters)
             return
-        assert needed <= self.CAPACITY and len(union) <= self.SLOTS
+        assert not beyond and len(union) <= self.SLOTS
         for name in names:
             self.order.remove(name)
             self.order.append(name)
@@ -243,10 +248,12 @@ class StoreMachine(RuleBasedStateMachine):
         assert union <= self.resident()
         evicted = before - self.resident()
         kept = self.resident() - union
-        # Who was evicted had been used less recently than everyone who could have gone and stayed.
+        # Who was evicted had been used less recently than everyone who could have gone and stayed: those that hold
+        # nothing on a device do not make room there.
         for gone in evicted:
             for stayed in kept & before:
-                assert self.order.index(gone) < self.order.index(stayed)
+                whole = all(self.store[stayed].size(device) for device in devices)
+                assert not whole or self.order.index(gone) < self.order.index(stayed)
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
@@ -269,18 +276,21 @@ class StoreMachine(RuleBasedStateMachine):
     @invariant()
     def every_resident_adapter_is_whole(self) -> None:
         slots = set()
-        used = 0
+        used = [0] * len(self.store.spaces)
         for name in self.resident():
             packed = self.store[name]
             assert packed.slot not in slots
             slots.add(packed.slot)
-            used += packed.nbytes
+            used = [had + packed.size(device) * 2 for device, had in enumerate(used)]
             check_rows(self.store, packed, self.deltas[name])
-        assert self.store.used == used
+            assert packed.nbytes == sum(packed.size(device) for device in range(len(used))) * 2
+        assert [space.used for space in self.store.spaces] == used
         empty = torch.full((len(WIDTHS), 2, layout.TABLE_WIDTH), -1)
         empty[..., (layout.RANK, layout.SCALE)] = 0
         for slot in set(range(self.SLOTS)) - slots:
-            assert torch.equal(self.store.tables[:, slot :: self.SLOTS], empty)
+            assert torch.equal(
+                torch.stack([self.store.table(i)[slot :: self.SLOTS] for i in range(len(WIDTHS))]), empty
+            )
 
     @invariant()
     def pinned_adapters_are_resident(self) -> None:
@@ -292,6 +302,16 @@ class StoreMachine(RuleBasedStateMachine):
 
 TestStore = StoreMachine.TestCase
 TestStore.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+
+
+class TwoDevicesMachine(StoreMachine):
+    """A device for each of the two modules: some adapters lie on both, some on one of them."""
+
+    CAPACITY, HOMES = 64 * 24, (0, 1)
+
+
+TestTwoDevices = TwoDevicesMachine.TestCase
+TestTwoDevices.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 
 
 def test_the_least_recently_used_goes_first() -> None:
@@ -313,11 +333,11 @@ def test_a_pinned_adapter_neither_leaves_nor_moves() -> None:
     for name in "abc":
         store.register(name, store.pack(deltas_of(ord(name), (2, 2)), name))
     store.acquire(["b"])
-    place = store["b"].offset, store["b"].slot
+    place = store["b"].offsets, store["b"].slot
     store.register("d", store.pack(deltas_of(4, (2, 2)), "d"))
     store.register("e", store.pack(deltas_of(5, (2, 2)), "e"))
     store.acquire(["d", "e"])
-    assert (store["b"].offset, store["b"].slot) == place
+    assert (store["b"].offsets, store["b"].slot) == place
     check_rows(store, store["b"], deltas_of(ord("b"), (2, 2)))
 
 
@@ -378,7 +398,8 @@ def test_a_thousand_adapters_through_an_arena_of_sixteen() -> None:
     for name, value in deltas.items():
         store.register(name, store.pack(value, name))
     assert sum(store[n].resident for n in deltas) == 16
-    address, table = store.arena.data_ptr(), store.tables.data_ptr()
+    space = store.spaces[0]
+    address, table = space.arena.data_ptr(), space.tables.data_ptr()
     generator = torch.Generator().manual_seed(0)
     for _ in range(300):
         names = [str(i) for i in torch.randperm(1000, generator=generator)[:16].tolist()]
@@ -386,7 +407,7 @@ def test_a_thousand_adapters_through_an_arena_of_sixteen() -> None:
         for name in names[::5]:
             check_rows(store, store[name], deltas[name])
         store.release(names)
-    assert (store.arena.data_ptr(), store.tables.data_ptr()) == (address, table), "graphs keep the addresses"
+    assert (space.arena.data_ptr(), space.tables.data_ptr()) == (address, table), "graphs keep the addresses"
 
 
 def test_more_than_fits_says_how_much_was_needed() -> None:
@@ -404,7 +425,7 @@ def test_more_than_fits_says_how_much_was_needed() -> None:
 
 def test_one_adapter_larger_than_the_arena_is_refused_when_it_is_packed() -> None:
     store = store_of(256)
-    with pytest.raises(errors.CapacityError, match=r"'big' needs [\d,]+ bytes; the arena has 256"):
+    with pytest.raises(errors.CapacityError, match=r"'big' needs [\d,]+ bytes on cpu; the arena has 256"):
         store.pack(deltas_of(0, (30, 30)), "adapter 'big'")
 
 
@@ -425,5 +446,5 @@ def test_a_value_that_overflows_the_arena_dtype_is_refused() -> None:
 
 @given(capacity=st.integers(64, 5000))
 def test_capacity_is_whole_lines_and_never_more_than_asked(capacity: int) -> None:
-    store = store_of(capacity)
-    assert capacity - 64 < store.capacity <= capacity and store.capacity % 64 == 0
+    held = store_of(capacity).spaces[0].capacity
+    assert capacity - 64 < held <= capacity and held % 64 == 0

@@ -78,7 +78,7 @@ def traced_layer(touches: int, tokens: int) -> Trace:
         assert isinstance(layer, LoraLayer) and layer.weight.device.type == "cuda"
         x = torch.empty(tokens, 64, device="cuda", dtype=torch.bfloat16)
         words = torch.zeros(64, dtype=torch.int32, device="cuda")
-        runtime._shared.local.plan = Plan(words, torch.zeros(8), bytes([touches]), (), 1, (1,))
+        runtime._shared.local.plan = Plan((words,), torch.zeros(8), bytes([touches]), (), 1, (1,))
         assert mode is not None
         with torch.no_grad(), Trace() as trace:
             out = layer(x)
@@ -148,7 +148,7 @@ def test_an_embedding_makes_one_call_and_never_waits(monkeypatch: pytest.MonkeyP
         runtime = mlora.patch(model, memory=1 << 16)
         ids = torch.zeros(2, 7, dtype=torch.int64, device="cuda")
         words = torch.zeros(64, dtype=torch.int32, device="cuda")
-        runtime._shared.local.plan = Plan(words, torch.zeros(8), bytes([LORA]), (), 1, (1,))
+        runtime._shared.local.plan = Plan((words,), torch.zeros(8), bytes([LORA]), (), 1, (1,))
         with torch.no_grad(), Trace() as trace:
             model(ids)
         runtime._shared.local.plan = None
@@ -200,8 +200,8 @@ class FakeModel:
         pack, register, find_all = Store.pack, Store.register, activation.occurrences
 
         def on_host(store: Store, *args: Any) -> Any:
-            size = len(store.tables), store.slots
-            return pack(Store(torch.device("cpu"), store.arena.dtype, store.capacity, *size), *args)
+            capacity = store.spaces[0].capacity
+            return pack(Store([torch.device("cpu")], store.dtype, [capacity], store.homes, store.slots), *args)
 
         def faked(store: Store, *args: Any) -> None:
             with self.mode:

@@ -231,9 +231,9 @@ def test_operator() -> None:
     model, ids = embedding(2)
     store = model.mlora._store
     with model.mlora.use_adapters(["a", "b"]):
-        plan = model.mlora._shared.local.plan.tensor
+        plan = model.mlora._shared.local.plan.tensors[0]
         table = model.model.embed_tokens._mlora.table
-        args = (torch.randn(2, 9, 32), ids, store.arena, table, plan, 67)
+        args = (torch.randn(2, 9, 32), ids, store.spaces[0].arena, table, plan, 67)
         torch.library.opcheck(torch.ops.mlora.embed_.default, args, test_utils=("test_schema", "test_faketensor"))
         with pytest.raises(RuntimeError, match=r"9 tokens"):
             reference.embed(args[0], ids[:1], *args[2:])

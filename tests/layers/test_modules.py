@@ -143,23 +143,8 @@ def test_cpu_offload(llama: Any, model: Any, folders: dict[str, Path], batch: di
     runtime.load_adapter(folders["rs16"], "rs16")
     assert_close(logits(model, batch, adapter_names="rs16"), logits(peft_alone(llama, folders["rs16"]), batch))
     assert torch.equal(logits(model, batch), logits(llama, batch))
-    with refused_on_meta(model, errors.UnsupportedAdapterError, "offloaded"):
-        runtime.load_adapter(folders["dora1"], "dora1")
-
-
-class refused_on_meta:
-    """`refused` for models whose weights cannot be hashed."""
-
-    def __init__(self, model: Any, error: type[BaseException], wanted: str) -> None:
-        self.runtime, self.error, self.wanted = model.mlora, error, wanted
-
-    def __enter__(self) -> None:
-        self.before = self.runtime.adapters, self.runtime._store.used
-
-    def __exit__(self, kind: Any, error: Any, _: Any) -> bool:
-        assert isinstance(error, self.error) and self.wanted in str(error)
-        assert (self.runtime.adapters, self.runtime._store.used) == self.before
-        return True
+    runtime.load_adapter(folders["dora1"], "dora1")  # whose magnitudes are divided by norms of what is offloaded
+    assert_close(logits(model, batch, adapter_names="dora1"), logits(peft_alone(llama, folders["dora1"]), batch))
 
 
 def test_a_tied_weight_is_adapted_at_one_end_only(tmp_path: Path) -> None:

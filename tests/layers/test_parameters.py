@@ -243,10 +243,10 @@ def test_what_is_told_on_the_host_is_what_kernels_read(world: World) -> None:
     store, stacks, compared = world.model.mlora._store, world.model.mlora._router._planner._assembly._experts, 0
     with world.model.mlora.use_adapters(entries):
         plan = world.model.mlora._shared.local.plan
-        assert plan is not None and sorted(torch.cat([r.rows for r in plan.routes]).tolist()) == list(range(6))
+        assert plan is not None and sorted(torch.cat([r.rows for r in plan.routes[0]]).tolist()) == list(range(6))
         for index in stacks:
-            told = {tuple(route.rows.tolist()): route.terms.get(index, ()) for route in plan.routes}
-            read = reference.routes(plan.tensor, store.tables[index], plan.rows)
+            told = {tuple(route.rows.tolist()): route.terms.get(index, ()) for route in plan.routes[0]}
+            read = reference.routes(plan.tensors[0], store.table(index), plan.rows)
             assert len(read) == len(told) - 1  # kernels know of no base
             for route in read:
                 terms = tuple((t.rank, t.a, t.b, t.weight * t.scale) for t in route.terms if t.rank)

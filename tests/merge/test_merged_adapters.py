@@ -211,7 +211,7 @@ def test_equal_merges_share_one_route_and_are_computed_once(
     a, b = (Merge(n, w, "ties", density=1.0) for n, w in ((["r3", "rs16"], [1, 2]), (["rs16", "r3"], [2, 1])))
     with runtime.use_adapters([a, b, "r3", b]):
         plan = runtime._shared.local.plan
-        assert plan.tensor[:3].tolist() == [4, 2, 2]
+        assert plan.tensors[0][:3].tolist() == [4, 2, 2]
     logits(model, batch, adapter_names=a)
     assert len(made) == 1
 

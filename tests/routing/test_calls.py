@@ -270,7 +270,7 @@ def test_a_batch_that_needs_more_than_the_arena(model: Any, folders: dict[str, P
     for name, folder in folders.items():
         runtime.load_adapter(folder, name)
     needed = sizes["rs16"] + sizes["r3"]
-    with refused(model, errors.CapacityError, f"{needed:,} bytes", f"{runtime._store.capacity:,}", "memory="):
+    with refused(model, errors.CapacityError, f"{needed:,} bytes", f"{runtime._store.spaces[0].capacity:,}", "memory="):
         model(**batch, adapter_names=["rs16", "r3", None, None])
     # One after another they all fit, whatever was there before.
     fresh = copy.deepcopy(build("llama"))
