@@ -57,14 +57,25 @@ MAPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "the CPU and a disk": (spread("cpu", "disk", "cpu", "disk", "cpu", "disk"), {"main_device": "cpu"}),
 }
-NEEDS_DEVICES = [name for name in MAPS if name != "the CPU and a disk"]
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def devices() -> None:
     if reason := standin.missing():
         pytest.skip(reason)
     standin.load()
+
+
+on_devices = pytest.mark.usefixtures("devices")
+
+
+@pytest.fixture(params=MAPS)
+def each_map(request: pytest.FixtureRequest) -> str:
+    """A name of `MAPS`."""
+    if request.param != "the CPU and a disk":
+        request.getfixturevalue("devices")
+    name: str = request.param
+    return name
 
 
 @pytest.fixture(scope="module")
@@ -127,19 +138,24 @@ def answers(model: Any, batch: dict[str, Tensor], **options: Any) -> Tensor:
         return model(**batch, **options).logits.cpu() * batch["attention_mask"][..., None]
 
 
-def check(model: Any, names: list[str | None], alone: Mapping[str | None, Tensor], batch: dict[str, Tensor]) -> None:
-    got = answers(model, batch, adapter_names=names)
+def check(
+    model: Any,
+    names: list[str | None],
+    alone: Mapping[str | None, Tensor],
+    batch: dict[str, Tensor],
+    named: bool = True,
+) -> None:
+    got = answers(model, batch, adapter_names=names) if named else answers(model, batch)
     for row, name in enumerate(names):
         width = alone[name].shape[-1]
         assert_close(got[row, :, :width], alone[name][row])
         assert not got[row, :, width:].isfinite().any() or width == got.shape[-1]
 
 
-@pytest.mark.parametrize("which", MAPS)
 def test_each_row_gets_what_its_adapter_gives_alone(
-    base: Any, adapters: dict[str, Path], alone: dict[str | None, Tensor], tmp_path: Path, which: str
+    base: Any, adapters: dict[str, Path], alone: dict[str | None, Tensor], tmp_path: Path, each_map: str
 ) -> None:
-    model, batch = placed(base, which, tmp_path), inputs_for("llama", 4)
+    model, batch = placed(base, each_map, tmp_path), inputs_for("llama", 4)
     before, hooks = identity(model), [getattr(m, "_hf_hook", None) for m in model.modules()]
     bare = answers(model, batch)
     runtime = mlora.patch(model, memory=1 << 20)
@@ -156,10 +172,11 @@ def test_each_row_gets_what_its_adapter_gives_alone(
     assert torch.equal(answers(model, batch), bare)
 
 
-@pytest.mark.parametrize("which", MAPS)
-def test_a_device_holds_what_its_modules_need(base: Any, adapters: dict[str, Path], tmp_path: Path, which: str) -> None:
-    model = placed(base, which, tmp_path)
-    device_map, options = MAPS[which]
+def test_a_device_holds_what_its_modules_need(
+    base: Any, adapters: dict[str, Path], tmp_path: Path, each_map: str
+) -> None:
+    model = placed(base, each_map, tmp_path)
+    device_map, options = MAPS[each_map]
     runtime = mlora.patch(model, memory=1 << 20)
     for name, folder in adapters.items():
         runtime.load_adapter(folder, name)
@@ -175,6 +192,7 @@ def test_a_device_holds_what_its_modules_need(base: Any, adapters: dict[str, Pat
         assert space.arena.device == space.tables.device == space.device
 
 
+@on_devices
 def test_generate(base: Any, adapters: dict[str, Path], tmp_path: Path) -> None:
     model = placed(base, "the CPU and a device", tmp_path)
     runtime = mlora.patch(model, memory=1 << 20)
@@ -189,6 +207,7 @@ def test_generate(base: Any, adapters: dict[str, Path], tmp_path: Path) -> None:
         assert torch.equal(got[row], want[0])
 
 
+@on_devices
 def test_fused_experts_and_routers_on_two_devices(tmp_path: Path) -> None:
     base = build("mixtral")
     base.config._experts_implementation = "eager"  # others count experts as only GPUs do
@@ -205,6 +224,7 @@ def test_fused_experts_and_routers_on_two_devices(tmp_path: Path) -> None:
     assert_close(got[1], logits(base, batch)[1])
 
 
+@on_devices
 def test_what_is_folded_into_two_devices_comes_out_to_the_bit(
     base: Any, adapters: dict[str, Path], alone: dict[str | None, Tensor], tmp_path: Path
 ) -> None:
@@ -228,6 +248,7 @@ def check_beside(model: Any, alone: Mapping[str | None, Tensor], batch: dict[str
         assert_close(got[row], alone[own][row], 1e-4)
 
 
+@on_devices
 @pytest.mark.parametrize("which", ("offloaded to a device", "the CPU and a disk"))
 def test_nothing_is_folded_into_what_is_offloaded(
     base: Any, adapters: dict[str, Path], alone: dict[str | None, Tensor], tmp_path: Path, which: str
@@ -243,6 +264,7 @@ def test_nothing_is_folded_into_what_is_offloaded(
     check(model, ["all", None, None, "all"], alone, batch)
 
 
+@on_devices
 @pytest.mark.parametrize("how", ("cpu", "disk", "whole"))
 def test_offloading_of_all_to_one_device(
     base: Any, adapters: dict[str, Path], alone: dict[str | None, Tensor], tmp_path: Path, how: str
@@ -268,6 +290,8 @@ def test_offloading_of_all_to_one_device(
 
 def test_training_on_two_devices(tmp_path: Path) -> None:
     """The gradients and the steps of one device, in a process of its own: see `standin.load`."""
+    if reason := standin.missing():
+        pytest.skip(reason)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     code = f"import pathlib, test_devices; test_devices.train(pathlib.Path({str(tmp_path)!r}))"
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
@@ -302,6 +326,33 @@ def train(tmp_path: Path) -> None:
         assert_close(other_gradient, gradient, 1e-3)
 
 
+SPLIT = spread("cpu", "disk", "cpu", "cpu", "cpu", "disk")
+
+
+@pytest.mark.parametrize("how", ({"device_map": SPLIT}, {"device_map": "auto", "max_memory": {"cpu": 60_000}}))
+def test_device_maps_of_transformers(
+    base: Any, adapters: dict[str, Path], alone: dict[str | None, Tensor], tmp_path: Path, how: dict[str, Any]
+) -> None:
+    """From its files, in eager code and compiled."""
+    from transformers import AutoModelForCausalLM
+
+    batch = inputs_for("llama", 4)
+    base.save_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", dtype=torch.float32, offload_folder=tmp_path / "offload", **how
+    )
+    assert any(parameter.is_meta for parameter in model.parameters())
+    runtime = mlora.patch(model, memory=1 << 20)
+    for name in ("all", "dora"):
+        runtime.load_adapter(adapters[name], name)
+    check(model, ["all", None, "dora", "all"], alone, batch)
+    compiled = torch.compile(model, backend="aot_eager")
+    for names in (["dora", None, "all", None], [None, "all", "dora", "all"]):
+        with runtime.use_adapters(names):
+            check(compiled, names, alone, batch, named=False)
+
+
+@on_devices
 def test_memory_of_each_device(base: Any, adapters: dict[str, Path], tmp_path: Path) -> None:
     model = placed(base, "two devices", tmp_path)
     with pytest.raises(errors.PatchError, match=r"memory names cpu; .*privateuseone:0, privateuseone:1"):
