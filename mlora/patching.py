@@ -25,12 +25,14 @@ from .layers import (
     devices_of,
     find_layers,
     find_stacks,
+    group_of,
     guard_moves,
     is_norm_like,
     mixin_of,
     model_dtype,
     moves,
     order_of,
+    own_part,
     swap_class,
     swap_forward,
     unpacked,
@@ -38,6 +40,7 @@ from .layers import (
 from .patched import PatchedModel, ancestors, mix_in, unpatch
 from .plan.modality import foreign_in, placeholders_of
 from .plan.shared import Shared
+from .routing.ranks import Ranks
 from .runtime import Runtime
 from .takeover import has_peft, taken_over
 
@@ -62,6 +65,9 @@ def patch(
 
     Until an adapter is used the model computes the same bits as before. Its class, `state_dict`,
     hooks and `save_pretrained` stay as they are.
+
+    A model that transformers has split over processes (`tp_plan="auto"`) is patched in each of them, and each holds its
+    part of the adapters. All of them must load, route and call the same from then on.
 
     Args:
         model: a Hugging Face model, or any module with linears or convolutions in it. A `PeftModel`, or a transformers
@@ -106,6 +112,10 @@ def patching(
         raise errors.PatchError(f"patch takes a torch.nn.Module, not {type(model).__name__}")
     if isinstance(model, PatchedModel):
         raise errors.PatchError("this model is patched already; its runtime is model.mlora")
+    if has_peft(model) and group_of(model):
+        raise errors.PatchError(
+            "this model has PEFT layers and is split over processes; patch it without PEFT, and load the adapters"
+        )
     taken: AbstractContextManager[tuple[nn.Module, dict[str, Adapter], str | None]]
     taken = taken_over(model) if has_peft(model) else nullcontext((model, {}, None))
     with taken as (base, adapters, active):
@@ -160,6 +170,7 @@ def _patch(
     devices = list(dict.fromkeys(homes))
     rooms = _rooms(model, memory, arena_dtype, devices, called)
     store = Store(devices, arena_dtype, rooms, [devices.index(device) for device in homes], max_adapters)
+    ranks = group_of(model)
     numbers = {key: number for number, key in enumerate(modules)}
     indices = {name: numbers[id(module)] for name, module in paths.items()}
     indices.update({path: len(modules) + number for number, path in enumerate(stacks)})
@@ -177,7 +188,8 @@ def _patch(
         )
         for (key, (name, module)), index in zip(modules.items(), numbers.values(), strict=True)
     }
-    runtime = Runtime(model, store, shared, indices, paths, stacks, max_merges)
+    together = Ranks(ranks) if ranks else None
+    runtime = Runtime(model, store, shared, indices, paths, stacks, max_merges, together)
     for path, (module, _) in stacks.items():
         if id(module) not in modules:
             owner = path.rpartition(".")[0]
@@ -227,7 +239,7 @@ def _rooms(
     weights = dict.fromkeys([*devices, *called.values()], 0)
     held = {id(tensor): (tensor, module) for module in model.modules() for tensor in module.parameters(recurse=False)}
     for tensor, module in held.values():
-        weights[called[id(module)]] += tensor.numel() * tensor.element_size()
+        weights[called[id(module)]] += own_part(tensor).numel() * tensor.element_size()
     return [
         fixed(int(asked[device])) if device in asked else default_room(weights[device], dtype, device)
         for device in devices

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 
 from . import errors
 from .adapters.adapter import Adapter
+from .adapters.on_disk import OnDisk
 from .arena.store import Store
 from .folding.fold import Folded
 from .folding.originals import KEEPS
 from .layers import Stack, base_linears
-from .lowering import BaseLinear, Names, lower, part_of, untouched
+from .lowering import BaseLinear, Names, lower_own, part_of, untouched
 from .merge import Merge
 from .patched import unpatch
 from .plan.shared import Shared
@@ -29,6 +31,7 @@ from .routing.entries import Entries, Entry, check_lengths, is_single
 from .routing.merge_cache import MergeCache
 from .routing.pin import Pin, Pinned
 from .routing.planner import Planner
+from .routing.ranks import Ranks
 from .routing.readers import Readers
 from .routing.registry import AdapterInfo, Registry
 from .routing.router import Router
@@ -56,7 +59,9 @@ class Runtime(Trains):
         paths: Mapping[str, nn.Module],
         stacks: Mapping[str, Stack],
         max_merges: int,
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks = ranks
         self._model = model
         self._store = store
         self._shared = shared
@@ -77,18 +82,23 @@ class Runtime(Trains):
             for name, base in bases.items()
         }
         encoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-        self._registry = Registry(model, store, shared, folded, self.bases, indices, encoder, lock)
+        self._registry = Registry(model, store, shared, folded, self.bases, indices, encoder, lock, ranks)
         self._merges = MergeCache(self._registry, max_merges, lock)
         self._bridges = Bridges(self._registry, folded, store, lock)
         self._readers = Readers(lock)
         experts = [indices[name] for name in stacks]
-        self._planner = Planner(self._registry, self._merges, self._bridges, store, shared, experts, lock)
+        self._planner = Planner(self._registry, self._merges, self._bridges, store, shared, experts, lock, ranks)
         self._router = Router(self._planner, self._merges, self._readers, store, shared, lock)
 
     @property
     def model(self) -> nn.Module:
         """The patched model."""
         return self._model
+
+    @property
+    def processes(self) -> int:
+        """Over how many processes the model is split; 1 where it is not."""
+        return 1 if self._ranks is None else self._ranks.world
 
     # Adapters
 
@@ -128,15 +138,17 @@ class Runtime(Trains):
             CapacityError: it is larger than the whole arena.
         """
         name = adapter_name if adapter_name is not None else Path(subfolder or path_or_id).name
-        self._registry.check_new(name)
-        adapter = Adapter.from_pretrained(
-            path_or_id,
-            revision=revision,
-            token=token,
-            subfolder=subfolder,
-            allow_pickle=allow_pickle,
-            ignore=ignore,
-        )
+        with self._registry.together(f"load adapter {name!r}"):
+            self._registry.check_new(name)
+            adapter = Adapter.from_pretrained(
+                path_or_id,
+                revision=revision,
+                token=token,
+                subfolder=subfolder,
+                allow_pickle=allow_pickle,
+                ignore=ignore,
+                in_memory=self._ranks is None,
+            )
         return self._add(name, adapter, approximate, dense, strict, is_trainable)
 
     def add_adapter(
@@ -156,8 +168,10 @@ class Runtime(Trains):
         trainable and starts as PEFT's does after `torch.manual_seed(seed)`; one with `init_lora_weights="eva"` from
         `eva_state_dict`, which is what `peft.get_eva_state_dict(model, dataloader, config)` returns. Its dropout has
         that seed too. Takes the other arguments and raises as `load_adapter` does."""
-        self._registry.check_new(adapter_name)
+        with self._registry.together(f"add adapter {adapter_name!r}"):
+            self._registry.check_new(adapter_name)
         if not isinstance(adapter, Adapter):
+            self._refuse_split("trains adapters", errors.UnsupportedAdapterError)
             adapter, is_trainable = fresh(adapter, self._model, self.bases, seed, eva_state_dict), True
         return self._add(adapter_name, adapter.ignoring(ignore), approximate, dense, strict, is_trainable, seed=seed)
 
@@ -173,20 +187,24 @@ class Runtime(Trains):
         seed: int | None = None,
     ) -> AdapterInfo:
         if is_trainable:  # first, or who wants to train it would be told how to serve it
+            self._refuse_split("trains adapters", errors.UnsupportedAdapterError)
             check_config(adapter.config, adapter.source)
+        if self._ranks is not None:
+            self._ranks.agree(f"lower adapter {name!r}, {_told(adapter, approximate, dense)}")
         names = Names(self._model, self.bases)
         if is_trainable:
             check_config(adapter.config, adapter.source)
-        adapter = untouched(part_of(adapter, names), names)
-        lowered = lower(
-            adapter,
-            self.bases,
-            approximate,
-            dense=dense,
-            model=self._model,
-            strict=strict,
-            trainable=is_trainable,
-        )
+        with self._registry.together(f"have lowered adapter {name!r}"):
+            adapter = untouched(part_of(adapter, names), names)
+            lowered = lower_own(
+                adapter,
+                self.bases,
+                approximate,
+                dense=dense,
+                model=self._model,
+                strict=strict,
+                trainable=is_trainable,
+            )
         keys = keys_of(adapter, lowered.deltas, names, self._indices, self.bases) if is_trainable else None
         trainable = keys is not None
         info = self._registry.add(name, adapter, lowered, approximate, dense, replaces=replaces, trainable=trainable)
@@ -219,12 +237,15 @@ class Runtime(Trains):
             UnknownAdapterError, DuplicateAdapterError: of the names. CapacityError: as `load_adapter`.
         """
         given = () if weights is None else weights  # only a mapping may leave them out
-        how = Merge.from_dict({"adapters": adapters, "weights": given, "combination_type": combination_type, **options})
+        fields = {"adapters": adapters, "weights": given, "combination_type": combination_type, **options}
+        with self._registry.together(f"make the merge {adapter_name!r}"):
+            how = Merge.from_dict(fields)
         return self.add_merge(adapter_name, how)
 
     def add_merge(self, adapter_name: str, how: Merge) -> AdapterInfo:
         """`add_weighted_adapter` of a `Merge`; raises as that does."""
-        self._registry.check_new(adapter_name)
+        with self._registry.together(f"add the merge {adapter_name!r}"):
+            self._registry.check_new(adapter_name)
         return self._registry.add_merge(adapter_name, how)
 
     def replace_adapter(self, adapter_name: str, source: str | Path | Adapter, **options: Any) -> AdapterInfo:
@@ -236,12 +257,13 @@ class Runtime(Trains):
             UnknownAdapterError: there is none of that name. AdapterInUseError: it, or what was made of it, is the
                 default or folded into the weights. Others: as `load_adapter`; the name is left as it was then.
         """
-        self._registry[adapter_name]
-        lowering = {key: options.pop(key) for key in ("approximate", "dense", "strict") if key in options}
-        if isinstance(source, Adapter):
-            adapter = source.ignoring(**options) if options else source
-        else:
-            adapter = Adapter.from_pretrained(source, **options)
+        with self._registry.together(f"replace adapter {adapter_name!r}"):
+            self._registry[adapter_name]
+            lowering = {key: options.pop(key) for key in ("approximate", "dense", "strict") if key in options}
+            if isinstance(source, Adapter):
+                adapter = source.ignoring(**options) if options else source
+            else:
+                adapter = Adapter.from_pretrained(source, **options, in_memory=self._ranks is None)
         return self._add(adapter_name, adapter, replaces=True, **lowering)
 
     def delete_adapter(self, adapter_name: str, *, when_unused: bool = False) -> None:
@@ -310,6 +332,7 @@ class Runtime(Trains):
                 restored in the way asked for. Nothing has changed then.
             UnknownAdapterError, EntryError, CapacityError: as `set_adapter`. AdapterInUseError: a call is running.
         """
+        self._refuse_split("folds adapters into weights", errors.MergeError)
         if keep not in KEEPS:
             raise errors.MergeError(f"keep is {keep!r}; it must be one of {', '.join(KEEPS)}")
         if not is_single(entry):
@@ -433,12 +456,34 @@ class Runtime(Trains):
         if self._shared.default is not None:
             self.set_adapter(None)
         self._thaw()
+        if self._ranks is not None:
+            self._ranks.close()
+
+    def _refuse_split(self, what: str, kind: type[errors.MloraError]) -> None:
+        """Raise where the model is split over processes, on which nothing `what`."""
+        if self._ranks is not None:
+            raise kind(
+                f"this model is split over {self._ranks.world} processes, on which mlora neither trains adapters nor "
+                f"folds them into weights; it {what} on a model in one process"
+            )
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
         raise errors.PatchError("a patched model cannot be copied; unpatch it, copy it, patch both")
 
     def __reduce__(self) -> NoReturn:
         raise errors.PatchError("a patched model cannot be pickled; use save_pretrained or its state_dict")
+
+
+def _told(adapter: Adapter, approximate: int | None, dense: bool) -> str:
+    """What tells an adapter and how it is lowered from others, short of its numbers."""
+    tensors = adapter.tensors
+    if isinstance(tensors, OnDisk):
+        header: Any = tensors.header()
+    else:
+        header = [(key, str(tensor.dtype), tuple(tensor.shape)) for key, tensor in tensors.items()]
+    config = sorted((key, str(value)) for key, value in adapter.config.items() if not isinstance(value, set))
+    digest = hashlib.sha256(repr((config, sorted(header), approximate, dense)).encode()).hexdigest()
+    return f"whose {len(header)} tensors, config and options have the digest {digest[:12]}"
 
 
 def _read(read: Callable[[], Any], lock: threading.RLock) -> Any:

@@ -18,6 +18,7 @@ from .. import errors
 from .header import DTYPES
 from .keys import PEFT_PREFIX, SHARED_PREFIX, plain_keys, without
 from .loader import read_adapter
+from .on_disk import OnDisk
 
 _SERVED = frozenset(DTYPES.values())
 
@@ -48,13 +49,15 @@ class Adapter:
         for what, value in (("config", self.config), ("tensors", self.tensors)):
             if not isinstance(value, Mapping):
                 raise errors.AdapterError(f"adapter from {self.source}: its {what} must be a mapping, not {value!r}")
+        if isinstance(self.tensors, OnDisk):  # its dtypes were looked at, and numbers are when they are read
+            self._check_told()
+            keys = plain_keys({key: key for key in self.tensors}, self.source)
+            object.__setattr__(self, "tensors", self.tensors.named(keys))
+            return
         if wrong := next((key for key, value in self.tensors.items() if not isinstance(value, Tensor)), None):
             kind = type(self.tensors[wrong]).__name__
             raise errors.AdapterError(f"adapter from {self.source}: {wrong} is a {kind}; it must be a torch.Tensor")
-        if not self.config.get("peft_type"):
-            raise errors.AdapterError(f"adapter from {self.source}: its config has no 'peft_type'")
-        if not self.tensors:
-            raise errors.AdapterError(f"adapter from {self.source}: it has no tensors")
+        self._check_told()
         if wrong := next((key for key, tensor in self.tensors.items() if tensor.dtype not in _SERVED), None):
             raise errors.AdapterError(
                 f"adapter from {self.source}: {wrong} is {self.tensors[wrong].dtype}, which is not served; those that "
@@ -70,6 +73,12 @@ class Adapter:
                 f"of {floats[key].numel()}; all must be finite"
             )
         object.__setattr__(self, "tensors", plain_keys(self.tensors, self.source))
+
+    def _check_told(self) -> None:
+        if not self.config.get("peft_type"):
+            raise errors.AdapterError(f"adapter from {self.source}: its config has no 'peft_type'")
+        if not self.tensors:
+            raise errors.AdapterError(f"adapter from {self.source}: it has no tensors")
 
     @property
     def peft_type(self) -> str:
@@ -87,6 +96,7 @@ class Adapter:
         subfolder: str | None = None,
         allow_pickle: bool = False,
         ignore: Sequence[str] = (),
+        in_memory: bool = True,
     ) -> Adapter:
         """Read a PEFT folder, or a Hugging Face hub id, into memory. What is written there meanwhile or later does not
         matter: the files are read whole and as they were at one moment.
@@ -99,6 +109,8 @@ class Adapter:
             allow_pickle: also read `adapter_model.bin`, with torch's `weights_only` unpickler.
             ignore: names of config fields and of tensors, or patterns of the latter, that are left out; `ignored` tells
                 those that were there.
+            in_memory: False leaves the tensors of safetensors in their file, which has to stay as it is: they are read
+                each time that they are asked for.
 
         Raises:
             AdapterError: something is missing, damaged or not finite, or the files do not come to rest.
@@ -111,6 +123,7 @@ class Adapter:
                 subfolder=subfolder,
                 allow_pickle=allow_pickle,
                 ignore=ignore,
+                in_memory=in_memory,
             )
         )
 

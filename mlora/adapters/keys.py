@@ -6,11 +6,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from .. import errors
+
+T = TypeVar("T")
 
 PEFT_PREFIX = "base_model.model."
 SHARED_PREFIX = "base_model."  # of tensors that belong to the whole adapter, as VeRA's projections
@@ -31,8 +33,8 @@ _NAMED = re.compile(rf"((?:.*\.)?(?:{_PARTS}))\.(?!(?:weight|bias)$)([^.]+)((?:\
 _NAMED_COPY = re.compile(r"(.*)\.modules_to_save\.([^.]+)\.([^.]+)")
 
 
-def plain_keys(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The tensors by PEFT's keys, without its prefix `base_model.model.`.
+def plain_keys(tensors: Mapping[str, T], source: str) -> dict[str, T]:
+    """The tensors, or what stands for them, by PEFT's keys, without its prefix `base_model.model.`.
 
     Raises:
         AdapterError: two keys are one then, or they name several adapters.

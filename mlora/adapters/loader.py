@@ -18,6 +18,7 @@ from .folder import File, read_files
 from .header import DTYPES, MAX_HEADER, Header, cut, parse
 from .instead import X_LORA, instead, names_under
 from .keys import check_ignore, is_ignored, without
+from .on_disk import OnDisk
 from .sources import CONFIG, DIFFUSERS, FILES, PICKLE, WEIGHTS, local_path
 
 MAX_CONFIG = 16 << 20  # bytes; AdaLoRA's masks are the largest configs, some hundred KB
@@ -40,6 +41,7 @@ def read_adapter(
     subfolder: str | None = None,
     allow_pickle: bool = False,
     ignore: Sequence[str] = (),
+    in_memory: bool = True,
 ) -> Contents:
     """See `Adapter.from_pretrained`."""
     if not isinstance(path_or_id, (str, os.PathLike)):
@@ -52,8 +54,11 @@ def read_adapter(
     path = local_path(source, revision, token, subfolder)
     folder, single = (path, "") if path.is_dir() else (path.parent, path.name)
 
-    def read(files: dict[str, File]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def read(files: dict[str, File]) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
         if CONFIG in files:
+            weights = files.get(single or WEIGHTS)
+            if weights is not None and not in_memory and not ignore and (left := _on_disk(weights)) is not None:
+                return _config(files[CONFIG]), left
             return _config(files[CONFIG]), _tensors(folder, single or WEIGHTS, files, allow_pickle, ignore)
         if file := files.get(single or DIFFUSERS):
             header, tensors = _safetensors(file, ignore)
@@ -106,9 +111,8 @@ def _tensors(
     return tensors
 
 
-def _safetensors(file: File, ignore: Sequence[str]) -> tuple[Header, dict[str, Tensor]]:
-    """The tensors in memory of their own, one piece for all; of what is ignored and cannot be read, the bytes."""
-    _check_size(file)
+def _header(file: File) -> tuple[Header, int]:
+    """Its header, and where the bytes behind it start."""
     try:
         length = int.from_bytes(file.text(0, 8), "little")
         if length > min(MAX_HEADER, file.size - 8):
@@ -116,6 +120,24 @@ def _safetensors(file: File, ignore: Sequence[str]) -> tuple[Header, dict[str, T
         header, start = parse(file.text(8, length)), 8 + length
         if start + header.nbytes != file.size:
             raise ValueError(f"its header tells of {header.nbytes:,} bytes of tensors; it has {file.size - start:,}")
+    except (OSError, ValueError) as error:
+        raise errors.AdapterError(f"{file.path} is damaged or not a safetensors file: {error}") from error
+    return header, start
+
+
+def _on_disk(file: File) -> OnDisk | None:
+    """The tensors left where they are; None where one is of a dtype that is not read."""
+    header, start = _header(file)
+    if any(place.dtype not in DTYPES for place in header.places):
+        return None
+    return OnDisk(file.path, file.state, start, {place.key: place for place in header.places})
+
+
+def _safetensors(file: File, ignore: Sequence[str]) -> tuple[Header, dict[str, Tensor]]:
+    """The tensors in memory of their own, one piece for all; of what is ignored and cannot be read, the bytes."""
+    _check_size(file)
+    header, start = _header(file)
+    try:
         data = file.read(start, header.nbytes)
     except (OSError, ValueError) as error:
         raise errors.AdapterError(f"{file.path} is damaged or not a safetensors file: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import socket
 from pathlib import Path
@@ -189,6 +190,11 @@ def serve(
     Every request picks its adapter, a mix or a merge by name. GET /openapi.json describes all routes.
     """
     with one_line_errors():
+        if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+            raise InputError(
+                f"mlora serve was started in {processes} processes, as torchrun does: it serves in one process only. "
+                f"Start it without torchrun; several servers behind a proxy are in docs/replicas.md"
+            )
         if allow_runtime_adapters and admin_key is None:
             raise InputError("--allow-runtime-adapters: wanted --admin-key beside it")
         body = parse_size(max_body, "--max-body")

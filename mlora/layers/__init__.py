@@ -7,7 +7,8 @@ and `state_dict` keys exactly as they are, and swapping it back leaves no trace.
 from ..plan.shared import Shared
 from .base import base_linear, base_linears
 from .conv import CONVS, ConvLayer
-from .dense import DENSE, compute_dtype, is_dense, model_dtype
+from .cuts import group_of
+from .dense import DENSE, compute_dtype, is_dense, model_dtype, own_part
 from .embedding import EmbeddingLayer
 from .find import find_layers, find_stacks, inner_module, inside_peft, mixin_of
 from .head import Head, group_heads
@@ -45,6 +46,7 @@ __all__ = [
     "find_layers",
     "find_stacks",
     "group_heads",
+    "group_of",
     "group_routes",
     "guard_moves",
     "inner_module",
@@ -56,6 +58,7 @@ __all__ = [
     "moves",
     "norm_offset",
     "order_of",
+    "own_part",
     "refuse_copy",
     "refuse_move",
     "refuse_training",

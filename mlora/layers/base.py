@@ -16,7 +16,8 @@ from .. import errors
 from ..lowering import BaseLinear, Conv
 from ..lowering.delta import spread
 from .conv import CONVS
-from .dense import DENSE, compute_dtype, is_cast, is_dense, tensors_of
+from .cuts import cut_of
+from .dense import DENSE, compute_dtype, is_cast, is_dense, is_split, tensors_of
 from .norm import is_norm_like, norm_offset
 from .owners import owners_of
 from .placed import offloaded
@@ -92,7 +93,7 @@ def base_linear(name: str, module: nn.Module, originals: Callable[[], Mapping[st
     plain = is_dense(getattr(module, "weight", None)) and (embed_scale is not None or _is_plain(module))
     return BaseLinear(
         name, in_features, out_features, weight, lambda: _bias(module, originals), embed_scale, _dtype(module), offset,
-        _device(module), turned=transposed if plain else None,
+        _device(module), turned=transposed if plain else None, cut=cut_of(module),
     )  # fmt: skip
 
 
@@ -140,7 +141,7 @@ def _dense(name: str, module: nn.Module, originals: Callable[[], Mapping[str, Te
         )
     if not is_dense(tensor) and not is_cast(twin_of(module)[0]):
         tensor = dequantize(name, module)
-    return cast(Tensor, tensor).detach().to("cpu", torch.float32, copy=True)
+    return _whole(cast(Tensor, tensor)).to("cpu", torch.float32, copy=True)
 
 
 def _bias(module: nn.Module, originals: Callable[[], Mapping[str, Tensor]]) -> Tensor | None:
@@ -149,7 +150,13 @@ def _bias(module: nn.Module, originals: Callable[[], Mapping[str, Tensor]]) -> T
         raise errors.UnsupportedAdapterError(
             f"a {type(module).__name__}: this adapter's delta depends on its bias, which is offloaded"
         )
-    return tensor.detach().to("cpu", torch.float32, copy=True) if isinstance(tensor, Tensor) else None
+    return _whole(tensor).to("cpu", torch.float32, copy=True) if isinstance(tensor, Tensor) else None
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that is split over processes, each of which asks for it; any other as it is."""
+    with torch.no_grad():
+        return tensor.full_tensor() if is_split(tensor) else tensor.detach()  # type: ignore[attr-defined]
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -14,9 +15,22 @@ DENSE = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 
 
 def is_dense(weight: Any) -> bool:
-    """Whether `weight` is a plain floating-point tensor: no subclass, which may be quantized, and no 8-bit float,
-    whose scale is kept elsewhere."""
-    return type(weight) in (Tensor, nn.Parameter) and weight.dtype in DENSE
+    """Whether `weight` is a plain floating-point tensor, or split over processes and this one's part is: no subclass,
+    which may be quantized, and no 8-bit float, whose scale is kept elsewhere."""
+    return type(own_part(weight)) in (Tensor, nn.Parameter) and weight.dtype in DENSE
+
+
+def is_split(tensor: Any) -> bool:
+    """Whether it is a tensor of several processes, a `DTensor`, of which this one has a part."""
+    if type(tensor) in (Tensor, nn.Parameter) or not isinstance(tensor, Tensor):
+        return False
+    module = sys.modules.get("torch.distributed.tensor")  # imported, if one was made
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def own_part(tensor: Any) -> Any:
+    """What this process has of a split tensor; any other as it is."""
+    return tensor._local_tensor if is_split(tensor) else tensor
 
 
 def is_cast(module: nn.Module) -> bool:

@@ -74,7 +74,8 @@ def _gives_other(module: nn.Module) -> bool:
     if cls.forward in (nn.Linear.forward, Conv1D.forward) or not is_dense(weight):
         return False
     twin.__dict__["_parameters"] = {
-        name: None if held is None else held.detach().to("meta") for name, held in module._parameters.items()
+        name: None if held is None else torch.empty(held.shape, dtype=held.dtype, device="meta")
+        for name, held in module._parameters.items()
     }
     x = torch.empty(2, twin.in_features, dtype=weight.dtype, device="meta")
     try:

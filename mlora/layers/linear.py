@@ -18,6 +18,7 @@ from ..ops import direct, dispatch, reference
 from ..ops.checks import check_foreign, check_front, check_heads, check_rows, check_tails
 from ..plan.plan import Plan
 from ..plan.scope import Scope, Siblings
+from .cuts import check_local, refuse_compiled
 from .dense import DENSE
 from .head import answer
 from .reads import shown
@@ -167,7 +168,10 @@ class LoraLayer(nn.Module):
 
     def _given(self, x: Tensor) -> Tensor:
         """The base's output, to which a delta is added."""
-        y, width = self._base(x), self.nf if isinstance(self, Conv1D) else self.out_features
+        y, cut = self._base(x), self._mlora.cut
+        width = self.nf if isinstance(self, Conv1D) else self.out_features
+        if cut is not None and cut.axis == "outputs":
+            width = cut.width
         if not isinstance(y, Tensor) or y.shape != (*x.shape[:-1], width):
             seen = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
             raise errors.UnsupportedAdapterError(
@@ -182,8 +186,8 @@ class LoraLayer(nn.Module):
         return type(own).forward(self if "parametrizations" in self._modules else own, *args, **named)
 
     def _recorded(self, x: Tensor) -> bool:
-        """Whether autograd, if it is on, would record the base or an adapter."""
-        if self._mlora.shared.training is not None:
+        """Whether autograd, if it is on, would record the base or an adapter. What is split over processes says so."""
+        if self._mlora.shared.training is not None or self._mlora.cut is not None:
             return True
         return x.requires_grad or any(tensor.requires_grad for tensor in self.parameters(recurse=False))
 
@@ -232,6 +236,8 @@ class LoraLayer(nn.Module):
         state = self._mlora
         shared = state.shared
         self._check_autocast(x)
+        if state.cut is not None:
+            refuse_compiled(state.name)
         if shared.training is not None and torch.is_grad_enabled():
             refuse_training(state.name)
         self._check_compiled(x)
@@ -261,6 +267,8 @@ class LoraLayer(nn.Module):
 
     def _check(self, x: Tensor, plan: Plan) -> None:
         state = self._mlora
+        if state.cut is not None:
+            check_local(x, state.name)
         if torch.is_autocast_enabled(state.device_type):
             self._check_autocast(x)
         if (x.dtype is not state.dtype and not self._is_cast(x.dtype)) or x.device != state.device:

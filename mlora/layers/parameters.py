@@ -16,6 +16,7 @@ from ..lowering import BaseLinear
 from ..ops.checks import check_experts
 from ..plan.plan import Plan
 from ..plan.shared import Shared
+from .cuts import cut_of
 from .dense import is_dense
 from .linear import LoraLayer
 from .order import IN_FRONT, Order
@@ -51,7 +52,8 @@ class Stack(NamedTuple):
         def weight() -> Tensor:
             raise errors.UnsupportedAdapterError(f"parameter {path}: what depends on its base value is not served")
 
-        return BaseLinear(path, inputs, outputs, weight, lambda: None, experts=experts, transposed=transposed)
+        cut = cut_of(self.module, self.name)
+        return BaseLinear(path, inputs, outputs, weight, lambda: None, experts=experts, transposed=transposed, cut=cut)
 
 
 def stacks_of(module: nn.Module) -> list[str]:

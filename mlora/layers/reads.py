@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..arena.bits import GAIN, HEAD, INPUT, LORA, SHIFT, TURN
 from ..ops.checks import check_reads, refuse_read
+from .dense import is_split, own_part
 from .placed import BRINGS, brings_all
 
 if TYPE_CHECKING:
@@ -63,11 +64,13 @@ def shown(layer: nn.Module, state: LayerState, name: str, tensor: Tensor) -> Ten
     """What who reads the layer's parameter `name` gets of it."""
     if not torch.compiler.is_compiling() and not _changed(state, name):
         return tensor
+    if is_split(tensor) and _runs(layer):  # by what transformers does around it, on tensors of all processes
+        return tensor
     return _read(layer, name, tensor)
 
 
 def _read(layer: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    read = tensor.as_subclass(Read)
+    read = own_part(tensor).as_subclass(Read)
     read._layer, read._name = layer, name
     return read
 

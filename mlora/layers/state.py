@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..ops import direct, dispatch
 from ..plan.shared import Shared
-from .dense import is_cast, is_dense
+from .cuts import cut_of
+from .dense import is_cast, is_dense, own_part
 from .order import IN_FRONT, Order
 from .swap import alias_of, bound_forwards
 
@@ -34,6 +35,7 @@ class LayerState:
         order: where the rows lie in its input. `in_front`: whether they were once seen to be its first dimension.
             `loose`: whether that dimension alone does not tell that it is theirs.
         cast: whether hooks cast it for each call: its weight rests in a dtype that nothing multiplies in, or one has.
+        cut: how tensor parallelism has split it, if it has; `shape` is that of this process's part then.
         shape: of a plain one's weight. `direct`: what `ops.direct` takes for it, or None.
         own: the module under the class that it had, for what reads its parameters as the base does.
         embeds: whether it is an embedding.
@@ -43,9 +45,9 @@ class LayerState:
     """
 
     __slots__ = (
-        "_asked", "_kblocks", "arena", "cast", "device", "device_type", "direct", "dtype", "embeds", "foreign", "fused",
-        "gathered", "home", "in_front", "index", "loose", "name", "order", "outer", "own", "plain", "shape", "shared",
-        "table", "words",
+        "_asked", "_kblocks", "arena", "cast", "cut", "device", "device_type", "direct", "dtype", "embeds", "foreign",
+        "fused", "gathered", "home", "in_front", "index", "loose", "name", "order", "outer", "own", "plain", "shape",
+        "shared", "table", "words",
     )  # fmt: skip
 
     def __init__(
@@ -75,7 +77,8 @@ class LayerState:
         self.foreign = index in shared.foreign
         self.order, self.in_front = order, not order.exchanged
         self.loose = self.gathered or self.foreign or order.exchanged or order.picked
-        weight = module._parameters.get("weight")
+        weight = own_part(module._parameters.get("weight"))
+        self.cut = cut_of(module)
         self.cast = is_cast(module)
         self.plain = (
             self.outer is None
@@ -91,7 +94,8 @@ class LayerState:
             self.shape = cast(Tensor, weight).shape
             outputs, inputs = self.shape
             self.direct = direct.layer_of(self.arena, table, inputs, outputs)
-            self._asked = inputs, outputs, module.bias is not None
+            summed = self.cut is not None and self.cut.axis == "inputs"  # whose bias is added after the sum
+            self._asked = inputs, outputs, module.bias is not None and not summed
             self._kblocks = shared.kblocks.setdefault((*self._asked, dtype), {})
 
     def number_of(self, parameter: str) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any, NoReturn
 
 import torch
@@ -53,18 +53,52 @@ def alias_of(module: nn.Module) -> Any:
 
 
 def bound_forwards(module: nn.Module, forward: Callable[..., Any]) -> list[str]:
-    """The attributes in which `module` itself holds `forward`, bound to it."""
+    """The attributes in which `module` itself holds `forward`, bound to it, or a forward of transformers' tensor
+    parallelism around it that a layer stands inside of."""
+
+    def is_own(value: Any) -> bool:
+        return isinstance(value, MethodType) and value.__self__ is module and value.__func__ is forward
+
     return [
         name
         for name, value in module.__dict__.items()
-        if isinstance(value, MethodType) and value.__self__ is module and value.__func__ is forward
+        if is_own(value) or ((cell := _cell_of(value)) is not None and is_own(cell.cell_contents))
     ]
 
 
 def swap_forward(module: nn.Module, old: Callable[..., Any], new: Callable[..., Any]) -> None:
     """Put `new` wherever `module` itself holds `old`, bound to it."""
     for name in bound_forwards(module, old):
-        module.__dict__[name] = MethodType(new, module)
+        if (cell := _cell_of(module.__dict__[name])) is not None:
+            cell.cell_contents = MethodType(new, module)
+        else:
+            module.__dict__[name] = MethodType(new, module)
+
+
+# The module of transformers whose styles put a forward around a module's, which is their `original_forward`; and the
+# styles whose inside computes on tensors of all processes, so that layers stand around them.
+_STYLES, _AROUND = "transformers.distributed.tensor_parallel", ("EmbeddingParallel", "SequenceParallel")
+
+
+def style_of(module: nn.Module) -> str:
+    """The class of the tensor parallel style that transformers has put around the module's forward; "" if none."""
+    return _style_of(module.__dict__.get("forward"))
+
+
+def _style_of(forward: Any) -> str:
+    if getattr(forward, "__module__", "") != _STYLES or not isinstance(forward, FunctionType):
+        return ""
+    cells = dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))
+    owner = cells.get("self")
+    return forward.__qualname__.partition(".")[0] if owner is None else type(owner.cell_contents).__name__
+
+
+def _cell_of(forward: Any) -> CellType | None:
+    """Where such a forward keeps the one that it is around, if a layer stands inside of it."""
+    style = _style_of(forward)
+    if not style or style in _AROUND:
+        return None
+    return dict(zip(forward.__code__.co_freevars, forward.__closure__, strict=True)).get("original_forward")
 
 
 def guard_moves(module: nn.Module, shared: Shared) -> None:

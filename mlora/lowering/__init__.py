@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -13,6 +13,7 @@ from .adalora import ADALORA
 from .adamss import ADAMSS
 from .beft import BEFT
 from .boft import BOFT
+from .cut import Cut
 from .deft import DEFT
 from .delora import DELORA
 from .delta import BaseLinear, Conv, Delta, Dense, approximate, exactly
@@ -31,9 +32,11 @@ from .lycoris import LYCORIS
 from .miss import MISS
 from .module import Lowering, Module
 from .names import Names
+from .narrow import narrow
 from .native import NATIVE, to_adapter
 from .oft import OFT
 from .osf import OSF
+from .own import added_once, own_parts
 from .parts import lower_module
 from .peanut import PEANUT
 from .psoft import PSOFT
@@ -164,6 +167,33 @@ def lower(
     return lowered
 
 
+def lower_own(
+    adapter: Adapter,
+    bases: Mapping[str, BaseLinear],
+    approximately: int | None = None,
+    *,
+    dense: bool = False,
+    model: nn.Module | None = None,
+    strict: bool = False,
+    trainable: bool = False,
+) -> Lowered:
+    """As `lower`, this process's part of a model that tensor parallelism has split (`BaseLinear.cut`). All processes
+    call it with the same adapter, since what it reads of the base may take all of them.
+
+    Raises:
+        UnsupportedAdapterError, AdapterError: as `lower`; and where a part cannot do what the whole does.
+    """
+    if not any(base.cut for base in bases.values()):
+        return lower(adapter, bases, approximately, dense=dense, model=model, strict=strict, trainable=trainable)
+    narrowed = narrow(adapter, Names(model, bases))
+    if narrowed is None:
+        lowered = lower(adapter, bases, approximately, dense=dense, model=model, strict=strict, trainable=trainable)
+        return replace(lowered, deltas=own_parts(lowered.deltas, bases))
+    part, narrower = narrowed
+    lowered = lower(part, narrower, approximately, dense=dense, model=model, strict=strict)
+    return replace(lowered, deltas={path: added_once(delta, bases[path]) for path, delta in lowered.deltas.items()})
+
+
 def _refuse_full_rank(adapter: Adapter, modules: Sequence[tuple[BaseLinear, str]]) -> None:
     """`modules`: what has a delta of full rank, and why."""
     base, why = modules[0]
@@ -228,13 +258,16 @@ __all__ = [
     "REFUSED",
     "BaseLinear",
     "Conv",
+    "Cut",
     "Delta",
     "Lowered",
     "Names",
     "Turn",
     "is_rewriting",
     "lower",
+    "lower_own",
     "module_names",
+    "own_parts",
     "part_of",
     "to_adapter",
     "untouched",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cut import Cut
 from .turn import Turn
 
 
@@ -216,6 +217,8 @@ class BaseLinear:
         owner: the class of the module that holds it, if that computes with its weight and never calls it; "" of others.
         turned: of a module whose `weight` is a plain parameter which it does nothing with but to multiply or look up:
             whether that lies as (in, out), as GPT-2's `Conv1D`'s and embeddings' do. None of others.
+        cut: how tensor parallelism has split it over processes; None where this one has all of it. The widths are those
+            of the whole, and so is what `weight` and `bias` read, with all processes.
     """
 
     name: str
@@ -236,6 +239,7 @@ class BaseLinear:
     transposed: bool = False
     owner: str = ""
     turned: bool | None = None
+    cut: Cut | None = None
 
     @property
     def linear(self) -> bool:

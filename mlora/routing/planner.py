@@ -19,6 +19,7 @@ from .bridges import Bridges
 from .entries import is_single
 from .merge_cache import MergeCache
 from .pin import Pinned
+from .ranks import Ranks
 from .registry import Registry
 
 
@@ -74,6 +75,7 @@ class Planner:
     Args:
         experts: the numbers of the modules that are parameters of experts.
         lock: the runtime's, see its `__init__`; reentrant.
+        ranks: the processes that the model is split over, which must all ask for the same plan; None where it is not.
     """
 
     def __init__(
@@ -85,7 +87,9 @@ class Planner:
         shared: Shared,
         experts: Sequence[int],
         lock: threading.RLock,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks
         self._registry = registry
         self._merges = merges
         self._bridges = bridges
@@ -106,7 +110,25 @@ class Planner:
             EntryError, UnknownAdapterError, MergeError: an entry is none, or there are not as many as `rows`.
             AttributionError: an adapter changes what gets the tokens of packed sequences in no order.
             CapacityError: the adapters do not fit on the device together, or the plan not in its buffer.
+            RoutingError: the model is split over processes, and another one asks for other entries, or failed.
         """
+        if self.ranks is None:
+            return self._acquire(entries, rows, expansion, lengths, starts)
+        try:
+            plan = self._acquire(entries, rows, expansion, lengths, starts)
+        except Exception as error:
+            self.ranks.fail(error)
+            raise
+        try:
+            self.ranks.agree_on(plan)
+        except BaseException:
+            self._store.release(plan.names)
+            raise
+        return plan
+
+    def _acquire(
+        self, entries: Any, rows: int, expansion: int, lengths: Sequence[int], starts: Sequence[Starts]
+    ) -> Plan:
         with self._lock:
             kept = self._kept
             if kept is not None and kept.serves(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
@@ -12,17 +13,19 @@ from torch import nn
 
 from .. import errors
 from ..adapters.adapter import Adapter
+from ..adapters.on_disk import OnDisk
 from ..arena.bits import INPUT, TAIL, TURN
 from ..arena.pack import Packed, tensors_in
 from ..arena.store import Store
 from ..folding.fold import Folded
 from ..gradients.trained import Trained
-from ..lowering import BaseLinear, Delta, Lowered, lower, to_adapter
+from ..lowering import BaseLinear, Delta, Lowered, lower, own_parts, to_adapter
 from ..lowering.delta import kernel_major
 from ..merge import Merge, kept, merge_adapters
 from ..plan.plan import Recipe
 from ..plan.shared import Shared
 from .entries import BASE, resolve
+from .ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ class Registry:
         bases: dotted path -> what an adapter can change. `indices`: -> its number in the store.
         encoder: whether a part of the model reads other tokens than input_ids.
         lock: the runtime's, see its `__init__`; reentrant.
+        ranks: the processes that the model is split over; None where it is not.
 
     Lowering and packing, which take long, are done without the lock.
     """
@@ -113,8 +117,10 @@ class Registry:
         indices: Mapping[str, int],
         encoder: bool,
         lock: threading.RLock,
+        ranks: Ranks | None = None,
     ) -> None:
         self.bases = bases
+        self._ranks = ranks
         self._model = model
         self.paths = {index: path for path, index in indices.items()}
         self._indices = indices
@@ -156,8 +162,12 @@ class Registry:
         with self._lock:
             return {name: self.info(name) for name in self._loaded}
 
+    def together(self, what: str) -> AbstractContextManager[None]:
+        """Of the processes that the model is split over, see `Ranks.together`; nothing where it is not."""
+        return nullcontext() if self._ranks is None else self._ranks.together(what)
+
     def lower(self, loaded: Loaded) -> dict[str, Delta]:
-        """Its deltas, dotted path -> delta."""
+        """Its deltas, dotted path -> delta, of the whole modules."""
         approximate, dense = loaded.approximate, loaded.dense
         return dict(lower(loaded.adapter, self.bases, approximate, dense=dense, model=self._model).deltas)
 
@@ -208,7 +218,8 @@ class Registry:
             CapacityError: it is larger than the whole arena.
         """
         deltas = lowered.deltas
-        packed, adapter = self._pack(name, deltas, adapter, trainable)
+        with self.together(f"add adapter {name!r}"):
+            packed, adapter = self._pack(name, deltas, adapter, trainable)
         ranks = tuple(sorted({delta.rank // (self.bases[path].experts or 1) for path, delta in deltas.items()}))
         info = AdapterInfo(
             name, adapter.source, adapter.peft_type, _variant(adapter), ranks[-1], ranks, tuple(deltas),
@@ -244,11 +255,14 @@ class Registry:
         how = how.canonical()
         if group is not None:
             self.check_settled([self[name].key for name in how.adapters], "a merge of it that is kept")
-        sources = [self[source] for source in how.adapters]
-        lowered = [self.lower(loaded) for loaded in sources]
-        deltas = kept(dict(merge_adapters(lowered, how, self.bases)), self.bases)
-        adapter = to_adapter(deltas, how.label, self.bases)
-        return self.add(name, adapter, Lowered(deltas), sources=() if group is None else how.adapters, group=group)
+        with self.together(f"merge {how.label}"):  # what follows may take all processes
+            sources = [self[source] for source in how.adapters]
+        with self.together(f"add {how.label}"):
+            lowered = [self.lower(loaded) for loaded in sources]
+            deltas = kept(dict(merge_adapters(lowered, how, self.bases)), self.bases)
+            adapter = to_adapter(deltas, how.label, self.bases)
+            own = Lowered(own_parts(deltas, self.bases))
+        return self.add(name, adapter, own, sources=() if group is None else how.adapters, group=group)
 
     def remove(self, name: str, *, when_unused: bool = False) -> None:
         """Forget an adapter, and those that were made of it: with `when_unused` the name of one that calls or pins use,
@@ -332,6 +346,8 @@ class Registry:
                 f"adapter {name!r}: option alora_invocation_tokens is not served on a model with an encoder, "
                 f"whose decoder reads other tokens than input_ids"
             )
+        if isinstance(adapter.tensors, OnDisk):
+            return packed, adapter
         return packed, adapter.holding(tensors_in(packed, by_index, adapter.tensors))
 
     def _note(self, packed: Packed) -> None:

@@ -244,6 +244,8 @@ class Router:
             if self._shared.recorded:
                 active.check_told("the model")
             plan = active.plan or self._shared.default
+            if self._planner.ranks is not None and not active.counted:  # else it is within a call that was agreed on
+                self._planner.ranks.agree_on(plan)
             if plan is not None and plan.names:
                 self._store.acquire(plan.names)
             return plan, active.entries

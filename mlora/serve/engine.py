@@ -60,7 +60,8 @@ class Engine:
 
     Raises:
         ServeError: this transformers is not one that it knows, or there is no room for the cache.
-        UnsupportedModelError: on the CPU, a layer does not attend as its kernel does, see `attention.py`.
+        UnsupportedModelError: on the CPU, a layer does not attend as its kernel does, see `attention.py`; or the model
+            is split over processes, whose steps would have to be the same.
     """
 
     def __init__(
@@ -80,6 +81,12 @@ class Engine:
         host_memory: int | None = None,
         threads: int = 2,
     ) -> None:
+        if runtime.processes > 1:
+            raise errors.UnsupportedModelError(
+                f"this model is split over {runtime.processes} processes, and the engine serves requests in one: its "
+                f"steps would have to be the same in all of them. Call generate with the same batch in each, or serve "
+                f"a model in one process"
+            )
         self.runtime = runtime
         self.tokenizer = tokenizer
         self._closed = False
