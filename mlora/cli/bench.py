@@ -12,7 +12,8 @@ import typer
 from .errors import InputError, one_line_errors
 
 EVERY = (
-    "kernels", "attention", "generate", "train", "runs", "merge", "kinds", "load", "serve", "loopback", "plot",
+    "kernels", "attention", "generate", "train", "runs", "merge", "kinds", "load", "serve", "loopback", "parallel",
+    "plot",
 )  # fmt: skip
 
 

@@ -166,15 +166,15 @@ def main(folder: Path) -> None:
     for case in torch.load(folder / "cases.pt", weights_only=False):
         key = case.model, str(case.distributed)
         if key not in models:
-            model = AutoModelForCausalLM.from_pretrained(
-                case.model, distributed_config=DistributedConfig(**case.distributed), dtype="auto"
-            )
-            models = {key: model.eval()}
             try:
-                mlora.patch(model, memory=8 << 20)
-            except mlora.MloraError as error:
+                model = AutoModelForCausalLM.from_pretrained(
+                    case.model, distributed_config=DistributedConfig(**case.distributed), dtype="auto"
+                )
+                mlora.patch(model.eval(), memory=8 << 20)
+            except (ValueError, mlora.MloraError) as error:
                 results[case.id] = "error", type(error).__name__, str(error)
                 continue
+            models = {key: model}
         results[case.id] = run(case, models[key], rank)
     torch.save(results, folder / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()

@@ -187,6 +187,7 @@ def started(setting: Setting) -> Any:
         if world == 2:
             cases += [_of_spec(setting, spec) for spec in SPECIFIC]
         cases += [_case(setting, kind, name) for kind, names in ON.items() for name in names]
+        cases.append(Case("gpt2", setting.folder("gpt2")))
         if world == 2:
             plan = {"model.layers.*.input_layernorm": "sequence_parallel"}
             for id, kind, name, how in (
@@ -227,7 +228,7 @@ def start(world: int, cases: list[Case]) -> list[dict[str, Any]]:
             for rank in range(world)
         ]
         try:
-            told = [process.communicate(timeout=240)[0] for process in processes]
+            told = [process.communicate(timeout=600)[0] for process in processes]
         finally:
             for process in processes:
                 process.kill()
@@ -338,6 +339,13 @@ def test_what_is_refused(results: Any) -> None:
         if "experts apart" in each:
             _, name, message = each["experts apart"]
             assert name == "UnsupportedAdapterError" and "experts" in message
+
+
+def test_gpt2_has_no_plan(results: Any) -> None:
+    """Which transformers says."""
+    for each in results[2]:
+        _, name, message = each["gpt2"]
+        assert name == "ValueError" and "tp_plan" in message
 
 
 def test_a_process_holds_its_part(setting: Setting, results: Any) -> None:
