@@ -171,7 +171,7 @@ def main(folder: Path) -> None:
                     case.model, distributed_config=DistributedConfig(**case.distributed), dtype="auto"
                 )
                 mlora.patch(model.eval(), memory=8 << 20)
-            except (ValueError, mlora.MloraError) as error:
+            except (ValueError, mlora.errors.MloraError) as error:
                 results[case.id] = "error", type(error).__name__, str(error)
                 continue
             models = {key: model}
