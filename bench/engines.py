@@ -6,6 +6,7 @@ Bare and patched model share their weights, and what is compared takes turns.
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 
 from mlora.serve import Engine, Sampling, attention
 
-ROUNDING = 2**-8 * 4  # of bf16 logits, which several sums of the base's products leave
+ROUNDINGS = 6  # within so many times the rounding error of a score two scores may change places
 
 
 class Stock(ContinuousBatchingManager):
@@ -45,6 +46,7 @@ class Bench:
         self.folders = [make_adapter(self.bare, folder / f"a{i}", args.rank, seed=i) for i in range(args.adapters)]
         self.bytes = sum(file.stat().st_size for file in self.folders[0].glob("*.safetensors"))
         self.served = patched(self.bare, self.folders, self.bytes, True)
+        self._exact: Any = None
         self.names = [folder.name for folder in self.folders]
         self.new = Sampling(max_new_tokens=args.new, ignore_eos=True)
 
@@ -97,12 +99,17 @@ class Bench:
             got = self.run(engine, list(zip(prompts, names, strict=True)))
         return "the engine: " + self.compare(prompts[::4], names[::4], got[::4])
 
-    def compare(
-        self, prompts: Sequence[Sequence[int]], names: Sequence[Any], answers: Sequence[Sequence[int]],
-        rounding: float = ROUNDING,
-    ) -> str:  # fmt: skip
+    @property
+    def exact(self) -> Any:
+        """The same adapters on the model in fp32."""
+        if self._exact is None:
+            self._exact = patched(copy.deepcopy(self.bare).float(), self.folders, 2 * self.bytes, True)
+        return self._exact
+
+    def compare(self, prompts: Sequence[Sequence[int]], names: Sequence[Any], answers: Sequence[Sequence[int]]) -> str:
         """Greedy answers against `generate` of each request alone. Where they part, the scores of both tokens must be
-        within `rounding` of each other, as a part of the largest score. Exits otherwise."""
+        within ROUNDINGS of each other in fp32, counted in the distance (RMS) of that request's scores from those in
+        fp32. Exits otherwise."""
         equal, widest = 0, 0.0
         for number, (prompt, name, one) in enumerate(zip(prompts, names, answers, strict=True)):
             alone = self.generate([prompt], [name], new=len(one))[0].tolist()
@@ -112,17 +119,20 @@ class Bench:
                 continue
             with torch.inference_mode():
                 ids = torch.tensor([[*prompt, *one[:at]]])
-                scores = self.served(ids, adapter_names=[name]).logits[0, -1].float()
-            gap = float((scores[alone[at]] - scores[one[at]]) / scores.abs().max())
+                rounded, scores = (
+                    model(ids, adapter_names=[name]).logits[0, -1].float() for model in (self.served, self.exact)
+                )
+            rounding = float((rounded - scores).square().mean().sqrt())
+            gap = abs(float(scores[alone[at]] - scores[one[at]])) / rounding
             widest = max(widest, gap)
-            if gap > rounding:
+            if gap > ROUNDINGS:
                 raise SystemExit(
-                    f"request {number} under {name}: token {at} is {one[at]}, alone {alone[at]}; their scores differ "
-                    f"by {gap:.3g} of the largest, and {rounding:.3g} is rounding"
+                    f"request {number} under {name}: token {at} is {one[at]}, alone {alone[at]}; in fp32 their scores "
+                    f"differ by {gap:.3g} times the rounding of scores ({rounding:.3g}), and {ROUNDINGS} is allowed"
                 )
         return (
             f"{equal} of {len(answers)} answers are those of generate alone to the last token; where others part, the "
-            f"two scores differ by {widest:.1%} of the largest at most"
+            f"two scores differ in fp32 by {widest:.1f} times the rounding of scores at most"
         )
 
 

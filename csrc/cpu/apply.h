@@ -25,13 +25,17 @@ MLORA_INLINE void prefetch_pair(const T* p, int64_t i) {
   }
 }
 
-// Asks for what jobs will read, kDistance bytes before they do. Kernels that read in the order of memory, a row of A or
+// Asks for what jobs will read, some KiB before they do: 8 where the parts of adapters are short, and 2 where they are
+// long, of which the hardware brings most, and sooner. Kernels that read in the order of memory, a row of A or
 // two of B at a time, step on by as many bytes as they read: the hardware brings neighbouring lines up to twice as fast
 // as lines here and there, from any level of memory, but starts anew at every row, page and adapter.
 template <class T>
 class Ahead {
  public:
-  MLORA_INLINE Ahead(const Job* job, const Job* end) : job_(job), end_(end) { at = next(kDistance); }
+  MLORA_INLINE Ahead(const Job* job, const Job* end) : job_(job), end_(end) {
+    const bool longs = job != end && (job->to - job->from) * job->problem->in * int64_t{sizeof(T)} >= kLong;
+    at = next(longs ? kDistance / 4 : kDistance);
+  }
 
   // Four Pairs were read; or one, or fewer elements. `at` is the caller's copy of `at`, in a register.
   MLORA_INLINE void step(uintptr_t& at) { step<4 * kPairBytes<T>>(at); }
@@ -41,11 +45,12 @@ class Ahead {
 
  private:
   static constexpr int64_t kDistance = 8192;
+  static constexpr int64_t kLong = 1 << 17;
 
   template <int64_t Bytes>
   MLORA_INLINE void step(uintptr_t& at) {
     MLORA_UNROLL for (int64_t line = 0; line < Bytes; line += 64) {
-      __builtin_prefetch(reinterpret_cast<const void*>(at + line));
+      __builtin_prefetch(reinterpret_cast<const void*>(at + line), 0, 2);
     }
     at += Bytes;
     if (__builtin_expect(at >= stop_, 0)) at = next(at - stop_);
@@ -70,7 +75,7 @@ class Ahead {
     }
   }
 
-  // What comes next: of a shrink the input and A, of an expand every term's B and the output.
+  // What comes next: of a shrink the input and A, of an expand every term's B and the output, which a delta is not read of.
   void part() {
     const Problem& p = *job_->problem;
     const Segment& s = *job_->segment;
@@ -89,7 +94,7 @@ class Ahead {
       width_ = count * size;
       stride_ = p.out * size;
       rows_ = term.b ? term.rank : 0;
-    } else if (!job_->term && s.count <= kFewTokens && part < s.term_count + s.count) {
+    } else if (!job_->term && s.count <= kFewTokens && !s.delta && part < s.term_count + s.count) {
       row_ = reinterpret_cast<uintptr_t>(p.y) + (s.tokens[part - s.term_count] * p.y_stride + job_->from) * size;
       width_ = count * size;
     } else {
@@ -407,10 +412,11 @@ MLORA_INLINE void expand_rows(const Rows<T, S>& rows, const Segment& s, int64_t 
   }
 }
 
-// sums[t][m] += v[t][r] * b[r][m] for Ranks rank rows of `width` columns, m in the lane order of T; with First, from 0.
+// sums[t * stride + m] += v[t][r] * b[r][m] for Ranks rank rows of `width` columns, m in the lane order of T; with First,
+// from 0.
 template <class T, int Tokens, int Ranks, bool First>
-MLORA_INLINE void expand_ranks(const T* b, int64_t out, int64_t width, const float* v, int64_t ranks,
-                               float (*sums)[kFewColumns], Ahead<T>& ahead, uintptr_t& at) {
+MLORA_INLINE void expand_ranks(const T* b, int64_t out, int64_t width, const float* v, int64_t ranks, float* sums,
+                               int64_t stride, Ahead<T>& ahead, uintptr_t& at) {
   constexpr int64_t step = 2 * W;
   constexpr int kSteps = 4 / Ranks;
   vf weight[Tokens][Ranks];
@@ -421,14 +427,15 @@ MLORA_INLINE void expand_ranks(const T* b, int64_t out, int64_t width, const flo
     Pair bs[Ranks];
     MLORA_UNROLL for (int r = 0; r < Ranks; ++r) bs[r] = load<tail()>(b + r * out + m, left);
     MLORA_UNROLL for (int t = 0; t < Tokens; ++t) {
+      float* to = sums + t * stride + m;
       Pair acc = {zero(), zero()};
-      if (!First) acc = {load_sums(sums[t] + m), load_sums(sums[t] + m + W)};
+      if (!First) acc = {load_sums(to), load_sums(to + W)};
       MLORA_UNROLL for (int r = 0; r < Ranks; ++r) {
         acc.a = fma(weight[t][r], bs[r].a, acc.a);
         acc.b = fma(weight[t][r], bs[r].b, acc.b);
       }
-      store_sums(sums[t] + m, acc.a);
-      store_sums(sums[t] + m + W, acc.b);
+      store_sums(to, acc.a);
+      store_sums(to + W, acc.b);
     }
   };
   int64_t m = 0;
@@ -443,18 +450,19 @@ MLORA_INLINE void expand_ranks(const T* b, int64_t out, int64_t width, const flo
   if (m < width) columns(m, std::true_type(), width - m);
 }
 
-// The same of an identity: sums[t][m] += v[t][m].
+// The same of an identity: sums[t * stride + m] += v[t][m].
 template <class T, int Tokens>
-__attribute__((noinline)) void expand_identity(int64_t width, const float* v, int64_t ranks, bool first,
-                                               float (*sums)[kFewColumns]) {
+__attribute__((noinline)) void expand_identity(int64_t width, const float* v, int64_t ranks, bool first, float* sums,
+                                               int64_t stride) {
   constexpr int64_t step = 2 * W;
   MLORA_UNROLL for (int t = 0; t < Tokens; ++t) {
     for (int64_t m = 0; m < width; m += step) {
       const float* own = v + t * ranks + m;
+      float* to = sums + t * stride + m;
       Pair sum = width - m < step ? load_as<T, true>(own, width - m) : load_as<T, false>(own, step);
-      if (!first) sum = {add(sum.a, load_sums(sums[t] + m)), add(sum.b, load_sums(sums[t] + m + W))};
-      store_sums(sums[t] + m, sum.a);
-      store_sums(sums[t] + m + W, sum.b);
+      if (!first) sum = {add(sum.a, load_sums(to)), add(sum.b, load_sums(to + W))};
+      store_sums(to, sum.a);
+      store_sums(to + W, sum.b);
     }
   }
 }
@@ -462,20 +470,20 @@ __attribute__((noinline)) void expand_identity(int64_t width, const float* v, in
 // The same for all rank rows of a term. Not inlined, so that its loops have the registers for themselves.
 template <class T, int Tokens>
 __attribute__((noinline)) void expand_term(const T* b, int64_t out, int64_t width, const float* v, int64_t ranks,
-                                           int64_t rank, bool first, float (*sums)[kFewColumns], Ahead<T>& ahead) {
+                                           int64_t rank, bool first, float* sums, int64_t stride, Ahead<T>& ahead) {
   uintptr_t at = ahead.at;
   int64_t j = 0;
   if (first && rank >= 2) {
-    expand_ranks<T, Tokens, 2, true>(b, out, width, v, ranks, sums, ahead, at);
+    expand_ranks<T, Tokens, 2, true>(b, out, width, v, ranks, sums, stride, ahead, at);
     j = 2;
   } else if (first && rank == 1) {
-    expand_ranks<T, Tokens, 1, true>(b, out, width, v, ranks, sums, ahead, at);
+    expand_ranks<T, Tokens, 1, true>(b, out, width, v, ranks, sums, stride, ahead, at);
     j = 1;
   }
   for (; j + 2 <= rank; j += 2) {
-    expand_ranks<T, Tokens, 2, false>(b + j * out, out, width, v + j, ranks, sums, ahead, at);
+    expand_ranks<T, Tokens, 2, false>(b + j * out, out, width, v + j, ranks, sums, stride, ahead, at);
   }
-  if (j < rank) expand_ranks<T, Tokens, 1, false>(b + j * out, out, width, v + j, ranks, sums, ahead, at);
+  if (j < rank) expand_ranks<T, Tokens, 1, false>(b + j * out, out, width, v + j, ranks, sums, stride, ahead, at);
   ahead.at = at;
 }
 
@@ -495,25 +503,32 @@ __attribute__((noinline)) void add_sums(T* y, const float* sums, int64_t width, 
   ahead.at = at;
 }
 
-// As expand_rows, for segments of few tokens: B is read in the order of memory, or nearly, two rank rows at a time,
-// with the sums in the first-level cache. That is more arithmetic than sums in registers. The chains of additions are
-// the same, and so the bits.
+// sums[t * stride + m] = B^T v of a job's columns, from the first on, for segments of few tokens: B is read in the order of
+// memory, or nearly, two rank rows at a time, with the sums in the first-level cache. That is more arithmetic than sums in
+// registers. The chains of additions are the same, and so the bits. Writes whole Pairs.
+template <class T, int Tokens>
+MLORA_INLINE void expand_sums(const Job& job, float* sums, int64_t stride, Ahead<T>& ahead) {
+  const Segment& s = *job.segment;
+  const int64_t out = job.problem->out, width = job.to - job.from;
+  const float* v = s.v;
+  for (const Term* term = s.terms; term != s.terms + s.term_count; v += term->rank, ++term) {
+    if (!term->b) {
+      if (term->rank) expand_identity<T, Tokens>(width, v + job.from, s.ranks, v == s.v, sums, stride);
+      continue;
+    }
+    expand_term<T, Tokens>(static_cast<const T*>(term->b) + job.from, out, width, v, s.ranks, term->rank, v == s.v, sums,
+                           stride, ahead);
+  }
+}
+
+// As expand_rows, for segments of few tokens.
 template <class T, int Tokens>
 MLORA_INLINE void expand_few(const Rows<T, T>& rows, const Job& job, Ahead<T>& ahead) {
   constexpr int64_t step = 2 * W;
   const Segment& s = *job.segment;
-  const int64_t out = job.problem->out;
   const int64_t width = job.to - job.from;
   alignas(64) float sums[Tokens][kFewColumns];
-  const float* v = s.v;
-  for (const Term* term = s.terms; term != s.terms + s.term_count; v += term->rank, ++term) {
-    if (!term->b) {
-      if (term->rank) expand_identity<T, Tokens>(width, v + job.from, s.ranks, v == s.v, sums);
-      continue;
-    }
-    expand_term<T, Tokens>(static_cast<const T*>(term->b) + job.from, out, width, v, s.ranks, term->rank, v == s.v, sums,
-                           ahead);
-  }
+  expand_sums<T, Tokens>(job, sums[0], kFewColumns, ahead);
   if (s.ranks && !s.has_gain && !s.has_shift) {
     MLORA_UNROLL for (int t = 0; t < Tokens; ++t) {
       add_sums(rows.to + s.tokens[t] * rows.to_stride + job.from, sums[t], width, ahead);
@@ -537,6 +552,11 @@ MLORA_INLINE void expand_few(const Rows<T, T>& rows, const Job& job, Ahead<T>& a
 template <class T>
 MLORA_INLINE void expand(const Job& job, Ahead<T>& ahead) {
   const Problem& p = *job.problem;
+  if (float* delta = job.segment->delta) {
+    const int64_t stride = job.segment->delta_stride;
+    if (job.segment->count == 1) return expand_sums<T, 1>(job, delta + job.from, stride, ahead);
+    return expand_sums<T, 2>(job, delta + job.from, stride, ahead);
+  }
   T* y = static_cast<T*>(p.y);
   const Rows<T, T> rows{y, p.y_stride, static_cast<const T*>(p.base), p.base_stride, y, p.y_stride};
   static_assert(kFewTokens == 2);

@@ -91,7 +91,7 @@ struct Jobs {
     return mine * tasks <= total + total / 8;
   }
 
- private:
+  // Columns [from, to) of a piece, in `jobs`.
   static void add_columns(std::vector<Job>& jobs, const Problem& p, const Segment& s, int64_t from, int64_t to) {
     const int64_t most = s.count <= kFewTokens ? kFewColumns : to;
     for (; from < to; from += most) {

@@ -53,6 +53,8 @@ struct Segment {
   bool has_in_gain;
   int64_t turns;  // sizes of all turns of the output
   int64_t in_turns;
+  float* delta;  // [count, delta_stride]: B^T v in the lane order of the dtype, which linear adds; null: it makes it itself
+  int64_t delta_stride;
 };
 
 constexpr int32_t kSegmentTokens = 64;
@@ -206,7 +208,7 @@ struct Kernels {
   // The same of y = base + (turn - I) x.
   using TurnOutput = void (*)(const Problem&, const Segment&, int64_t from, int64_t to);
   // xt[tile, unit, t]: what lies in 32 bits of x along `in` of each tile of kLinearTokens tokens, a pair of bf16 or one
-  // float, so that a unit's tokens adjoin. Tiles [from, to).
+  // float, so that a unit's tokens adjoin. Of all tiles' groups of 16 units, one after the other, [from, to).
   using Pack = void (*)(const Problem&, uint32_t* xt, int64_t from, int64_t to);
   // y = x weight^T + bias, then expand on the unrounded sum, for columns [from, to) and segments covering all tokens.
   // The thread's own: sums [tokens rounded up to kLinearTokens, kLinearColumns], and panel, kLinearColumns units for each

@@ -59,9 +59,31 @@ bool in_rows(const Tensor& x, bool bias) {
 }
 
 struct Block {  // what linear needs of one thread
-  Scratch xt, panel, sums;
+  Scratch xt, panel, sums, delta;
 };
 thread_local Block thread_block;
+
+// Gives segments of few tokens a delta, which is made before the base's product: read column by column with that, B's
+// rows are a cache line here and there. Returns whether there is one, and no rank rows but theirs.
+bool place_deltas(const Problem& p, Work& work, bool* any) {
+  const int64_t stride = ceil_div(p.out, kLinearColumns) * kLinearColumns;
+  const auto few = [](const Segment& s) { return s.ranks && s.count <= kFewTokens; };
+  int64_t count = 0;
+  bool all = true;
+  for (const Segment& s : work.segments) {
+    if (few(s)) count += s.count;
+    all = all && (few(s) || !s.ranks);
+  }
+  float* delta = count ? thread_block.delta.get<float>(count * stride) : nullptr;
+  for (Segment& s : work.segments) {
+    if (!few(s)) continue;
+    s.delta = delta;
+    s.delta_stride = stride;
+    delta += s.count * stride;
+  }
+  *any = count;
+  return count && all;
+}
 
 }  // namespace
 
@@ -78,15 +100,19 @@ void linear_rows(const Routing& routing, const Problem& p, Type type) {
   if (p.tokens == 0 || p.out == 0) return;
   const int64_t units = ceil_div(p.out, kLinearColumns), tiles = ceil_div(p.tokens, kLinearTokens);
   const int64_t cost = units * kLinearColumns * p.in * tiles;
-  int64_t shrink = 0, b_bytes = 0;
+  bool deltas = false;
+  const bool only_deltas = place_deltas(p, work, &deltas);
+  int64_t shrink = 0, expand = 0, b_bytes = 0;
   std::vector<Piece>& pieces = thread_planned().pieces;
   pieces.clear();
   for (const Segment& s : work.segments) {
     pieces.push_back(piece_of(p, s));
+    if (!s.delta) pieces.back().expand = 0;  // a part of the columns
     shrink += pieces.back().shrink;
-    b_bytes += s.b_ranks * p.out * p.itemsize;
+    expand += pieces.back().expand;
+    b_bytes += s.delta ? 0 : s.b_ranks * p.out * p.itemsize;
   }
-  const auto pack_size = tiles * kLinearTokens * p.in / unit;
+  const int64_t pack_size = tiles * kLinearTokens * p.in / unit, groups = tiles * ceil_div(p.in / unit, 16);
   const auto columns = [&](const uint32_t* xt, int64_t task, int64_t tasks) {
     const int64_t begin = task * units / tasks * kLinearColumns, end = (task + 1) * units / tasks * kLinearColumns;
     if (begin == end) return;
@@ -96,27 +122,41 @@ void linear_rows(const Routing& routing, const Problem& p, Type type) {
     k.linear[type](p, xt, work.segments.data(), static_cast<int64_t>(work.segments.size()), panel, sums, begin,
                    end < p.out ? end : p.out);
   };
-  const int64_t total = shrink + cost, tasks = threads_for(total);
-  if (shrink == 0 && tiles == 1) {  // packing so little twice costs less than waiting for each other
+  const int64_t total = shrink + expand + cost, tasks = threads_for(total);
+  if (shrink + expand == 0 && tiles == 1) {  // packing so little twice costs less than waiting for each other
     split(total, [&](int64_t task, int64_t) {
       uint32_t* xt = thread_block.xt.get<uint32_t>(pack_size);
-      k.pack[type](p, xt, 0, tiles);
+      k.pack[type](p, xt, 0, groups);
       columns(xt, task, tasks);
     });
     return;
   }
   const bool fetch_b = b_bytes <= tasks * kStaysNear;
   std::vector<Jobs>& jobs = thread_planned().jobs_of(tasks);
-  for (int64_t task = 0; task < tasks; ++task) jobs[task].cut(pieces, shrink, 0, task, tasks, fetch_b);
+  bool whole = only_deltas;
+  for (int64_t task = 0; task < tasks && whole; ++task) {
+    whole = jobs[task].take_whole(pieces, shrink + expand, task, tasks);
+  }
+  for (int64_t task = 0; task < tasks && !whole; ++task) {
+    jobs[task].cut(pieces, shrink, 0, task, tasks, fetch_b);
+    const int64_t begin = task * units / tasks * kLinearColumns, end = (task + 1) * units / tasks * kLinearColumns;
+    for (const Segment& s : work.segments) {
+      if (s.delta) Jobs::add_columns(jobs[task].second, p, s, begin, end < p.out ? end : p.out);
+    }
+  }
   uint32_t* xt = thread_block.xt.get<uint32_t>(pack_size);
   split_in_two(
       total,
       [&](int64_t task, int64_t) {
-        k.pack[type](p, xt, task * tiles / tasks, (task + 1) * tiles / tasks);
+        k.pack[type](p, xt, task * groups / tasks, (task + 1) * groups / tasks);
         const std::vector<Job>& list = jobs[task].first;
         k.run[type](list.data(), static_cast<int64_t>(list.size()));
       },
-      [&](int64_t task, int64_t) { columns(xt, task, tasks); });
+      [&](int64_t task, int64_t) {
+        const std::vector<Job>& list = jobs[task].second;
+        k.run[type](list.data(), static_cast<int64_t>(list.size()));
+        columns(xt, task, tasks);
+      });
 }
 
 namespace {

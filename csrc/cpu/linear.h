@@ -222,22 +222,23 @@ constexpr bool kRowChains = sizeof(T) == 2;  // a single token is base_row's
 template <class T>
 void pack(const Problem& p, uint32_t* xt, int64_t from, int64_t to) {
   if (p.tokens == 1 && kRowChains<T>) return;
-  const int64_t units = p.in / kUnit<T>;
-  xt += from * units * kLinearTokens;
-  for (int64_t tile = from; tile < to; ++tile, xt += units * kLinearTokens) {
-    const int64_t t0 = tile * kLinearTokens;
+  const int64_t units = p.in / kUnit<T>, groups = (units + 15) / 16, last = p.tokens - 1;
+  while (from < to) {
+    const int64_t tile = from / groups, stop = (tile + 1) * groups < to ? (tile + 1) * groups : to;
     const uint32_t* rows[16];
-    const int64_t last = p.tokens - 1;
     for (int64_t i = 0; i < 16; ++i) {
-      const int64_t t = t0 + i < last ? t0 + i : last;
+      const int64_t t = tile * kLinearTokens + i < last ? tile * kLinearTokens + i : last;
       rows[i] = reinterpret_cast<const uint32_t*>(static_cast<const T*>(p.x) + t * p.x_stride);
     }
-    int64_t k = 0;
-    for (; k + 16 <= units; k += 16) transpose<false>(rows, k, 16, reinterpret_cast<__m512i*>(xt + k * 16));
-    if (k < units) {
+    uint32_t* tokens = xt + tile * units * kLinearTokens;
+    for (int64_t k = from % groups * 16; from < stop; ++from, k += 16) {
+      if (k + 16 <= units) {
+        transpose<false>(rows, k, 16, reinterpret_cast<__m512i*>(tokens + k * 16));
+        continue;
+      }
       __m512i columns[16];
       transpose<true>(rows, k, units - k, columns);
-      for (int64_t i = 0; k + i < units; ++i) _mm512_storeu_si512(xt + (k + i) * 16, columns[i]);
+      for (int64_t i = 0; k + i < units; ++i) _mm512_storeu_si512(tokens + (k + i) * 16, columns[i]);
     }
   }
 }
@@ -311,6 +312,23 @@ MLORA_INLINE void add_bias(const float* bias, int64_t tokens, float* sums) {
   }
 }
 
+// Columns [from, to) of a segment's tokens: its delta, with what else it does, on top of the base's sums.
+template <class T>
+MLORA_INLINE void add_delta(const Rows<T, float>& io, const Segment& s, int64_t from, int64_t to) {
+  constexpr int64_t step = 2 * W;
+  for (int t = 0; t < s.count; ++t) {
+    const float* delta = s.delta + t * s.delta_stride;
+    for (int64_t n = from; n < to; n += step) {
+      Pair acc[1][1] = {{{load_sums(delta + n), load_sums(delta + n + W)}}};
+      if (to - n < step) {
+        finish_tile<T, float, 1, 1, true>(io, s, acc, t, n, to - n);
+      } else {
+        finish_tile<T, float, 1, 1, false>(io, s, acc, t, n, step);
+      }
+    }
+  }
+}
+
 template <class T>
 void linear(const Problem& p, const uint32_t* xt, const Segment* segments, int64_t segment_count, uint32_t* panel,
             float* sums, int64_t from, int64_t to) {
@@ -324,7 +342,13 @@ void linear(const Problem& p, const uint32_t* xt, const Segment* segments, int64
     base<T>(p, xt, n, reinterpret_cast<__m512i*>(panel), before, sums);
     if (bias && !before) add_bias<false>(wide, p.tokens, sums);
     const Rows<T, float> io{sums - n, kLinearColumns, nullptr, 0, static_cast<T*>(p.y), p.y_stride};
-    for (int64_t s = 0; s < segment_count; ++s) expand_rows(io, segments[s], p.out, n, end, 2 * kLinearColumns);
+    for (const Segment* s = segments; s != segments + segment_count; ++s) {
+      if (s->delta) {
+        add_delta(io, *s, n, end);
+      } else {
+        expand_rows(io, *s, p.out, n, end, 2 * kLinearColumns);
+      }
+    }
   }
 }
 

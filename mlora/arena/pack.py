@@ -162,10 +162,10 @@ def pack(
             if square and torch.equal(delta.b, torch.eye(delta.rank).to(delta.b)):
                 rows[index, 0, layout.WHOLE] = 1
         elif delta.matrix is not None:
-            first, second = (-1 if part is None else number(part) for part in _factors(delta.matrix, implied[home]))
-            factors.append((index, first, second, delta.rank, delta.scale))
-            if delta.matrix.outputs <= delta.matrix.inputs:
-                rows[index, 0, layout.WHOLE] = 1
+            matrix, is_a = delta.matrix, _is_a(delta.matrix, implied[home])
+            first, second = (-1 if part is None else number(part) for part in _factors(matrix, implied[home]))
+            factors.append((index, first, second, matrix.outputs if is_a else matrix.inputs, delta.scale))
+            rows[index, 0, layout.WHOLE] = is_a
         for column, bit, part in (
             (layout.GAIN, GAIN, delta.gain),
             (layout.IN_GAIN, INPUT, delta.in_gain),
@@ -257,15 +257,18 @@ def tensors_in(packed: Packed, deltas: Mapping[int, Delta], tensors: Mapping[str
     return {key: held[key] if key in places else tensor.clone() for key, tensor in tensors.items()}
 
 
+def _is_a(matrix: Matrix, implied: bool) -> bool:
+    """Whether a whole matrix is the A beside an identity for B, so that kernels read its rows in the order of memory; or,
+    where the identity is not `implied` and would be larger, the other way round."""
+    return implied or matrix.outputs <= matrix.inputs
+
+
 def _factors(matrix: Matrix, implied: bool) -> tuple[Made | None, Made | None]:
-    """A and B of a whole matrix: itself beside an identity of the smaller of its sides, which is None where that is
-    `implied`."""
+    """A and B of a whole matrix: itself and an identity, which is None where it is `implied`."""
     out, width = matrix.outputs, matrix.inputs
-    size = min(out, width)
-    identity = None if implied else Made((size, size), lambda: torch.eye(size))
-    if out <= width:
-        return Made((out, width), matrix.read), identity
-    return identity, Made((width, out), lambda: matrix.read().t())
+    if _is_a(matrix, implied):
+        return Made((out, width), matrix.read), None if implied else Made((out, out), lambda: torch.eye(out))
+    return Made((width, width), lambda: torch.eye(width)), Made((width, out), lambda: matrix.read().t())
 
 
 def numel_of(matrix: Matrix, implied: bool) -> int:

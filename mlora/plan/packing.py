@@ -59,6 +59,10 @@ class Packing:
         Raises:
             AttributionError: it is of another number, or does not tell which dimension they are.
         """
+        whole, shape = self._plans.get(None), x.shape
+        told = self.picks is None and len(shape) == 3 and shape[:2] == (1, self.tokens) and _part.get() is None
+        if told and whole is not None:  # so it is in most layers of most models: few calls
+            return whole
         plan, axis = self.attribute(x, module)
         if math.prod(x.shape[:axis]) != 1:
             raise self._unattributed(x, module)
