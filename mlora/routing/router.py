@@ -61,7 +61,8 @@ class Router:
         hand_over()
         follow(self)
         shared.number = add_publisher(self)
-        self._views = {id(buffer): _bytes_of(buffer) for buffer in (*shared.words, shared.header)}
+        self._buffers = [(words, _bytes_of(words)) for words in shared.words]
+        self._header = _bytes_of(shared.header)
         self._published: Plan | None = None  # what they hold, if that is known
 
     def set_default(self, entry: Entry) -> None:
@@ -282,9 +283,11 @@ class Router:
                 "compiled code got packed sequences (lengths=) under several entries, which are served in eager code "
                 "only; call the model without torch.compile, or use one entry for all of them"
             )
+        words = next((view for own, view in self._buffers if own is buffer), None) or _bytes_of(buffer)
+        first = self._header if header is shared.header else _bytes_of(header)
         with self._lock:
             self._published = None
-            self._copy(plan, buffer, header)
+            self._copy(plan, buffer, words, header, first)
 
     def touched(self) -> Sequence[int]:
         return (self._shared.local.plan or self._shared.default or self._nothing).touches
@@ -299,14 +302,15 @@ class Router:
         plan = plan or shared.default or shared.blank
         with self._lock:
             if plan is not self._published:
-                for words in shared.words:
-                    self._copy(plan, words, shared.header)
+                for buffer, words in self._buffers:
+                    self._copy(plan, buffer, words, shared.header, self._header)
                 self._published = plan
 
-    def _copy(self, plan: Plan, buffer: Tensor, header: Tensor) -> None:
-        """Of a plan that is too large only the header: kernels on the host refuse one that is shorter than its header
-        says, and on other devices `Planner` did."""
-        words, first = (self._views.get(id(own)) or _bytes_of(own) for own in (buffer, header))
+    @staticmethod
+    def _copy(plan: Plan, buffer: Tensor, words: memoryview | None, header: Tensor, first: memoryview | None) -> None:
+        """`words` and `first` are the buffers' memory, where that is on the host. Of a plan that is too large only the
+        header: kernels on the host refuse one that is shorter than its header says, and on other devices `Planner`
+        did."""
         if words is None or first is None:
             tensor = next(tensor for tensor in plan.tensors if tensor.device == buffer.device)
             buffer[: tensor.numel()].copy_(tensor)
