@@ -135,7 +135,7 @@ class Adapter:
         it started (PiSSA, OLoRA) belongs to that base as it was before, as its file would.
 
         Raises:
-            UnknownAdapterError: the model has no adapter of that name.
+            UnknownAdapterError: the model has no adapter of that name. AdapterError: it is offloaded.
         """
         configs = getattr(model, "peft_config", None) or {}
         if name not in configs:
@@ -145,6 +145,11 @@ class Adapter:
 
         # The state is read first: it brings AdaLoRA's config up to date.
         state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        if away := next((key for key, tensor in state.items() if tensor.is_meta), None):
+            raise errors.AdapterError(
+                f"adapter {name!r} of this {type(model).__name__} is offloaded: {away} is on 'meta'. Save it before "
+                f"the model is offloaded, patch the model without PEFT, and load it"
+            )
         tensors = {key: tensor.detach().to("cpu", copy=True) for key, tensor in state.items()}
         return cls(copy.deepcopy(configs[name].to_dict()), tensors, source=f"{type(model).__name__} adapter {name!r}")
 

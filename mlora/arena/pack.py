@@ -258,8 +258,8 @@ def tensors_in(packed: Packed, deltas: Mapping[int, Delta], tensors: Mapping[str
 
 
 def _is_a(matrix: Matrix, implied: bool) -> bool:
-    """Whether a whole matrix is the A beside an identity for B, so that kernels read its rows in the order of memory; or,
-    where the identity is not `implied` and would be larger, the other way round."""
+    """Whether a whole matrix is the A beside an identity for B, so that kernels read its rows in the order of memory;
+    or, where the identity is not `implied` and would be larger, the other way round."""
     return implied or matrix.outputs <= matrix.inputs
 
 

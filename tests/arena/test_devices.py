@@ -368,6 +368,27 @@ def test_memory_of_each_device(base: Any, adapters: dict[str, Path], tmp_path: P
     assert runtime.adapters == before
 
 
+@on_devices
+def test_a_live_peft_model_on_two_devices(
+    base: Any, adapters: dict[str, Path], alone: dict[str | None, Tensor], tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    live = PeftModel.from_pretrained(placed(base, "two devices", tmp_path), adapters["all"], adapter_name="all")
+    live.load_adapter(adapters["dora"], "dora")
+    model = mlora.patch(live, memory=1 << 20).model
+    check(model, ["all", "dora", None, "all"], alone, inputs_for("llama", 4))
+
+
+def test_a_live_peft_adapter_that_is_offloaded_is_refused(base: Any, adapters: dict[str, Path]) -> None:
+    live = peft_alone(base, adapters["all"])
+    cpu_offload(live, CPU)
+    before = identity(live)
+    with pytest.raises(errors.AdapterError, match=r"'oracle-0' of this PeftModel\w* is offloaded: .*lora_A.* 'meta'"):
+        mlora.patch(live, memory=1 << 20)
+    assert identity(live) == before
+
+
 # The store, on two arenas of the CPU's.
 
 
