@@ -55,6 +55,12 @@ def scale(x: Tensor, site: Site) -> Tensor:
     return scaled
 
 
+def drop(x: Tensor, places: Tensor, odds: Tensor) -> Tensor:
+    """`dropout.drop`, differentiable with respect to x."""
+    left: Tensor = _Dropped.apply(x, places, odds)
+    return left
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -141,6 +147,18 @@ class _Scaled(torch.autograd.Function):
             found = sums(x, h, site, site.inputs.keys(), torch.promote_types(h.dtype, torch.float32))
         gradients = [part.gradients(Found(in_gain=found[slot])) for slot, part in site.inputs.items()]
         return dx, None, *wanted(gradients, ctx.needs_input_grad[2:])
+
+
+class _Dropped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor, odds: Tensor) -> Tensor:
+        ctx.drop = places, odds
+        return dispatch.drop(x, places, odds)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, h: Tensor) -> tuple[Any, ...]:
+        return dispatch.drop(h.contiguous(), *ctx.drop), None, None
 
 
 def keep(ctx: Any, site: Site, *tensors: Tensor | None) -> None:

@@ -35,6 +35,8 @@ def trained(layer: Any, x: Tensor, site: Site, touches: int, plain: bool) -> Ten
                 return functions.linear(x, weight, bias, site, kblock)
     scale = partial(functions.scale, site=site) if site.inputs else None
     y, source = layer._bases(x, site.words, touches, scale)
+    if drop is not None and _drops_base(site):
+        source = layer._given(functions.drop(x, *drop))
     return functions.add(y, source, x, held.get("bias"), site, drop) if touches & (LORA | GAIN | SHIFT) else y
 
 
@@ -50,6 +52,12 @@ def _drop(layer: Any, x: Tensor, site: Site, touches: int) -> tuple[Tensor, Tens
             f"adapter's lora_dropout is for; call the model itself, or train it with lora_dropout=0"
         )
     return None
+
+
+def _drops_base(site: Site) -> bool:
+    """Whether a DoRA here has dropout: its gain is of the base's product of what is left, as in PEFT. Rows that drop
+    nothing have base(x) in that product, too."""
+    return any(one.drops and one.parts[site.index].reads & MADE_AGAIN for one in site.trained.values())
 
 
 def refuse_beside(name: str) -> NoReturn:

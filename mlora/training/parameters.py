@@ -115,7 +115,7 @@ class Trains:
             packed = self._store[self._registry[name].key]
             fixed = adapter.config.get("init_lora_weights") == "mica"  # PEFT trains the B of "MiCA"
             bases = {index: self._measured_by(self._registry.paths[index]) for index in keys}
-            paths = {index: self._registry.paths[index] for index, own in keys.items() if own.kind == "lora"}
+            paths = {index: self._registry.paths[index] for index, own in keys.items() if own.kind in ("lora", "dora")}
             paths = {index: path for index, path in paths.items() if self.bases[path].linear}
             chance = adapter.config.get("lora_dropout") or 0.0
             dropout = Dropout(chance, torch.initial_seed() if seed is None else seed, paths)

@@ -61,11 +61,6 @@ def check_config(config: Mapping[str, Any], source: str) -> None:
     chance = config.get("lora_dropout") or 0.0
     if not 0 <= chance < 1:
         raise errors.AdapterError(f"adapter from {source}: lora_dropout is {chance!r}, must be in [0, 1)")
-    if chance and config.get("use_dora"):
-        raise errors.UnsupportedAdapterError(
-            f"adapter from {source}: option lora_dropout={chance!r} is not trained with use_dora, whose norms would be "
-            f"of a base product of what is left; set it to 0"
-        )
     for option, value in config.items():
         if option in _TRAINED[kind] or value in (None, False, 0, "none", {}, []):
             continue

@@ -40,7 +40,7 @@ class Masked(nn.Module):
 def theirs(base: Any, folder: Path, batch: dict[str, Tensor], row: int, step: int, number: int) -> Any:
     """PEFT's model after the backward pass of one row, which is the adapter's row `number` of its step, and its
     outputs."""
-    model = peft_alone(base, folder)
+    model = peft_alone(base, folder).train()  # where PEFT's DoRA asks for its dropout
     for path, module in model.named_modules():
         if hasattr(module, "lora_dropout"):
             module.lora_dropout["oracle-0"] = Masked(path.removeprefix("base_model.model."), step, number)
@@ -63,19 +63,25 @@ def begun(base: Any, folders: dict[str, Path], step: int = 0, **options: Any) ->
 @pytest.fixture
 def case(tmp_path: Path) -> Any:
     def make(kind: str, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Any, dict[str, Path]]:
+        """`options`: of "a", which has dropout, and "c", which has none; "b" is a LoRA with dropout."""
         base = build(kind, dtype)
-        folders = {name: folder_of(tmp_path, base, kind, name, i, lora_dropout=P) for i, name in enumerate("ab")}
-        folders["c"] = folder_of(tmp_path, base, kind, "c", 2)
+        folders = {
+            name: folder_of(tmp_path, base, kind, name, seed, **own)
+            for seed, (name, own) in enumerate(
+                {"a": {"lora_dropout": P, **options}, "b": {"lora_dropout": P}, "c": options}.items()
+            )
+        }
         return base, folders
 
     return make
 
 
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
 @pytest.mark.parametrize("kind", ["mlp", "qwen2"])
-def test_gradients_are_those_of_peft_under_the_mask(kind: str, case: Any) -> None:
+def test_gradients_are_those_of_peft_under_the_mask(kind: str, options: dict[str, Any], case: Any) -> None:
     """fp64; one adapter has rows of two micro-batches, beside the base, an adapter without dropout, and a frozen one
     whose config has some."""
-    base, folders = case(kind)
+    base, folders = case(kind, **options)
     folders["z"] = folders["b"]
     model = begun(base, folders, step=7, frozen=("z",))
     first, second = (inputs_for(kind, 5, dtype=torch.float64, seed=seed) for seed in (1, 2))
@@ -103,8 +109,9 @@ def test_gradients_are_those_of_peft_under_the_mask(kind: str, case: Any) -> Non
     assert (outs[1][1] - want[0]).norm() < 1e-10 * want.norm()
 
 
-def test_the_gradient_of_the_input_is_masked_too(case: Any) -> None:
-    base, folders = case("mlp")
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_the_gradient_of_the_input_is_masked_too(options: dict[str, Any], case: Any) -> None:
+    base, folders = case("mlp", **options)
     model = begun(base, folders)
     batch = inputs_for("mlp", 3, dtype=torch.float64)
     x = batch["x"].requires_grad_()
@@ -157,8 +164,9 @@ def test_a_row_does_not_see_its_batch(case: Any) -> None:
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["saved tensors", "reentrant"])
-def test_checkpoints_make_the_same_mask(use_reentrant: bool, case: Any) -> None:
-    base, folders = case("qwen2", torch.float32)
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_checkpoints_make_the_same_mask(use_reentrant: bool, options: dict[str, Any], case: Any) -> None:
+    base, folders = case("qwen2", torch.float32, **options)
     batch = inputs_for("qwen2", 3)
     entries = ["a", "b", "a"]
     want = gradients(begun(base, folders), batch, entries, "a")
@@ -269,7 +277,7 @@ def test_seeds(case: Any) -> None:
     assert torch.allclose(out[0], out[1], rtol=1e-5) and not torch.allclose(out[0], out[2], rtol=1e-3)
 
 
-def test_what_is_refused(case: Any, tmp_path: Path) -> None:
+def test_what_is_refused(case: Any) -> None:
     base, folders = case("mlp", torch.float32)
     model = begun(base, folders)
     x = inputs_for("mlp", 2)["x"]
@@ -281,9 +289,6 @@ def test_what_is_refused(case: Any, tmp_path: Path) -> None:
     model.train()
     with model.mlora.use_adapters("a"), pytest.raises(errors.AttributionError, match="outside of a call"):
         model.up(torch.randn(2, 3, model.up.in_features))
-    dora = folder_of(tmp_path, base, "mlp", "dora", 1, lora_dropout=0.5, use_dora=True)
-    with pytest.raises(errors.UnsupportedAdapterError, match=r"lora_dropout=0\.5 is not trained with use_dora"):
-        model.mlora.load_adapter(dora, "dora", is_trainable=True)
-    model.mlora.load_adapter(dora, "dora")
+    model.mlora.load_adapter(folders["a"], "frozen")
     with pytest.raises(errors.AdapterError, match="has no parameters"):
-        model.mlora.get_rng_state("dora")
+        model.mlora.get_rng_state("frozen")

@@ -434,7 +434,6 @@ def test_merges_of_what_is_trained_are_refused(tmp_path):
 
 
 REFUSED = {
-    "lora_dropout": {"lora_dropout": 0.1, "use_dora": True},
     "bias": {"bias": "lora_only"},
 }
 
