@@ -48,7 +48,8 @@ def train(
             runs = runs_of(parsed)
             source = check_model(parsed.model_source())
         except MloraError as error:
-            raise InputError(f"{config}: {error}") from None
+            told = str(error)
+            raise InputError(told if told.startswith(str(config)) else f"{config}: {told}") from None
         _train(parsed, runs, source, max_tokens, restart, device, dtype)
 
 

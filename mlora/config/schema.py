@@ -136,6 +136,8 @@ def parse(config: str | Path | Mapping[str, Any]) -> Config:
         sections[name] = _sections(entry)
     wanted = [_merge(mapping(merge, "adapters.merge"), f"{i}" if i else "", ignored) for i, merge in enumerate(merges)]
     known = [*entries, *(name for name, _ in wanted)]
+    if twice := next((name for at, name in enumerate(known) if name in known[:at]), None):
+        raise errors.ConfigError(f"the config has the name {twice!r} twice, as an adapter and a merge, or two merges")
     if active is not None:
         active = _name(active, "adapters.active is")
     for name in ([active] if active is not None else []) + [n for _, how in wanted for n in how.adapters]:

@@ -45,6 +45,7 @@ class Training:
     Args:
         lora: what PEFT's config says of training: dropout, bias, the first numbers.
         training, validation: data sets; `validation` is None where it is split off.
+        sample_ratio: the share of the rows that are used at all, before they are split.
         split_column: the column whose 0, 1 and 2 mean training, validation and test; else `probabilities` split rows.
         template, chat, prompt, completion: as `mlora.data.Form` has them.
         steps_per_checkpoint, checkpoints_per_epoch: how often a checkpoint is written, each with an evaluation; 0 says
@@ -54,6 +55,7 @@ class Training:
     lora: Mapping[str, Any]
     training: Any
     validation: Any
+    sample_ratio: float
     split_column: str | None
     probabilities: Sequence[float]
     template: str | None
@@ -119,7 +121,7 @@ def _training(where: str, own: Mapping[str, Any], shared: Mapping[str, Any], fol
     training, validation = _dataset(dataset, where, folder)
     prompt, preprocessing = section("prompt"), section("preprocessing")
     check_keys(prompt, ("template", "task", "chat"), f"{where}: prompt")
-    check_keys(preprocessing, ("split", "global_max_sequence_length"), f"{where}: preprocessing")
+    check_keys(preprocessing, ("split", "global_max_sequence_length", "sample_ratio"), f"{where}: preprocessing")
     template = prompt.get("template")
     if template is not None and not isinstance(template, str):
         raise errors.ConfigError(f"{where}: prompt.template is {template!r}; it must be text with {{columns}}")
@@ -135,6 +137,14 @@ def _training(where: str, own: Mapping[str, Any], shared: Mapping[str, Any], fol
         lora=_lora(own, where),
         training=training,
         validation=validation,
+        sample_ratio=_value(
+            preprocessing,
+            "sample_ratio",
+            1.0,
+            lambda v: _positive(v) and v <= 1,
+            "a share above 0, at most 1",
+            f"{where}: preprocessing",
+        ),
         split_column=split_column,
         probabilities=probabilities,
         template=template,
@@ -284,8 +294,9 @@ def _feature(value: Any, where: str) -> str | None:
         return None
     if not isinstance(value, (list, tuple)) or len(value) != 1 or not isinstance(value[0], Mapping):
         raise errors.ConfigError(f"{where} is {value!r}; it must be a list of one feature")
-    feature = value[0]
-    name = feature.get("name")
+    feature = given(value[0])
+    check_keys(feature, ("name", "type", "column"), where)  # preprocessing.global_max_sequence_length cuts examples off
+    name = feature.get("column", feature.get("name"))
     if not isinstance(name, str) or feature.get("type", "text") != "text":
         raise errors.ConfigError(f"{where} is {value!r}; it must be a text feature, with the name of a column")
     return name

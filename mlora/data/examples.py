@@ -145,7 +145,8 @@ def _pair(row: Row, form: Form) -> Pair:
         if kind is None:
             raise errors.DataError(
                 f"its columns are {', '.join(map(repr, row)) or 'none'}; wanted 'prompt' and 'completion', 'messages', "
-                f"'text', or 'instruction' and 'output'; or name yours in a Form"
+                f"'text', or 'instruction' and 'output'; or name yours: in Python by a Form, in a config file by "
+                f"prompt.template and output_features, on the command line by --template and --completion"
             )
         if kind == ("messages",):
             return _conversation(row["messages"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import array
+import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,8 @@ class Active:
         self._runtime = runtime
         self.total = total_steps(len(examples), run.rows_per_step, run.num_train_epochs, run.max_steps)
         self.per_epoch = steps_per_epoch(len(examples), run.rows_per_step)
-        self.state = State(rows=len(examples), settings=run.settings())
+        data = {"data": _digest(examples), "eval_data": _digest(judged)}
+        self.state = State(rows=len(examples), settings={**run.settings(), **data})
         self._kept: Mapping[str, Any] | None = None
         if not resume:
             checkpoint.clear(folder)
@@ -185,14 +188,23 @@ class Active:
         self._runtime.load_adapter(folder, self.name, is_trainable=True)
 
     def _same(self, state: State, where: Path) -> None:
-        now = {**self.state.settings, "rows": self.state.rows}
-        then = {**state.settings, "rows": state.rows}
-        for key in now:
-            if now[key] != then.get(key):
-                raise errors.TrainError(
-                    f"run {self.name!r}: {key} was {then.get(key)!r} in {where}, and is {now[key]!r}; resume=False "
-                    f"starts anew"
-                )
+        now = {"rows": self.state.rows, **self.state.settings}
+        then = {"rows": state.rows, **state.settings}
+        for key in dict.fromkeys((*now, *then)):
+            if now.get(key) != then.get(key):
+                was = f"was {then.get(key)!r} in {where}, and is {now.get(key)!r}"
+                if key in ("data", "eval_data"):
+                    was = f"has other examples than in {where}"
+                raise errors.TrainError(f"run {self.name!r}: {key} {was}; resume=False starts anew")
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    """Two that differ are of other examples, or of another order."""
+    found = hashlib.blake2b(digest_size=8)
+    for example in examples:
+        for numbers in example:
+            found.update(array.array("q", [len(numbers), *numbers]))
+    return found.hexdigest()
 
 
 def _optimizer(run: Run, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

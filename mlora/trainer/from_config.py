@@ -11,16 +11,20 @@ from .. import errors
 from ..config import Config, Training, lora_fields, training_of
 from ..data import Form, check_rows, read_rows
 from .order import steps_per_epoch
-from .run import Run
+from .run import Run, check_name
 
 
 def runs_of(config: Config) -> dict[str, Run]:
     """The run of each adapter that the config trains, its data sets read and checked. No model is needed.
 
     Raises:
-        ConfigError: as `training_of`. DataError: a data set cannot be read, or a row has not what the config wants.
+        ConfigError: as `training_of`. TrainError: a folder cannot have the name. DataError: a data set cannot be
+            read, or a row has not what the config wants.
     """
-    return {name: _run(name, training, config) for name, training in training_of(config).items()}
+    found = training_of(config)
+    for name in (*found, *(name for name, _ in config.merges)):
+        check_name(name)
+    return {name: _run(name, training, config) for name, training in found.items()}
 
 
 def _run(name: str, training: Training, config: Config) -> Run:
@@ -64,6 +68,9 @@ def _run(name: str, training: Training, config: Config) -> Run:
 def _split(name: str, training: Training) -> tuple[Sequence[Any], Sequence[Any]]:
     """Rows to train on and to validate with."""
     rows = read_rows(training.training)
+    if training.sample_ratio < 1:
+        few = _shuffled(len(rows), training.seed)[: max(1, round(training.sample_ratio * len(rows)))]
+        rows = [rows[at] for at in sorted(few)]
     if training.validation is not None:
         return rows, read_rows(training.validation)
     if training.split_column is not None:
@@ -76,7 +83,12 @@ def _split(name: str, training: Training) -> tuple[Sequence[Any], Sequence[Any]]
         parts = [[row for row in rows if str(row[column]) == part] for part in "01"]
         return parts[0], parts[1]
     train, validate, _ = training.probabilities
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(training.seed)).tolist()
+    order = _shuffled(len(rows), training.seed)
     first = max(1, round(train * len(rows)))
     second = first + round(validate * len(rows))
     return [rows[at] for at in sorted(order[:first])], [rows[at] for at in sorted(order[first:second])]
+
+
+def _shuffled(count: int, seed: int) -> list[int]:
+    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -17,6 +19,7 @@ OPTIMIZERS = ("adamw", "adam", "sgd")
 SCHEDULES = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
 )  # fmt: skip
+_NAME = re.compile(r"[^/\\\0]+")
 MakesOptimizer: TypeAlias = Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -101,11 +104,11 @@ class Run:
         return self.batch_size * self.gradient_accumulation_steps
 
     def settings(self) -> dict[str, Any]:
-        """What a checkpoint remembers, to go on with the same: everything but data."""
-        own: dict[str, Any] = {}
+        """What a checkpoint remembers, to go on with the same: everything but data. Of the config by its fields."""
+        own: dict[str, Any] = {f"config.{key}": value for key, value in _plain_config(self.config).items()}
         for one in fields(self):
             value = getattr(self, one.name)
-            if one.name not in ("data", "eval_data", "config", "save_steps", "save_total_limit", "form"):
+            if one.name not in ("data", "eval_data", "config", "save_steps", "save_total_limit"):
                 own[one.name] = value if isinstance(value, (int, float, str, bool, type(None))) else repr(value)
         if callable(self.optimizer):
             own["optimizer"] = getattr(self.optimizer, "__qualname__", "a function")
@@ -130,6 +133,21 @@ class Result:
     eval_loss: float | None
     best_step: int | None
     folder: Path
+
+
+def check_name(name: Any) -> None:
+    """Raise `TrainError` unless a folder can have the name."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name in (".", ".."):
+        raise errors.TrainError(f"the name of a run is {name!r}; it must be text that can name a folder")
+
+
+def _plain_config(config: Any) -> dict[str, Any]:
+    """The fields of a config that say something, as JSON has them, whichever way they are given."""
+    fields = dict(config if isinstance(config, Mapping) else config.to_dict()) if config is not None else {}
+    fields.pop("peft_version", None)
+    said = {key: value for key, value in fields.items() if value not in (None, False, {}, [])}
+    plain: dict[str, Any] = json.loads(json.dumps(said, default=lambda v: sorted(v) if isinstance(v, set) else str(v)))
+    return plain
 
 
 def _finite(value: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,7 @@ from .active import Active
 from .curves import PICTURE, Log, draw
 from .order import total_steps
 from .progress import Told, shown
-from .run import Result, Run
-
-_NAME = re.compile(r"[^/\\\0]+")
+from .run import Result, Run, check_name
 
 
 class Trainer:
@@ -69,8 +66,7 @@ class Trainer:
         if not runs:
             raise errors.TrainError("there are no runs to train")
         for name, run in runs.items():
-            if not isinstance(name, str) or not _NAME.fullmatch(name) or name in (".", ".."):
-                raise errors.TrainError(f"the name of a run is {name!r}; it must be text that can name a folder")
+            check_name(name)
             if run.config is None and runtime.adapter(name) is None:
                 raise errors.TrainError(
                     f"run {name!r} has no config, and no adapter of that name is loaded; a config makes one"

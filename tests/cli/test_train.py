@@ -107,6 +107,9 @@ def test_one_file_trains_merges_and_serves(base: str, tmp_path: Path, llama: Any
         (("trainer", "learning_rate"), "fast", "trainer.learning_rate is 'fast'; it must be a finite number"),
         (("trainer", "learning_rate"), float("nan"), "trainer.learning_rate is nan"),
         (("trainer", "learning_rat"), 1, "no key 'learning_rat' (did you mean 'learning_rate'?)"),
+        (("trainer", "max_steps"), 1, "no key 'max_steps' (did you mean 'train_steps'?)"),
+        (("adapters", "adapters", "a", "lora_alpha"), 4, "no key 'lora_alpha' (did you mean 'alpha'?)"),
+        (("adapters", "merge", "name"), "a", "the name 'a' twice"),
         (("trainer", "type"), "dpo", "trainer.type is 'dpo'"),
         (("trainer", "batch_size"), "auto", "trainer.batch_size is 'auto'"),
         (("trainer", "effective_batch_size"), 5, "effective_batch_size 5 is not batch_size 2 times"),
@@ -116,8 +119,15 @@ def test_one_file_trains_merges_and_serves(base: str, tmp_path: Path, llama: Any
         (("prompt", "template"), "{task}: ", "dataset of adapter 'a' row 1: it has no column 'task'"),
         (("output_features",), [{"name": "answer", "type": "text"}], "row 1: it has no column 'answer'"),
         (("output_features",), [{"name": "answer", "type": "category"}], "it must be a text feature"),
+        (
+            ("output_features",),
+            [{"name": "output", "type": "text", "preprocessing": {"max_sequence_length": 9}}],
+            "output_features has no key 'preprocessing'",
+        ),
+        (("adapters",), {"adapters": {"a/b": {"type": "lora"}}}, "the name of a run is 'a/b'"),
         (("preprocessing", "split"), {"type": "random", "probabilities": [1, 1, 1]}, "three shares that add up to 1"),
         (("preprocessing", "split"), {"type": "fixed"}, "no column 'split'"),
+        (("preprocessing", "sample_ratio"), 0, "preprocessing.sample_ratio is 0; it must be a share above 0"),
         (("preprocessing", "split"), {"type": "stratify"}, "it must be 'random' or 'fixed'"),
         (("adapters", "adapters", "a", "trainer"), {"epochs": 0}, "adapter 'a': trainer.epochs is 0"),
         (("adapters", "adapters", "a", "loraplus_lr_ratio"), 4, "loraplus_lr_ratio"),
@@ -148,3 +158,15 @@ def test_a_row_without_a_target_and_an_adapter_twice(base: str, tmp_path: Path) 
     file_.write_text("base_model: x\nadapters:\n  adapters:\n    a: {r: 2}\n    a: {r: 3}\n")
     result = CliRunner().invoke(app, ["train", str(file_)])
     assert result.exit_code == 2 and "'a'" in result.output
+
+
+def test_ludwigs_defaults_with_dora(base: str, tmp_path: Path, llama: Any) -> None:
+    """A dropout of 0.05, which nobody wrote, and the modules that are usual; of a share of the rows."""
+    whole = config(base, tmp_path, preprocessing={"sample_ratio": 0.5, "split": {"probabilities": [1, 0, 0]}})
+    whole["adapters"] = {"adapters": {"a": {"type": "lora", "r": 2, "use_dora": True}}}
+    code, output = run(tmp_path, whole)
+    assert code == 0, output
+    assert "a: 6 rows to train on; 6 steps of 2 rows" in output
+    written = json.loads((tmp_path / "results" / "a" / "adapter_config.json").read_text())
+    assert (written["lora_dropout"], written["use_dora"], written["lora_alpha"]) == (0.05, True, 4)
+    peft_alone(llama, tmp_path / "results" / "a")

@@ -243,9 +243,20 @@ def test_other_settings_do_not_go_on(llama: Any, tmp_path: Path) -> None:
     other = Run(**{**vars(RUNS["a"]), "learning_rate": 2e-2})
     with pytest.raises(errors.TrainError, match=r"learning_rate was 0.01 in .*, and is 0.02; resume=False"):
         trained(llama, {"a": other}, tmp_path)
-    fewer = Run(**{**vars(RUNS["a"]), "data": ROWS[:4]})
-    with pytest.raises(errors.TrainError, match="rows was 8"):
-        trained(llama, {"a": fewer}, tmp_path)
+    for change, words in (
+        ({"data": ROWS[:4]}, "rows was 8"),
+        ({"data": [*ROWS[:-1], {"prompt": "say it, ", "completion": "it"}]}, "'a': data has other examples than in"),
+        ({"config": lora(3)}, r"config\.r was 4 in .*, and is 3"),
+        ({"config": lora(use_dora=True)}, r"config\.use_dora was None in .*, and is True"),
+        ({"form": Form(completion_only=False)}, r"form was 'Form\("),
+    ):
+        with pytest.raises(errors.TrainError, match=words):
+            trained(llama, {"a": Run(**{**vars(RUNS["a"]), **change})}, tmp_path)
+    from peft import LoraConfig
+
+    same = LoraConfig(r=4, lora_alpha=8, target_modules=LINEARS)
+    trained(llama, {"a": Run(**{**vars(RUNS["a"]), "config": same})}, tmp_path / "of an object")
+    trained(llama, {"a": Run(**{**vars(RUNS["a"]), "config": same})}, tmp_path / "of an object")
     Trainer(runtime_of(llama), letters(), {"a": other}, tmp_path, progress=False).train(resume=False)
     assert curve(tmp_path / "a")[1] != curve(tmp_path / "a")[0]
 
