@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -119,6 +120,8 @@ def evaluate(
         files = _tasks(data)
         if output is not None and (output / "scores.jsonl").exists() and not force:
             raise InputError(f"{output} has scores already; --force replaces them")
+        if not (strategy or merge) and (unused := _given(density=density, weight=weight, rank=rank)):
+            raise InputError(f"--{unused[0]} is of merges, and there are none; --strategy or --merge makes some")
         served = choose(config, model, "--model", adapter, approximate, dense, strict, ignore, allow_pickle)
         metrics = [_metric(one) for one in metric or ["loss"]]
         entries: dict[str, Any] = {BASE: None, **{name: name for name in served.sources}}
@@ -165,10 +168,11 @@ def _judge(
 ) -> None:
     from rich.console import Console
 
-    from mlora.evaluation import draw, evaluate, table_of
+    from mlora.evaluation import draw, evaluate, size, table_of
 
-    count = sum(map(len, tasks.values())) * len(entries)
-    with progress.step(f"judging {counted(len(entries), 'entry').replace('entrys', 'entries')}, {count} rows"):
+    what = "the base" if len(entries) == 1 else f"{len(entries)} entries"
+    progress.note(f"judging {what} on {counted(sum(map(len, tasks.values())), 'row')}")
+    with progress.counting("judged", 0, size(tasks, entries, metrics)) as told:
         scores = evaluate(
             model.mlora,
             tokenizer,
@@ -178,6 +182,7 @@ def _judge(
             form=form,
             max_new_tokens=max_new_tokens,
             max_tokens=max_tokens,
+            told=told,
         )
     show = Console(soft_wrap=True, highlight=False, markup=False)
     show.print(table_of(scores, BASE))
@@ -201,6 +206,10 @@ def _judge(
     show.print(f"\nout  {output}")
 
 
+def _given(**options: Any) -> list[str]:
+    return [name for name, value in options.items() if value is not None]
+
+
 def _tasks(data: Sequence[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for option in data:
@@ -218,7 +227,9 @@ def _tasks(data: Sequence[str]) -> dict[str, Path]:
 def _entry(text: str, names: Sequence[str]) -> Any:
     try:
         value = json.loads(text)
-    except ValueError:
+    except ValueError as error:
+        if text.lstrip().startswith("{"):
+            raise InputError(f"--entry {text!r} is no JSON: {error}") from None
         value = text
     if isinstance(value, str):
         _check_names([value], names)
@@ -226,9 +237,12 @@ def _entry(text: str, names: Sequence[str]) -> Any:
     if not isinstance(value, dict):
         raise InputError(f"--entry {text!r}: wanted a name, an object of weights or a merge")
     from mlora.merge import as_merge
+    from mlora.merge.how import is_weight
 
     merge = as_merge(value)
     _check_names(list(merge.adapters if merge is not None else value), names)
+    if merge is None and (wrong := [weight for weight in value.values() if not is_weight(weight)]):
+        raise InputError(f"--entry {text!r}: the weight {wrong[0]!r} is no finite number")
     return merge if merge is not None else value
 
 
@@ -244,11 +258,15 @@ def _metric(text: str) -> str | Callable[[str, str], float]:
         if text not in ("loss", "perplexity", "exact_match"):
             raise InputError(f"--metric {text!r}: wanted loss, perplexity, exact_match or FILE.py:FUNCTION")
         return text
-    spec = importlib.util.spec_from_file_location("metric", Path(path).expanduser())
+    spec = importlib.util.spec_from_file_location(f"metric {path}", Path(path).expanduser())
     if spec is None or spec.loader is None or not Path(path).expanduser().is_file():
         raise InputError(f"--metric {text!r}: there is no file {path}")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[spec.name] = module  # where dataclasses look for it
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"--metric {text!r}: {path} cannot be run: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise InputError(f"--metric {text!r}: {path} has no function {name!r}")

@@ -35,7 +35,8 @@ def grid(
         for density in densities if base in _PRUNE else (None,):
             for weight in weights:
                 kept = "" if density is None else f" {density:g}"
-                label = f"{strategy}{kept} x{weight:g} {names}"
+                rank = "" if svd_rank is None else f" r{svd_rank}"
+                label = f"{strategy}{kept}{rank} x{weight:g} {names}"
                 found[label] = Merge(
                     tuple(adapters), (weight,) * len(adapters), strategy, density=density, svd_rank=svd_rank
                 )

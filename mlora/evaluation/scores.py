@@ -13,7 +13,7 @@ import torch
 from .. import errors
 from ..data import Form, Pair, Rows, check_rows, encode, prompt_ids, read_rows, reference_of
 from ..merge import Merge, as_merge
-from ..passes import Passes, Wanted
+from ..passes import Passes, Wanted, calls_of
 from ..runtime import Runtime
 
 Metric: TypeAlias = str | Callable[[str, str], float]
@@ -47,6 +47,7 @@ def evaluate(
     max_new_tokens: int = 64,
     max_tokens: int = 4096,
     max_running: int = 32,
+    told: Callable[[int], None] | None = None,
 ) -> list[Score]:
     """What each entry does on each task.
 
@@ -61,6 +62,7 @@ def evaluate(
         form: how rows are read, for all tasks or for each.
         max_new_tokens: of an answer. `max_running`: how many answers are written at once.
         max_tokens: of a call that computes losses, with padding.
+        told: is called with how many losses and answers are there; `size` tells how many there will be.
 
     Returns:
         A score for each entry and task, in their order.
@@ -74,10 +76,11 @@ def evaluate(
     pairs = {task: check_rows(read_rows(rows), forms[task], f"task {task!r}") for task, rows in tasks.items()}
     losses: dict[tuple[str, str], float] = {}
     answers: dict[tuple[str, str], list[str]] = {}
+    done = _Done(told)
     if any(name in _OF_LOSSES for name in named):
-        losses = _losses(runtime, tokenizer, pairs, forms, entries, max_tokens)
+        losses = _losses(runtime, tokenizer, pairs, forms, entries, max_tokens, done)
     if any(name not in _OF_LOSSES for name in named):
-        answers = _answers(runtime, tokenizer, pairs, entries, max_new_tokens, max_running)
+        answers = _answers(runtime, tokenizer, pairs, entries, max_new_tokens, max_running, done)
     scores = []
     for label in entries:
         for task in tasks:
@@ -91,6 +94,25 @@ def evaluate(
                     values[name] = sum(float(function(a, reference_of(pair))) for a, pair in judged) / len(pairs[task])
             scores.append(Score(label, task, values, answers.get(key, ())))
     return scores
+
+
+def size(tasks: Mapping[str, Sequence[Any]], entries: Mapping[str, Any], metrics: Sequence[Metric]) -> int:
+    """How many losses and answers `evaluate` makes."""
+    names = _named(metrics)
+    kinds = any(name in _OF_LOSSES for name in names) + any(name not in _OF_LOSSES for name in names)
+    return kinds * len(entries) * sum(map(len, tasks.values()))
+
+
+class _Done:
+    """Counts what is done."""
+
+    def __init__(self, told: Callable[[int], None] | None) -> None:
+        self._told, self._count = told, 0
+
+    def more(self, count: int) -> None:
+        self._count += count
+        if self._told is not None:
+            self._told(self._count)
 
 
 def _named(metrics: Sequence[Metric]) -> dict[str, Callable[[str, str], float] | None]:
@@ -123,6 +145,7 @@ def _losses(
     forms: Mapping[str, Form],
     entries: Mapping[str, Any],
     max_tokens: int,
+    done: _Done,
 ) -> dict[tuple[str, str], float]:
     examples = {}
     limit = getattr(runtime.model.config, "max_position_embeddings", None)
@@ -142,9 +165,10 @@ def _losses(
                 for task in pairs
                 for example in examples[task]
             ]
-            for losses in passes.losses(rows):
+            for call, losses in zip(calls_of(rows, max_tokens), passes.losses(rows), strict=True):
                 for group, loss in losses.items():
                     sums[group] = sums.get(group, 0.0) + float(loss)
+                done.more(len(call))
         found.update(sums)
 
     with _as_it_is(runtime.model), torch.inference_mode():
@@ -159,6 +183,7 @@ def _answers(
     entries: Mapping[str, Any],
     max_new_tokens: int,
     max_running: int,
+    done: _Done,
 ) -> dict[tuple[str, str], list[str]]:
     from ..serve import Engine, Sampling  # which imports what generates, half of transformers
 
@@ -182,6 +207,7 @@ def _answers(
                     ids = [token.id for token in one.tokens]
                     ids = ids[:-1] if one.finish_reason == "stop" else ids
                     found[label, task][row] = tokenizer.decode(ids, skip_special_tokens=True)
+                    done.more(1)
 
     with _as_it_is(runtime.model):
         _in_parts(answer, list(entries))

@@ -123,10 +123,11 @@ def test_entries_that_do_not_fit_together_take_turns(llama: Any, folders: dict[s
 def test_a_grid() -> None:
     found = grid(["a", "b"], ["linear", "ties"], [0.3, 0.6], [0.5, 1.0], 4)
     assert list(found) == [
-        "linear x0.5 a+b", "linear x1 a+b",
-        "ties 0.3 x0.5 a+b", "ties 0.3 x1 a+b", "ties 0.6 x0.5 a+b", "ties 0.6 x1 a+b",
+        "linear r4 x0.5 a+b", "linear r4 x1 a+b",
+        "ties 0.3 r4 x0.5 a+b", "ties 0.3 r4 x1 a+b", "ties 0.6 r4 x0.5 a+b", "ties 0.6 r4 x1 a+b",
     ]  # fmt: skip
-    assert found["ties 0.6 x0.5 a+b"] == Merge(("a", "b"), (0.5, 0.5), "ties", density=0.6, svd_rank=4)
+    assert list(grid(["a", "b"], ["linear", "ties"])) == ["linear x1 a+b", "ties 0.5 x1 a+b"]
+    assert found["ties 0.6 r4 x0.5 a+b"] == Merge(("a", "b"), (0.5, 0.5), "ties", density=0.6, svd_rank=4)
     with pytest.raises(errors.MergeError, match="two or more"):
         grid(["a"])
     with pytest.raises(errors.MergeError, match="combination_type"):
@@ -162,8 +163,11 @@ def test_the_command(llama: Any, folders: dict[str, Path], tmp_path: Path) -> No
     for task, rows in TASKS.items():
         (tmp_path / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "judge.py").write_text(
-        "def starts(answer, reference):\n    return answer[:1] == reference.strip()[:1]\n"
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n@dataclass\nclass Judge:\n"
+        "    length: int\n\ndef starts(answer, reference):\n    return answer[:1] == reference.strip()[:1]\n"
     )
+    broken = tmp_path / "broken.py"
+    broken.write_text("import no_such_module\n")
     given = ["evaluate", "--model", base, *(f"--adapter={name}={folders[name]}" for name in "ab")]
     given += [f"--data={tmp_path / task}.jsonl" for task in TASKS]
 
@@ -177,6 +181,7 @@ def test_the_command(llama: Any, folders: dict[str, Path], tmp_path: Path) -> No
         "--metric", "loss", "--metric", f"{tmp_path / 'judge.py'}:starts", "--max-new-tokens", 3,
     )  # fmt: skip
     assert code == 0, output
+    assert "judging 7 entries on 10 rows" in output and "judged: 140 of 140" in output
     records = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
     assert [r["entry"] for r in records[::2]] == [
         "base", "a", "b", "ties 0.5 x0.5 a+b", "ties 0.5 x1 a+b", "linear x0.5 a+b", "linear x1 a+b",
@@ -188,6 +193,10 @@ def test_the_command(llama: Any, folders: dict[str, Path], tmp_path: Path) -> No
         (("--output", out), "has scores already; --force replaces them"),
         (("--metric", "bleu"), "--metric 'bleu'"),
         (("--entry", "z"), "unknown adapter 'z'"),
+        (("--entry", '{"a": "much"}'), "the weight 'much' is no finite number"),
+        (("--entry", '{"a": 1'), "is no JSON"),
+        (("--density", 0.5), "--density is of merges, and there are none"),
+        (("--metric", f"{broken}:f"), "broken.py cannot be run: ModuleNotFoundError"),
         (("--data", tmp_path / "none.jsonl"), "there is no file"),
         (("--completion", "answer"), "no column 'answer'"),
         (("--strategy", "best"), "combination_type"),
