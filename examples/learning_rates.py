@@ -3,7 +3,7 @@
     python examples/learning_rates.py                      # some minutes on two CPU cores
     python examples/learning_rates.py --steps 10 --rates 1e-4 1e-3
 
-The task is `sql` of examples/train.py: a request in English becomes a query. Curves are drawn to OUT/losses.png.
+The task is `sql` of examples/tasks.py: a request in English becomes a query. Curves are drawn to OUT/losses.png.
 """
 
 from __future__ import annotations
@@ -14,21 +14,14 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from train import TASKS, sql_example
+from tasks import made_up
+from train import RECIPES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
-import random
-
 import mlora
 from mlora.cli.demo_model import resolve_model
 from mlora.data import Form
-
-
-def examples(count: int, held_out: bool) -> list[dict[str, str]]:
-    draw = random.Random(f"0 {held_out}")
-    found = [sql_example(draw, held_out) for _ in range(count)]
-    return [{"prompt": one.prompt, "completion": one.answer} for one in found]
 
 
 def main() -> None:
@@ -37,12 +30,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="of 8 rows, of each run")
     parser.add_argument("--model", help="hub id or folder; default SmolLM2-135M-Instruct")
     parser.add_argument("--out", type=Path, default=Path("learning-rates"))
+    parser.add_argument("--restart", action="store_true", help="start anew, whatever is in --out")
     args = parser.parse_args()
 
     source = resolve_model(args.model)
     runtime = mlora.patch(AutoModelForCausalLM.from_pretrained(source, dtype="auto"))
-    rows, judged = examples(8 * args.steps, False), examples(32, True)
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", **TASKS["sql"].lora}
+    rows, judged = made_up("sql", 8 * args.steps, False), made_up("sql", 32, True)
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", **RECIPES["sql"].config}
     runs = {
         f"{rate:g}": mlora.Run(
             rows, config, eval_data=judged, form=Form(chat=True), learning_rate=rate, lr_scheduler_type="cosine",
@@ -50,13 +44,18 @@ def main() -> None:
         )
         for rate in args.rates
     }  # fmt: skip
-    results = mlora.Trainer(runtime, AutoTokenizer.from_pretrained(source), runs, args.out).train()
+    trainer = mlora.Trainer(runtime, AutoTokenizer.from_pretrained(source), runs, args.out)
+    try:
+        results = trainer.train(resume=not args.restart)
+    except mlora.errors.TrainError as error:  # what is there is of other steps
+        parser.error(str(error).replace("resume=False", "--restart"))
     table = Table("learning rate", "last loss", "loss on held-out requests")
     best = min(results, key=lambda name: results[name].eval_loss or float("inf"))
     for name, result in results.items():
         losses = [f"{value:.3f}" if value is not None else result.ended for value in (result.loss, result.eval_loss)]
         table.add_row(f"{name} *" if name == best else name, *losses)
     Console().print(table)
+    print(f"* the best; curves are in {args.out / 'losses.png'}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The pages: their code runs, their links and paths lead somewhere, and the README stays short."""
+"""The pages and examples: their code runs, their links and paths lead somewhere, and the README stays short."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
+import importlib
 import inspect
 import io
 import json
@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import string
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +88,78 @@ def test_every_block_of_using_runs(checkout: Path, monkeypatch: pytest.MonkeyPat
     assert ran == text.count("\n```") / 2 > 15
 
 
+def example(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module of examples/NAME.py, which finds its neighbours."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    return importlib.import_module(name)
+
+
+def run(module: Any, monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> str:
+    """What an example prints on its command line."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        module.main()
+    return printed.getvalue()
+
+
+def test_the_examples_train_and_judge(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a tiny model: what examples/train.py ships, examples/merging.py reads."""
+    train, tasks = example("train", monkeypatch), example("tasks", monkeypatch)
+    adapters = checkout / "examples" / "adapters"
+    given = ("sql", "--steps", 2, "--batch-size", 2, "--out", adapters)
+    printed = run(train, monkeypatch, *given)
+    assert "wanted: " in printed and "LoRA, r=8" in printed
+    shipped = json.loads((ROOT / "examples/adapters/sql/adapter_config.json").read_text())
+    config = json.loads((adapters / "sql" / "adapter_config.json").read_text())
+    assert {**config, "peft_version": ""} == {**shipped, "peft_version": ""}
+    saved = mlora.Adapter.from_pretrained(adapters / "sql")
+    assert {tensor.dtype for tensor in saved.tensors.values()} == {torch.bfloat16}
+    assert "| `sql` | a request in English" in (adapters / "README.md").read_text(encoding="utf-8")
+    assert len(json.loads((checkout / "build/examples/sql/trainer_state.json").read_text())["settings"]) > 20
+    first = (adapters / "sql" / "adapter_model.safetensors").read_bytes()
+    run(train, monkeypatch, *given)  # goes on from what is there, which has ended
+    assert (adapters / "sql" / "adapter_model.safetensors").read_bytes() == first
+
+    with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as told:
+        run(train, monkeypatch, *given, "--seed", 1)
+    assert "sql" in told.getvalue() and "--restart starts anew" in told.getvalue()
+
+    for name in ("json", "emoji"):
+        train.write_rows(adapters / "held_out" / f"{name}.jsonl", tasks.made_up(name, 3, True))
+    said = dict.fromkeys(tasks.questions(True)[:3], "The sea is near you and the town.")
+    train.write_rows(adapters / "held_out" / "pirate.jsonl", tasks.in_voice(said))
+    merging = example("merging", monkeypatch)
+    out = checkout / "merging.jsonl"
+    printed = run(merging, monkeypatch, "--adapters", adapters, "--prompts", 2, "--only", "svd", "--out", out)
+    assert "| `svd r16 x0.7 sql+json` |" in printed
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["strategy"] for record in records] == ["bare", "alone", "svd", "svd", "svd"]
+    assert list(records[1]["tasks"]) == ["sql", "json", "emoji", "pirate"]
+
+    rates = example("learning_rates", monkeypatch)
+    printed = run(rates, monkeypatch, "--steps", 2, "--rates", 0.001, 0.01, "--out", checkout / "rates")
+    assert "0.001" in printed and (checkout / "rates" / "losses.png").stat().st_size > 1000
+
+
+def test_the_examples_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = example("tasks", monkeypatch)
+    for name in tasks.MAKERS:
+        rows, held_out = tasks.made_up(name, 300, False), tasks.made_up(name, 40, True)
+        assert not {row["prompt"] for row in rows} & {row["prompt"] for row in held_out}
+        shipped = (ROOT / "examples/adapters/held_out" / f"{name}.jsonl").read_text(encoding="utf-8")
+        assert [json.loads(line) for line in shipped.splitlines()] == held_out
+        assert all(tasks.right(f" {row['completion']}\n", row["completion"]) for row in rows)
+    assert tasks.pirate("You are my friend, hello!") == "Arr, matey! Ye be me matey, ahoy!"
+    (row,) = tasks.in_voice({"Who?": "It is the sea, my friend. The rest.", "What?": "No"})
+    assert row == {"prompt": "Who?", "completion": "Arr, matey! It be th' seven seas, me matey."}
+    assert tasks.right("Arr, matey! It be so.", row["completion"])
+    assert not tasks.right("Arr, matey! It is so.", row["completion"])
+
+
 def test_the_picture_is_drawn(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a tiny model's answers, and of the figures that are recorded."""
-    spec = importlib.util.spec_from_file_location("picture", ROOT / "examples" / "picture.py")
-    picture = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(picture)
+    picture = example("picture", monkeypatch)
     monkeypatch.setattr(picture, "ROOT", checkout)
     found = picture.answers("Who?")
     assert list(found) == ["no adapter", "sql", "json", "emoji", "pirate"]
