@@ -259,8 +259,8 @@ def tensors_in(packed: Packed, deltas: Mapping[int, Delta], tensors: Mapping[str
 
 def _is_a(matrix: Matrix, implied: bool) -> bool:
     """Whether a whole matrix is the A beside an identity for B, so that kernels read its rows in the order of memory;
-    or, where the identity is not `implied` and would be larger, the other way round."""
-    return implied or matrix.outputs <= matrix.inputs
+    or the other way round, where the identity would be larger and is not `implied`, or the matrix is a parameter's."""
+    return matrix.outputs <= matrix.inputs or (implied and not matrix.parameter)
 
 
 def _factors(matrix: Matrix, implied: bool) -> tuple[Made | None, Made | None]:

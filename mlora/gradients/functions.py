@@ -193,7 +193,8 @@ def _backward(
         dispatch.rank_gradients_(flat, big, x, site.a, *where)
     if site.size:
         dispatch.rank_gradients_(flat, v, h, site.b, site.arena, site.table, site.words)
-    shifts = [slot for slot, part in site.outputs.items() if part.reads & (SHIFT | GAIN)]
+    summed = SHIFT if bias is None else SHIFT | GAIN
+    shifts = [slot for slot, part in site.outputs.items() if part.reads & summed]
     shift = sums(h, None, site, shifts, v.dtype) if shifts else {}
     gained = [slot for slot, part in site.outputs.items() if part.reads & GAIN]
     gain = sums(h, base, site, gained, v.dtype) if base is not None else {}

@@ -17,10 +17,14 @@ from torch import Tensor
 from .. import layout
 from ..arena.bits import DROP
 from ..arena.store import Store
+from ..ops import reference
 from ..plan.plan import Plan, to_device
 from .dropout import Drops
 from .parts import IN_GAIN, Found, Part
 from .trained import Trained
+
+# Of each recipe of a plan, the tokens that take it, int64, and the (slot, weight) of its terms.
+Routes = list[tuple[Tensor, list[tuple[int, float]]]]
 
 
 class Site:
@@ -29,7 +33,7 @@ class Site:
     Args:
         words: the plan's. `table`, `exchanged`: the module's, and that with A and B, gains and input gains exchanged.
         ranks, rows: a call of T tokens keeps T / rows * ranks numbers for the backward pass (v).
-        trained: those that train here, by slot.
+        trained: those that train here, by slot. `routes`: of the plan, by tokens; filled as they are asked for.
 
     `outputs` and `inputs`: their parts here, by slot, as functions of what the module gives and of what its base reads
     have them; `parameters` and `read_parameters` are those of these, in the order in which gradients are returned.
@@ -38,7 +42,14 @@ class Site:
     """
 
     def __init__(
-        self, training: Training, plan: Plan, index: int, ranks: int, rows: int, trained: dict[int, Trained]
+        self,
+        training: Training,
+        plan: Plan,
+        index: int,
+        ranks: int,
+        rows: int,
+        trained: dict[int, Trained],
+        routes: dict[int, Routes],
     ) -> None:
         store = training.store
         home = store.homes[index]
@@ -52,14 +63,17 @@ class Site:
         self.read_parameters = [parameter for part in self.inputs.values() for parameter in part.parameters]
         self.reads = functools.reduce(operator.or_, (part.reads for part in self.outputs.values()), 0)
         self.trained = trained
+        self._routes = routes
         self.size = 0
-        self._at = np.full((2, len(self.table)), -1, dtype=np.int64)
+        starts = np.full((2, len(self.table)), -1, dtype=np.int64)
+        self._views: dict[int, list[tuple[Any, ...] | None]] = {slot: [] for slot in self.outputs}
         for slot, part in self.outputs.items():
-            for offsets, shape in zip(self._at, (part.shape_a, part.shape_b), strict=True):
+            for offsets, shape in zip(starts, (part.shape_a, part.shape_b), strict=True):
+                self._views[slot].append(None if shape is None else (shape, (shape[1], 1), self.size))
                 if shape is not None:
                     offsets[slot] = self.size
                     self.size += math.prod(shape)
-        self.a, self.b = to_device(self._at, self.arena.device)
+        self.a, self.b = to_device(starts, self.arena.device)
 
     @property
     def trains(self) -> bool:
@@ -71,15 +85,18 @@ class Site:
         count = x.numel() // x.shape[-1] // self.rows * self.ranks if self.ranks else 0
         return x.new_empty(count, dtype=torch.promote_types(x.dtype, torch.float32))
 
+    def routes(self, tokens: int) -> Routes:
+        """Of a call on so many tokens."""
+        found = self._routes.get(tokens)
+        if found is None:
+            read = reference.routes(self.words, self.table, tokens)
+            found = [(route.tokens, [(term.slot, term.weight) for term in route.terms]) for route in read]
+            self._routes[tokens] = found
+        return found
+
     def rank_rows(self, flat: Tensor, slot: int) -> Found:
         """The gradients of a slot's rank rows in a buffer of them, without a copy: autograd takes them as they are."""
-        part = self.outputs[slot]
-        return Found(
-            *(
-                None if shape is None else flat[int(offsets[slot]) :][: math.prod(shape)].view(shape)
-                for offsets, shape in zip(self._at, (part.shape_a, part.shape_b), strict=True)
-            )
-        )
+        return Found(*(None if at is None else flat.as_strided(*at) for at in self._views[slot]))
 
 
 class Training:
@@ -149,6 +166,7 @@ class _Sites:
         self.made: tuple[int, Any] | None = None
         self._training = training
         self._sites: dict[int, Site] = {}
+        self._routes: dict[int, Routes] = {}  # of all of them, by tokens
         store = training.store
         self.trained: dict[int, Trained] = {}  # by slot
         for name in sorted({name for recipe in plan.recipes for name, _ in recipe}):  # not all are, of picked tokens
@@ -161,7 +179,8 @@ class _Sites:
         site = self._sites.get(index)
         if site is None:
             trained = {slot: one for slot, one in self.trained.items() if index in one.parts}
-            site = Site(self._training, self.plan, index, int(self._ranks[index]), self._rows, trained)
+            ranks = int(self._ranks[index])
+            site = Site(self._training, self.plan, index, ranks, self._rows, trained, self._routes)
             self._sites[index] = site
         return site
 

@@ -7,7 +7,6 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from ..ops import reference
 from .recorded import Site
 
 
@@ -21,15 +20,15 @@ def sums(
     """
     flat, given = left.flatten(0, -2), None if right is None else right.flatten(0, -2)
     found: dict[int, Tensor] = {}
-    for route in reference.routes(site.words, site.table, len(flat)):
-        terms = [t for t in route.terms if t.slot in slots]
+    for tokens, weights in site.routes(len(flat)):
+        terms = [(slot, weight) for slot, weight in weights if slot in slots]
         if not terms:
             continue
-        whole = len(route.tokens) == len(flat)  # in whatever order, which is the same for both
-        total = (flat if whole else flat[route.tokens]).to(dtype)
+        whole = len(tokens) == len(flat)  # in whatever order, which is the same for both
+        total = (flat if whole else flat[tokens]).to(dtype)
         if given is not None:
-            total = total * (given if whole else given[route.tokens])
+            total = total * (given if whole else given[tokens])
         total = total.sum(0)
-        for t in terms:
-            found[t.slot] = found[t.slot] + t.weight * total if t.slot in found else t.weight * total
+        for slot, weight in terms:
+            found[slot] = found[slot] + weight * total if slot in found else weight * total
     return found

@@ -22,12 +22,15 @@ class Matrix:
     Args:
         outputs, inputs: its shape. `read`: returns it, on the CPU, in the dtype of the adapter, fp32 or fp64.
         tensor: itself, where it is a tensor of the adapter's.
+        parameter: whether there are adapters that have it as a parameter, beside which its products are the same to the
+            bit.
     """
 
     outputs: int
     inputs: int
     read: Callable[[], Tensor]
     tensor: Tensor | None = None
+    parameter: bool = False
 
     @classmethod
     def of(cls, tensor: Tensor) -> Matrix:
@@ -41,7 +44,7 @@ class Matrix:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Matrix:
         """What `change` makes of it, of the same shape."""
-        return Matrix(self.outputs, self.inputs, lambda: change(self.read()))
+        return replace(self, read=lambda: change(self.read()), tensor=None)
 
 
 @dataclass(frozen=True)
@@ -316,9 +319,12 @@ def compact(a: Tensor, b: Tensor, scale: float = 1.0) -> Delta:
     return whole(lambda: b.double().t() @ a.double(), outputs, inputs, scale)
 
 
-def whole(weight: Callable[[], Tensor], outputs: int, inputs: int, scale: float = 1.0) -> Delta:
-    """A dense (out, in) delta as it is, at the price of a copy of the weight. `weight`: as in `Dense`."""
-    return Delta(matrix=Matrix(outputs, inputs, weight), scale=scale)
+def whole(
+    weight: Callable[[], Tensor], outputs: int, inputs: int, scale: float = 1.0, parameter: bool = False
+) -> Delta:
+    """A dense (out, in) delta as it is, at the price of a copy of the weight. `weight`: as in `Dense`; `parameter`: as
+    in `Matrix`."""
+    return Delta(matrix=Matrix(outputs, inputs, weight, parameter=parameter), scale=scale)
 
 
 def exactly(dense: Dense, base: BaseLinear) -> Delta:

@@ -57,7 +57,8 @@ def saved(module: Module, weight: str, bias: str) -> Delta:
 
 def _change(base: BaseLinear, trained: Callable[[], Tensor]) -> Delta:
     """From the base's weight to the trained one."""
-    return whole(lambda: trained() - base.weight().double(), base.out_features, base.in_features)
+    outputs, inputs = base.out_features, base.in_features
+    return whole(lambda: trained() - base.weight().double(), outputs, inputs, parameter=True)
 
 
 def _bias(module: Module) -> Tensor:

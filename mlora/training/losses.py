@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .. import errors
@@ -102,9 +103,48 @@ def _by_chunks(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]
 
 def _each(logits: Tensor, targets: Tensor) -> Tensor:
     """Of each token, (rows, tokens), in fp32; fp64 of fp64."""
-    flat = logits.flatten(0, 1)
-    wide = flat.to(torch.promote_types(flat.dtype, torch.float32))
-    return F.cross_entropy(wide, targets.flatten(), ignore_index=IGNORED, reduction="none").view(targets.shape)
+    each: Tensor = _CrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
+    return each.view(targets.shape)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """-log softmax(logits)[target] of each token, 0 where there is no target. Of 16-bit logits no copy in fp32 is held,
+    forward or backward, but of as many tokens as stay in the caches."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        asked = targets != IGNORED
+        index = targets.where(asked, 0)[:, None]
+        norms, picked = [], []
+        for part in _parts(logits):
+            wide = _widened(logits[part])
+            norms.append(wide.logsumexp(1))
+            picked.append(wide.gather(1, index[part])[:, 0])
+        norm = torch.cat(norms)
+        ctx.save_for_backward(logits, norm, index, asked)
+        return (norm - torch.cat(picked)).where(asked, 0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, norm, index, asked = ctx.saved_tensors
+        found = torch.empty_like(logits)
+        for part in _parts(logits):
+            own = gradient[part, None]
+            wide = (_widened(logits[part]) - norm[part, None]).exp_().mul_(own)
+            wide.scatter_add_(1, index[part], -own).masked_fill_(~asked[part, None], 0)
+            found[part] = wide
+        return found, None
+
+
+def _parts(logits: Tensor) -> Iterator[slice]:
+    """Of so many tokens each that their scores stay in the caches."""
+    step = max(1, (1 << 21) // logits.shape[1])
+    return (slice(start, start + step) for start in range(0, len(logits), step))
+
+
+def _widened(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _rows(entries: Any, count: int, packed: bool) -> dict[Any, list[int]]:
