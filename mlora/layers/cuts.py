@@ -45,6 +45,8 @@ def cut_of(module: nn.Module, parameter: str = "weight") -> Cut | None:
         return _unknown(style)
     dim %= held.dim()
     fused = held.dim() == 3
+    if fused and dim == 0 and style == "EpDispatchExpertsParallel":
+        return Cut("experts", _spans(held.shape[0], 1, rank, world), rank, world)
     if (fused and style != "MoeExpertsParallel") or (not fused and style not in (*_OUTPUTS, *_INPUTS)):
         return _unknown(style)
     if fused and getattr(module, "is_transposed", False):

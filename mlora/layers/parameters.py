@@ -16,7 +16,7 @@ from ..lowering import BaseLinear
 from ..ops.checks import check_experts
 from ..plan.plan import Plan
 from ..plan.shared import Shared
-from .cuts import cut_of
+from .cuts import check_local, cut_of
 from .dense import is_dense
 from .linear import LoraLayer
 from .order import IN_FRONT, Order
@@ -109,6 +109,7 @@ class ParametersState(LayerState):
         index = next(iter(stacks.values()))
         super().__init__(name, index, home, shared, table, module, dtype, order)
         self.stacks = dict(stacks)
+        self.cut = cut_of(module, next(iter(stacks)))
         self.flattens: bool | None = None
         self.input = cast(str, _input_name(type(module)))
         self.experts = any(getattr(module, name).dim() == 3 for name in stacks)
@@ -145,6 +146,8 @@ class ParametersLayer(LoraLayer):
         x = args[0] if args else named.get(state.input)
         if not isinstance(x, Tensor) or not x.dim():
             raise errors.AttributionError(f"{state.name} got no hidden states as its {state.input}")
+        if state.cut is not None:
+            check_local(x, state.name)
         self._check_autocast(x)
         if any(plan.touches[index] & TAIL for index in state.stacks.values()):
             plan = self._by_token(x, scope)

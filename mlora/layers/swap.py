@@ -53,52 +53,76 @@ def alias_of(module: nn.Module) -> Any:
 
 
 def bound_forwards(module: nn.Module, forward: Callable[..., Any]) -> list[str]:
-    """The attributes in which `module` itself holds `forward`, bound to it, or a forward of transformers' tensor
-    parallelism around it that a layer stands inside of."""
-
-    def is_own(value: Any) -> bool:
-        return isinstance(value, MethodType) and value.__self__ is module and value.__func__ is forward
-
+    """The attributes in which `module` itself holds `forward`, bound to it, or a forward of transformers' tensor or
+    expert parallelism around it that a layer stands inside of."""
     return [
         name
         for name, value in module.__dict__.items()
-        if is_own(value) or ((cell := _cell_of(value)) is not None and is_own(cell.cell_contents))
+        if _is_bound(value, module, forward) or any(_is_bound(_held(h), module, forward) for h in _holders(value))
     ]
 
 
 def swap_forward(module: nn.Module, old: Callable[..., Any], new: Callable[..., Any]) -> None:
     """Put `new` wherever `module` itself holds `old`, bound to it."""
     for name in bound_forwards(module, old):
-        if (cell := _cell_of(module.__dict__[name])) is not None:
-            cell.cell_contents = MethodType(new, module)
-        else:
+        if not (holders := _holders(module.__dict__[name])):
             module.__dict__[name] = MethodType(new, module)
+        for holder in holders:
+            if isinstance(holder, CellType):
+                holder.cell_contents = MethodType(new, module)
+            else:
+                holder.experts_forward = MethodType(new, module)
 
 
-# The module of transformers whose styles put a forward around a module's, which is their `original_forward`; and the
-# styles whose inside computes on tensors of all processes, so that layers stand around them.
-_STYLES, _AROUND = "transformers.distributed.tensor_parallel", ("EmbeddingParallel", "SequenceParallel")
+def _is_bound(value: Any, module: nn.Module, forward: Callable[..., Any]) -> bool:
+    return isinstance(value, MethodType) and value.__self__ is module and value.__func__ is forward
+
+
+# The modules of transformers whose styles put a forward around a module's; and those styles whose inside computes on
+# tensors of all processes, so that layers stand around them.
+_STYLES, _EXPERTS = "transformers.distributed.tensor_parallel", "transformers.distributed.expert_parallel"
+_AROUND = ("EmbeddingParallel", "SequenceParallel")
 
 
 def style_of(module: nn.Module) -> str:
-    """The class of the tensor parallel style that transformers has put around the module's forward; "" if none."""
+    """The class of the tensor or expert parallel style that transformers has put around the module's forward; "" if
+    none."""
     return _style_of(module.__dict__.get("forward"))
 
 
 def _style_of(forward: Any) -> str:
-    if getattr(forward, "__module__", "") != _STYLES or not isinstance(forward, FunctionType):
+    if getattr(forward, "__module__", "") not in (_STYLES, _EXPERTS) or not isinstance(forward, FunctionType):
         return ""
-    cells = dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))
-    owner = cells.get("self")
+    owner = _cells(forward).get("self")
     return forward.__qualname__.partition(".")[0] if owner is None else type(owner.cell_contents).__name__
 
 
-def _cell_of(forward: Any) -> CellType | None:
-    """Where such a forward keeps the one that it is around, if a layer stands inside of it."""
+def _cells(forward: Any) -> dict[str, CellType]:
+    return dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))
+
+
+def _holders(forward: Any) -> list[Any]:
+    """What in such a forward keeps the one that it is around, if a layer stands inside of it: a cell; or of expert
+    parallelism those of its ways to reach the experts that bring each process the whole batch when nothing is recorded
+    (`AllReduceEP`), and what they leave to others when something is."""
     style = _style_of(forward)
     if not style or style in _AROUND:
-        return None
-    return dict(zip(forward.__code__.co_freevars, forward.__closure__, strict=True)).get("original_forward")
+        return []
+    cells = _cells(forward)
+    if (cell := cells.get("original_forward")) is not None:
+        return [cell]
+    if (cell := cells.get("implementation")) is None:
+        return []
+    way = cell.cell_contents
+    ways = [way, *(getattr(way, name, None) for name in ("all_reduce", "all_to_all"))]
+    whole = type(way).__name__ == "AllReduceEP" or (
+        type(way).__name__ == "AutoEP" and way.all_reduce is not None and way.megamoe is None
+    )
+    return [one for one in ways if one is not None] if whole else []
+
+
+def _held(holder: Any) -> Any:
+    return holder.cell_contents if isinstance(holder, CellType) else holder.experts_forward
 
 
 def guard_moves(module: nn.Module, shared: Shared) -> None:

@@ -15,7 +15,8 @@ class Cut:
     """How a module is split, and which part this process has.
 
     Args:
-        axis: "outputs" or "inputs"; "" where nothing is served there, `why`.
+        axis: "outputs" or "inputs"; "experts", of fused ones, each of which one process has whole; "" where nothing is
+            served there, `why`.
         spans: the start and the end of what this process has of that axis, one behind another; several where a module
             is two in one (a fused gate and up projection).
         rank, world: which of how many processes this is.

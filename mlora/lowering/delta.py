@@ -250,6 +250,11 @@ class BaseLinear:
         return self.embed_scale is None and self.offset is None and self.conv is None and not self.experts
 
     @property
+    def own_experts(self) -> int:
+        """Of how many experts this process has the parameter."""
+        return self.cut.width if self.cut is not None and self.cut.axis == "experts" else self.experts
+
+    @property
     def kernel(self) -> tuple[int, ...]:
         """The sizes that follow (out, channels) in the weight's shape: none but a convolution's."""
         return () if self.conv is None else self.conv.kernel

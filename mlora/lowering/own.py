@@ -8,7 +8,8 @@ With s, A, B, D, G, U and c as in `Delta`, b the base's bias, and r for what pro
 Of split outputs a process has its rows of D and its columns of B, of gains, turns and shifts; A and what is done to
 inputs it has whole. Of split inputs it has its columns of A and D, and what is done to inputs there; the partial sums,
 deltas included, are what the base adds up over the processes, before it adds its bias. So the first process alone adds
-c, and what G would have done to that bias.
+c, and what G would have done to that bias. Of experts that are spread over the processes it has the rank rows of its
+own.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ def own_part(delta: Delta, base: BaseLinear) -> Delta:
             f"module {base.name}: it is split over {cut.world} processes, where weights of another size "
             f"({delta.rank} in place of {base.out_features}) are not served; resize the model before it is split"
         )
+    if cut.axis == "experts":
+        return _of_experts(delta, base, cut)
     matrix = None
     if delta.matrix is not None:
         own = cut.of(delta.matrix.read(), 0 if cut.axis == "outputs" else 1).clone()
@@ -66,6 +69,18 @@ def own_part(delta: Delta, base: BaseLinear) -> Delta:
         in_turn=None if delta.in_turn is None else _turn(delta.in_turn, base, cut),
         shift=_shift(delta, base) if cut.rank == 0 else None,
     )
+
+
+def _of_experts(delta: Delta, base: BaseLinear, cut: Cut) -> Delta:
+    """The rank rows of this process's experts, which lie expert by expert."""
+    if delta.a is None or delta.b is None or delta.rank % base.experts:
+        raise errors.UnsupportedAdapterError(
+            f"parameter {base.name}: its experts are spread over {cut.world} processes, where LoRA of them is served, "
+            f"of as many rank rows for each"
+        )
+    each = delta.rank // base.experts
+    rows = replace(cut, spans=tuple((start * each, end * each) for start, end in cut.spans))
+    return replace(delta, a=rows.of(delta.a, 0), b=rows.of(delta.b, 0))
 
 
 def added_once(delta: Delta, base: BaseLinear) -> Delta:

@@ -220,7 +220,7 @@ class Registry:
         deltas = lowered.deltas
         with self.together(f"add adapter {name!r}"):
             packed, adapter = self._pack(name, deltas, adapter, trainable)
-        ranks = tuple(sorted({delta.rank // (self.bases[path].experts or 1) for path, delta in deltas.items()}))
+        ranks = tuple(sorted({delta.rank // (self.bases[path].own_experts or 1) for path, delta in deltas.items()}))
         info = AdapterInfo(
             name, adapter.source, adapter.peft_type, _variant(adapter), ranks[-1], ranks, tuple(deltas),
             packed.nbytes, "host", {path: delta.error for path, delta in deltas.items() if delta.error},

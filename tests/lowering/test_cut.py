@@ -83,6 +83,21 @@ def test_inputs(name: str, parts: Any) -> None:
     torch.testing.assert_close(total, _applied(delta, x, W, BIAS))
 
 
+def test_experts() -> None:
+    """Of five, with two rank rows each."""
+    delta = Delta(_random(10, IN), _random(10, OUT), 0.5)
+    base = replace(_base(None), experts=5)
+    parts = [
+        own_parts({"m": delta}, {"m": replace(base, cut=Cut("experts", spans, rank, 2))})["m"]
+        for rank, spans in enumerate((((0, 3),), ((3, 5),)))
+    ]
+    assert [part.rank for part in parts] == [6, 4]
+    for name in ("a", "b"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(delta, name))
+    with pytest.raises(errors.UnsupportedAdapterError, match="LoRA of them"):
+        own_parts({"m": Delta(matrix=Matrix.of(W))}, {"m": replace(base, cut=Cut("experts", ((0, 3),), 0, 2))})
+
+
 @pytest.mark.parametrize(
     ("delta", "axis", "said"),
     [

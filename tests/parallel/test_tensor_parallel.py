@@ -89,6 +89,9 @@ SPECIFIC = [
 ]
 
 
+TO_EACH = {"ep_implementation": "all_to_all"}
+
+
 class Setting:
     """The models, their adapters, and the oracles, on disk for the processes."""
 
@@ -193,6 +196,7 @@ def started(setting: Setting) -> Any:
             for id, kind, name, how in (
                 ("norms", "llama", "norms", {"tp_size": 2, "tp_plan": plan}),
                 ("experts apart", "mixtral", "experts", {"tp_size": 2, "ep_size": 2}),
+                ("experts' tokens", "mixtral", "experts", {"tp_size": 2, "ep_size": 2, **TO_EACH}),
             ):
                 loads = {"it": (str(setting.lora(kind, name)), {})}
                 rows = ["it", None, "it", None]
@@ -281,6 +285,14 @@ def test_sequence_parallel_norms(setting: Setting, started: Any) -> None:
     _check(setting, started(2), "norms", "llama")
 
 
+def test_experts_that_are_spread(setting: Setting, started: Any) -> None:
+    """Each process has some of them (`ep_size`), and all tokens; else it cannot be told whose they are."""
+    _check(setting, started(2), "experts apart", "mixtral")
+    for each in started(2)[2]:
+        _, name, message = each["experts' tokens"]
+        assert name == "UnsupportedAdapterError" and "experts.gate_up_proj" in message
+
+
 def test_a_default_and_generate(setting: Setting, results: Any) -> None:
     _, cases, made = results
     loads = cases["default"].loads
@@ -336,9 +348,6 @@ def test_what_is_refused(results: Any) -> None:
         assert name == "MergeError" and "split over" in message
         _, name, message = each["trains"]
         assert name == "UnsupportedAdapterError" and "split over" in message
-        if "experts apart" in each:
-            _, name, message = each["experts apart"]
-            assert name == "UnsupportedAdapterError" and "experts" in message
 
 
 def test_gpt2_has_no_plan(results: Any) -> None:
