@@ -182,7 +182,8 @@ def many_adapters(bench: Bench) -> Iterator[dict[str, Any]]:
     args = bench.args
     registered, count, slots = (2000, args.load, 32) if not args.smoke else (40, 24, 8)
     model = twin(bench.bare)
-    runtime = mlora.patch(model, memory=2 * slots * bench.bytes, max_adapters=slots)
+    host = (256 + len(bench.names)) * bench.bytes
+    runtime = mlora.patch(model, memory=2 * slots * bench.bytes, max_adapters=slots, host_memory=host)
     for name, folder in zip(bench.names, bench.folders, strict=True):
         runtime.load_adapter(folder, f"resident-{name}")
     weights = [1 / (rank + 1) for rank in range(registered)]
@@ -190,7 +191,7 @@ def many_adapters(bench: Bench) -> Iterator[dict[str, Any]]:
     popular = draw.choices([f"path-{rank}" for rank in range(registered)], weights, k=count)
     few = [f"resident-{bench.names[i % len(bench.names)]}" for i in range(count)]
     prompts = bench.prompts(count, args.prompt, seed=77)
-    with bench.engine(model, max_running=16, ahead=16, host_memory=256 * bench.bytes) as engine:
+    with bench.engine(model, max_running=16, ahead=16) as engine:
         for rank in range(registered):
             engine.register(f"path-{rank}", bench.folders[rank % len(bench.folders)])
         warm = bench.prompts(32, args.prompt, seed=78)

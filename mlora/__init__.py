@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .patched import unpatch
     from .patching import patch
     from .routing.entries import BASE
-    from .routing.registry import AdapterInfo
+    from .routing.info import AdapterInfo, HostUse
     from .runtime import Runtime
     from .trainer import Run, Trainer
     from .training.losses import losses
@@ -32,6 +32,7 @@ __all__ = [
     "BASE",
     "Adapter",
     "AdapterInfo",
+    "HostUse",
     "Merge",
     "Run",
     "Runtime",
@@ -50,7 +51,8 @@ __all__ = [
 _HOMES = {
     "BASE": "routing.entries",
     "Adapter": "adapters.adapter",
-    "AdapterInfo": "routing.registry",
+    "AdapterInfo": "routing.info",
+    "HostUse": "routing.info",
     "Merge": "merge",
     "Run": "trainer",
     "Runtime": "runtime",

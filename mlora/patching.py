@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Integral
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from . import errors
 from .adapters.adapter import Adapter
 from .arena.memory import Room, default_room, fixed
+from .arena.size import WANTED, size_of
 from .arena.store import Store
 from .layers import (
     DENSE,
@@ -47,7 +49,7 @@ from .takeover import has_peft, taken_over
 PLAN_WORDS = 1 << 16  # the plan buffer of compiled code: room for batches of some ten thousand rows
 
 
-Memory: TypeAlias = int | Mapping[int | str | torch.device, int] | None
+Memory: TypeAlias = int | str | Mapping[int | str | torch.device, int | str] | None
 """Bytes of each device's arena; see `patch`."""
 
 
@@ -59,6 +61,8 @@ def patch(
     max_merges: int = 64,
     dtype: torch.dtype | None = None,
     fused: bool = True,
+    host_memory: int | str | None = None,
+    packed_cache: str | Path | None = None,
 ) -> Runtime:
     """Patch every linear, convolution, norm, token embedding and fused experts of `model` in place, so that each row of
     a batch can use its own adapter.
@@ -74,17 +78,23 @@ def patch(
             model with adapters, hands its adapters over: PEFT's layers are taken out, its adapters are
             loaded under their names, and the active one becomes the default (`Runtime.set_adapter`). Of a
             `PeftModel` it is the model inside that is patched, `runtime.model`; the wrapper refuses calls.
-        memory: bytes of device memory for resident adapters; the others wait on the host. The default is a quarter of
-            what is free, on the CPU of what the machine and a container's limits leave, where pages that no adapter
-            needs are not taken; or half the size of the model's weights, where that is more and free twice over.
-            Of a model on several devices it is so much on each of them, or of each what a mapping device -> bytes says
-            (`{0: 1 << 30, "cpu": 1 << 32}`), and the default on others. `Runtime.status` tells it.
+        memory: bytes of device memory for resident adapters, or a size such as "2GiB"; the others wait on the host. The
+            default is a quarter of what is free, on the CPU of what the machine and a container's limits leave, where
+            pages that no adapter needs are not taken; or half the size of the model's weights, where that is more and
+            free twice over. Of a model on several devices it is so much on each of them, or of each what a mapping
+            device -> bytes says (`{0: 1 << 30, "cpu": "4GiB"}`), and the default on others. `Runtime.status` tells it.
         max_adapters: how many adapters can be resident at once.
         max_merges: how many results of merges in requests are kept; of more, those that were not used for longest are
             forgotten, and computed again when asked for.
         dtype: in which adapters are stored on the device; the default is the linears' own.
         fused: compute base product and LoRA in one op where that is bit-equal to the library (fp32 and bf16 linears, on
             CPUs with AVX-512), and where it is faster.
+        host_memory: bytes of host memory for all adapters, or a size; default: no bound. When it is short, adapters
+            from files that were not used for longest are dropped, also from the device, and made again from their files
+            when a call needs them. Those that were made in memory count, and stay.
+        packed_cache: a folder in which adapters are kept as they lie in memory, where to make that of their files takes
+            more than to read them (DoRA, LoKr, VB-LoRA, PiSSA, `dense=True`, ...), also for later processes. It may be
+            deleted at any time; default: none is kept.
 
     Returns:
         The runtime, also reachable as `model.mlora`.
@@ -94,7 +104,7 @@ def patch(
             names a device on which no module is called.
         AdapterError, UnsupportedAdapterError, CapacityError: an adapter in it cannot be served.
     """
-    with patching(model, memory, max_adapters, max_merges, dtype, fused) as runtime:
+    with patching(model, memory, max_adapters, max_merges, dtype, fused, host_memory, packed_cache) as runtime:
         return runtime
 
 
@@ -106,6 +116,8 @@ def patching(
     max_merges: int,
     dtype: torch.dtype | None,
     fused: bool,
+    host_memory: int | str | None,
+    packed_cache: str | Path | None,
 ) -> Iterator[Runtime]:
     """`patch`, undone if the block fails: the model is unpatched, and has PEFT's layers again if it had some."""
     if not isinstance(model, nn.Module):
@@ -119,7 +131,7 @@ def patching(
     taken: AbstractContextManager[tuple[nn.Module, dict[str, Adapter], str | None]]
     taken = taken_over(model) if has_peft(model) else nullcontext((model, {}, None))
     with taken as (base, adapters, active):
-        runtime = _patch(base, memory, max_adapters, max_merges, dtype, fused)
+        runtime = _patch(base, memory, max_adapters, max_merges, dtype, fused, host_memory, packed_cache)
         try:
             for name, adapter in adapters.items():
                 runtime.add_adapter(name, adapter)
@@ -138,6 +150,8 @@ def _patch(
     max_merges: int,
     dtype: torch.dtype | None,
     fused: bool,
+    host_memory: int | str | None,
+    packed_cache: str | Path | None,
 ) -> Runtime:
     """`patch` of a model without PEFT's layers."""
     paths = find_layers(model)
@@ -156,12 +170,11 @@ def _patch(
     kinds = Counter(dtypes[key] for key, (_, module) in modules.items() if not is_norm_like(module))
     arena_dtype = dtype or kinds.most_common(1)[0][0]
     given = {f"memory[{key!r}]": value for key, value in memory.items()} if isinstance(memory, Mapping) else {}
-    for option, value, least in (
-        *((option, value, 1) for option, value in given.items()),
-        ("memory", 1 if given or memory is None else memory, 1),
-        ("max_adapters", max_adapters, 1),
-        ("max_merges", max_merges, 0),
-    ):
+    sizes = {**given, "memory": None if given else memory, "host_memory": host_memory}
+    for option, size in sizes.items():
+        if size is not None and size_of(size) is None:
+            raise errors.PatchError(f"{option}={size!r}, wanted {WANTED}")
+    for option, value, least in (("max_adapters", max_adapters, 1), ("max_merges", max_merges, 0)):
         if not isinstance(value, Integral) or value < least:
             raise errors.PatchError(f"{option}={value!r}, wanted a whole number of at least {least}")
     if arena_dtype not in DENSE:
@@ -169,8 +182,15 @@ def _patch(
     homes = [called[id(module)] for _, module in modules.values()] + [called[id(s.module)] for s in stacks.values()]
     devices = list(dict.fromkeys(homes))
     rooms = _rooms(model, memory, arena_dtype, devices, called)
-    store = Store(devices, arena_dtype, rooms, [devices.index(device) for device in homes], max_adapters)
+    store = Store(
+        devices, arena_dtype, rooms, [devices.index(device) for device in homes], max_adapters, size_of(host_memory)
+    )
     ranks = group_of(model)
+    if ranks and (host_memory is not None or packed_cache is not None):
+        raise errors.PatchError(
+            "host_memory and packed_cache are for models in one process; this one is split over several, which would "
+            "have to drop and load the same adapters at the same time"
+        )
     numbers = {key: number for number, key in enumerate(modules)}
     indices = {name: numbers[id(module)] for name, module in paths.items()}
     indices.update({path: len(modules) + number for number, path in enumerate(stacks)})
@@ -189,7 +209,7 @@ def _patch(
         for (key, (name, module)), index in zip(modules.items(), numbers.values(), strict=True)
     }
     together = Ranks(ranks) if ranks else None
-    runtime = Runtime(model, store, shared, indices, paths, stacks, max_merges, together)
+    runtime = Runtime(model, store, shared, indices, paths, stacks, max_merges, packed_cache, together)
     for path, (module, _) in stacks.items():
         if id(module) not in modules:
             owner = path.rpartition(".")[0]
@@ -229,7 +249,7 @@ def _rooms(
 ) -> list[Room]:
     """What the arena of each device takes. `called`: by the id of a module, where it is."""
     if memory is not None and not isinstance(memory, Mapping):
-        return [fixed(int(memory))] * len(devices)
+        return [fixed(size_of(memory) or 0)] * len(devices)
     asked = {torch.empty(0, device=device).device: size for device, size in (memory or {}).items()}
     if beyond := [device for device in asked if device not in devices]:
         raise errors.PatchError(
@@ -241,6 +261,6 @@ def _rooms(
     for tensor, module in held.values():
         weights[called[id(module)]] += own_part(tensor).numel() * tensor.element_size()
     return [
-        fixed(int(asked[device])) if device in asked else default_room(weights[device], dtype, device)
+        fixed(size_of(asked[device]) or 0) if device in asked else default_room(weights[device], dtype, device)
         for device in devices
     ]

@@ -6,6 +6,7 @@ import hashlib
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -16,26 +17,34 @@ from torch import Tensor, nn
 
 from . import errors
 from .adapters.adapter import Adapter
+from .adapters.keys import check_ignore
 from .adapters.on_disk import OnDisk
+from .arena.cache import Cache
 from .arena.store import Store
 from .folding.fold import Folded
 from .folding.originals import KEEPS
 from .layers import Stack, base_linears
-from .lowering import BaseLinear, Names, lower_own, part_of, untouched
+from .lowering import BaseLinear, Names, check_full_rank
+from .lowering.reads import note
 from .merge import Merge
 from .patched import unpatch
 from .plan.shared import Shared
 from .routing.axes import learn_axes
 from .routing.bridges import Bridges
 from .routing.entries import Entries, Entry, check_lengths, is_single
+from .routing.files import Files, files_of, in_folder
+from .routing.info import AdapterInfo, HostUse
+from .routing.kept import Kept
 from .routing.merge_cache import MergeCache
 from .routing.pin import Pin, Pinned
 from .routing.planner import Planner
+from .routing.prefetch import Prefetcher
 from .routing.ranks import Ranks
 from .routing.readers import Readers
-from .routing.registry import AdapterInfo, Registry
+from .routing.registry import Registry
 from .routing.router import Router
 from .routing.status import status
+from .routing.tiers import Tiers
 from .training.fresh import fresh
 from .training.parameters import Trains
 from .training.trainable import check_config, keys_of
@@ -59,6 +68,7 @@ class Runtime(Trains):
         paths: Mapping[str, nn.Module],
         stacks: Mapping[str, Stack],
         max_merges: int,
+        packed_cache: str | Path | None,
         ranks: Ranks | None = None,
     ) -> None:
         self._ranks = ranks
@@ -78,16 +88,25 @@ class Runtime(Trains):
             **{name: stack.base(name) for name, stack in stacks.items()},
         }
         self.bases: Mapping[str, BaseLinear] = {
-            name: replace(base, weight=partial(_read, base.weight, lock), bias=partial(_read, base.bias, lock))
+            name: replace(
+                base,
+                weight=partial(_read, base.weight, lock, name, "weight"),
+                bias=partial(_read, base.bias, lock, name, "bias"),
+            )
             for name, base in bases.items()
         }
         encoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self._registry = Registry(model, store, shared, folded, self.bases, indices, encoder, lock, ranks)
-        self._merges = MergeCache(self._registry, max_merges, lock)
+        kept = None if packed_cache is None else Kept(Cache(packed_cache), store, model, self.bases, indices)
+        self._tiers = Tiers(self._registry, store, kept, folded, lock)
+        self._merges = MergeCache(self._registry, self._tiers, max_merges, lock)
         self._bridges = Bridges(self._registry, folded, store, lock)
         self._readers = Readers(lock)
         experts = [indices[name] for name in stacks]
-        self._planner = Planner(self._registry, self._merges, self._bridges, store, shared, experts, lock, ranks)
+        self._planner = Planner(
+            self._registry, self._merges, self._bridges, self._tiers, store, shared, experts, lock, ranks
+        )
+        self._prefetch = Prefetcher(self._planner.bring)
         self._router = Router(self._planner, self._merges, self._readers, store, shared, lock)
 
     @property
@@ -138,18 +157,97 @@ class Runtime(Trains):
             CapacityError: it is larger than the whole arena.
         """
         name = adapter_name if adapter_name is not None else Path(subfolder or path_or_id).name
-        with self._registry.together(f"load adapter {name!r}"):
-            self._registry.check_new(name)
-            adapter = Adapter.from_pretrained(
-                path_or_id,
-                revision=revision,
-                token=token,
-                subfolder=subfolder,
-                allow_pickle=allow_pickle,
-                ignore=ignore,
-                in_memory=self._ranks is None,
-            )
-        return self._add(name, adapter, approximate, dense, strict, is_trainable)
+        if is_trainable or self._ranks is not None:
+            with self._registry.together(f"load adapter {name!r}"):
+                self._registry.check_new(name)
+                adapter = Adapter.from_pretrained(
+                    path_or_id,
+                    revision=revision,
+                    token=token,
+                    subfolder=subfolder,
+                    allow_pickle=allow_pickle,
+                    ignore=ignore,
+                    in_memory=self._ranks is None,
+                )
+            return self._add(name, adapter, approximate, dense, strict, is_trainable)
+        files = _files(path_or_id, revision, token, subfolder, allow_pickle, approximate, dense, strict, ignore)
+        self._registry.check_new(name)
+        return self._tiers.load(name, files)
+
+    def register_adapter(
+        self,
+        path_or_id: str | Path,
+        adapter_name: str | None = None,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        subfolder: str | None = None,
+        allow_pickle: bool = False,
+        approximate: int | None = None,
+        dense: bool = False,
+        strict: bool = False,
+        ignore: Sequence[str] = (),
+    ) -> None:
+        """Make an adapter known by its name, and load it when something needs it. The arguments are those of
+        `load_adapter`. What is wrong with its files is an error of the call that needs it first, which names it;
+        nothing of that call has run then.
+
+        Raises:
+            DuplicateAdapterError: the name is taken. EntryError: it cannot name an adapter.
+        """
+        self._refuse_split("registers adapters by their files", errors.UnsupportedAdapterError)
+        files = _files(path_or_id, revision, token, subfolder, allow_pickle, approximate, dense, strict, ignore)
+        name = adapter_name if adapter_name is not None else Path(subfolder or path_or_id).name
+        self._registry.register({name: files})
+
+    def register_adapters(
+        self,
+        folder: str | Path,
+        *,
+        allow_pickle: bool = False,
+        approximate: int | None = None,
+        dense: bool = False,
+        strict: bool = False,
+        ignore: Sequence[str] = (),
+    ) -> list[str]:
+        """`register_adapter` of everything in a folder, under its name there: folders, `.safetensors` files, whose
+        names go without that, and links to either. No file is opened, and a hundred thousand take a second or two.
+
+        Returns:
+            The names, sorted.
+
+        Raises:
+            AdapterError: there is no such folder. DuplicateAdapterError: a name is taken; nothing is registered then.
+        """
+        self._refuse_split("registers adapters by their files", errors.UnsupportedAdapterError)
+        options = _files(folder, None, None, None, allow_pickle, approximate, dense, strict, ignore).options
+        found: dict[str, Files] = {}
+        for name, path in sorted(in_folder(folder)):
+            if name in found:
+                raise errors.DuplicateAdapterError(f"{folder} has {name} twice: {found[name].source} and {path}")
+            found[name] = Files(path, options)
+        self._registry.register(found)
+        return list(found)
+
+    def prefetch(self, entries: Entries) -> Future[None]:
+        """Bring what entries need to the device while calls run, on threads of their own: adapters are read and
+        lowered, merges computed. A call that comes meanwhile waits for what it needs itself, and for nothing else. What
+        was prefetched may be dropped again before a call needs it, where there is room for little.
+
+        Args:
+            entries: one, or a list, as `adapter_names` has them.
+
+        Returns:
+            When all of it is there. It has the first error, which a call that needs that adapter raises, too.
+        """
+        self._refuse_split("prefetches", errors.RoutingError)
+        listed: Any = [entries] if is_single(entries) else entries
+        return self._prefetch(list(listed))
+
+    @property
+    def host(self) -> HostUse:
+        """What adapters take on the host, and how often they were loaded and dropped."""
+        return self._tiers.use
 
     def add_adapter(
         self,
@@ -191,20 +289,10 @@ class Runtime(Trains):
             check_config(adapter.config, adapter.source)
         if self._ranks is not None:
             self._ranks.agree(f"lower adapter {name!r}, {_told(adapter, approximate, dense)}")
-        names = Names(self._model, self.bases)
-        if is_trainable:
-            check_config(adapter.config, adapter.source)
         with self._registry.together(f"have lowered adapter {name!r}"):
-            adapter = untouched(part_of(adapter, names), names)
-            lowered = lower_own(
-                adapter,
-                self.bases,
-                approximate,
-                dense=dense,
-                model=self._model,
-                strict=strict,
-                trainable=is_trainable,
-            )
+            adapter = self._registry.own_part(adapter)
+            lowered = self._registry.lowered(adapter, approximate, dense, strict=strict, trainable=is_trainable)
+        names = Names(self._model, self.bases)
         keys = keys_of(adapter, lowered.deltas, names, self._indices, self.bases) if is_trainable else None
         trainable = keys is not None
         info = self._registry.add(name, adapter, lowered, approximate, dense, replaces=replaces, trainable=trainable)
@@ -257,6 +345,9 @@ class Runtime(Trains):
             UnknownAdapterError: there is none of that name. AdapterInUseError: it, or what was made of it, is the
                 default or folded into the weights. Others: as `load_adapter`; the name is left as it was then.
         """
+        if not isinstance(source, Adapter) and self._ranks is None:
+            self._registry[adapter_name]
+            return self._tiers.load(adapter_name, _files(source, **options), replaces=True)
         with self._registry.together(f"replace adapter {adapter_name!r}"):
             self._registry[adapter_name]
             lowering = {key: options.pop(key) for key in ("approximate", "dense", "strict") if key in options}
@@ -282,14 +373,19 @@ class Runtime(Trains):
         would rewrite is written as the LoRA of twice its rank that it is beside the untouched base.
 
         Raises:
-            UnknownAdapterError: there is none of that name.
+            UnknownAdapterError: there is none of that name. AdapterError: its files are not what they were.
         """
-        self._registry[adapter_name].adapter.save_pretrained(folder)
+        self._registry.adapter(adapter_name).save_pretrained(folder)
 
     @property
     def adapters(self) -> dict[str, AdapterInfo]:
         """Name -> what is known of it, in the order of loading."""
         return self._registry.infos()
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Name -> where it comes from, of all but what requests' merges made: quicker than `adapters` of very many."""
+        return self._registry.sources()
 
     def adapter(self, adapter_name: str) -> AdapterInfo | None:
         """What is known of one adapter; None where there is none of that name."""
@@ -302,7 +398,7 @@ class Runtime(Trains):
 
     def status(self) -> str:
         """A printable table of the adapters and the arena."""
-        return status(self.adapters.values(), self._store)
+        return status(self.adapters.values(), self._store, self.host)
 
     # Folding into the weights
 
@@ -455,6 +551,7 @@ class Runtime(Trains):
             raise errors.PatchError("an adapter is folded into the weights: unmerge_adapter first, or merge_and_unload")
         if self._shared.default is not None:
             self.set_adapter(None)
+        self._prefetch.close()
         self._thaw()
         if self._ranks is not None:
             self._ranks.close()
@@ -464,7 +561,7 @@ class Runtime(Trains):
         if self._ranks is not None:
             raise kind(
                 f"this model is split over {self._ranks.world} processes, on which mlora neither trains adapters nor "
-                f"folds them into weights; it {what} on a model in one process"
+                f"folds, drops or prefetches them; it {what} on a model in one process"
             )
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
@@ -486,8 +583,30 @@ def _told(adapter: Adapter, approximate: int | None, dense: bool) -> str:
     return f"whose {len(header)} tensors, config and options have the digest {digest[:12]}"
 
 
-def _read(read: Callable[[], Any], lock: threading.RLock) -> Any:
+def _files(
+    path_or_id: str | Path,
+    revision: str | None = None,
+    token: str | None = None,
+    subfolder: str | None = None,
+    allow_pickle: bool = False,
+    approximate: int | None = None,
+    dense: bool = False,
+    strict: bool = False,
+    ignore: Sequence[str] = (),
+) -> Files:
+    """Raises `AdapterError` where they are none, or an option is wrong."""
+    check_ignore(ignore)
+    check_full_rank(approximate, dense)
+    given = {
+        "revision": revision, "token": token, "subfolder": subfolder, "allow_pickle": allow_pickle,
+        "approximate": approximate, "dense": dense, "strict": strict, "ignore": ignore,
+    }  # fmt: skip
+    return files_of(path_or_id, {option: value for option, value in given.items() if value})
+
+
+def _read(read: Callable[[], Any], lock: threading.RLock, path: str, what: str) -> Any:
     """read() of a weight of the base, not while another thread is folding something in: lowerings run without the lock,
     and read the base through this."""
+    note(path, what)
     with lock:
         return read()

@@ -170,10 +170,11 @@ def test_things_that_cannot_be_patched(make: Any, wanted: str) -> None:
 @pytest.mark.parametrize(
     ("options", "wanted"),
     (
-        ({"memory": 0}, "memory=0, wanted a whole number of at least 1"),
+        ({"memory": 0}, "memory=0, wanted a whole number of bytes, at least 1"),
         ({"memory": -5}, "memory=-5, wanted"),
         ({"memory": 2e9}, "memory=2000000000.0, wanted a whole number"),
-        ({"memory": "2GB"}, "memory='2GB', wanted"),
+        ({"memory": "2 lots"}, "memory='2 lots', wanted"),
+        ({"host_memory": "0GB"}, "host_memory='0GB', wanted"),
         ({"max_adapters": 0}, "max_adapters=0, wanted a whole number of at least 1"),
         ({"max_adapters": None}, "max_adapters=None, wanted"),
         ({"max_merges": -1}, "max_merges=-1, wanted a whole number of at least 0"),

@@ -115,17 +115,16 @@ class Adapter:
         Raises:
             AdapterError: something is missing, damaged or not finite, or the files do not come to rest.
         """
-        return cls(
-            *read_adapter(
-                path_or_id,
-                revision=revision,
-                token=token,
-                subfolder=subfolder,
-                allow_pickle=allow_pickle,
-                ignore=ignore,
-                in_memory=in_memory,
-            )
+        read = read_adapter(
+            path_or_id,
+            revision=revision,
+            token=token,
+            subfolder=subfolder,
+            allow_pickle=allow_pickle,
+            ignore=ignore,
+            in_memory=in_memory,
         )
+        return cls(read.config, read.tensors, read.source, read.ignored)
 
     @classmethod
     def from_peft(cls, model: Any, name: str = "default") -> Adapter:

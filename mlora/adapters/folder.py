@@ -38,12 +38,13 @@ PATIENCE = 3.0  # seconds, with files that do not come to rest
 
 
 class File:
-    """An open file of `size` bytes."""
+    """An open file of `size` bytes. `parts`: what was read of it, uint8, in the order of reading."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
         self._descriptor = descriptor
         self.first = self.state = os.fstat(descriptor)
+        self.parts: list[Tensor] = []
 
     @property
     def size(self) -> int:
@@ -60,6 +61,7 @@ class File:
             if not (got := os.preadv(self._descriptor, [rest], start)):
                 raise ValueError(f"it ends before its {start + len(rest):,} bytes")
             start, rest = start + got, rest[got:]
+        self.parts.append(data)
         return data
 
     def text(self, start: int, count: int) -> bytes:

@@ -25,12 +25,13 @@ MAX_CONFIG = 16 << 20  # bytes; AdaLoRA's masks are the largest configs, some hu
 
 
 class Contents(NamedTuple):
-    """What was read: the fields of an `Adapter`."""
+    """What was read: the fields of an `Adapter`; and `raw`, the bytes of the files, uint8."""
 
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     source: str
     ignored: tuple[str, ...]
+    raw: list[Tensor]
 
 
 def read_adapter(
@@ -44,17 +45,16 @@ def read_adapter(
     in_memory: bool = True,
 ) -> Contents:
     """See `Adapter.from_pretrained`."""
-    if not isinstance(path_or_id, (str, os.PathLike)):
-        raise errors.AdapterError(
-            f"an adapter is read from a path or a hub id, not from this {type(path_or_id).__name__}; one in memory is "
-            f"for add_adapter"
-        )
+    check_source(path_or_id)
     check_ignore(ignore)
     source = str(path_or_id)
     path = local_path(source, revision, token, subfolder)
     folder, single = (path, "") if path.is_dir() else (path.parent, path.name)
 
-    def read(files: dict[str, File]) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
+    def read(files: dict[str, File]) -> tuple[Mapping[str, Any], Mapping[str, Tensor], list[Tensor]]:
+        return *parsed(files), [part for file in files.values() for part in file.parts]
+
+    def parsed(files: dict[str, File]) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
         if CONFIG in files:
             weights = files.get(single or WEIGHTS)
             if weights is not None and not in_memory and not ignore and (left := _on_disk(weights)) is not None:
@@ -70,8 +70,18 @@ def read_adapter(
         )
 
     names = (CONFIG, single) if single else FILES
-    config, tensors, ignored = without(*read_files(folder, names, read), ignore)
-    return Contents(config, tensors, f"{source.rstrip('/')}/{subfolder}" if subfolder else source, ignored)
+    read_config, read_tensors, raw = read_files(folder, names, read)
+    config, tensors, ignored = without(read_config, read_tensors, ignore)
+    return Contents(config, tensors, f"{source.rstrip('/')}/{subfolder}" if subfolder else source, ignored, raw)
+
+
+def check_source(path_or_id: object) -> None:
+    """Raise `AdapterError` where nothing could be read from it."""
+    if not isinstance(path_or_id, (str, os.PathLike)):
+        raise errors.AdapterError(
+            f"an adapter is read from a path or a hub id, not from this {type(path_or_id).__name__}; one in memory is "
+            f"for add_adapter"
+        )
 
 
 def _config(file: File) -> dict[str, Any]:

@@ -69,6 +69,7 @@ class Packed:
             device's arena, in elements, or -1.
         pins: how many active routings use it. `retired`: whether it goes with the last of them.
         source: of one that is being trained; its blob has its size only. `version`: how often its numbers changed.
+        held: bytes that are counted for it on the host. `memory`: what the blob lies in, see `Host`.
     """
 
     blob: Tensor
@@ -86,6 +87,8 @@ class Packed:
     retired: bool = field(default=False)
     source: Source | None = field(default=None)
     version: int = field(default=0)
+    held: int = field(default=0)
+    memory: Any = field(default=None)
 
     def __post_init__(self) -> None:
         self.offsets = [-1] * len(self.cuts)
@@ -115,7 +118,7 @@ def pack(
     deltas: Mapping[int, Delta],
     empty: np.ndarray,
     dtype: torch.dtype,
-    pin: bool,
+    memory: Callable[[int], Tensor],
     label: str,
     homes: Sequence[int],
     implied: Sequence[bool],
@@ -126,7 +129,7 @@ def pack(
     Args:
         deltas: module number -> delta. `label`: of the adapter, for messages.
         empty: `Packed.rows` of an adapter without parts.
-        dtype: the arena's. `pin`: put the blob into memory that a GPU copies from.
+        dtype: the arena's. `memory`: makes an empty blob of so many elements.
         homes: the number of each module's device.
         implied: of each device, whether to leave out the identity beside a whole matrix: all that reads its arena takes
             it so.
@@ -188,7 +191,7 @@ def pack(
         rows[indices, 0, layout.A], rows[indices, 0, layout.B], rows[indices, 0, layout.RANK] = a, b, ranks
         scales[indices] = values
         touches[indices] |= LORA
-    blob, cuts, offsets = _lay_out(parts, owners, len(implied), dtype, pin)
+    blob, cuts, offsets = _lay_out(parts, owners, len(implied), dtype, memory)
     for column in OFFSETS:
         rows[..., column] = offsets[rows[..., column]]
     heads = {index: (int(offsets[a]), int(offsets[bias]), width) for index, (a, bias, width) in heads.items()}
@@ -257,6 +260,14 @@ def tensors_in(packed: Packed, deltas: Mapping[int, Delta], tensors: Mapping[str
     return {key: held[key] if key in places else tensor.clone() for key, tensor in tensors.items()}
 
 
+def beside(packed: Packed, tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of an adapter's tensors that lie elsewhere than in its blob."""
+    if isinstance(tensors, Held):
+        return 0
+    blob = packed.blob.untyped_storage().data_ptr()
+    return sum(tensor.nbytes for tensor in tensors.values() if tensor.untyped_storage().data_ptr() != blob)
+
+
 def _is_a(matrix: Matrix, implied: bool) -> bool:
     """Whether a whole matrix is the A beside an identity for B, so that kernels read its rows in the order of memory;
     or the other way round, where the identity would be larger and is not `implied`, or the matrix is a parameter's."""
@@ -277,7 +288,11 @@ def numel_of(matrix: Matrix, implied: bool) -> int:
 
 
 def _lay_out(
-    parts: Sequence[Tensor | Made], owners: Sequence[int], devices: int, dtype: torch.dtype, pin: bool
+    parts: Sequence[Tensor | Made],
+    owners: Sequence[int],
+    devices: int,
+    dtype: torch.dtype,
+    memory: Callable[[int], Tensor],
 ) -> tuple[Tensor, tuple[int, ...], np.ndarray]:
     """A blob of all parts, device by device; of each device those of one shape and layout side by side, which takes a
     few copies in place of one a part. Beside it where each device's part ends, and the offset of each part, with a last
@@ -297,7 +312,7 @@ def _lay_out(
         offsets[numbers] = np.arange(end, end + step * len(numbers), step)
         end += step * len(numbers)
     cuts += [end] * (devices - len(cuts))
-    blob = torch.empty(end, dtype=dtype, pin_memory=pin)
+    blob = memory(end)
     for numbers in alike.values():
         group = [parts[number] for number in numbers]
         ready = [part for part in group if isinstance(part, Tensor)]

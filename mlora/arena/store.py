@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ import torch
 from .. import errors, layout
 from ..lowering import Delta
 from ..lowering.delta import Matrix
+from .host import Block, Host
 from .memory import Room
 from .pack import Packed, numel_of, pack
 from .space import Space
@@ -33,12 +34,14 @@ class Store:
         rooms: of each device, how many bytes its arena has, and how they are used; or just their number.
         homes: of each module, in the order in which `register` numbers them, the number of its device.
         slots: how many adapters can be resident at once.
+        host_memory: bytes that adapters may take on the host, None for no bound.
 
     Each device has a `Space`, an arena and the tables of the modules that are called there; none holds what another's
     modules need. A resident adapter has one slot, the same on all devices, so that a plan's words mean the same on each
     of them; and it is resident wholly, on every device that needs a part of it, or not at all. Arenas and tables keep
     their addresses for good: loading and evicting change contents only, which is what lets compiled and captured graphs
-    outlive them. All methods are thread-safe.
+    outlive them. `host` counts what adapters take there; `empty_rows` are the `Packed.rows` of one without parts. All
+    methods are thread-safe.
 
     A gain far below 1 has few of its digits in a 16-bit g - 1. Where that matters, what rounding took off
     is kept too, its rest (or a turn's), as the only part of a second row, `slots` rows on, which recipes name
@@ -52,6 +55,7 @@ class Store:
         rooms: Sequence[Room | int],
         homes: Sequence[int],
         slots: int,
+        host_memory: int | None = None,
     ) -> None:
         self.dtype = dtype
         self.homes = tuple(homes)
@@ -59,7 +63,9 @@ class Store:
         empty = np.full((len(homes), 2 * slots, layout.TABLE_WIDTH), -1, dtype=np.int64)
         empty[..., layout.RANK] = 0
         empty[..., layout.SCALE] = 0
-        self._empty_rows = empty[:, :2].copy()
+        self.empty_rows = empty[:, :2].copy()
+        pin = any(device.type == "cuda" for device in devices)
+        self.host = Host(dtype, pin, self.empty_rows.nbytes + len(homes), host_memory)
         own = [[index for index, home in enumerate(homes) if home == device] for device in range(len(devices))]
         self.spaces = tuple(
             Space(device, dtype, room, modules if len(devices) > 1 else None, empty)
@@ -81,6 +87,11 @@ class Store:
     def modules(self) -> int:
         """How many there are."""
         return len(self.homes)
+
+    @property
+    def form(self) -> str:
+        """Equal where blobs are laid out alike."""
+        return f"{self.dtype}, {self.homes}, {[space.implied for space in self.spaces]}"
 
     @property
     def used(self) -> int:
@@ -112,31 +123,62 @@ class Store:
 
         Raises:
             AdapterError: a value is finite in the adapter and not in the arena's dtype.
-            CapacityError: the blob is larger than the arena.
+            CapacityError: the blob is larger than the arena, or finds no room on the host.
         """
         # Parameters that are whole matrices are written beside their identities.
         implied = [space.implied and not changing for space in self.spaces]
-        pin = any(device.type == "cuda" for device in self.devices)
-        packed = pack(deltas, self._empty_rows, self.dtype, pin, label, self.homes, implied, changing)
-        for device, space in enumerate(self.spaces):
-            needed = packed.size(device) * self.dtype.itemsize
-            if needed > space.capacity:
-                raise errors.CapacityError(
-                    f"{label} needs {needed:,} bytes on {space.device}; the arena has {space.capacity:,} "
-                    f"({_MORE_MEMORY})"
-                )
+        return self.fill(
+            label,
+            lambda memory: pack(deltas, self.empty_rows, self.dtype, memory, label, self.homes, implied, changing),
+        )
+
+    def fill(self, label: str, make: Callable[[Callable[[int], torch.Tensor]], Packed]) -> Packed:
+        """What `make` packs into a blob that it asks for by the number of its elements. It counts on the host until it
+        was registered and is forgotten, or is discarded. Raises what `make` does, and as `pack`."""
+        blocks: list[Block] = []
+
+        def memory(numel: int) -> torch.Tensor:
+            blocks.append(self.host.block(numel, label))
+            return blocks[-1].blob
+
+        try:
+            packed = make(memory)
+            for device, space in enumerate(self.spaces):
+                needed = packed.size(device) * self.dtype.itemsize
+                if needed > space.capacity:
+                    raise errors.CapacityError(
+                        f"{label} needs {needed:,} bytes on {space.device}; the arena has {space.capacity:,} "
+                        f"({_MORE_MEMORY})"
+                    )
+        except BaseException:
+            for block in blocks:
+                self.host.give_back(block.nbytes, block.memory)
+            raise
+        (block,) = blocks
+        packed.held, packed.memory = block.nbytes, block.memory
         return packed
+
+    def keep(self, packed: Packed, nbytes: int, label: str) -> None:
+        """Count what is kept on the host beside its blob; raises as `pack`."""
+        self.host.count(nbytes, label)
+        packed.held += nbytes
+
+    def discard(self, packed: Packed) -> None:
+        """What was packed and is not registered does not count any more."""
+        self.host.give_back(packed.held, packed.memory)
+        packed.held, packed.memory = 0, None
 
     def nbytes(self, matrix: Matrix, index: int) -> int:
         """Of a whole matrix of a module on its device."""
         return numel_of(matrix, self.spaces[self.homes[index]].implied) * self.dtype.itemsize
 
-    def register(self, name: str, packed: Packed) -> None:
-        """Add a packed adapter under a new name; it becomes resident if what is ready of the arenas has room for it."""
+    def register(self, name: str, packed: Packed, number: int = 0) -> None:
+        """Add a packed adapter under a new name; it becomes resident if what is ready of the arenas has room for it.
+        `number`: that of one that was registered before and is the same."""
         with self._lock:
             self._adapters[name] = packed
-            self.registered += 1
-            packed.number = self.registered
+            self.registered += not number
+            packed.number = number or self.registered
             itemsize = self.dtype.itemsize
             ready = all(s.used + packed.size(at) * itemsize <= s.room.ready for at, s in enumerate(self.spaces))
             if self._free_slots and ready:
@@ -168,6 +210,11 @@ class Store:
                 if packed.source is not None and packed.source.changed:
                     self._fill(packed)
 
+    def bring(self, names: Sequence[str]) -> None:
+        """Make all of `names` resident, and leave them to whoever needs the room; raises as `acquire`."""
+        self.acquire(names)
+        self.release(names)
+
     def release(self, names: Sequence[str]) -> None:
         """Undo one `acquire` of the same names."""
         with self._lock:
@@ -185,6 +232,12 @@ class Store:
         for space, at in zip(self.spaces, places, strict=True):
             if at >= 0:
                 space.give_back(at)
+        self.discard(packed)
+
+    def idle(self) -> list[str]:
+        """The names of those that no routing uses, of which the first was used longest ago."""
+        with self._lock:
+            return [name for name, packed in self._adapters.items() if not packed.pins]
 
     def touched(self, names: Iterable[str]) -> list[int]:
         """The numbers of the modules that any of these adapters changes."""
@@ -296,7 +349,7 @@ class Store:
             self._free(packed)
             self._free_slots.append(slot)
             for space in self.spaces:
-                space.write(slot, self._empty_rows, 0)
+                space.write(slot, self.empty_rows, 0)
             self.placements += 1
 
     def _compact(self, device: int) -> None:

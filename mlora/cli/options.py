@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated
 
 import typer
@@ -58,13 +57,11 @@ ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is ther
 
 def parse_size(text: str, option: str = "--memory") -> int:
     """Bytes, of an option."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([KMGT])(i?))?B?", text.strip(), re.IGNORECASE)
-    if found is None:
-        raise InputError(f"{option} {text!r}: wanted bytes, or a size such as 512MiB, 2GiB or 2GB")
-    number, prefix, binary = found.groups()
-    size = int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(prefix.upper()) + 1 if prefix else 0))
-    if size < 1:
-        raise InputError(f"{option} {text!r}: wanted at least one byte")
+    from mlora.arena.size import WANTED, size_of
+
+    size = size_of(text)
+    if size is None:
+        raise InputError(f"{option} {text!r}: wanted {WANTED}")
     return size
 
 

@@ -135,9 +135,18 @@ def serve(
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="On the host for adapters of roots and the hub; those used longest ago are dropped, and read again "
-            "when asked for. Default: no limit.",
+            help="On the host for all adapters; those used longest ago are dropped, and read again when asked for. "
+            "Default: no limit.",
             rich_help_panel=_LIMITS,
+            show_default=False,
+        ),
+    ] = None,
+    packed_cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Keep adapters there as they lie in memory, where making that takes more than reading their files.",
+            rich_help_panel=_ADAPTERS,
             show_default=False,
         ),
     ] = None,
@@ -227,7 +236,9 @@ def serve(
             served.read()
             loaded = served.load(device, dtype)
         with progress.step(f"loading {counted(len(served.names), 'adapter')}"):
-            served.patch(loaded, memory=room, max_adapters=max_adapters)
+            served.patch(
+                loaded, memory=room, max_adapters=max_adapters, host_memory=host_room, packed_cache=packed_cache
+            )
         from mlora.serve import Engine
 
         engine = Engine(
@@ -238,7 +249,6 @@ def serve(
             max_waiting_per_adapter=max_waiting_per_adapter,
             cache_tokens=cache_tokens,
             batch_tokens=batch_tokens,
-            host_memory=host_room,
         )
         with engine:
             app = create_app(

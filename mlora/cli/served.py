@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ class Source:
 @dataclass
 class Served:
     """`merges`: name -> the Merge that it stands for. `active` is the entry of lines that have none. `config` is the
-    YAML file, if there is one; else the adapters are read by `read`."""
+    YAML file, if there is one."""
 
     model: str | None
     sources: Mapping[str, Source]
@@ -38,7 +38,6 @@ class Served:
     approximate: int | None = None
     dense: bool = False
     strict: bool = False
-    adapters: dict[str, Any] = field(default_factory=dict)
 
     def members(self, entry: Any) -> list[str]:
         """The adapters that `entry` uses."""
@@ -55,12 +54,12 @@ class Served:
                 raise InputError(f"the entry {entry!r} needs {len(entry)} adapters at once; --max-adapters is {most}")
 
     def read(self) -> None:
-        """Raises AdapterError where an adapter cannot be read."""
+        """Raises AdapterError where an adapter cannot be read, before the model is loaded."""
         from mlora import Adapter
 
         if self.config is None:
-            for name, source in self.sources.items():
-                self.adapters[name] = Adapter.from_pretrained(source.source, **source.loading)
+            for source in self.sources.values():
+                Adapter.from_pretrained(source.source, **source.loading)
 
     def load(self, device: str | None, dtype: str) -> Any:
         from . import models
@@ -76,8 +75,9 @@ class Served:
             mlora.from_config(self.config, model=model, **options).set_adapter(None)
             return
         runtime = mlora.patch(model, **options)
-        for name, adapter in self.adapters.items():
-            runtime.add_adapter(name, adapter, approximate=self.approximate, dense=self.dense, strict=self.strict)
+        options = {"approximate": self.approximate, "dense": self.dense, "strict": self.strict}
+        for name, source in self.sources.items():
+            runtime.load_adapter(source.source, name, **options, **source.loading)
 
 
 def choose(

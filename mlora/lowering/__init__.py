@@ -132,13 +132,7 @@ def lower(
         UnsupportedAdapterError: the type or one of its options is not served.
         AdapterError: it does not fit the model.
     """
-    if approximately is not None and (type(approximately) is not int or approximately < 1):
-        raise errors.AdapterError(f"approximate is {approximately!r}; it must be a rank: a positive integer")
-    if dense and approximately is not None:
-        raise errors.AdapterError(
-            f"approximate is {approximately} and dense is true: a delta of full rank is served at a rank, or all of "
-            f"it; give one of them"
-        )
+    check_full_rank(approximately, dense)
     names = Names(model, bases)
     adapter = part_of(adapter, names)
     lowering = _lowering_of(adapter)
@@ -192,6 +186,17 @@ def lower_own(
     part, narrower = narrowed
     lowered = lower(part, narrower, approximately, dense=dense, model=model, strict=strict)
     return replace(lowered, deltas={path: added_once(delta, bases[path]) for path, delta in lowered.deltas.items()})
+
+
+def check_full_rank(approximately: object, dense: bool) -> None:
+    """Raise `AdapterError` unless these say how deltas of full rank are served."""
+    if approximately is not None and (type(approximately) is not int or approximately < 1):
+        raise errors.AdapterError(f"approximate is {approximately!r}; it must be a rank: a positive integer")
+    if dense and approximately is not None:
+        raise errors.AdapterError(
+            f"approximate is {approximately} and dense is true: a delta of full rank is served at a rank, or all of "
+            f"it; give one of them"
+        )
 
 
 def _refuse_full_rank(adapter: Adapter, modules: Sequence[tuple[BaseLinear, str]]) -> None:
@@ -263,6 +268,7 @@ __all__ = [
     "Lowered",
     "Names",
     "Turn",
+    "check_full_rank",
     "is_rewriting",
     "lower",
     "lower_own",

@@ -12,7 +12,7 @@ from ..folding.fold import Folded
 from ..lowering import BaseLinear, Delta, Lowered, to_adapter
 from ..merge import relative
 from ..plan.plan import Recipe
-from .registry import Loaded, Registry
+from .registry import Registry
 
 
 class Bridges:
@@ -65,36 +65,38 @@ class Bridges:
         and dropped where one of their adapters has gone meanwhile. What is folded in stays: the caller is a reader of
         the weights, or holds the lock.
 
+        Nothing is made where an adapter is not on the host any more: whoever asks looks again.
+
         Raises:
-            MergeError: no delta does that. UnknownAdapterError: an adapter has gone already.
+            MergeError: no delta does that.
         """
+        registry = self._registry
         with self._lock:
             folded = self._folded.recipe
-            sources = {key: self._source(key) for key, _ in (*recipe, *folded)}
-            self._registry.check_settled(sources, "what serves it beside what is folded in")
-        bases, label = self._registry.bases, self._label(recipe, folded)
-        deltas = _between(folded, recipe, {key: self._registry.lower(one) for key, one in sources.items()}, bases)
+            found = {key: registry.by_key(key) for key, _ in (*recipe, *folded)}
+            sources = {key: one for key, one in found.items() if one is not None}
+            if len(sources) < len(found):
+                return
+            registry.check_settled(sources, "what serves it beside what is folded in")
+            label = self._label(recipe, folded)
+        bases = registry.bases
+        lowered = {key: registry.lower(one.info.name, one) for key, one in sources.items()}
+        deltas = _between(folded, recipe, lowered, bases)
         adapter = to_adapter(deltas, label, bases)
         with self._lock:
-            same = all(self._registry.by_key(key) is one for key, one in sources.items())
-            if same and label not in self._registry:  # another thread may have made it
+            same = all(registry.by_key(key) is one for key, one in sources.items())
+            if same and label not in registry:  # another thread may have made it
                 names = [one.info.name for one in sources.values()]
-                self._registry.add(label, adapter, Lowered(deltas), sources=names, group=self._bridges)
+                registry.add(label, adapter, Lowered(deltas), sources=names, group=self._bridges)
 
     def _label(self, recipe: Recipe, folded: Recipe) -> str:
         """Of a bridge: by its adapters' numbers too, since a name may get another content."""
         does, undoes = ({f"{key} #{self._store[key].number}": w for key, w in side} for side in (recipe, folded))
         return f"{does} on {undoes}"
 
-    def _source(self, key: str) -> Loaded:
-        """Raises `UnknownAdapterError` where it has gone."""
-        if (loaded := self._registry.by_key(key)) is None:
-            raise errors.UnknownAdapterError(f"no adapter {key!r} is loaded any more")
-        return loaded
-
     def drop(self) -> None:
         """Forget those that no call uses; what is folded in has changed. Called under the lock."""
-        unused = [label for label in self._bridges if not self._store[self._registry[label].key].pins]
+        unused = [label for label in self._bridges if (one := self._registry.packed(label)) and not one.pins]
         for label in unused:
             self._registry.remove(label)
 

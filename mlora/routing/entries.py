@@ -7,7 +7,7 @@ from numbers import Integral
 from typing import Any, TypeAlias
 
 from .. import errors
-from ..merge import Merge, is_weight
+from ..merge import Merge, as_merge, is_weight
 from ..plan.plan import Recipe
 from .pin import Pinned
 
@@ -45,6 +45,34 @@ def resolve_entry(entry: Any, key: Callable[[str], str | None]) -> Recipe:
         if weight != 0:
             recipe.append((own, float(weight)))
     return tuple(sorted(recipe))
+
+
+def names_of(entry: Any) -> tuple[str, ...]:
+    """The adapters that an entry uses.
+
+    Raises:
+        EntryError, MergeError: it is no entry.
+    """
+    how = as_merge(entry)
+    if how is not None:
+        return how.adapters
+    if entry is None or entry == BASE:
+        return ()
+    if isinstance(entry, str):
+        return (entry,)
+    if isinstance(entry, Mapping):
+        return tuple(entry)
+    raise errors.EntryError(f"an entry is {entry!r}; it must be an adapter's name, None, a mapping or an mlora.Merge")
+
+
+def key_of(entry: Any) -> Any:
+    """Hashable, and equal for entries that say the same."""
+    how = as_merge(entry)
+    if how is not None:
+        return "merge", how.label
+    if isinstance(entry, Mapping):
+        return frozenset(entry.items())
+    return None if entry == BASE else entry
 
 
 def is_single(entries: Any) -> bool:

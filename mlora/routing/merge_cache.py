@@ -5,24 +5,27 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from .. import errors
 from ..merge import as_merge
 from .registry import Registry
+from .tiers import Tiers
 
 
 class MergeCache:
     """The results of merges that entries asked for.
 
     Args:
+        tiers: which loads what entries name.
         most: how many are kept, beside those in use.
         lock: the runtime's, see its `__init__`; reentrant.
     """
 
-    def __init__(self, registry: Registry, most: int, lock: threading.RLock) -> None:
+    def __init__(self, registry: Registry, tiers: Tiers, most: int, lock: threading.RLock) -> None:
         self._registry = registry
+        self._tiers = tiers
         self._most = most
         self._labels: OrderedDict[str, None] = OrderedDict()  # least recently used first
         self._lock = lock
@@ -30,18 +33,21 @@ class MergeCache:
 
     @contextmanager
     def resolved(self, entries: Any) -> Iterator[Any]:
-        """`entries` with every merge replaced by the name of its result, or by weights where it is a plain sum; under
-        the lock, so that no result is forgotten before it is pinned."""
+        """`entries` with every merge replaced by the name of its result, or by weights where it is a plain sum; with
+        all adapters on the host, and under the lock, so that nothing is forgotten or dropped before it is pinned."""
         many = isinstance(entries, Sequence) and not isinstance(entries, str)
-        while True:
-            labels: set[str] = set()
-            resolved = [self._without_merge(entry, labels) for entry in (entries if many else [entries])]
-            with self._lock:
-                if labels <= self._labels.keys():
-                    for label in labels:
-                        self._labels.move_to_end(label)
-                    yield resolved if many else resolved[0]
-                    return
+        with ExitStack() as held:
+            while True:
+                labels: set[str] = set()
+                resolved = [self._without_merge(entry, labels) for entry in (entries if many else [entries])]
+                with self._lock:
+                    absent = self._tiers.absent(resolved)
+                    if not absent and labels <= self._labels.keys():
+                        for label in labels:
+                            self._labels.move_to_end(label)
+                        yield resolved if many else resolved[0]
+                        return
+                held.enter_context(self._tiers.holding(absent))
 
     def _without_merge(self, entry: Any, labels: set[str]) -> Any:
         """One entry of `resolved`; adds the name of a merge's result to `labels`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from .merge_cache import MergeCache
 from .pin import Pinned
 from .ranks import Ranks
 from .registry import Registry
+from .tiers import Tiers
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,7 @@ class Planner:
         registry: Registry,
         merges: MergeCache,
         bridges: Bridges,
+        tiers: Tiers,
         store: Store,
         shared: Shared,
         experts: Sequence[int],
@@ -93,6 +96,7 @@ class Planner:
         self._registry = registry
         self._merges = merges
         self._bridges = bridges
+        self._tiers = tiers
         self._store = store
         self._assembly = Assembly(registry, store, shared, experts)
         self._lock = lock
@@ -148,6 +152,13 @@ class Planner:
                     return plan
             self._bridges.make(unmade)
 
+    def bring(self, entry: Any) -> None:
+        """Bring what one entry names to the device, or as far as there is room; raises as `acquire`."""
+        with self._merges.resolved(entry) as resolved:
+            (recipe,) = self._registry.recipes(resolved)
+            with suppress(errors.CapacityError):  # its call will tell, if there is no room then
+                self._store.bring([name for name, _ in recipe])
+
     def pinned(self, plan: Plan) -> Pinned:
         """The entry of a plan of one, whose adapters are pinned; the caller is a reader of the weights."""
         (recipe,) = plan.recipes
@@ -177,14 +188,14 @@ class Planner:
             CapacityError: they do not fit on the device together.
         """
         plan, store = made.plan, self._store
-        with self._lock:
+        with self._tiers.holding([name for name in made.adapters if name not in store]), self._lock:
             if self._bridges.folded is not made.folded:
                 raise errors.RoutingError(
                     "a forward pass cannot be gone back over, or be computed again: what is folded into the weights "
                     "has changed since. Run backward before merge_adapter or unmerge_adapter"
                 )
             for name, packed in made.adapters.items():
-                if name not in store or store[name] is not packed:
+                if name not in store or store[name].number != packed.number:
                     raise errors.RoutingError(
                         f"a forward pass cannot be gone back over, or be computed again: its adapter {name!r} was "
                         f"deleted since. Run backward before delete_adapter"

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..arena.store import Store
-from .registry import AdapterInfo
+from .info import AdapterInfo, HostUse
 
 
-def status(infos: Iterable[AdapterInfo], store: Store) -> str:
+def status(infos: Iterable[AdapterInfo], store: Store, host: HostUse) -> str:
     rows = [("adapter", "type", "rank", "modules", "bytes", "where", "error")]
     for info in infos:
+        if info.location == "files":
+            continue
         ranks = str(info.rank) if len(info.ranks) == 1 else f"{info.ranks[0]}-{info.ranks[-1]}"
         kind = info.variant or info.peft_type
         error = (f"{info.error:.1e}" if info.errors else "exact") + ("; its delta is zero" if info.zero else "")
@@ -20,4 +22,6 @@ def status(infos: Iterable[AdapterInfo], store: Store) -> str:
     for space in store.spaces:
         lines.append(f"arena: {space.used:,} of {space.capacity:,} bytes, {store.dtype} on {space.device}")
         lines.append(f"  {space.room.why}")
+    bound = "" if host.most is None else f" of {host.most:,}"
+    lines.append(f"host: {host.used:,}{bound} bytes; {host.registered - host.loaded:,} adapters in files only")
     return "\n".join(line.rstrip() for line in lines)

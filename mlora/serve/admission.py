@@ -6,15 +6,15 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from .. import errors
 from ..runtime import Runtime
 from .queue import Full, Queue
 from .request import DONE, PREPARING, READY, RUNNING, WAITING, Request
-from .shelf import Shelf
 from .sizes import Vocabulary
 
 
@@ -41,28 +41,25 @@ class Limits:
 
 class Admission:
     """Requests wait in a `Queue`. The first `Limits.ahead` of them beyond those that run are prepared: their adapters
-    are read, if need be, and pinned on the device, by threads of its own. What is prepared starts when there is room.
+    are prefetched, and pinned on the device. What is prepared starts when there is room.
 
     Args:
         start: called with a request that may run, under `lock`. `fail`: with one that cannot, and the error.
-        lock: reentrant; guards all of this. It is held while adapters that are loaded are pinned, never while files are
-            read.
+        lock: reentrant; guards all of this. It is held while adapters that are on the device are pinned, never while
+            files are read.
     """
 
     def __init__(
         self,
         runtime: Runtime,
         vocabulary: Vocabulary,
-        shelf: Shelf,
         limits: Limits,
-        threads: int,
         start: Callable[[Request], None],
         fail: Callable[[Request, Exception], None],
         lock: threading.RLock,
     ) -> None:
         self._runtime = runtime
         self._vocabulary = vocabulary
-        self._shelf = shelf
         self.limits = limits
         self._start = start
         self._fail = fail
@@ -76,7 +73,7 @@ class Admission:
         self._names: Counter[str] = Counter()  # their adapters
         self._blocked: set[Any] = set()  # keys whose adapters had no room on the device, until something is released
         self.running = self.tokens = 0  # answers, and what they take of the cache
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mlora-adapters")
+        self._closed = False
         self._ends: deque[float] = deque(maxlen=64)  # when the last requests ended
 
     @property
@@ -137,7 +134,7 @@ class Admission:
 
     def close(self) -> None:
         """Nothing is prepared any more."""
-        self._pool.shutdown(cancel_futures=True)
+        self._closed = True
 
     def pump(self) -> None:
         """Prepare and start what there is room for."""
@@ -173,33 +170,30 @@ class Admission:
         self._names.update(request.names)
         if key in self._flights:
             self._flights[key].append(request)
-        elif (known or key in request.names) and self._there(request.names) and self._shelf.hold(request.names, False):
+        elif (known or key in request.names) and self._there(request.names):
             self._pin(request)  # a matter of microseconds
-            self._shelf.let_go(request.names)
         else:
             self._flights[key] = [request]
-            self._pool.submit(self._fly, key, request.names)
+            self._runtime.prefetch(request.entry).add_done_callback(partial(self._arrived, key))
 
     def _there(self, names: Sequence[str]) -> bool:
         """Whether adapters are on the device."""
         infos = map(self._runtime.adapter, names)
         return all(info is not None and info.location == "device" for info in infos)
 
-    def _fly(self, key: Any, names: Sequence[str]) -> None:
-        """Read adapters, and pin them for the requests that wait for them."""
-        try:
-            self._shelf.hold(names)
-        except Exception as error:
-            with self._lock:
-                for request in self._flights.pop(key):
-                    self._refuse(request, error)
-                self.pump()
-            return
+    def _arrived(self, key: Any, prefetched: Future[None]) -> None:
+        """Pin what was prefetched for the requests that wait for it. It runs on the prefetching thread."""
         with self._lock:
             requests = self._flights.pop(key)
+            if self._closed:
+                return
+        error = prefetched.exception()
         for request in requests:
-            self._pin(request)
-        self._shelf.let_go(names)
+            if isinstance(error, Exception) and not isinstance(error, errors.CapacityError):  # which passes
+                with self._lock:
+                    self._refuse(request, error)
+            else:
+                self._pin(request)
         self.pump()
 
     def _pin(self, request: Request) -> None:

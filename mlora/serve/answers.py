@@ -72,8 +72,8 @@ class Stats:
 
     Args:
         running: requests' answers that are being generated. `waiting`: requests that came and do not run yet.
-        adapters: adapters of requests that run or are about to. `registered`: those known by path.
-        host_bytes: of those of them that are loaded. `loads`, `drops`: how often one was read, and dropped again.
+        adapters: adapters of requests that run or are about to. `registered`: those that there are.
+        host_bytes, loads, drops: see `mlora.HostUse`.
         steps: of the model. `tokens`: that were generated. `restarts`: workers that died and had others take over.
         answers: finish reason -> how many answers ended so.
         alive: whether a worker is at work. `cache_tokens`: room for keys and values, `reserved_tokens` of which are for

@@ -14,7 +14,7 @@ from typing import Any
 from .. import errors
 from ..adapters.adapter import Adapter
 from ..routing.entries import Entry
-from ..routing.registry import AdapterInfo
+from ..routing.info import AdapterInfo
 from ..runtime import Runtime
 from .admission import Admission, Limits
 from .answers import ERROR, Answer, Stats, Token
@@ -23,7 +23,6 @@ from .intake import Intake
 from .request import Event, Request
 from .runner import Runner
 from .sampling import Sampling
-from .shelf import Shelf
 from .sizes import Vocabulary, default_tokens
 from .stream import Reader, Stream, on_loop
 
@@ -54,9 +53,6 @@ class Engine:
         batch_tokens: most tokens of one step. Long prompts are read in pieces of that size.
         share_prefixes: whether requests of one entry share what their prompts have in common.
         ahead: requests whose adapters are fetched while others run.
-        host_memory: bytes on the host of adapters that are registered by path, beyond which those used longest ago are
-            dropped and read again when asked for; default: no limit.
-        threads: that read adapters.
 
     Raises:
         ServeError: this transformers is not one that it knows, or there is no room for the cache.
@@ -78,8 +74,6 @@ class Engine:
         batch_tokens: int = 512,
         share_prefixes: bool = True,
         ahead: int = 8,
-        host_memory: int | None = None,
-        threads: int = 2,
     ) -> None:
         if runtime.processes > 1:
             raise errors.UnsupportedModelError(
@@ -93,7 +87,6 @@ class Engine:
         self._homes: weakref.WeakKeyDictionary[Any, Callable[[Sequence[Event]], None]] = weakref.WeakKeyDictionary()
         self._lock = threading.RLock()
         tokens = cache_tokens or default_tokens(runtime.model, max_running)
-        self._shelf = Shelf(runtime, host_memory)
         memory = Memory(tokens, page, batch_tokens, share_prefixes)
         self._runner = Runner(runtime, memory, self._ended, self._broke, self._lock)
         limits = Limits(
@@ -106,10 +99,8 @@ class Engine:
         )
         self.limits = limits
         vocabulary = Vocabulary(runtime.model)
-        self._admission = Admission(
-            runtime, vocabulary, self._shelf, limits, threads, self._runner.start, self._runner.fail, self._lock
-        )
-        self._intake = Intake(runtime, vocabulary, tokenizer, self._shelf, limits, page)
+        self._admission = Admission(runtime, vocabulary, limits, self._runner.start, self._runner.fail, self._lock)
+        self._intake = Intake(runtime, vocabulary, tokenizer, limits, page)
 
     # Requests
 
@@ -190,7 +181,7 @@ class Engine:
     async def replace_adapter(self, adapter_name: str, source: str | Path | Adapter, **options: Any) -> AdapterInfo:
         """`Runtime.replace_adapter`, off the event loop: requests that run, or whose adapters are pinned already,
         finish with the old content, others get the new."""
-        return await asyncio.to_thread(self._replace, adapter_name, source, options)
+        return await asyncio.to_thread(self.runtime.replace_adapter, adapter_name, source, **options)
 
     async def delete_adapter(self, adapter_name: str) -> None:
         """The name is free at once; requests that run finish. Those that wait for it fail.
@@ -198,47 +189,32 @@ class Engine:
         Raises:
             UnknownAdapterError: there is none of that name.
         """
-        await asyncio.to_thread(self._delete, adapter_name)
+        await asyncio.to_thread(self.runtime.delete_adapter, adapter_name, when_unused=True)
 
     def register(self, adapter_name: str, path_or_id: str | Path, **options: Any) -> None:
-        """Make an adapter known by its path only: it is read when first asked for, and may be dropped and read again,
-        see `host_memory`. `options`: of `Runtime.load_adapter`.
-
-        Raises:
-            DuplicateAdapterError: the name is taken.
-        """
-        self._shelf.register(adapter_name, path_or_id, options)
+        """`Runtime.register_adapter`: it is read when a request first asks for it."""
+        self.runtime.register_adapter(path_or_id, adapter_name, **options)
 
     def source(self, adapter_name: str) -> str | None:
         """Where an adapter comes from that is loaded or registered: a folder, a hub id or "memory"; None if there is
         none of that name."""
         info = self.runtime.adapter(adapter_name)
-        return self._shelf.source(adapter_name) if info is None else info.source
+        return None if info is None else info.source
 
     def sources(self) -> dict[str, str]:
         """`source` of all that requests may name. Merges that requests made are not among them."""
-        loaded = {name: info.source for name, info in self.runtime.adapters.items() if not info.made_of}
-        return {**self._shelf.sources(), **loaded}
-
-    def _replace(self, name: str, source: Any, options: dict[str, Any]) -> AdapterInfo:
-        if name in self._shelf:
-            return self._shelf.replace(name, source, options)
-        return self.runtime.replace_adapter(name, source, **options)
-
-    def _delete(self, name: str) -> None:
-        if not self._shelf.delete(name):
-            self.runtime.delete_adapter(name, when_unused=True)
+        return self.runtime.sources
 
     # Its life
 
     def stats(self) -> Stats:
         """As of now."""
-        admission, runner, shelf = self._admission, self._runner, self._shelf
+        admission, runner, host = self._admission, self._runner, self.runtime.host
         with self._lock:
             counts = dict(runner.counts)
             return Stats(
-                admission.running, admission.waiting, admission.adapters, len(shelf), shelf.used, shelf.loads,
-                shelf.drops, runner.steps, counts.pop("tokens", 0), runner.restarts, counts, runner.alive,
+                admission.running, admission.waiting, admission.adapters, host.registered, host.used, host.loads,
+                host.drops, runner.steps, counts.pop("tokens", 0), runner.restarts, counts, runner.alive,
                 runner.capacity, admission.tokens,
             )  # fmt: skip
 

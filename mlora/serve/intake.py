@@ -9,13 +9,12 @@ from typing import Any
 
 from .. import errors
 from ..merge import as_merge
-from ..routing.entries import Entry, resolve_entry
+from ..routing.entries import Entry, key_of, names_of, resolve_entry
 from ..runtime import Runtime
 from .admission import Limits, check_tokens
 from .drawing import Drawing
 from .request import Event, Request, SequenceState
 from .sampling import Sampling
-from .shelf import Shelf, key_of, names_of
 from .sizes import Vocabulary, ends, longest, text_config
 
 
@@ -26,12 +25,9 @@ class Intake:
         tokenizer: None where prompts are token ids. `page`: tokens of a block of the cache.
     """
 
-    def __init__(
-        self, runtime: Runtime, vocabulary: Vocabulary, tokenizer: Any, shelf: Shelf, limits: Limits, page: int
-    ) -> None:
+    def __init__(self, runtime: Runtime, vocabulary: Vocabulary, tokenizer: Any, limits: Limits, page: int) -> None:
         self._runtime = runtime
         self._tokenizer = tokenizer
-        self._shelf = shelf
         self._limits = limits
         self._page = page
         config = text_config(runtime.model)
@@ -89,7 +85,7 @@ class Intake:
         """The adapters of an entry, all of which are known."""
         names = names_of(entry)
         for name in names:
-            if name not in self._shelf and self._runtime.adapter(name) is None:
+            if self._runtime.adapter(name) is None:
                 raise errors.UnknownAdapterError(f"no adapter {name!r} is loaded or registered")
         if isinstance(entry, Mapping) and as_merge(entry) is None:
             resolve_entry(entry, str)  # its weights

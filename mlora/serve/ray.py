@@ -30,9 +30,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from .. import errors
+from ..routing.entries import names_of
 from .affinity import AffinityRouter
 from .http.guard import ADMIN_PATHS
-from .shelf import names_of
 
 App = Any
 """An ASGI app."""
@@ -221,7 +221,6 @@ def _problem(status: int, message: str, headers: Mapping[str, str] | None = None
 
 def _app(args: Arguments) -> App:
     """A replica's app, of a config file."""
-    from ..adapters.adapter import Adapter
     from ..patching import patch
     from . import Engine
     from .http import Access, create_app
@@ -229,7 +228,7 @@ def _app(args: Arguments) -> App:
     model, tokenizer = _load(args.model, args.device, args.dtype)
     runtime = patch(model)
     for name, source in args.adapters.items():
-        runtime.add_adapter(name, Adapter.from_pretrained(source))
+        runtime.load_adapter(source, name)
     engine = Engine(runtime, tokenizer, **{"max_running": args.running, **args.engine})
     return create_app(engine, args.model, roots=args.roots, access=Access(keys=tuple(args.keys)))
 

@@ -46,7 +46,7 @@ class Trains:
         Raises:
             UnknownAdapterError: there is none of that name. AdapterError: it has no parameters.
         """
-        trained, config = self._trained(adapter_name), self._registry[adapter_name].adapter.config
+        trained, config = self._trained(adapter_name), self._registry.adapter(adapter_name).config
         for key, parameter in trained.parameters.items():
             yield peft_name(key, adapter_name, config), parameter
 
@@ -84,7 +84,7 @@ class Trains:
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """How many parameters are trained, of all adapters, and how many there are with the model's."""
         with self._lock:
-            keys = [self._registry[name].key for name in self._registry.infos()]
+            keys = [loaded.key for loaded in self._registry.on_host().values()]
             own = [one for key in keys if (one := self._store[key].source) is not None]
         adapters = [parameter for one in own if isinstance(one, Trained) for parameter in one.parameters.values()]
         trained = sum(parameter.numel() for parameter in adapters if parameter.requires_grad)
@@ -99,20 +99,24 @@ class Trains:
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {share:.4f}")
 
     def _trained(self, name: str) -> Trained:
-        loaded = self._registry[name]
-        source = self._store[loaded.key].source
-        if not isinstance(source, Trained):
+        packed = self._registry.packed(name)
+        trained = None if packed is None else packed.source
+        if not isinstance(trained, Trained):
+            source = self._registry.info(name).source
             raise errors.AdapterError(
-                f"adapter {name!r} from {loaded.adapter.source} has no parameters; is_trainable=True of load_adapter "
-                f"gives it some"
+                f"adapter {name!r} from {source} has no parameters; is_trainable=True of load_adapter gives it some"
             )
-        return source
+        return trained
 
     def _train(self, name: str, adapter: Adapter, keys: Mapping[int, Keys], seed: int | None) -> None:
         """Give a registered adapter parameters. The first one freezes the model's own, as PEFT does. `seed`: of its
         dropout; torch's if None."""
         with self._lock:
-            packed = self._store[self._registry[name].key]
+            packed = self._registry.packed(name)
+            assert packed is not None  # it was made in memory
+            dtype = torch.promote_types(packed.blob.dtype, torch.float32)
+            own = [packed.size(at) for at, device in enumerate(self._store.devices) if device.type == "cpu"]
+            self._store.keep(packed, sum(own) * dtype.itemsize, f"adapter {name!r}")  # its parameters, beside its blob
             fixed = adapter.config.get("init_lora_weights") == "mica"  # PEFT trains the B of "MiCA"
             bases = {index: self._measured_by(self._registry.paths[index]) for index in keys}
             paths = {index: self._registry.paths[index] for index, own in keys.items() if own.kind in ("lora", "dora")}

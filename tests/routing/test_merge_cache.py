@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import MutableMapping
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -31,13 +32,23 @@ class Registry:
         del self.groups.pop(name)[name]
 
 
+class There:
+    """Tiers of which all is on the host."""
+
+    def absent(self, entries: Any) -> list[str]:
+        return []
+
+    def holding(self, names: list[str]) -> Any:
+        return nullcontext()
+
+
 @pytest.fixture
 def registry() -> Registry:
     return Registry()
 
 
 def cache_of(registry: Any, most: int) -> MergeCache:
-    return MergeCache(registry, most, threading.RLock())
+    return MergeCache(registry, There(), most, threading.RLock())  # type: ignore[arg-type]
 
 
 def ask(cache: MergeCache, entries: Any) -> Any:

@@ -331,7 +331,7 @@ def test_streams_that_are_collected_anywhere(runtime: mlora.Runtime, monkeypatch
     async def run(served: Engine) -> None:
         kept.extend(served.generate(prompt(seed), "a", sampling) for seed in range(2))
         await anext(kept[0])
-        with served._shelf._lock, served._lock:
+        with runtime._lock, served._lock:
             await asyncio.to_thread(kept.pop)  # it goes in another thread, which must not wait for the locks
         await until(lambda: served.stats().answers.get("cancelled") == 1)
 

@@ -12,8 +12,9 @@ from serving import adapters, alone, base_model, engine, ids, patched, prompt, r
 
 import mlora
 from mlora import errors
+from mlora.routing.entries import key_of, names_of
+from mlora.routing.files import Files
 from mlora.serve import Sampling
-from mlora.serve.shelf import Shelf, key_of, names_of
 
 SAMPLING = Sampling(max_new_tokens=12)
 LONG = Sampling(max_new_tokens=40)
@@ -93,16 +94,17 @@ def test_delete_under_traffic(
 
 def test_registered_by_path(base: Any, folders: dict[str, Path], oracle: Any) -> None:
     """Read when first asked for, dropped when host memory is full, and read again."""
-    runtime = patched(base, {})
-    most = 3 * max(info.bytes for info in oracle.mlora.adapters.values())
+    most = 3 * max(packed.held for packed in oracle.mlora._store._adapters.values())
+    runtime = patched(base, {}, host_memory=most)
 
     async def run() -> None:
-        async with engine(runtime, host_memory=most) as served:
+        async with engine(runtime) as served:
             for name, folder in folders.items():
                 served.register(name, folder)
             with pytest.raises(errors.DuplicateAdapterError):
                 served.register("a", folders["a"])
-            assert not runtime.adapters and served.stats().registered == 8
+            assert served.stats().registered == 8 and not served.stats().host_bytes
+            assert {info.location for info in runtime.adapters.values()} == {"files"}
             for turn in range(2):
                 names = list(folders) * 2
                 got = await asyncio.gather(*(ids(served, prompt(turn), name, SAMPLING) for name in names))
@@ -111,9 +113,9 @@ def test_registered_by_path(base: Any, folders: dict[str, Path], oracle: Any) ->
                 assert await ids(served, prompt(3), mix, SAMPLING) == alone(oracle, prompt(3), mix, SAMPLING)
             stats = served.stats()
             assert stats.drops >= 5 and stats.loads > 8 and stats.host_bytes <= most
-            assert set(runtime.adapters) < set(folders)
-            loads = stats.loads
-            hot = next(iter(runtime.adapters))
+            there = [name for name, info in runtime.adapters.items() if info.location != "files"]
+            assert 1 <= len(there) <= 4
+            loads, hot = stats.loads, there[-1]
             await asyncio.gather(*(ids(served, prompt(5), hot, SAMPLING) for _ in range(5)))
             assert served.stats().loads == loads
 
@@ -122,12 +124,13 @@ def test_registered_by_path(base: Any, folders: dict[str, Path], oracle: Any) ->
 
 def test_one_flight_a_name(base: Any, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """However many ask for an adapter at once, alone and in mixes, it is read once."""
-    runtime, reads = patched(base, {}), []
-    load = runtime.load_adapter
-    monkeypatch.setattr(runtime, "load_adapter", lambda source, name: (reads.append(name), load(source, name))[1])
+    runtime, reads, read = patched(base, {}), [], Files.read
+    monkeypatch.setattr(
+        Files, "read", lambda files, name, again=True: (reads.append(name), read(files, name, again))[1]
+    )
 
     async def run() -> None:
-        async with engine(runtime, threads=4) as served:
+        async with engine(runtime) as served:
             for name in "abc":
                 served.register(name, folders[name])
             entries = ["a", "b", {"a": 0.5, "b": 0.5}, {"b": 1.0, "c": 0.5}, "a", "c"] * 3
@@ -266,32 +269,14 @@ def test_entries_that_say_the_same_share_a_line() -> None:
     assert key_of("__base__") == key_of(None) and names_of(None) == ()
 
 
-def test_a_shelf_deletes_what_was_deleted_while_it_was_read(
-    base: Any, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runtime = patched(base, {})
-    shelf, load = Shelf(runtime, None), runtime.load_adapter
-    shelf.register("a", folders["a"], {})
-
-    def read(source: Any, name: str) -> Any:
-        info = load(source, name)
-        assert shelf.delete("a")
-        return info
-
-    monkeypatch.setattr(runtime, "load_adapter", read)
-    with pytest.raises(errors.UnknownAdapterError, match="while it was read"):
-        shelf.hold(["a"])
-    assert not runtime.adapters and not len(shelf) and not shelf.used
-
-
 def test_a_removed_file_matters_when_it_is_read_again(base: Any, folders: dict[str, Path], tmp_path: Path) -> None:
     """An adapter that was removed while it ran: what runs is not disturbed, what comes later says what is missing."""
     copy = tmp_path / "copy"
     shutil.copytree(folders["a"], copy)
-    runtime = patched(base, {})
+    runtime = patched(base, {}, host_memory=13000)
 
     async def run() -> None:
-        async with engine(runtime, host_memory=1) as served:
+        async with engine(runtime) as served:
             served.register("x", copy)
             stream = served.generate(prompt(1), "x", LONG)
             await anext(stream)

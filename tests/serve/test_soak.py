@@ -109,7 +109,9 @@ def test_soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.F
     base = base_model()
     folders = adapters(tmp_path, base, CONTENTS)
     oracle = patched(base, folders).model
-    runtime = patched(base, {"x": folders["a"], "y": folders["b"], "z": folders["c"]}, max_adapters=7)
+    host = 9 * max(packed.held for packed in oracle.mlora._store._adapters.values())
+    names = {"x": folders["a"], "y": folders["b"], "z": folders["c"]}
+    runtime = patched(base, names, max_adapters=7, host_memory=host)
     step, broken = Worker._generation_step, random.Random(9)
 
     def sometimes(worker: Worker) -> None:
@@ -120,10 +122,9 @@ def test_soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.F
     monkeypatch.setattr(Worker, "_generation_step", sometimes)
     logging.disable()  # or pytest would keep the errors, and what their frames have
     request.addfinalizer(lambda: logging.disable(logging.NOTSET))
-    size = max(info.bytes for info in runtime.adapters.values())
 
     async def run() -> Traffic:
-        options: dict[str, Any] = {"max_running": 8, "max_waiting": 14, "cache_tokens": 400, "host_memory": 4 * size}
+        options: dict[str, Any] = {"max_running": 8, "max_waiting": 14, "cache_tokens": 400}
         async with engine(runtime, **options) as served:
             for content in CONTENTS:
                 served.register(f"path-{content}", folders[content])

@@ -13,9 +13,8 @@ from weakref import WeakValueDictionary
 
 from ... import errors
 from ...merge import Merge, as_merge
-from ...routing.entries import BASE, Entry
+from ...routing.entries import BASE, Entry, names_of
 from ..engine import Engine
-from ..shelf import names_of
 from .problems import INVALID, NOT_FOUND, Problem
 from .roots import HubIds, Roots
 

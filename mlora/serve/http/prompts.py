@@ -11,8 +11,7 @@ from typing import Any, TypeVar
 
 from ... import errors
 from ...adapters.sources import local_path
-from ...routing.entries import Entry
-from ..shelf import names_of
+from ...routing.entries import Entry, names_of
 from ..tokenizers import files_of, own_tokenizer, serving
 from .names import Names
 from .problems import ADAPTER, INVALID, Problem

@@ -28,7 +28,7 @@ def _row(server: Server, name: str, source: str) -> dict[str, Any]:
     running, waiting = server.metrics.users(name)
     row: dict[str, Any] = {"name": name, "source": source, "running": running, "waiting": waiting}
     info = server.engine.runtime.adapter(name)
-    if info is None:
+    if info is None or not info.peft_type:  # gone, or not loaded yet
         return {**row, "where": "files"}
     return {
         **row,

@@ -11,10 +11,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ... import errors
-from ...routing.entries import Entry
+from ...routing.entries import Entry, names_of
 from ..answers import CANCELLED, Token
 from ..sampling import Sampling
-from ..shelf import names_of
 from ..stream import Stream
 from .metrics import Followed
 from .problems import UNAVAILABLE, Problem, problem_of
