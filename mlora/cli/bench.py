@@ -12,7 +12,7 @@ import typer
 from .errors import InputError, one_line_errors
 
 EVERY = (
-    "kernels", "attention", "generate", "train", "runs", "merge", "kinds", "load", "serve", "loopback", "parallel",
+    "kernels", "attention", "generate", "train", "runs", "merge", "kinds", "load", "tiers", "serve", "loopback", "parallel",
     "plot",
 )  # fmt: skip
 
