@@ -155,7 +155,7 @@ def resident(
                 batch = draw.choices(names, k=ROWS)
                 runtime.prefetch(draw.choices(names, k=ROWS))
                 runtime.model(ids, adapter_names=batch)
-    use, arena = runtime.host, runtime._store.capacity
+    use, arena = runtime.host, sum(space.capacity for space in runtime._store.spaces)
     runtime._prefetch.close()
     yield {
         "figure": "bytes on the host over the bound", "ratio": most["used"] / use.most, "want": 1.0,
