@@ -12,8 +12,8 @@ import typer
 from .errors import InputError, one_line_errors
 
 EVERY = (
-    "kernels", "attention", "generate", "train", "runs", "merge", "kinds", "load", "tiers", "serve", "loopback", "parallel",
-    "plot",
+    "kernels", "attention", "generate", "train", "runs", "merge", "kinds", "load", "tiers", "serve", "loopback",
+    "parallel", "plot",
 )  # fmt: skip
 
 
