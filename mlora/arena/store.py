@@ -20,6 +20,7 @@ from .host import Block, Host
 from .memory import Room
 from .pack import Packed, numel_of, pack
 from .space import Space
+from .streams import Streams
 
 _PLACED = -1  # no device's number
 _MORE_MEMORY = "patch(memory=...), or --memory of the commands"  # what an error says to do
@@ -72,6 +73,7 @@ class Store:
             for device, room, modules in zip(devices, rooms, own, strict=True)
         )
         self._local = {index: local for modules in own for local, index in enumerate(modules)}
+        self._streams = Streams(devices)
         self._free_slots = list(range(slots))[::-1]
         self._adapters: OrderedDict[str, Packed] = OrderedDict()  # least recently used first
         self.changes = 0  # how often the numbers of an adapter that is being trained were found changed
@@ -197,6 +199,7 @@ class Store:
             CapacityError: they cannot be resident together beside what other routings have pinned.
         """
         with self._lock:
+            self._streams.follow()
             wanted = [self._adapters[name] for name in names]
             if not all(packed.resident for packed in wanted):
                 self._check_fits(wanted)
@@ -211,9 +214,11 @@ class Store:
                     self._fill(packed)
 
     def bring(self, names: Sequence[str]) -> None:
-        """Make all of `names` resident, and leave them to whoever needs the room; raises as `acquire`."""
-        self.acquire(names)
-        self.release(names)
+        """Make all of `names` resident, beside what calls compute, and leave them to whoever needs the room; raises as
+        `acquire`."""
+        with self._lock, self._streams.beside():
+            self.acquire(names)
+            self.release(names)
 
     def release(self, names: Sequence[str]) -> None:
         """Undo one `acquire` of the same names."""
@@ -292,6 +297,7 @@ class Store:
     def _place(self, packed: Packed) -> int:
         """Bring it onto every device, or onto none. Returns the number of the first one that has no room for its part,
         else `_PLACED`."""
+        self._streams.follow()
         short = self._allocate(packed)
         if short != _PLACED:
             return short
@@ -345,6 +351,7 @@ class Store:
 
     def _evict(self, packed: Packed) -> None:
         if packed.resident:
+            self._streams.follow()
             slot, packed.slot = packed.slot, -1
             self._free(packed)
             self._free_slots.append(slot)
