@@ -124,7 +124,7 @@ class Buffers:
         self.weights = [] if self.weight is None else list(self.weight)
         # As layers call where nothing looks at operators; None where they call those.
         self.layers = [
-            direct.layer_of(self.arena, rows, load.inputs, load.outputs) if device == "cpu" else None
+            direct.layer_of(self.arena, rows, load.inputs, load.outputs, load.dtype) if device == "cpu" else None
             for rows in self.rows
         ]
         self.raw = self.plan.numpy().tobytes() if device == "cpu" else b""

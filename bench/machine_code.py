@@ -99,7 +99,8 @@ def cuda(library: Path) -> list[dict[str, Any]]:
         dtype = next(v for k, v in TYPES.items() if k in name.split("_kernel")[1])
         opcodes = code[arch, name]
         title = {"turn": "turn_output" if "Lb1" in name else "scale_input"}.get(kernel, kernel)
-        records.append(record(f"cuda {title}", dtype, arch, THREADS[kernel], registers, shared, opcodes))
+        by = " by fp32" if re.search(r"(3f16|4bf16)Ef", name) else ""  # of the arena
+        records.append(record(f"cuda {title}{by}", dtype, arch, THREADS[kernel], registers, shared, opcodes))
     return records
 
 

@@ -16,6 +16,13 @@ inline constexpr int64_t turn_stride(int64_t shape) { return shape >> 32; }
 
 constexpr int64_t kPlanHeader = 8;
 
-enum Type : int { kFloat, kHalf, kBFloat16 };  // of an arena's elements
+enum Type : int { kFloat, kHalf, kBFloat16 };  // of elements
+
+// Of x, y and what else is of rows, and of the arena: one type, or fp32 in the arena beside 16 bits.
+enum Types : int { kFloats, kHalves, kBFloats, kHalvesByFloats, kBFloatsByFloats, kTypesCount };
+
+inline constexpr Type rows_type(Types types) {
+  return types == kHalvesByFloats ? kHalf : types == kBFloatsByFloats ? kBFloat16 : static_cast<Type>(types);
+}
 
 }  // namespace mlora

@@ -40,20 +40,17 @@ inline int64_t width_of(const char* name, const torch::stable::Tensor& t) {
   return t.size(t.dim() - 1);
 }
 
-inline Type type_of(const char* name, const torch::stable::Tensor& t, const torch::stable::Tensor& arena) {
+// Of rows `t` and the arena beside them.
+inline Types types_of(const char* name, const torch::stable::Tensor& t, const torch::stable::Tensor& arena) {
   using torch::headeronly::ScalarType;
-  const ScalarType dtype = arena.scalar_type();
-  STD_TORCH_CHECK(t.scalar_type() == dtype, "mlora: ", name, " and arena must have one dtype");
-  switch (dtype) {
-    case ScalarType::Float:
-      return kFloat;
-    case ScalarType::Half:
-      return kHalf;
-    case ScalarType::BFloat16:
-      return kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, "mlora: arena must be float32, float16 or bfloat16");
-  }
+  const ScalarType rows = t.scalar_type(), dtype = arena.scalar_type();
+  const bool floats = dtype == ScalarType::Float, halves = dtype == ScalarType::Half;
+  STD_TORCH_CHECK(floats || halves || dtype == ScalarType::BFloat16,
+                  "mlora: arena must be float32, float16 or bfloat16");
+  if (rows == dtype) return floats ? kFloats : halves ? kHalves : kBFloats;
+  STD_TORCH_CHECK(floats && (rows == ScalarType::Half || rows == ScalarType::BFloat16), "mlora: ", name,
+                  " and arena must have one dtype, or arena float32 beside float16 or bfloat16");
+  return rows == ScalarType::Half ? kHalvesByFloats : kBFloatsByFloats;
 }
 
 }  // namespace mlora

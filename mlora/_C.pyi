@@ -9,13 +9,13 @@ class Layer: ...  # a capsule
 def exchange(api: Any, tensor: type) -> bool:
     """Take torch's way of telling C code what a tensor is, `Tensor.__dlpack_c_exchange_api__`; whether it will do."""
 
-def layer(arena: int, elements: int, type: int, table: int, slots: int, in_features: int, out_features: int) -> Layer:
+def layer(arena: int, elements: int, types: int, table: int, slots: int, in_features: int, out_features: int) -> Layer:
     """A linear that the adapters of an arena change. `arena`, `table`: addresses of its elements and of the module's
-    rows, which must outlive the layer. `type`: as csrc/common.h counts them."""
+    rows, which must outlive the layer. `types`: of rows and the arena, as csrc/common.h counts them."""
 
 def apply(layer: Layer, plan: bytes, y: Tensor, x: Tensor) -> bool:
     """The operator `apply_` without a base, of a plan's words. False, and nothing is done, where the tensors are not as
-    the layer has them: on the CPU, of its type and widths, of as many tokens, in rows at one distance.
+    the layer has them: on the CPU, of its rows' type and widths, of as many tokens, in rows at one distance.
 
     Raises:
         RuntimeError: as the operator does.

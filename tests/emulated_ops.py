@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_close, inputs_for, logits
-from op_cases import DTYPES, MIX, A, B, Case, check, sentinel, side_by_side
+from op_cases import FORMS, MIX, A, B, Case, check, sentinel, side_by_side
 from torch import Tensor
 
 import mlora
@@ -50,19 +50,19 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 # The whole product in bfloat16, half of it in the others.
 APPLIED = [
-    pytest.param(dtype, routing, align, id=f"{str(dtype)[6:]}-{routing}-{'unaligned' if align == 1 else 'aligned'}")
-    for dtype in DTYPES
+    pytest.param(*form.values, routing, align, id=f"{form.id}-{routing}-{'unaligned' if align == 1 else 'aligned'}")
+    for form in FORMS
     for routing in ROUTINGS
     for align in (1, 32)
-    if dtype is torch.bfloat16 or (align == 1) == (routing in ("decode", "prefill"))
+    if form.id == "bfloat16" or (align == 1) == (routing in ("decode", "prefill"))
 ]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("dtype", "routing", "align"), APPLIED)
-def test_apply(dtype, routing, align, shape):
+@pytest.mark.parametrize(("dtype", "wide", "routing", "align"), APPLIED)
+def test_apply(dtype, wide, routing, align, shape):
     recipes, length = ROUTINGS[routing]
-    case = Case(*SHAPES[shape], dtype, gains=True, shifts=True, align=align)
+    case = Case(*SHAPES[shape], dtype, gains=True, shifts=True, align=align, wide=wide)
     rows = len(recipes) * length
     y, buffer = sentinel(rows, case.width_out, dtype)
     x = case.randn(rows, case.width_in)
@@ -143,12 +143,14 @@ def test_a_row_does_not_see_its_batch():
     assert torch.equal(batch[5::length], run(everything[5::length], recipes))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("dtype", "wide"), [FORMS[0], FORMS[2], FORMS[4]])
 @pytest.mark.parametrize("widths", [(300,), (64, 300), (192, 1, 65, 128)], ids=str)
 @pytest.mark.parametrize("multiprocessors", [3, 24])
-def test_group_has_the_bits_of_its_modules(device, dtype, widths, multiprocessors):
+def test_group_has_the_bits_of_its_modules(device, dtype, wide, widths, multiprocessors):
     device(multiprocessors, 3 if multiprocessors == 3 else 4)
-    cases = [Case((16, 3, 90), 200, out, dtype, gains=i == 1, shifts=True, seed=i) for i, out in enumerate(widths)]
+    cases = [
+        Case((16, 3, 90), 200, out, dtype, gains=i == 1, shifts=True, seed=i, wide=wide) for i, out in enumerate(widths)
+    ]
     arena = side_by_side(cases)
     for recipes in ([A], [A, [], B, MIX, A] * 4):
         x, plan = cases[0].randn(len(recipes), 200), cases[0].plan(recipes)
@@ -160,11 +162,11 @@ def test_group_has_the_bits_of_its_modules(device, dtype, widths, multiprocessor
         assert all(torch.equal(y, want) for y, want in zip(ys, expected, strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(("dtype", "wide"), FORMS)
 @pytest.mark.parametrize("width_in, width_out", [(1, 1), (7, 130), (200, 64)])
 @pytest.mark.parametrize("recipe", ["mix", "gains"])
-def test_merge(dtype, width_in, width_out, recipe):
-    case = Case((20, 3, 0, 1), width_in, width_out, dtype, gains=True, in_gains=True)
+def test_merge(dtype, wide, width_in, width_out, recipe):
+    case = Case((20, 3, 0, 1), width_in, width_out, dtype, gains=True, in_gains=True, wide=wide)
     weight = case.randn(width_out, width_in)
     recipe = [(0, 0.7), (2, -0.3), (1, 1.5), (3, 1.0)] if recipe == "mix" else [(2, -0.3)]
     plan, oracle, factor = case.plan([recipe], spare=0), weight.double(), 1.0
@@ -264,7 +266,7 @@ def test_work_and_bytes(device):
     assert seen["written"] == y.nbytes // 32
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(("dtype", "wide"), FORMS)
 @pytest.mark.parametrize(
     "turns",
     [
@@ -273,11 +275,11 @@ def test_work_and_bytes(device):
     ],
     ids=str,
 )  # fmt: skip
-def test_turns_are_read_whole(device, dtype, turns):
+def test_turns_are_read_whole(device, dtype, wide, turns):
     """Turns, inputs and outputs are asked for 16 bytes at a time where alignment allows, with the bits of other reads.
     Also where a thread has several pieces of a row and a block several tokens."""
     device(1, 1)
-    case = Case((1, 3, 2), 1152, 1152, dtype, in_gains=True, align=32, turns=turns)
+    case = Case((1, 3, 2), 1152, 1152, dtype, in_gains=True, align=32, turns=turns, wide=wide)
     recipes = [A, [], MIX, B, [(2, 1.0), (1, -0.5)]] * 2
     x, y, plan = case.randn(10, 1152), case.randn(10, 1152), case.plan(recipes)
     got: list[Tensor] = []

@@ -20,6 +20,9 @@ FUSED = [
 ]
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# Of rows, and whether the arena beside them is of fp32.
+FORMS = [pytest.param(dtype, False, id=str(dtype)[6:]) for dtype in DTYPES]
+FORMS += [pytest.param(dtype, True, id=f"{str(dtype)[6:]} by float32") for dtype in DTYPES[1:]]
 EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # half an ulp of 1
 PARTS = {"a": layout.A, "b": layout.B, "gain": layout.GAIN, "in_gain": layout.IN_GAIN, "shift": layout.SHIFT,
          "turn": layout.TURN, "in_turn": layout.IN_TURN}  # fmt: skip
@@ -31,13 +34,16 @@ def bits(value: float) -> int:
 
 class Case:
     """Adapters of given ranks in an arena with junk between the parts, which start at multiples of `align`, and plans
-    for recipes of (slot, weight). `turns`: (size, stride) of each adapter's turns of both sides, or None."""
+    for recipes of (slot, weight). `dtype`: of rows, and of the arena unless `wide`, which then is fp32. `turns`: (size,
+    stride) of each adapter's turns of both sides, or None."""
 
     def __init__(
-        self, ranks, width_in, width_out, dtype, gains=False, shifts=False, in_gains=False, seed=0, align=1, turns=()
-    ):
+        self, ranks, width_in, width_out, dtype, gains=False, shifts=False, in_gains=False, seed=0, align=1, turns=(),
+        wide=False,
+    ):  # fmt: skip
         g = torch.Generator().manual_seed(seed)
         self.width_in, self.width_out, self.dtype, self.generator = width_in, width_out, dtype, g
+        dtype = torch.float32 if wide else dtype
         self.table = torch.full((len(ranks), layout.TABLE_WIDTH), -1, dtype=torch.int64)
         self.table[:, layout.RANK] = 0
         self.adapters: list[dict] = []

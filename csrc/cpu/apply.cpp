@@ -29,7 +29,7 @@ Planned& thread_planned() {
 namespace {
 
 // The work's shrink and expand.
-void apply_all(const Problem& p, const Work& work, Type type) {
+void apply_all(const Problem& p, const Work& work, Types types) {
   std::vector<Piece>& pieces = thread_planned().pieces;
   pieces.clear();
   int64_t shrink = 0, expand = 0, b_bytes = 0;
@@ -43,7 +43,7 @@ void apply_all(const Problem& p, const Work& work, Type type) {
   if (total == 0) return;
   std::vector<Jobs>& jobs = thread_planned().jobs_of(tasks);
   const Kernels& k = kernels();
-  const auto run = [&](const std::vector<Job>& list) { k.run[type](list.data(), static_cast<int64_t>(list.size())); };
+  const auto run = [&](const std::vector<Job>& list) { k.run[types](list.data(), static_cast<int64_t>(list.size())); };
   bool whole = true;
   for (int64_t task = 0; task < tasks && whole; ++task) whole = jobs[task].take_whole(pieces, total, task, tasks);
   if (whole) {
@@ -59,10 +59,10 @@ void apply_all(const Problem& p, const Work& work, Type type) {
 
 }  // namespace
 
-void apply_rows(const Routing& routing, const Problem& p, Type type) {
+void apply_rows(const Routing& routing, const Problem& p, Types types) {
   Work& work = thread_work();
   work.build(routing, p.tokens, p.in, p.out, false);
-  if (p.tokens > 0 && !work.segments.empty()) apply_all(p, work, type);
+  if (p.tokens > 0 && !work.segments.empty()) apply_all(p, work, types);
 }
 
 // Where an operator leaves what shrink makes, for the backward pass.
@@ -79,14 +79,14 @@ void apply_tensors(Problem p, Tensor y, std::optional<Tensor> base, Tensor x, co
   p.out = width_of("y", y);
   p.tokens = x.numel() / p.in;
   p.itemsize = static_cast<int64_t>(arena.element_size());
-  const Type type = type_of("x", x, arena);
-  STD_TORCH_CHECK(y.scalar_type() == arena.scalar_type(), "mlora: y and arena must have one dtype");
+  const Types types = types_of("x", x, arena);
+  STD_TORCH_CHECK(y.scalar_type() == x.scalar_type(), "mlora: y and x must have one dtype");
   STD_TORCH_CHECK(y.numel() == p.tokens * p.out, "mlora: x has ", p.tokens, " tokens, y has ", y.numel() / p.out);
   Work& work = thread_work();
   work.build(routing_of(arena, table, plan), p.tokens, p.in, p.out, false, p.keep, p.kept);
   if (p.tokens == 0 || work.segments.empty()) return;
   if (base) {
-    STD_TORCH_CHECK(base->scalar_type() == arena.scalar_type(), "mlora: base and arena must have one dtype");
+    STD_TORCH_CHECK(base->scalar_type() == x.scalar_type(), "mlora: base and x must have one dtype");
     STD_TORCH_CHECK(base->dim() >= 1 && base->size(base->dim() - 1) == p.out && base->numel() == y.numel(),
                     "mlora: base must have y's shape");
     base = rows_of(*base, &p.base_stride);
@@ -96,7 +96,7 @@ void apply_tensors(Problem p, Tensor y, std::optional<Tensor> base, Tensor x, co
   p.x = x.const_data_ptr();
   const Tensor rows = rows_of(y, &p.y_stride);
   p.y = rows.mutable_data_ptr();
-  apply_all(p, work, type);
+  apply_all(p, work, types);
   if (rows.get() != y.get()) torch::stable::copy_(y, rows);
 }
 

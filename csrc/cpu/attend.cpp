@@ -111,7 +111,7 @@ Tensor attend_(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Ten
   STD_TORCH_CHECK(q.dim() == 4 && q.size(0) == 1 && q.size(3) > 0, "mlora: q must be of shape (1, heads, tokens, dim)");
   STD_TORCH_CHECK(k.dim() == 4 && v.dim() == 4, "mlora: k and v must be of shape (1, heads, tokens, dim)");
   Attention a = {};
-  const Type type = type_of("q", q, q);
+  const Type type = rows_type(types_of("q", q, q));
   const ScalarType dtype = q.scalar_type();
   const int64_t tokens = q.size(2);
   a.heads = q.size(1);

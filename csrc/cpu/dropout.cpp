@@ -24,7 +24,7 @@ Tensor drop(Tensor x, Tensor places, Tensor odds) {
   Drop d = {};
   d.width = width_of("x", x);
   const int64_t tokens = x.numel() / d.width, rows = places.size(0), adapters = odds.size(0);
-  const Type type = type_of("x", x, x);
+  const Type type = rows_type(types_of("x", x, x));
   d.places = words_of("places", places, kPlaceWidth);
   d.odds = words_of("odds", odds, kOddsWidth);
   STD_TORCH_CHECK(rows > 0 ? tokens % rows == 0 : tokens == 0, "mlora: ", tokens, " tokens do not divide into ", rows,

@@ -22,7 +22,7 @@ constexpr int64_t kGradientUnit = 32;  // columns of a gradient that a thread ta
 
 void rank_gradients_(Tensor to, Tensor v, Tensor rows, Tensor offsets, Tensor arena, Tensor table, Tensor plan) {
   const int64_t width = width_of("rows", rows), tokens = rows.numel() / width;
-  const Type type = type_of("rows", rows, arena);
+  const Type type = rows_type(types_of("rows", rows, arena));
   STD_TORCH_CHECK(to.dim() == 1 && to.is_contiguous() && to.scalar_type() == ScalarType::Float,
                   "mlora: to must be a contiguous 1-D float32 tensor");
   STD_TORCH_CHECK(offsets.dim() == 1 && offsets.is_contiguous() && offsets.scalar_type() == ScalarType::Long &&

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "../common.h"
+
 namespace mlora {
 
 struct bf16 {
@@ -11,6 +13,20 @@ struct bf16 {
 };
 struct fp16 {
   uint16_t bits;
+};
+// A bf16 that is loaded and stored in the order of memory, as floats are beside it.
+struct bf16_in_order {
+  uint16_t bits;
+};
+
+// What x and y are to a kernel, of type T beside an arena of type P: Pairs of both have one lane order.
+template <class T, class P>
+struct Beside {
+  using type = T;
+};
+template <>
+struct Beside<bf16, float> {
+  using type = bf16_in_order;
 };
 
 // T - I of a block-diagonal T, [size, width]: in column n, what element n takes of each element of its block. Blocks are
@@ -53,7 +69,7 @@ struct Segment {
   bool has_in_gain;
   int64_t turns;  // sizes of all turns of the output
   int64_t in_turns;
-  float* delta;  // [count, delta_stride]: B^T v in the lane order of the dtype, which linear adds; null: it makes it itself
+  float* delta;  // [count, delta_stride]: B^T v in the lane order of the arena, which linear adds; null: it makes it itself
   int64_t delta_stride;
 };
 
@@ -76,7 +92,7 @@ struct Problem {
   int64_t y_stride;
   int64_t base_stride;
   int64_t tokens;
-  int64_t itemsize;  // bytes of an element
+  int64_t itemsize;  // bytes of an element of the arena
   int64_t kblock;
   float* keep;  // where shrink leaves v, all segments' one after the other
   int64_t kept = -1;  // floats there; -1: nowhere
@@ -228,12 +244,12 @@ struct Kernels {
   using Attend = void (*)(const Attention&, const AttendJob*, int64_t jobs, float* scratch);
   using MergeRows = void (*)(const Attention&, const AttendMerge&);
 
-  Run run[3];  // indexed by Type
-  ScaleInput scale_input[3];
-  TurnOutput turn_output[3];
-  Merge merge[3];
-  Pack pack[3];  // null where linear is not offered
-  Linear linear[3];
+  Run run[kTypesCount];  // indexed by Types
+  ScaleInput scale_input[kTypesCount];
+  TurnOutput turn_output[kTypesCount];
+  Merge merge[kTypesCount];
+  Linear linear[kTypesCount];  // null where it is not offered
+  Pack pack[3];  // indexed by Type
   Attend attend[3];
   MergeRows merge_rows[3];
   int64_t attend_rows;  // of a tile of more than kFewRows

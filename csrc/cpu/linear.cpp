@@ -87,11 +87,12 @@ bool place_deltas(const Problem& p, Work& work, bool* any) {
 
 }  // namespace
 
-void linear_rows(const Routing& routing, const Problem& p, Type type) {
+void linear_rows(const Routing& routing, const Problem& p, Types types) {
   const Kernels& k = kernels();
+  const Type type = rows_type(types);
   const int64_t unit = type == kBFloat16 ? 2 : 1;
   STD_TORCH_CHECK(type != kHalf, "mlora: linear takes float32 or bfloat16 with a kblock");
-  STD_TORCH_CHECK(k.linear[type], "mlora: linear needs a CPU with AVX-512, and AVX512_BF16 for bfloat16");
+  STD_TORCH_CHECK(k.linear[types], "mlora: linear needs a CPU with AVX-512, and AVX512_BF16 for bfloat16");
   STD_TORCH_CHECK(p.in % unit == 0, "mlora: linear takes an even number of bfloat16 input features, x has ", p.in);
   STD_TORCH_CHECK(p.kblock > 0 && p.kblock % unit == 0, "mlora: kblock must be positive, and even for bfloat16, is ",
                   p.kblock);
@@ -119,7 +120,7 @@ void linear_rows(const Routing& routing, const Problem& p, Type type) {
     const int64_t block = p.kblock < p.in ? p.kblock : p.in;
     float* sums = thread_block.sums.get<float>(tiles * kLinearTokens * kLinearColumns);
     uint32_t* panel = thread_block.panel.get<uint32_t>(ceil_div(block, 16) * 16 * kLinearColumns);
-    k.linear[type](p, xt, work.segments.data(), static_cast<int64_t>(work.segments.size()), panel, sums, begin,
+    k.linear[types](p, xt, work.segments.data(), static_cast<int64_t>(work.segments.size()), panel, sums, begin,
                    end < p.out ? end : p.out);
   };
   const int64_t total = shrink + expand + cost, tasks = threads_for(total);
@@ -150,11 +151,11 @@ void linear_rows(const Routing& routing, const Problem& p, Type type) {
       [&](int64_t task, int64_t) {
         k.pack[type](p, xt, task * groups / tasks, (task + 1) * groups / tasks);
         const std::vector<Job>& list = jobs[task].first;
-        k.run[type](list.data(), static_cast<int64_t>(list.size()));
+        k.run[types](list.data(), static_cast<int64_t>(list.size()));
       },
       [&](int64_t task, int64_t) {
         const std::vector<Job>& list = jobs[task].second;
-        k.run[type](list.data(), static_cast<int64_t>(list.size()));
+        k.run[types](list.data(), static_cast<int64_t>(list.size()));
         columns(xt, task, tasks);
       });
 }
@@ -175,15 +176,15 @@ Tensor linear_of(Problem p, Tensor x, const Tensor& weight, const std::optional<
     apply_tensors(p, y, std::nullopt, x, arena, table, plan);
     return y;
   }
-  const Type type = type_of("x", x, arena);
-  STD_TORCH_CHECK(weight.scalar_type() == arena.scalar_type(),
-                  "mlora: linear takes float32 or bfloat16 with a kblock, x, weight and arena alike");
+  const Types types = types_of("x", x, arena);
+  STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(),
+                  "mlora: linear takes float32 or bfloat16 with a kblock, x and weight alike");
   STD_TORCH_CHECK(weight.is_contiguous(), "mlora: weight must be contiguous");
   p.out = weight.size(0);
   p.kblock = kblock;
   p.weight = weight.const_data_ptr();
   if (bias) {
-    STD_TORCH_CHECK(bias->scalar_type() == arena.scalar_type() && bias->numel() == p.out && bias->is_contiguous(),
+    STD_TORCH_CHECK(bias->scalar_type() == x.scalar_type() && bias->numel() == p.out && bias->is_contiguous(),
                     "mlora: bias must be contiguous, of x's dtype, with ", p.out, " elements");
     p.bias = bias->const_data_ptr();
   }
@@ -197,7 +198,7 @@ Tensor linear_of(Problem p, Tensor x, const Tensor& weight, const std::optional<
   p.y = y.mutable_data_ptr();
   p.y_stride = p.out;
   p.itemsize = static_cast<int64_t>(arena.element_size());
-  linear_rows(routing_of(arena, table, plan), p, type);
+  linear_rows(routing_of(arena, table, plan), p, types);
   return y;
 }
 

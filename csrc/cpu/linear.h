@@ -313,7 +313,7 @@ MLORA_INLINE void add_bias(const float* bias, int64_t tokens, float* sums) {
 }
 
 // Columns [from, to) of a segment's tokens: its delta, with what else it does, on top of the base's sums.
-template <class T>
+template <class P, class T>
 MLORA_INLINE void add_delta(const Rows<T, float>& io, const Segment& s, int64_t from, int64_t to) {
   constexpr int64_t step = 2 * W;
   for (int t = 0; t < s.count; ++t) {
@@ -321,15 +321,15 @@ MLORA_INLINE void add_delta(const Rows<T, float>& io, const Segment& s, int64_t 
     for (int64_t n = from; n < to; n += step) {
       Pair acc[1][1] = {{{load_sums(delta + n), load_sums(delta + n + W)}}};
       if (to - n < step) {
-        finish_tile<T, float, 1, 1, true>(io, s, acc, t, n, to - n);
+        finish_tile<P, T, float, 1, 1, true>(io, s, acc, t, n, to - n);
       } else {
-        finish_tile<T, float, 1, 1, false>(io, s, acc, t, n, step);
+        finish_tile<P, T, float, 1, 1, false>(io, s, acc, t, n, step);
       }
     }
   }
 }
 
-template <class T>
+template <class T, class P>
 void linear(const Problem& p, const uint32_t* xt, const Segment* segments, int64_t segment_count, uint32_t* panel,
             float* sums, int64_t from, int64_t to) {
   const T* bias = static_cast<const T*>(p.bias);
@@ -341,12 +341,13 @@ void linear(const Problem& p, const uint32_t* xt, const Segment* segments, int64
     if (before) add_bias<true>(wide, p.tokens, sums);
     base<T>(p, xt, n, reinterpret_cast<__m512i*>(panel), before, sums);
     if (bias && !before) add_bias<false>(wide, p.tokens, sums);
-    const Rows<T, float> io{sums - n, kLinearColumns, nullptr, 0, static_cast<T*>(p.y), p.y_stride};
+    using Y = typename Beside<T, P>::type;
+    const Rows<Y, float> io{sums - n, kLinearColumns, nullptr, 0, static_cast<Y*>(p.y), p.y_stride};
     for (const Segment* s = segments; s != segments + segment_count; ++s) {
       if (s->delta) {
-        add_delta(io, *s, n, end);
+        add_delta<P>(io, *s, n, end);
       } else {
-        expand_rows(io, *s, p.out, n, end, 2 * kLinearColumns);
+        expand_rows<P>(io, *s, p.out, n, end, 2 * kLinearColumns);
       }
     }
   }

@@ -22,7 +22,7 @@ constexpr int64_t kBeyondCaches = 1 << 22;  // bytes
 
 void merge_(Tensor weight, std::optional<Tensor> source, Tensor arena, Tensor table, Tensor plan) {
   STD_TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "mlora: weight must be contiguous, (out, in)");
-  const Type type = type_of("weight", weight, arena);
+  const Types types = types_of("weight", weight, arena);
   const Tensor from = source ? *source : weight;
   STD_TORCH_CHECK(from.scalar_type() == weight.scalar_type() && from.dim() == 2 && from.size(0) == weight.size(0) &&
                       from.size(1) == weight.size(1) && from.is_contiguous(),
@@ -41,7 +41,7 @@ void merge_(Tensor weight, std::optional<Tensor> source, Tensor arena, Tensor ta
   split(p.out * p.in * (s.both_ranks + 1), [&](int64_t task, int64_t tasks) {
     float* scratch = thread_factors.get<float>(merge_scratch(p.in, s.both_ranks));
     const int64_t begin = task * blocks / tasks * kMergeRows, end = (task + 1) * blocks / tasks * kMergeRows;
-    k.merge[type](p, s, begin, end < p.out ? end : p.out, scratch);
+    k.merge[types](p, s, begin, end < p.out ? end : p.out, scratch);
   });
 }
 

@@ -1,6 +1,7 @@
 // merge: a recipe folded into a weight in one pass over it, with one rounding. Every element is a chain over a term's
 // rank rows in order, in fp32, then one multiply-add a term and one onto the weight, whatever the tile. A whole matrix is
 // one multiply-add onto the weight.
+// T is the type of the weight, P that of the arena, in whose terms functions without a T are.
 //
 // Read where they lie, the rank rows of A are as many pages, which neither the first-level cache (pieces of a column
 // share its sets) nor the TLB holds: both factors are packed first, A for all rows of the weight, B for some hundred of them.
@@ -61,12 +62,12 @@ struct Step<bf16> {
 #endif
 
 // 1 + the in-gains of 2 * W columns.
-template <class T, bool Tail>
+template <class P, bool Tail>
 MLORA_INLINE Pair column_factors(const Segment& s, int64_t k, int64_t left) {
   Pair factor = {set1(1.0f), set1(1.0f)};
   for (int32_t e = 0; s.has_in_gain && e < s.term_count; ++e) {
     if (!s.terms[e].in_gain) continue;
-    const Pair u = load<Tail>(static_cast<const T*>(s.terms[e].in_gain) + k, left);
+    const Pair u = load<Tail>(static_cast<const P*>(s.terms[e].in_gain) + k, left);
     const vf weight = set1(s.terms[e].weight);
     factor = {fma(weight, u.a, factor.a), fma(weight, u.b, factor.b)};
   }
@@ -76,23 +77,23 @@ MLORA_INLINE Pair column_factors(const Segment& s, int64_t k, int64_t left) {
 MLORA_INLINE bool is_whole(const Term& term) { return term.rank && !(term.a && term.b); }
 
 // Columns [m, m + 2 * W) of row n of a whole matrix: a piece of A, or where A is the identity, one across the rows of B.
-template <class T, bool Tail>
+template <class P, bool Tail>
 MLORA_INLINE Pair whole_columns(const MergeProblem& p, const Term& term, int64_t n, int64_t m, int64_t left) {
-  if (term.a) return load<Tail>(static_cast<const T*>(term.a) + n * p.in + m, left);
-  T across[2 * W] = {};
+  if (term.a) return load<Tail>(static_cast<const P*>(term.a) + n * p.in + m, left);
+  P across[2 * W] = {};
   const int64_t count = Tail && left < 2 * W ? left : 2 * W;
-  for (int64_t i = 0; i < count; ++i) across[i] = static_cast<const T*>(term.b)[(m + i) * p.out + n];
+  for (int64_t i = 0; i < count; ++i) across[i] = static_cast<const P*>(term.b)[(m + i) * p.out + n];
   return load<false>(across, 2 * W);
 }
 
 // Rows [n, n + rows) of at most kMergeRows, columns [k, k + kTileColumns), of which `left` are there with `Tail`.
 //   a: packed, [steps, kTileColumns].
 //   b: packed, [steps, kMergeBlock], from row n on, and after it the rows' gains.
-template <class T, bool Tail>
+template <class T, class P, bool Tail>
 MLORA_INLINE void merge_tile(const MergeProblem& p, const Segment& s, const float* a, const float* b, int64_t n,
                              int64_t rows, int64_t k, int64_t left) {
   constexpr int64_t step = 2 * W;
-  constexpr bool kScaleLast = Step<T>::kRanks > 1;
+  constexpr bool kScaleLast = Step<P>::kRanks > 1;
   Pair acc[kMergeRows][kMergePairs], sums[kMergeRows][kMergePairs];
   MLORA_UNROLL for (int r = 0; r < kMergeRows; ++r) {
     MLORA_UNROLL for (int i = 0; i < kMergePairs; ++i) acc[r][i] = {zero(), zero()};
@@ -112,11 +113,11 @@ MLORA_INLINE void merge_tile(const MergeProblem& p, const Segment& s, const floa
       summed = true;
     }
     if (is_whole(term)) continue;
-    for (int64_t j = 0; j < term.rank; j += Step<T>::kRanks, a += kTileColumns, b += kMergeBlock) {
+    for (int64_t j = 0; j < term.rank; j += Step<P>::kRanks, a += kTileColumns, b += kMergeBlock) {
       Pair as[kMergePairs];
       MLORA_UNROLL for (int i = 0; i < kMergePairs; ++i) as[i] = load<false>(a + i * step, step);
       MLORA_UNROLL for (int r = 0; r < kMergeRows; ++r) {
-        MLORA_UNROLL for (int i = 0; i < kMergePairs; ++i) acc[r][i] = Step<T>::add(as[i], b[r], acc[r][i]);
+        MLORA_UNROLL for (int i = 0; i < kMergePairs; ++i) acc[r][i] = Step<P>::add(as[i], b[r], acc[r][i]);
       }
     }
   }
@@ -124,7 +125,7 @@ MLORA_INLINE void merge_tile(const MergeProblem& p, const Segment& s, const floa
   const vf scale = set1(kScaleLast && s.term_count ? s.terms[s.term_count - 1].scale : 1.0f);
   MLORA_UNROLL for (int i = 0; i < kMergePairs; ++i) {
     const int64_t m = k + i * step, there = left - i * step;
-    const Pair columns = column_factors<T, Tail>(s, m, there);
+    const Pair columns = column_factors<P, Tail>(s, m, there);
     MLORA_UNROLL for (int r = 0; r < kMergeRows; ++r) {
       if (r >= rows) continue;
       const int64_t at = (n + r) * p.in + m;
@@ -138,7 +139,7 @@ MLORA_INLINE void merge_tile(const MergeProblem& p, const Segment& s, const floa
       for (int32_t e = 0; s.both_ranks < s.ranks && e < s.term_count; ++e) {
         if (!is_whole(s.terms[e])) continue;
         const vf all = set1(s.terms[e].scale);
-        const Pair d = whole_columns<T, Tail>(p, s.terms[e], n + r, m, there);
+        const Pair d = whole_columns<P, Tail>(p, s.terms[e], n + r, m, there);
         w = {fma(all, d.a, w.a), fma(all, d.b, w.b)};
       }
       T* to = static_cast<T*>(p.weight) + at;
@@ -152,15 +153,15 @@ MLORA_INLINE void merge_tile(const MergeProblem& p, const Segment& s, const floa
 }
 
 // Columns [k, k + kTileColumns) of every A; returns where the packed ones end. Those that are not there are zeros.
-template <class T, bool Tail>
+template <class P, bool Tail>
 MLORA_INLINE float* pack_columns(const MergeProblem& p, const Segment& s, int64_t k, int64_t left, float* to) {
   for (int32_t e = 0; e < s.term_count; ++e) {
     if (is_whole(s.terms[e])) continue;
-    const T* a = static_cast<const T*>(s.terms[e].a) + k;
-    for (int64_t j = 0; j < s.terms[e].rank; j += Step<T>::kRanks, a += Step<T>::kRanks * p.in) {
-      const T* next = j + 1 < s.terms[e].rank ? a + p.in : nullptr;
+    const P* a = static_cast<const P*>(s.terms[e].a) + k;
+    for (int64_t j = 0; j < s.terms[e].rank; j += Step<P>::kRanks, a += Step<P>::kRanks * p.in) {
+      const P* next = j + 1 < s.terms[e].rank ? a + p.in : nullptr;
       for (int64_t m = 0; m < kTileColumns; m += 2 * W, to += 2 * W) {
-        store<false>(to, Step<T>::template pack<Tail>(a + m, next ? next + m : nullptr, left - m), 2 * W);
+        store<false>(to, Step<P>::template pack<Tail>(a + m, next ? next + m : nullptr, left - m), 2 * W);
       }
     }
   }
@@ -168,28 +169,29 @@ MLORA_INLINE float* pack_columns(const MergeProblem& p, const Segment& s, int64_
 }
 
 // Rows [n, n + rows) of every B, [steps, kMergeBlock], then their gains.
-template <class T>
+template <class P>
 MLORA_INLINE void pack_rows(const MergeProblem& p, const Segment& s, int64_t n, int64_t rows, float* to) {
   float gains[kMergeBlock] = {};
   for (int32_t e = 0; e < s.term_count; ++e) {
     const Term& term = s.terms[e];
-    const T* b = static_cast<const T*>(term.b) + n;
-    for (int64_t j = 0; !is_whole(term) && j < term.rank; j += Step<T>::kRanks, b += Step<T>::kRanks * p.out, to += kMergeBlock) {
-      const T* next = j + 1 < term.rank ? b + p.out : nullptr;
-      for (int64_t r = 0; r < rows; ++r) to[r] = Step<T>::pack(b[r], next ? next[r] : T{}, term.scale);
+    const P* b = static_cast<const P*>(term.b) + n;
+    for (int64_t j = 0; !is_whole(term) && j < term.rank; j += Step<P>::kRanks, b += Step<P>::kRanks * p.out, to += kMergeBlock) {
+      const P* next = j + 1 < term.rank ? b + p.out : nullptr;
+      for (int64_t r = 0; r < rows; ++r) to[r] = Step<P>::pack(b[r], next ? next[r] : P{}, term.scale);
     }
     if (!term.gain) continue;
-    const T* gain = static_cast<const T*>(term.gain) + n;
+    const P* gain = static_cast<const P*>(term.gain) + n;
     for (int64_t r = 0; r < rows; ++r) gains[r] += term.weight * widen(gain[r]);
   }
   for (int64_t r = 0; r < rows; ++r) to[r] = gains[r];
 }
 
-template <class T>
+template <class T, class P>
 void merge(const MergeProblem& p, const Segment& s, int64_t from, int64_t to, float* scratch) {
+  using Weight = typename Beside<T, P>::type;
   int64_t steps = 0;
   for (int32_t e = 0; e < s.term_count; ++e) {
-    if (!is_whole(s.terms[e])) steps += (s.terms[e].rank + Step<T>::kRanks - 1) / Step<T>::kRanks;
+    if (!is_whole(s.terms[e])) steps += (s.terms[e].rank + Step<P>::kRanks - 1) / Step<P>::kRanks;
   }
   const int64_t columns = merge_columns(p.in, s.both_ranks);
   float *const a = scratch, *const b = scratch + columns * steps;
@@ -197,18 +199,18 @@ void merge(const MergeProblem& p, const Segment& s, int64_t from, int64_t to, fl
     const int64_t end = k0 + columns < p.in ? k0 + columns : p.in;
     const int64_t whole = k0 + (end - k0) / kTileColumns * kTileColumns;
     float* packed = a;
-    for (int64_t k = k0; k < whole; k += kTileColumns) packed = pack_columns<T, false>(p, s, k, kTileColumns, packed);
-    if (whole < end) pack_columns<T, true>(p, s, whole, end - whole, packed);
+    for (int64_t k = k0; k < whole; k += kTileColumns) packed = pack_columns<P, false>(p, s, k, kTileColumns, packed);
+    if (whole < end) pack_columns<P, true>(p, s, whole, end - whole, packed);
     for (int64_t n0 = from; n0 < to; n0 += kMergeBlock) {
       const int64_t last = n0 + kMergeBlock < to ? n0 + kMergeBlock : to;
-      pack_rows<T>(p, s, n0, last - n0, b);
+      pack_rows<P>(p, s, n0, last - n0, b);
       for (int64_t n = n0; n < last; n += kMergeRows) {
         const int64_t rows = last - n < kMergeRows ? last - n : kMergeRows;
         const float *ak = a, *bn = b + (n - n0);
         for (int64_t k = k0; k < whole; k += kTileColumns, ak += kTileColumns * steps) {
-          merge_tile<T, false>(p, s, ak, bn, n, rows, k, kTileColumns);
+          merge_tile<Weight, P, false>(p, s, ak, bn, n, rows, k, kTileColumns);
         }
-        if (whole < end) merge_tile<T, true>(p, s, ak, bn, n, rows, whole, end - whole);
+        if (whole < end) merge_tile<Weight, P, true>(p, s, ak, bn, n, rows, whole, end - whole);
       }
     }
   }

@@ -26,10 +26,10 @@ void apply_tensors(Problem p, torch::stable::Tensor y, std::optional<torch::stab
                    const torch::stable::Tensor& plan);
 
 // apply_ on memory: p.x, p.y and where it differs from that p.base, with their strides, and `itemsize`.
-void apply_rows(const Routing& routing, const Problem& p, Type type);
+void apply_rows(const Routing& routing, const Problem& p, Types types);
 
 // linear on memory, with a kblock that is a number of inputs: contiguous p.weight and p.bias or null, p.x and p.y with
 // their strides, and `itemsize`.
-void linear_rows(const Routing& routing, const Problem& p, Type type);
+void linear_rows(const Routing& routing, const Problem& p, Types types);
 
 }  // namespace mlora

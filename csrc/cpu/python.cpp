@@ -48,7 +48,7 @@ constexpr char kLayer[] = "mlora.layer";
 struct Layer {
   Routing routing;
   int64_t in, out;
-  Type type;
+  Types types;
 };
 
 // What a tensor is, as rows of its last dimension. Of its memory nothing is read.
@@ -100,17 +100,18 @@ enum Found { kNo, kYes, kError };
 PyObject* refused(Found found) { return found == kError ? nullptr : PyBool_FromLong(0); }
 
 // The layer, the plan, y and x, with which both calls begin.
-Found begin(PyObject* const* args, Routing* routing, Problem* p, Type* type) {
+Found begin(PyObject* const* args, Routing* routing, Problem* p, Types* types) {
   const Layer* layer = static_cast<const Layer*>(PyCapsule_GetPointer(args[0], kLayer));
   char* words;
   Py_ssize_t bytes;
   if (!layer || PyBytes_AsStringAndSize(args[1], &words, &bytes)) return kError;
-  *type = layer->type;
+  *types = layer->types;
   *routing = layer->routing;
   routing->plan = reinterpret_cast<const int32_t*>(words);
   routing->words = bytes / static_cast<Py_ssize_t>(sizeof(int32_t));
   Rows x, y;
-  if (!rows_in(args[2], *type, &y) || !rows_in(args[3], *type, &x) || x.width != layer->in || y.width != layer->out ||
+  const Type type = rows_type(*types);
+  if (!rows_in(args[2], type, &y) || !rows_in(args[3], type, &x) || x.width != layer->in || y.width != layer->out ||
       x.rows != y.rows) {
     return kNo;
   }
@@ -159,34 +160,35 @@ PyObject* layer(PyObject*, PyObject* const* args, Py_ssize_t count) {
     v[i] = PyLong_AsLongLong(args[i]);
     if (v[i] == -1 && PyErr_Occurred()) return nullptr;
   }
-  if (v[2] < kFloat || v[2] > kBFloat16) {
-    PyErr_Format(PyExc_ValueError, "no type %d", static_cast<int>(v[2]));
+  if (v[2] < 0 || v[2] >= kTypesCount) {
+    PyErr_Format(PyExc_ValueError, "no types %d", static_cast<int>(v[2]));
     return nullptr;
   }
-  const Type type = static_cast<Type>(v[2]);
+  const Types types = static_cast<Types>(v[2]);
+  const int64_t itemsize = types == kHalves || types == kBFloats ? 2 : 4;
   const Routing routing = {
-      reinterpret_cast<const char*>(v[0]), v[1], type == kFloat ? 4 : 2, reinterpret_cast<const int64_t*>(v[3]), v[4],
-      nullptr, 0};
-  return PyCapsule_New(new Layer{routing, v[5], v[6], type}, kLayer, drop);
+      reinterpret_cast<const char*>(v[0]), v[1], itemsize, reinterpret_cast<const int64_t*>(v[3]), v[4], nullptr, 0};
+  return PyCapsule_New(new Layer{routing, v[5], v[6], types}, kLayer, drop);
 }
 
 PyObject* apply(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!counts(count, 4)) return nullptr;
   Routing routing;
   Problem p;
-  Type type;
-  const Found found = begin(args, &routing, &p, &type);
+  Types types;
+  const Found found = begin(args, &routing, &p, &types);
   if (found != kYes) return refused(found);
-  return run([&] { apply_rows(routing, p, type); });
+  return run([&] { apply_rows(routing, p, types); });
 }
 
 PyObject* linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!counts(count, 7)) return nullptr;
   Routing routing;
   Problem p;
-  Type type;
-  const Found found = begin(args, &routing, &p, &type);
+  Types types;
+  const Found found = begin(args, &routing, &p, &types);
   if (found != kYes) return refused(found);
+  const Type type = rows_type(types);
   Rows weight, bias = {};
   if (!rows_in(args[4], type, &weight) || weight.rows != p.out || weight.width != p.in || !dense(weight)) {
     return refused(kNo);
@@ -198,7 +200,7 @@ PyObject* linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (p.kblock == -1 && PyErr_Occurred()) return nullptr;
   p.weight = weight.data;
   p.bias = bias.data;
-  return run([&] { linear_rows(routing, p, type); });
+  return run([&] { linear_rows(routing, p, types); });
 }
 
 template <PyObject* (*F)(PyObject*, PyObject* const*, Py_ssize_t)>
@@ -208,7 +210,7 @@ PyMethodDef method(const char* name, const char* doc) {
 
 PyMethodDef methods[] = {
     method<exchange>("exchange", "exchange(torch.Tensor.__dlpack_c_exchange_api__ or None, torch.Tensor) -> whether it will do"),
-    method<layer>("layer", "layer(arena, elements, type, table, slots, in_features, out_features) -> layer"),
+    method<layer>("layer", "layer(arena, elements, types, table, slots, in_features, out_features) -> layer"),
     method<apply>("apply", "apply(layer, plan, y, x) -> whether it was done"),
     method<linear>("linear", "linear(layer, plan, y, x, weight, bias, kblock) -> whether it was done"),
     {nullptr, nullptr, 0, nullptr},

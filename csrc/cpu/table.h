@@ -15,16 +15,20 @@ namespace mlora {
 #define MLORA_TABLE(isa) MLORA_TABLE_(isa)
 
 const Kernels MLORA_TABLE(MLORA_ISA) = {
-    {MLORA_ISA::run<float>, MLORA_ISA::run<fp16>, MLORA_ISA::run<bf16>},
-    {MLORA_ISA::scale_input<float>, MLORA_ISA::scale_input<fp16>, MLORA_ISA::scale_input<bf16>},
-    {MLORA_ISA::turn_output<float>, MLORA_ISA::turn_output<fp16>, MLORA_ISA::turn_output<bf16>},
-    {MLORA_ISA::merge<float>, MLORA_ISA::merge<fp16>, MLORA_ISA::merge<bf16>},
+#define MLORA_TYPES(f) \
+  {MLORA_ISA::f<float, float>, MLORA_ISA::f<fp16, fp16>, MLORA_ISA::f<bf16, bf16>, MLORA_ISA::f<fp16, float>, \
+   MLORA_ISA::f<bf16, float>}
+    MLORA_TYPES(run),
+    MLORA_TYPES(scale_input),
+    MLORA_TYPES(turn_output),
+    MLORA_TYPES(merge),
+#undef MLORA_TYPES
 #if MLORA_HAVE_BF16
+    {MLORA_ISA::linear<float, float>, nullptr, MLORA_ISA::linear<bf16, bf16>, nullptr, MLORA_ISA::linear<bf16, float>},
     {MLORA_ISA::pack<float>, nullptr, MLORA_ISA::pack<bf16>},
-    {MLORA_ISA::linear<float>, nullptr, MLORA_ISA::linear<bf16>},
 #elif MLORA_HAVE_AVX512
-    {MLORA_ISA::pack<float>, nullptr, nullptr},
-    {MLORA_ISA::linear<float>, nullptr, nullptr},
+    {MLORA_ISA::linear<float, float>},
+    {MLORA_ISA::pack<float>},
 #else
     {},
     {},

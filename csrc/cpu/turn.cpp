@@ -38,7 +38,7 @@ Tensor scale_input(Tensor x, Tensor arena, Tensor table, Tensor plan) {
   Problem p = {};
   p.in = p.out = p.y_stride = width_of("x", x);
   p.tokens = x.numel() / p.in;
-  const Type type = type_of("x", x, arena);
+  const Types types = types_of("x", x, arena);
   Work& work = thread_work();
   work.build(routing_of(arena, table, plan), p.tokens, p.in, 0, true);
   x = rows_of(x, &p.x_stride);
@@ -46,7 +46,7 @@ Tensor scale_input(Tensor x, Tensor arena, Tensor table, Tensor plan) {
   p.x = x.const_data_ptr();
   p.y = y.mutable_data_ptr();
   split_columns(p, work, &Segment::in_turns, [&](const Segment& s, int64_t begin, int64_t end) {
-    kernels().scale_input[type](p, s, begin, end);
+    kernels().scale_input[types](p, s, begin, end);
   });
   return y;
 }
@@ -55,10 +55,10 @@ Tensor turn_output(Tensor y, std::optional<Tensor> base, Tensor arena, Tensor ta
   Problem p = {};
   p.in = p.out = p.y_stride = width_of("y", y);
   p.tokens = y.numel() / p.in;
-  const Type type = type_of("y", y, arena);
+  const Types types = types_of("y", y, arena);
   Tensor x = y;
   if (base) {
-    STD_TORCH_CHECK(base->scalar_type() == arena.scalar_type(), "mlora: base and arena must have one dtype");
+    STD_TORCH_CHECK(base->scalar_type() == y.scalar_type(), "mlora: base and y must have one dtype");
     STD_TORCH_CHECK(base->dim() >= 1 && base->size(base->dim() - 1) == p.in && base->numel() == y.numel(),
                     "mlora: base must have y's shape");
     x = *base;
@@ -72,7 +72,7 @@ Tensor turn_output(Tensor y, std::optional<Tensor> base, Tensor arena, Tensor ta
   p.base = y.const_data_ptr();
   p.y = out.mutable_data_ptr();
   split_columns(p, work, &Segment::turns, [&](const Segment& s, int64_t begin, int64_t end) {
-    kernels().turn_output[type](p, s, begin, end);
+    kernels().turn_output[types](p, s, begin, end);
   });
   return out;
 }

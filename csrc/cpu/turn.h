@@ -1,5 +1,5 @@
 // scale_input and turn_output: what the base reads, and what becomes of its output before `apply_`. Every element is one
-// chain over terms and the elements of its block, whatever the tile.
+// chain over terms and the elements of its block, whatever the tile. T is the type of rows, P that of the arena.
 #pragma once
 
 #include "vec.h"
@@ -45,7 +45,7 @@ MLORA_INLINE Pair members(const T* x, const Turn& turn, Place place, int64_t j, 
 }
 
 // Tokens [t0, t0 + Tokens) and columns [n, n + 2 * W), or `left` columns if Tail.
-template <class T, bool Output, int Tokens, bool Tail>
+template <class T, class P, bool Output, int Tokens, bool Tail>
 MLORA_INLINE void turn_tile(const Problem& p, const Segment& s, int t0, int64_t n, int64_t left) {
   const T* x[Tokens];
   Pair acc[Tokens];
@@ -62,7 +62,7 @@ MLORA_INLINE void turn_tile(const Problem& p, const Segment& s, int t0, int64_t 
       const int64_t stop = turn.size - j < kTurnBlock ? turn.size : j + kTurnBlock;
       Pair sum[Tokens] = {};
       for (; j < stop; ++j) {
-        const Pair values = load<Tail>(static_cast<const T*>(turn.values) + j * p.in + n, left);
+        const Pair values = load<Tail>(static_cast<const P*>(turn.values) + j * p.in + n, left);
         const Pair factor = {fma(weight, values.a, zero()), fma(weight, values.b, zero())};
         MLORA_UNROLL for (int t = 0; t < Tokens; ++t) {
           const Pair other = members<T, Tail>(x[t], turn, place, j, left);
@@ -76,7 +76,7 @@ MLORA_INLINE void turn_tile(const Problem& p, const Segment& s, int t0, int64_t 
   if (!Output) {
     for (const Term* term = s.terms; term != s.terms + s.term_count; ++term) {
       if (!term->in_gain) continue;
-      const Pair u = load<Tail>(static_cast<const T*>(term->in_gain) + n, left);
+      const Pair u = load<Tail>(static_cast<const P*>(term->in_gain) + n, left);
       gain = {fma(set1(term->weight), u.a, gain.a), fma(set1(term->weight), u.b, gain.b)};
     }
   }
@@ -90,22 +90,22 @@ MLORA_INLINE void turn_tile(const Problem& p, const Segment& s, int t0, int64_t 
   }
 }
 
-template <class T, bool Output, int Tokens>
+template <class T, class P, bool Output, int Tokens>
 MLORA_INLINE void turn_tokens(const Problem& p, const Segment& s, int t, int64_t from, int64_t to) {
   constexpr int64_t step = 2 * W;
   int64_t n = from;
-  for (; n + step <= to; n += step) turn_tile<T, Output, Tokens, false>(p, s, t, n, step);
-  if (n < to) turn_tile<T, Output, Tokens, true>(p, s, t, n, to - n);
+  for (; n + step <= to; n += step) turn_tile<T, P, Output, Tokens, false>(p, s, t, n, step);
+  if (n < to) turn_tile<T, P, Output, Tokens, true>(p, s, t, n, to - n);
 }
 
-template <class T, bool Output>
+template <class T, class P, bool Output>
 MLORA_INLINE void turn(const Problem& p, const Segment& s, int64_t from, int64_t to) {
   constexpr int64_t columns = 256;  // a slice of the turns that stays in the first-level cache for all tokens
   for (int64_t n = from; n < to; n += columns) {
     const int64_t end = n + columns < to ? n + columns : to;
     int t = 0;
-    for (; t + kTurnTokens <= s.count; t += kTurnTokens) turn_tokens<T, Output, kTurnTokens>(p, s, t, n, end);
-    for (; t < s.count; ++t) turn_tokens<T, Output, 1>(p, s, t, n, end);
+    for (; t + kTurnTokens <= s.count; t += kTurnTokens) turn_tokens<T, P, Output, kTurnTokens>(p, s, t, n, end);
+    for (; t < s.count; ++t) turn_tokens<T, P, Output, 1>(p, s, t, n, end);
   }
 }
 
@@ -119,16 +119,16 @@ void copy_rows(const void* from, int64_t stride, const Problem& p, const Segment
   }
 }
 
-template <class T>
+template <class T, class P>
 void scale_input(const Problem& p, const Segment& s, int64_t from, int64_t to) {
   if (!s.has_in_gain && !s.in_turns) return copy_rows<T>(p.x, p.x_stride, p, s, from, to);
-  turn<T, false>(p, s, from, to);
+  turn<typename Beside<T, P>::type, P, false>(p, s, from, to);
 }
 
-template <class T>
+template <class T, class P>
 void turn_output(const Problem& p, const Segment& s, int64_t from, int64_t to) {
   if (!s.turns) return copy_rows<T>(p.base, p.base_stride, p, s, from, to);
-  turn<T, true>(p, s, from, to);
+  turn<typename Beside<T, P>::type, P, true>(p, s, from, to);
 }
 
 }  // namespace

@@ -85,6 +85,7 @@ MLORA_INLINE uint32_t to_bits(float f) {
 }
 MLORA_INLINE float widen(float v) { return v; }
 MLORA_INLINE float widen(bf16 v) { return from_bits(static_cast<uint32_t>(v.bits) << 16); }
+MLORA_INLINE float widen(bf16_in_order v) { return from_bits(static_cast<uint32_t>(v.bits) << 16); }
 MLORA_INLINE float widen(fp16 v) {
   const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000) << 16;
   const uint32_t magnitude = v.bits & 0x7fff;
@@ -120,6 +121,18 @@ MLORA_INLINE Pair load(const bf16* p, int64_t n) {
           _mm512_castsi512_ps(_mm512_and_si512(r, _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
 }
 
+MLORA_INLINE vf widen(__m256i r) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(r), 16)); }
+template <bool Tail>
+MLORA_INLINE Pair load(const bf16_in_order* p, int64_t n) {
+  if (!Tail) {
+    return {widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))),
+            widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + W)))};
+  }
+  const uint32_t m = first(n);
+  return {widen(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(m), p)),
+          widen(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(m >> 16), p + W))};
+}
+
 template <bool Tail>
 MLORA_INLINE void store(float* p, Pair v, int64_t n) {
   const uint32_t m = Tail ? first(n) : ~0u;
@@ -137,9 +150,11 @@ MLORA_INLINE void store(fp16* p, Pair v, int64_t n) {
 
 #if MLORA_HAVE_BF16
 
+MLORA_INLINE __m512i narrow_in_order(Pair v) { return (__m512i)_mm512_cvtne2ps_pbh(v.b, v.a); }
+
 MLORA_INLINE __m512i narrow(Pair v) {
   // v.a in the low half, v.b in the high one: brought together pair by pair
-  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(v.b, v.a);
+  const __m512i halves = narrow_in_order(v);
   const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                          5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return _mm512_permutexvar_epi16(pairs, halves);
@@ -159,11 +174,22 @@ MLORA_INLINE __m512i narrow(Pair v) {
   return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(round_bf16(v.a), 16), round_bf16(v.b));
 }
 
+MLORA_INLINE __m512i narrow_in_order(Pair v) {
+  const __m256i low = _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bf16(v.a), 16));
+  const __m256i high = _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bf16(v.b), 16));
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
 #endif
 
 template <bool Tail>
 MLORA_INLINE void store(bf16* p, Pair v, int64_t n) {
   _mm512_mask_storeu_epi16(p, Tail ? first(n) : ~0u, narrow(v));
+}
+
+template <bool Tail>
+MLORA_INLINE void store(bf16_in_order* p, Pair v, int64_t n) {
+  _mm512_mask_storeu_epi16(p, Tail ? first(n) : ~0u, narrow_in_order(v));
 }
 
 // Stores that leave the caches alone and need not read a line first; p is a multiple of 64 bytes.
@@ -177,6 +203,9 @@ MLORA_INLINE void stream(fp16* p, Pair v) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p + W), _mm512_cvtps_ph(v.b, kNearest));
 }
 MLORA_INLINE void stream(bf16* p, Pair v) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), narrow(v)); }
+MLORA_INLINE void stream(bf16_in_order* p, Pair v) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), narrow_in_order(v));
+}
 MLORA_INLINE void fence() { _mm_sfence(); }  // of streamed stores
 
 #else
@@ -192,6 +221,11 @@ MLORA_INLINE Pair load(const bf16* p) {
   const __m256i r = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(r, 16)),
           _mm256_castsi256_ps(_mm256_and_si256(r, _mm256_set1_epi32(static_cast<int>(0xffff0000))))};
+}
+MLORA_INLINE vf widen(__m128i r) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(r), 16)); }
+MLORA_INLINE Pair load(const bf16_in_order* p) {
+  return {widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+          widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + W)))};
 }
 
 MLORA_INLINE void store(float* p, Pair v) {
@@ -214,6 +248,11 @@ MLORA_INLINE void store(bf16* p, Pair v) {
   const __m256i even = _mm256_srli_epi32(round_bf16(v.a), 16);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(even, round_bf16(v.b), 0xaa));
 }
+MLORA_INLINE void store(bf16_in_order* p, Pair v) {
+  const __m256i low = _mm256_srli_epi32(round_bf16(v.a), 16), high = _mm256_srli_epi32(round_bf16(v.b), 16);
+  const __m256i mixed = _mm256_packus_epi32(low, high);  // a half of each, and then the others
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(mixed, 0xd8));
+}
 
 #else
 
@@ -221,6 +260,11 @@ MLORA_INLINE void narrow(float f, float* p) { *p = f; }
 MLORA_INLINE void narrow(float f, bf16* p) {
   const uint32_t i = to_bits(f);
   p->bits = static_cast<uint16_t>((f != f ? (i | 0x400000) : i + 0x7fff + (i >> 16 & 1)) >> 16);
+}
+MLORA_INLINE void narrow(float f, bf16_in_order* p) {
+  bf16 rounded;
+  narrow(f, &rounded);
+  p->bits = rounded.bits;
 }
 MLORA_INLINE void narrow(float f, fp16* p) {
   const uint32_t i = to_bits(f);
@@ -302,7 +346,7 @@ MLORA_INLINE Pair load_as(const float* p, int64_t n) {
   return v;
 }
 
-// 2 * W elements of one side of a dot product, and a step of it.
+// 2 * W elements of one side of a dot product, for a step of it in type T.
 template <class T>
 struct Operand {
   Pair v;
@@ -339,6 +383,16 @@ MLORA_INLINE vf dot<bf16>(const Operand<bf16>& x, const Operand<bf16>& a, vf acc
 }
 
 #endif
+
+// Of x, for a dot product with elements of type P.
+template <class P, bool Tail, class T>
+MLORA_INLINE Operand<P> load_beside(const T* x, int64_t n) {
+  if constexpr (std::is_same<T, P>::value) {
+    return load_operand<P, Tail>(x, n);
+  } else {
+    return {load<Tail>(x, n)};
+  }
+}
 
 }  // namespace
 }  // namespace MLORA_ISA

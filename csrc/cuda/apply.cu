@@ -11,7 +11,8 @@
 // through global memory.) Without clusters (sm_80) C is 1, the same holds block by block, and A and x are asked for
 // once by each block that shares the tile.
 //
-// The order of every sum depends on the shapes, the device and the row's own recipe only.
+// The order of every sum depends on the shapes, the device and the row's own recipe only. T is the type of x and y, P that
+// of the arena.
 
 #include "device.cuh"
 #include "kernels.h"
@@ -27,8 +28,8 @@ constexpr int kRows = 256;         // rank rows of a batch; a tile with more goe
 constexpr int kStep = 8 * kWarp;   // features of x that a block stages at a time
 constexpr int kUnit = 64;          // output columns of a warp: 8 lanes of 8, for 4 pairs of tokens
 constexpr int kSlice = 64;         // a block's slice of the features is a multiple of it
-template <class T>
-constexpr int kUnroll = 8 / sizeof(T);  // rank rows in flight a warp
+template <class P>
+constexpr int kUnroll = 8 / sizeof(P);  // rank rows in flight a warp
 
 struct Tile {
   int32_t route, offset;            // tokens [offset, offset + count) of the route
@@ -208,7 +209,7 @@ MLORA_NOINLINE __device__ void find_token(int index, Shared& s) {
 
 // Where rank rows [begin, begin + kRows) of the batch lie, one a thread. Returns whether this thread's cannot be read
 // 16 bytes at a time.
-template <class T>
+template <class P>
 MLORA_NOINLINE __device__ bool list_rows(const ApplyArgs& args, int32_t begin, int thread, Shared& s) {
   const Plan& plan = s.plan;
   int32_t index = begin + thread;
@@ -229,7 +230,7 @@ MLORA_NOINLINE __device__ bool list_rows(const ApplyArgs& args, int32_t begin, i
     s.row_b[thread] = row[kB] + index * sibling.out;
     s.row_scale[thread] = plan.weight(e) * table_scale(row);
     s.row_tile[thread] = t;
-    const T* arena = static_cast<const T*>(args.arena);
+    const P* arena = static_cast<const P*>(args.arena);
     return !aligned(arena + s.row_a[thread]) || !aligned(arena + s.row_b[thread]);
   }
 }
@@ -248,8 +249,8 @@ __device__ __forceinline__ float reduce_four(const float* value, int lane) {
 }
 
 // s.partial of one rank row += its dot products with the staged features of its tile's tokens.
-template <class T>
-__device__ __forceinline__ void add_dots(const Eight<T>& a, int row, bool first, int lane, Shared& s) {
+template <class P>
+__device__ __forceinline__ void add_dots(const Eight<P>& a, int row, bool first, int lane, Shared& s) {
   float w[8];
   a.unpack(w);
   const Tile& tile = s.tile[s.row_tile[row]];
@@ -273,10 +274,10 @@ __device__ __forceinline__ void add_dots(const Eight<T>& a, int row, bool first,
 }
 
 // s.v of rank rows [0, rows) of the list: A x over all features, scaled. Ends with a barrier of the cluster.
-template <class T>
+template <class T, class P>
 MLORA_NOINLINE __device__ void shrink(const ApplyArgs& args, int rows, bool ragged, int thread, Shared& s) {
   const int lane = thread % kWarp, warp = thread / kWarp;
-  const T* arena = static_cast<const T*>(args.arena);
+  const P* arena = static_cast<const P*>(args.arena);
   const int32_t width = static_cast<int32_t>(args.in), slice = static_cast<int32_t>(args.slice);
   const int32_t begin = slice * cluster_rank(), end = begin + slice < width ? begin + slice : width;
   int32_t k = begin;
@@ -290,18 +291,18 @@ MLORA_NOINLINE __device__ void shrink(const ApplyArgs& args, int rows, bool ragg
       for (int i = 0; i < 8; ++i) s.x[t][i / 4][lane][i % 4] = x[i];
     }
     __syncthreads();
-    const T* columns = arena + column;
+    const P* columns = arena + column;
     // Warps meet in the sums, so that lanes with fewer than eight features choose along with the others.
     const bool whole = !ragged && (end - k) % 8 == 0;
     int r = warp;
-    for (; whole && r + kWarps * (kUnroll<T> - 1) < rows; r += kWarps * kUnroll<T>) {
-      Eight<T> a[kUnroll<T>];
+    for (; whole && r + kWarps * (kUnroll<P> - 1) < rows; r += kWarps * kUnroll<P>) {
+      Eight<P> a[kUnroll<P>];
 #pragma unroll
-      for (int u = 0; u < kUnroll<T>; ++u) {
-        a[u] = count > 0 ? load_whole(columns + s.row_a[r + u * kWarps]) : Eight<T>{};
+      for (int u = 0; u < kUnroll<P>; ++u) {
+        a[u] = count > 0 ? load_whole(columns + s.row_a[r + u * kWarps]) : Eight<P>{};
       }
 #pragma unroll
-      for (int u = 0; u < kUnroll<T>; ++u) add_dots(a[u], r + u * kWarps, k == begin, lane, s);
+      for (int u = 0; u < kUnroll<P>; ++u) add_dots(a[u], r + u * kWarps, k == begin, lane, s);
     }
 #pragma unroll 1
     for (; r < rows; r += kWarps) add_dots(load(columns + s.row_a[r], count), r, k == begin, lane, s);
@@ -325,8 +326,8 @@ MLORA_NOINLINE __device__ void shrink(const ApplyArgs& args, int rows, bool ragg
 }
 
 // acc[t] += v[t] * b
-template <class T>
-__device__ __forceinline__ void accumulate(const Eight<T>& b, const float* v, float (*acc)[8]) {
+template <class P>
+__device__ __forceinline__ void accumulate(const Eight<P>& b, const float* v, float (*acc)[8]) {
   float w[8];
   b.unpack(w);
 #pragma unroll
@@ -354,7 +355,7 @@ __device__ __forceinline__ Place place_of(const ApplyArgs& args, int32_t item, c
 }
 
 // y of one token, eight columns, += acc, gains and shifts.
-template <class T>
+template <class T, class P>
 __device__ __forceinline__ void finish(const ApplyArgs& args, const Shared& s, const Place& place, int lane,
                                        int token, float* acc) {
   const Sibling& sibling = args.sibling[place.sibling];
@@ -364,7 +365,7 @@ __device__ __forceinline__ void finish(const ApplyArgs& args, const Shared& s, c
   const int64_t at = s.token[tile.first + token];
   T* to = static_cast<T*>(sibling.y) + at * sibling.y_stride + column;
   if (tile.extras >> place.sibling & 1) {
-    const T* columns = static_cast<const T*>(args.arena) + column;
+    const P* columns = static_cast<const P*>(args.arena) + column;
     const T* from = sibling.base ? static_cast<const T*>(sibling.base) + at * sibling.base_stride + column : to;
 #pragma unroll 1
     for (int32_t e = s.plan.term_start[tile.route]; e < s.plan.term_start[tile.route + 1]; ++e) {
@@ -392,7 +393,7 @@ __device__ __forceinline__ void finish(const ApplyArgs& args, const Shared& s, c
   store(to, left, y);
 }
 
-template <class T>
+template <class T, class P>
 __global__ void __launch_bounds__(kThreads, 1) apply_kernel(const __grid_constant__ ApplyArgs args) {
   Shared& s = shared_memory<Shared>();
   // Of unsigned numbers, for these are one instruction each and need no register between uses.
@@ -420,37 +421,37 @@ __global__ void __launch_bounds__(kThreads, 1) apply_kernel(const __grid_constan
         const int32_t rows = s.rows - begin < kRows ? s.rows - begin : kRows;
         if (round == 0 || s.rows > kRows) {
           if (round + begin > 0) __syncthreads();  // no warp works with the rows before these any more
-          const bool ragged = __syncthreads_or(list_rows<T>(args, begin, thread, s));
+          const bool ragged = __syncthreads_or(list_rows<P>(args, begin, thread, s));
           if (thread == 0) s.ragged = ragged;
-          if (s.rows > 0) shrink<T>(args, rows, ragged, thread, s);
+          if (s.rows > 0) shrink<T, P>(args, rows, ragged, thread, s);
         }
         if (rows <= 0 || !mine()) continue;
         const int32_t stop = place.row_end - begin < rows ? place.row_end - begin : rows;
         const int32_t column = place.column + (lane & 7) * 8;
         const int32_t count = static_cast<int32_t>(args.sibling[place.sibling].out) - column;
-        const T* columns = static_cast<const T*>(args.arena) + column;
+        const P* columns = static_cast<const P*>(args.arena) + column;
         const bool whole = !s.ragged && count >= 8;
         int32_t r = place.row_begin > begin ? place.row_begin - begin : 0;
-        for (; whole && r + kUnroll<T> <= stop; r += kUnroll<T>) {
-          Eight<T> b[kUnroll<T>];
+        for (; whole && r + kUnroll<P> <= stop; r += kUnroll<P>) {
+          Eight<P> b[kUnroll<P>];
 #pragma unroll
-          for (int u = 0; u < kUnroll<T>; ++u) b[u] = load_whole(columns + s.row_b[r + u]);
+          for (int u = 0; u < kUnroll<P>; ++u) b[u] = load_whole(columns + s.row_b[r + u]);
 #pragma unroll
-          for (int u = 0; u < kUnroll<T>; ++u) accumulate(b[u], &s.v[r + u][token], acc);
+          for (int u = 0; u < kUnroll<P>; ++u) accumulate(b[u], &s.v[r + u][token], acc);
         }
 #pragma unroll 1
         for (; r < stop; ++r) accumulate(load(columns + s.row_b[r], count), &s.v[r][token], acc);
       }
       if (mine()) {
-        finish<T>(args, s, place, lane, token, acc[0]);
-        finish<T>(args, s, place, lane, token + 1, acc[1]);
+        finish<T, P>(args, s, place, lane, token, acc[0]);
+        finish<T, P>(args, s, place, lane, token + 1, acc[1]);
       }
     }
     more = s.left > 0;
   } while (more);
 }
 
-template <class T>
+template <class T, class P>
 cudaError_t launch_typed(ApplyArgs args, const DeviceShape& shape, cudaStream_t stream) {
   // A slice of fewer than kSlice features is not worth a block. A cluster lies within one GPC, and those of a chip
   // have different numbers of multiprocessors: of large clusters fewer run at once than there is room for. More would
@@ -463,13 +464,13 @@ cudaError_t launch_typed(ApplyArgs args, const DeviceShape& shape, cudaStream_t 
   const int cluster = 1 << size;
   args.slice = (args.in + cluster * kSlice - 1) / (cluster * kSlice) * kSlice;
   const int64_t grid = int64_t{shape.clusters[size]} * cluster;
-  return launch(apply_kernel<T>, grid, kThreads, cluster, stream, args);
+  return launch(apply_kernel<T, P>, grid, kThreads, cluster, stream, args);
 }
 
 }  // namespace
 
-cudaError_t launch_apply(Type type, const ApplyArgs& args, const DeviceShape& shape, cudaStream_t stream) {
-  return with_type(type, [&](auto t) { return launch_typed<decltype(t)>(args, shape, stream); });
+cudaError_t launch_apply(Types types, const ApplyArgs& args, const DeviceShape& shape, cudaStream_t stream) {
+  return with_types(types, [&](auto t, auto p) { return launch_typed<decltype(t), decltype(p)>(args, shape, stream); });
 }
 
 #ifndef MLORA_EMULATION
@@ -482,9 +483,10 @@ cudaError_t device_shape(int device, DeviceShape* shape) {
   shape->clusters[0] = shape->multiprocessors;
   if (!has_clusters) return error;
   // Once a device, and of every type, since attributes are a function's: 16 blocks are more than is portable.
-  for (const void* kernel : {reinterpret_cast<const void*>(apply_kernel<float>),
-                             reinterpret_cast<const void*>(apply_kernel<f16>),
-                             reinterpret_cast<const void*>(apply_kernel<bf16>)}) {
+  for (int types = 0; types < kTypesCount; ++types) {
+    const void* kernel = with_types(static_cast<Types>(types), [](auto t, auto p) {
+      return reinterpret_cast<const void*>(apply_kernel<decltype(t), decltype(p)>);
+    });
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (error != cudaSuccess) return error;
   }
@@ -498,7 +500,7 @@ cudaError_t device_shape(int device, DeviceShape* shape) {
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
     config.attrs = &attribute;
     config.numAttrs = 1;
-    if (cudaOccupancyMaxActiveClusters(&shape->clusters[i], apply_kernel<float>, &config) != cudaSuccess) {
+    if (cudaOccupancyMaxActiveClusters(&shape->clusters[i], apply_kernel<float, float>, &config) != cudaSuccess) {
       shape->clusters[i] = 0;  // more blocks than the device takes
       (void)cudaGetLastError();
     }

@@ -162,16 +162,20 @@ __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(f16 value) { return half_to_float(value.bits); }
 __device__ __forceinline__ float to_float(bf16 value) { return float_from_bits(uint32_t{value.bits} << 16); }
 
-// f(T{}) of the element type.
+// f(T{}, P{}) of the element types of rows and of the arena.
 template <class F>
-auto with_type(Type type, const F& f) {
-  switch (type) {
-    case kFloat:
-      return f(float{});
-    case kHalf:
-      return f(f16{});
+auto with_types(Types types, const F& f) {
+  switch (types) {
+    case kFloats:
+      return f(float{}, float{});
+    case kHalves:
+      return f(f16{}, f16{});
+    case kBFloats:
+      return f(bf16{}, bf16{});
+    case kHalvesByFloats:
+      return f(f16{}, float{});
     default:
-      return f(bf16{});
+      return f(bf16{}, float{});
   }
 }
 

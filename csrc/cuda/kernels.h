@@ -63,9 +63,9 @@ struct DeviceShape {
 };
 
 cudaError_t device_shape(int device, DeviceShape* shape);
-cudaError_t launch_apply(Type type, const ApplyArgs& args, const DeviceShape& shape, cudaStream_t stream);
-cudaError_t launch_scale_input(Type type, const TurnArgs& args, const DeviceShape& shape, cudaStream_t stream);
-cudaError_t launch_turn_output(Type type, const TurnArgs& args, const DeviceShape& shape, cudaStream_t stream);
-cudaError_t launch_merge(Type type, const MergeArgs& args, cudaStream_t stream);
+cudaError_t launch_apply(Types types, const ApplyArgs& args, const DeviceShape& shape, cudaStream_t stream);
+cudaError_t launch_scale_input(Types types, const TurnArgs& args, const DeviceShape& shape, cudaStream_t stream);
+cudaError_t launch_turn_output(Types types, const TurnArgs& args, const DeviceShape& shape, cudaStream_t stream);
+cudaError_t launch_merge(Types types, const MergeArgs& args, cudaStream_t stream);
 
 }  // namespace mlora

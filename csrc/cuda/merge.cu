@@ -1,5 +1,6 @@
 // merge_: W <- S * (1 + sum_i w_i (gain_i + in_gain_i)) + sum_i w_i scale_i B_i^T A_i, where gains scale rows and input
-// gains columns of the source S, which may be W. One pass: read once, summed in fp32, rounded once, written once.
+// gains columns of the source S, which may be W. One pass: read once, summed in fp32, rounded once, written once. T is the
+// type of S and W, P that of the arena.
 
 #include "device.cuh"
 #include "kernels.h"
@@ -17,22 +18,22 @@ struct Shared {
 };
 
 // to[0:64] = scale * from[0:count], zeros beyond, by eight lanes.
-template <class T>
-__device__ __forceinline__ void stage(const T* from, int64_t count, float scale, int lane, float* to) {
+template <class P>
+__device__ __forceinline__ void stage(const P* from, int64_t count, float scale, int lane, float* to) {
   float value[8];
   load(from + lane * 8, count - lane * 8, value);
 #pragma unroll
   for (int i = 0; i < 8; ++i) to[lane * 8 + i] = scale * value[i];
 }
 
-template <class T>
+template <class T, class P>
 __global__ void __launch_bounds__(kThreads, 3) merge_kernel(const __grid_constant__ MergeArgs args) {
   Shared& s = shared_memory<Shared>();
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t tiles = (args.in + kTile - 1) / kTile;
   const int64_t first_row = blockIdx.x / tiles * kTile, first_column = blockIdx.x % tiles * kTile;
   const int64_t rows_left = args.out - first_row, columns_left = args.in - first_column;
-  const T* arena = static_cast<const T*>(args.arena);
+  const P* arena = static_cast<const P*>(args.arena);
 
   if (thread < kTile / 4) {  // the gains, of eight rows or columns a thread
     const bool input = thread >= kTile / 8;
@@ -96,16 +97,16 @@ __global__ void __launch_bounds__(kThreads, 3) merge_kernel(const __grid_constan
   }
 }
 
-template <class T>
+template <class T, class P>
 cudaError_t launch_typed(const MergeArgs& args, cudaStream_t stream) {
   const int64_t grid = ((args.out + kTile - 1) / kTile) * ((args.in + kTile - 1) / kTile);
-  return launch(merge_kernel<T>, grid, kThreads, 1, stream, args);
+  return launch(merge_kernel<T, P>, grid, kThreads, 1, stream, args);
 }
 
 }  // namespace
 
-cudaError_t launch_merge(Type type, const MergeArgs& args, cudaStream_t stream) {
-  return with_type(type, [&](auto t) { return launch_typed<decltype(t)>(args, stream); });
+cudaError_t launch_merge(Types types, const MergeArgs& args, cudaStream_t stream) {
+  return with_types(types, [&](auto t, auto p) { return launch_typed<decltype(t), decltype(p)>(args, stream); });
 }
 
 }  // namespace mlora

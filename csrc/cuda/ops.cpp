@@ -121,7 +121,7 @@ Tensor take_input(const Tensor& x, const Tensor& arena, const Tensor& plan, int6
 void apply(std::vector<Tensor> ys, const std::optional<Tensor>& base, const Tensor& input, const Tensor& arena,
            const std::vector<Tensor>& tables, const Tensor& plan) {
   ApplyArgs args = {};
-  const Type type = type_of("x", input, arena);
+  const Types types = types_of("x", input, arena);
   const Tensor x = take_input(input, arena, plan, &args.in, &args.tokens, &args.x_stride);
   args.x = x.const_data_ptr();
   args.arena = arena.const_data_ptr();
@@ -134,7 +134,7 @@ void apply(std::vector<Tensor> ys, const std::optional<Tensor>& base, const Tens
     const Tensor& y = ys[i];
     Sibling& sibling = args.sibling[i];
     sibling.out = kernel_width("y", width_of("y", y));
-    STD_TORCH_CHECK(y.scalar_type() == arena.scalar_type(), "mlora: y and arena must have one dtype");
+    STD_TORCH_CHECK(y.scalar_type() == input.scalar_type(), "mlora: y and x must have one dtype");
     STD_TORCH_CHECK(y.numel() == args.tokens * sibling.out, "mlora: x has ", args.tokens, " tokens, y has ",
                     y.numel() / sibling.out);
     check_device("y", y, arena);
@@ -142,7 +142,7 @@ void apply(std::vector<Tensor> ys, const std::optional<Tensor>& base, const Tens
     rows.push_back(rows_of(y, &sibling.y_stride));
     sibling.y = rows.back().mutable_data_ptr();
     if (base) {
-      STD_TORCH_CHECK(base->scalar_type() == arena.scalar_type(), "mlora: base and arena must have one dtype");
+      STD_TORCH_CHECK(base->scalar_type() == input.scalar_type(), "mlora: base and x must have one dtype");
       STD_TORCH_CHECK(base->dim() >= 1 && base->size(base->dim() - 1) == sibling.out && base->numel() == y.numel(),
                       "mlora: base must have y's shape");
       check_device("base", *base, arena);
@@ -152,7 +152,7 @@ void apply(std::vector<Tensor> ys, const std::optional<Tensor>& base, const Tens
   }
   if (args.tokens == 0) return;
   const Launch launch(arena);
-  check(launch_apply(type, args, launch.shape, launch.stream));
+  check(launch_apply(types, args, launch.shape, launch.stream));
   for (size_t i = 0; i < ys.size(); ++i) {
     if (rows[i].get() != ys[i].get()) torch::stable::copy_(ys[i], rows[i]);
   }
@@ -184,20 +184,20 @@ Tensor turn_args(const Tensor& x, const Tensor& y, const Tensor& arena, const Te
 
 Tensor scale_input(Tensor x, Tensor arena, Tensor table, Tensor plan) {
   TurnArgs args = {};
-  const Type type = type_of("x", x, arena);
+  const Types types = types_of("x", x, arena);
   Tensor out = torch::stable::new_empty(x, x.sizes());
   const Tensor rows = turn_args(x, out, arena, table, plan, &args);
   if (args.tokens == 0) return out;
   const Launch launch(arena);
-  check(launch_scale_input(type, args, launch.shape, launch.stream));
+  check(launch_scale_input(types, args, launch.shape, launch.stream));
   return out;
 }
 
 Tensor turn_output(Tensor y, std::optional<Tensor> base, Tensor arena, Tensor table, Tensor plan) {
   TurnArgs args = {};
-  const Type type = type_of("y", y, arena);
+  const Types types = types_of("y", y, arena);
   if (base) {
-    STD_TORCH_CHECK(base->scalar_type() == arena.scalar_type(), "mlora: base and arena must have one dtype");
+    STD_TORCH_CHECK(base->scalar_type() == y.scalar_type(), "mlora: base and y must have one dtype");
     STD_TORCH_CHECK(base->dim() >= 1 && base->size(base->dim() - 1) == width_of("y", y) && base->numel() == y.numel(),
                     "mlora: base must have y's shape");
     check_device("base", *base, arena);
@@ -209,13 +209,13 @@ Tensor turn_output(Tensor y, std::optional<Tensor> base, Tensor arena, Tensor ta
   args.base = added.const_data_ptr();
   if (args.tokens == 0) return out;
   const Launch launch(arena);
-  check(launch_turn_output(type, args, launch.shape, launch.stream));
+  check(launch_turn_output(types, args, launch.shape, launch.stream));
   return out;
 }
 
 void merge_(Tensor weight, std::optional<Tensor> source, Tensor arena, Tensor table, Tensor plan) {
   MergeArgs args = {};
-  const Type type = type_of("weight", weight, arena);
+  const Types types = types_of("weight", weight, arena);
   const Tensor from = source ? *source : weight;
   STD_TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "mlora: weight must be contiguous, (out, in)");
   STD_TORCH_CHECK(from.scalar_type() == weight.scalar_type() && from.dim() == 2 && from.size(0) == weight.size(0) &&
@@ -240,7 +240,7 @@ void merge_(Tensor weight, std::optional<Tensor> source, Tensor arena, Tensor ta
   args.weights = reinterpret_cast<const float*>(args.slots + args.terms);
   if (weight.numel() == 0 || (args.terms == 0 && !source)) return;
   const Launch launch(arena);
-  check(launch_merge(type, args, launch.stream));
+  check(launch_merge(types, args, launch.stream));
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // scale_input: y = x * (1 + sum_i w_i in_gain_i) + sum_i w_i (in_turn_i - I) x over the terms of each row's recipe; and
-// turn_output: y = base + sum_i w_i (turn_i - I) x. Rows without such parts are copied.
+// turn_output: y = base + sum_i w_i (turn_i - I) x. Rows without such parts are copied. T is the type of rows, P that of the
+// arena.
 
 #include "device.cuh"
 #include "kernels.h"
@@ -26,9 +27,10 @@ struct Sums {
 
 // What one thread adds to its columns [k, k + left) for one term: weight * sum_j values[j, i] * x of element j of the
 // block of column i.
-template <class T>
+template <class T, class P>
 struct Turn {
-  const T *values, *x;
+  const P* values;
+  const T* x;
   int64_t width;
   float weight;
   int32_t size, stride, k, left;
@@ -36,15 +38,15 @@ struct Turn {
 
 // sum + turn where shape and addresses do not let several columns' elements of x be read at once. A function of its
 // own, as the other one is, so that their registers do not add up.
-template <class T>
-MLORA_NOINLINE __device__ Sums<T> add_ragged(Turn<T> turn, Sums<T> sum) {
+template <class T, class P>
+MLORA_NOINLINE __device__ Sums<T> add_ragged(Turn<T, P> turn, Sums<T> sum) {
   int32_t at[kColumns<T>];  // element j of the column's block
 #pragma unroll
   for (int i = 0; i < kColumns<T>; ++i) {
     const int32_t column = turn.k + i;
     at[i] = column - column / turn.stride % turn.size * turn.stride;
   }
-  const T* values = turn.values + turn.k;
+  const P* values = turn.values + turn.k;
   for (int32_t left = turn.size; left > 0; left -= kChain) {
     Sums<T> chain = {};
 #pragma unroll 1
@@ -66,11 +68,12 @@ MLORA_NOINLINE __device__ Sums<T> add_ragged(Turn<T> turn, Sums<T> sum) {
 
 // The same where one access to x, from `first` on, has what all columns need for kGroup elements of their blocks. The
 // blocks lie in spans of kStride * kGroup; a kGroup of 1 stands for any stride that keeps the columns side by side.
-template <class T, int kStride, int kGroup>
-__device__ __forceinline__ void add_groups(const Turn<T>& turn, int32_t first, Sums<T>& sum) {
+template <class T, class P, int kStride, int kGroup>
+__device__ __forceinline__ void add_groups(const Turn<T, P>& turn, int32_t first, Sums<T>& sum) {
   constexpr int N = kColumns<T>, kSpan = kStride * kGroup;
   if constexpr (kSpan <= N) {
-    const T *values = turn.values + turn.k, *x = turn.x + first;
+    const P* values = turn.values + turn.k;
+    const T* x = turn.x + first;
     for (int32_t left = turn.size; left > 0; left -= kChain) {
       Sums<T> chain = {};
       int32_t j = left < kChain ? left : kChain;
@@ -97,37 +100,37 @@ __device__ __forceinline__ void add_groups(const Turn<T>& turn, int32_t first, S
   }
 }
 
-template <class T>
-MLORA_NOINLINE __device__ Sums<T> add_whole(Turn<T> turn, int32_t group, int32_t first, Sums<T> sum) {
+template <class T, class P>
+MLORA_NOINLINE __device__ Sums<T> add_whole(Turn<T, P> turn, int32_t group, int32_t first, Sums<T> sum) {
   switch (group == 1 ? 1 : turn.stride * 16 + group) {
     case 1:
-      add_groups<T, 1, 1>(turn, first, sum);
+      add_groups<T, P, 1, 1>(turn, first, sum);
       break;
     case 16 + 2:
-      add_groups<T, 1, 2>(turn, first, sum);
+      add_groups<T, P, 1, 2>(turn, first, sum);
       break;
     case 16 + 4:
-      add_groups<T, 1, 4>(turn, first, sum);
+      add_groups<T, P, 1, 4>(turn, first, sum);
       break;
     case 16 + 8:
-      add_groups<T, 1, 8>(turn, first, sum);
+      add_groups<T, P, 1, 8>(turn, first, sum);
       break;
     case 32 + 2:
-      add_groups<T, 2, 2>(turn, first, sum);
+      add_groups<T, P, 2, 2>(turn, first, sum);
       break;
     case 32 + 4:
-      add_groups<T, 2, 4>(turn, first, sum);
+      add_groups<T, P, 2, 4>(turn, first, sum);
       break;
     case 64 + 2:
-      add_groups<T, 4, 2>(turn, first, sum);
+      add_groups<T, P, 4, 2>(turn, first, sum);
       break;
   }
   return sum;
 }
 
 // sum + turn
-template <class T>
-__device__ __forceinline__ Sums<T> add_turn(const Turn<T>& turn, const Sums<T>& sum) {
+template <class T, class P>
+__device__ __forceinline__ Sums<T> add_turn(const Turn<T, P>& turn, const Sums<T>& sum) {
   constexpr int N = kColumns<T>;
   const int32_t first = turn.k - turn.k / turn.stride % turn.size * turn.stride;  // of column k's block
   if (turn.width % N == 0 && aligned(turn.values + turn.k) && aligned(turn.x + first)) {
@@ -163,7 +166,7 @@ MLORA_NOINLINE __device__ void find_token(Shared& s) {
   s.last = plan.term_start[low + 1];
 }
 
-template <class T, bool kOutput>
+template <class T, class P, bool kOutput>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) turn_kernel(const __grid_constant__ TurnArgs args) {
   Shared& s = shared_memory<Shared>();
   constexpr int N = kColumns<T>;
@@ -172,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) turn_kernel(const __grid
     s.plan = Plan(args.plan, args.plan_size, args.tokens);
     s.position = blockIdx.x;
   }
-  const T* arena = static_cast<const T*>(args.arena);
+  const P* arena = static_cast<const P*>(args.arena);
   for (;;) {
     if (leader && s.position < args.tokens) find_token(s);
     __syncthreads();
@@ -202,7 +205,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) turn_kernel(const __grid
         const int64_t offset = row[kOutput ? kTurn : kInTurn], shape = row[kOutput ? kTurnShape : kInTurnShape];
         if (offset < 0) continue;
         const int32_t size = static_cast<int32_t>(turn_size(shape)), stride = static_cast<int32_t>(turn_stride(shape));
-        value = add_turn<T>({arena + offset, x, args.width, s.plan.weight(e), size, stride, k, left}, value);
+        value = add_turn<T, P>({arena + offset, x, args.width, s.plan.weight(e), size, stride, k, left}, value);
       }
       store(static_cast<T*>(args.y) + s.token * args.width + k, left, value.of);
     }
@@ -211,20 +214,22 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) turn_kernel(const __grid
   }
 }
 
-template <class T, bool kOutput>
+template <class T, class P, bool kOutput>
 cudaError_t launch_typed(const TurnArgs& args, const DeviceShape& shape, cudaStream_t stream) {
   const int64_t most = int64_t{shape.multiprocessors} * kBlocks<T>;
-  return launch(turn_kernel<T, kOutput>, args.tokens < most ? args.tokens : most, kThreads, 1, stream, args);
+  return launch(turn_kernel<T, P, kOutput>, args.tokens < most ? args.tokens : most, kThreads, 1, stream, args);
 }
 
 }  // namespace
 
-cudaError_t launch_scale_input(Type type, const TurnArgs& args, const DeviceShape& shape, cudaStream_t stream) {
-  return with_type(type, [&](auto t) { return launch_typed<decltype(t), false>(args, shape, stream); });
+cudaError_t launch_scale_input(Types types, const TurnArgs& args, const DeviceShape& shape, cudaStream_t stream) {
+  return with_types(
+      types, [&](auto t, auto p) { return launch_typed<decltype(t), decltype(p), false>(args, shape, stream); });
 }
 
-cudaError_t launch_turn_output(Type type, const TurnArgs& args, const DeviceShape& shape, cudaStream_t stream) {
-  return with_type(type, [&](auto t) { return launch_typed<decltype(t), true>(args, shape, stream); });
+cudaError_t launch_turn_output(Types types, const TurnArgs& args, const DeviceShape& shape, cudaStream_t stream) {
+  return with_types(
+      types, [&](auto t, auto p) { return launch_typed<decltype(t), decltype(p), true>(args, shape, stream); });
 }
 
 }  // namespace mlora

@@ -81,10 +81,11 @@ def leaf(width: int) -> int:
     return max(64, -(-width // (_LEAVES * 64)) * 64)
 
 
-def shrink_registers(keep: bool) -> int:
+def shrink_registers(keep: bool, widen: bool) -> int:
     """Registers that a thread of `shrink` may take. Where it leaves v for training, 96 would spill on some
-    architectures; 128 leave room for the two programs of 8 warps that a processor gets in prefill, and for no more."""
-    return 128 if keep else 80
+    architectures, as 80 would where it widens x beside an arena of fp32; 128 leave room for the two programs of 8
+    warps that a processor gets in prefill, and for no more."""
+    return 128 if keep or widen else 80
 
 
 def expand_registers(device: Device, f: Form, itemsize: int) -> int:
@@ -141,16 +142,16 @@ def expand_grid(device: Device, tokens: int, width_out: int) -> int:
     return max(1, min(most, least)) if f is DECODE else -(-least // -(-least // most))
 
 
-def linear_tiles(device: Device, tokens: int, itemsize: int) -> tuple[int, int, int, int, int, int]:
+def linear_tiles(device: Device, tokens: int, itemsize: int, widen: bool) -> tuple[int, int, int, int, int, int]:
     """BM, BN, BK, warps, stages and registers of `linear`. BK gives a thread 128 bits of the narrowest tile, the RANKS
     rows of A, so no more warps than that; as many stages as leave room in shared memory for 38% of a processor's
-    threads. fp32 has no tensor cores here and wants small tiles."""
+    threads. fp32 has no tensor cores here and wants small tiles, and short blocks where x is to `widen` beside A."""
     family = _family(device.capability)
     if itemsize == 4:
         return 16, 32, 16, 2, 3, 80 if family in (80, 90, 100) else 96  # with 48 warps a processor that is 42%
     if tokens <= DECODE_TOKENS:
-        return 16, 64, 64, 4, 3 if family in (80, 90, 100) else 2, 80
-    return 32, 64, 64, 4, 3 if family in (90, 100) else 2, 80
+        return 16, 64, 16 if widen else 64, 4, 3 if family in (80, 90, 100) else 2, 80
+    return 32, 64, 16 if widen else 64, 4, 3 if family in (90, 100) else 2, 96 if widen else 80
 
 
 def _family(capability: int) -> int:

@@ -85,9 +85,17 @@ def _flat(name: str, t: Tensor) -> Tensor:
 
 
 def _check(arena: Tensor, table: Tensor, plan: Tensor, **tensors: Tensor | None) -> None:
-    for name, t in tensors.items():
-        if t is not None and t.dtype is not arena.dtype:
-            raise RuntimeError(f"mlora: {name} and the arena must have one dtype, are {t.dtype} and {arena.dtype}")
+    found = {name: t.dtype for name, t in tensors.items() if t is not None}
+    if len(set(found.values())) > 1:
+        raise RuntimeError(
+            f"mlora: {' and '.join(found)} must have one dtype, are {', '.join(map(str, found.values()))}"
+        )
+    for name, dtype in found.items():
+        if dtype is not arena.dtype and (arena.dtype is not torch.float32 or dtype not in DTYPES):
+            raise RuntimeError(
+                f"mlora: {name} and the arena must have one dtype, or the arena float32 beside 16 bits, are {dtype} "
+                f"and {arena.dtype}"
+            )
     if arena.dtype not in DTYPES or arena.dim() != 1:
         raise RuntimeError(f"mlora: arena must be 1-D of a floating type up to 32 bits, is {arena.dtype}")
     if table.dim() != 2 or table.shape[1] != layout.TABLE_WIDTH or table.dtype is not torch.int64:
@@ -126,7 +134,7 @@ def apply_launches(
     first_sizes = {
         "BM": f.shrink_tokens,
         "RC": f.ranks,
-        "BK": config.block_k(x.itemsize),
+        "BK": config.block_k(arena.itemsize),
         "LEAF": leaf,
         "LEAVES": f.leaves,
         "PART": config.PART,
@@ -135,7 +143,7 @@ def apply_launches(
         "BM": f.expand_tokens,
         "BN": f.columns,
         "RE": config.RANKS,
-        "WIDE": config.expand_wide(device, f, x.itemsize),
+        "WIDE": config.expand_wide(device, f, arena.itemsize),
         "FAR": config.far(arena.numel()),
         "LEAF": leaf,
         "PART": config.PART,
@@ -144,7 +152,7 @@ def apply_launches(
     adapters = (arena, table, plan, tokens, width)
     grids = config.shrink_grid(device, tokens, width), config.expand_grid(device, tokens, y.shape[1])
     strides = (x.stride(0), y.stride(0), source.stride(0))
-    registers = config.expand_registers(device, f, x.itemsize)
+    registers = config.expand_registers(device, f, arena.itemsize)
     first = (v, arrived, x, *adapters, x.stride(0), capacity, kept)
     second = (y, source, v, x, *adapters, y.shape[1], *strides, capacity)
     return [
@@ -155,7 +163,7 @@ def apply_launches(
             first_sizes,
             f.shrink_warps,
             config.SHRINK_STAGES,
-            config.shrink_registers(kept is not None),
+            config.shrink_registers(kept is not None, x.dtype is not arena.dtype),
         ),
         Launch(expand.expand, grids[1], second, second_sizes, f.expand_warps, 1, registers),
     ]
@@ -173,7 +181,7 @@ def linear_launches(
 ) -> list[Launch]:
     """The launch of `linear` on y (tokens, out), contiguous, and x (tokens, in)."""
     tokens, width = x.shape
-    bm, bn, bk, warps, depth, registers = config.linear_tiles(device, tokens, x.itemsize)
+    bm, bn, bk, warps, depth, registers = config.linear_tiles(device, tokens, x.itemsize, x.dtype is not arena.dtype)
     constants = {"HAS_BIAS": bias is not None, "BM": bm, "BN": bn, "RE": config.RANKS, "BK": bk}
     constants["FAR"] = config.far(arena.numel())
     args = (
@@ -231,14 +239,15 @@ def drop_launches(y: Tensor, x: Tensor, places: Tensor, odds: Tensor) -> list[La
 def merge_launches(weight: Tensor, source: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> list[Launch]:
     """The launch of `merge_`: a program for each tile of the weight."""
     width_out, width = weight.shape
-    bm, bn = 64, 64 if weight.itemsize == 2 else 32
+    bm, bn = 64, 64 if arena.itemsize == 2 else 32
     args = (weight, source, arena, table, plan, width_out, width, weight.stride(0), source.stride(0))
     grid = -(-width_out // bm) * -(-width // bn)
     return [Launch(merge.merge, grid, args, {"BM": bm, "BN": bn, "RE": config.RANKS}, 8, 2)]
 
 
 def apply_(y: Tensor, base: Tensor | None, x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> None:
-    """`reference.apply_` in two launches; fp32, float16 or bfloat16, one dtype for all."""
+    """`reference.apply_` in two launches; fp32, float16 or bfloat16, one dtype for all, or an arena of fp32 beside 16
+    bits."""
     _apply(y, None, base, x, arena, table, plan)
 
 

@@ -204,10 +204,13 @@ def read_scale(row):
 def mma(a, b, acc):
     """acc + a b, accumulated in fp32 whatever a and b are stored in; on tensor cores for 16-bit operands.
 
-    The interpreter multiplies bfloat16 as the integers that hold it, so there operands are widened first.
+    Of one in 16 bits beside fp32 both are fp32. The interpreter multiplies bfloat16 as the integers that hold it, so
+    there operands are widened, too.
     """
     if INTERPRET:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    if a.dtype != b.dtype:
+        a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
 
 

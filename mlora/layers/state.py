@@ -85,7 +85,7 @@ class LayerState:
             and type(module).forward is nn.Linear.forward
             and {"weight", "bias"} <= module._parameters.keys()
             and is_dense(weight)  # not a quantized tensor that acts as one of bf16
-            and self.dtype == self.arena.dtype
+            and dispatch.kernels_take(self.dtype, self.arena.dtype)
             and dispatch.backend(self.device, self.dtype) == "cpu"
         )
         self.fused = self.plain and shared.fused and cast(Tensor, weight).is_contiguous() and module.in_features != 0
@@ -93,7 +93,7 @@ class LayerState:
         if self.plain:
             self.shape = cast(Tensor, weight).shape
             outputs, inputs = self.shape
-            self.direct = direct.layer_of(self.arena, table, inputs, outputs)
+            self.direct = direct.layer_of(self.arena, table, inputs, outputs, self.dtype)
             summed = self.cut is not None and self.cut.axis == "inputs"  # whose bias is added after the sum
             self._asked = inputs, outputs, module.bias is not None and not summed
             self._kblocks = shared.kblocks.setdefault((*self._asked, dtype), {})

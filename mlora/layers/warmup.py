@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import apply_, apply_keep_, config, embed_, rank_gradients_, scale_input, turn_output
+from ..ops.dispatch import kernels_take
 from .norm import NormLayer
 
 
@@ -36,17 +37,18 @@ def warmup(model: torch.nn.Module, tokens: Sequence[int] = (1, config.DECODE_TOK
             continue
         arena, words = state.arena, state.shared.blank.tensors[state.home]
         shape = (state.table.shape[0], *_widths(module))
-        if arena.device.type not in ("cuda", "cpu") or state.dtype is not arena.dtype or shape in seen:
+        taken = arena.device.type in ("cuda", "cpu") and kernels_take(state.dtype, arena.dtype)
+        if not taken or (shape, state.dtype) in seen:
             continue
-        seen.add(shape)
+        seen.add((shape, state.dtype))
         _, width, width_out = shape
         if isinstance(module, torch.nn.Embedding):
-            y, ids = torch.zeros(1, shape[2], dtype=arena.dtype, device=arena.device), state.table.new_zeros(1)
+            y, ids = torch.zeros(1, shape[2], dtype=state.dtype, device=arena.device), state.table.new_zeros(1)
             embed_(y, ids, arena, state.table, words, shape[1])
             calls += 1
             continue
         for count in tokens:
-            x, y = (torch.zeros(count, n, dtype=arena.dtype, device=arena.device) for n in (width, width_out))
+            x, y = (torch.zeros(count, n, dtype=state.dtype, device=arena.device) for n in (width, width_out))
             apply_(y, None, x, arena, state.table, words)
             scale_input(x, arena, state.table, words)
             calls += 2

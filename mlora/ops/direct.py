@@ -15,7 +15,14 @@ from torch import Tensor
 from . import dispatch
 from .library import HAS_CPU
 
-_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as csrc/common.h counts them
+# Of rows and of an arena, as csrc/common.h counts them.
+_TYPES = {
+    (torch.float32, torch.float32): 0,
+    (torch.float16, torch.float16): 1,
+    (torch.bfloat16, torch.bfloat16): 2,
+    (torch.float16, torch.float32): 3,
+    (torch.bfloat16, torch.float32): 4,
+}
 
 
 def unobserved() -> bool:
@@ -30,13 +37,15 @@ def unobserved() -> bool:
     )
 
 
-def layer_of(arena: Tensor, table: Tensor, in_features: int, out_features: int) -> Any:
-    """What `apply` and `linear` take for a linear of this shape: it has the addresses of both tensors, which must live
-    as long. None where the C++ kernels do not serve such tensors, or torch tells C code nothing of them."""
-    if not _READY or dispatch.backend(arena.device, arena.dtype) != "cpu":
+def layer_of(arena: Tensor, table: Tensor, in_features: int, out_features: int, dtype: torch.dtype) -> Any:
+    """What `apply` and `linear` take for a linear of this shape whose x and y are in `dtype`: it has the addresses of
+    both tensors, which must live as long. None where the C++ kernels do not serve such tensors, or torch tells C code
+    nothing of them."""
+    types = _TYPES.get((dtype, arena.dtype))
+    if not _READY or types is None or dispatch.backend(arena.device, dtype) != "cpu":
         return None
-    kind, slots = _TYPES[arena.dtype], len(table)
-    return _C.layer(arena.data_ptr(), arena.numel(), kind, table.data_ptr(), slots, in_features, out_features)
+    slots = len(table)
+    return _C.layer(arena.data_ptr(), arena.numel(), types, table.data_ptr(), slots, in_features, out_features)
 
 
 _READY = False

@@ -98,7 +98,7 @@ _rank_gradients_ = getattr(torch.ops.mlora, _PREFIX + "rank_gradients_").default
 _drop = getattr(torch.ops.mlora, _PREFIX + "drop").default
 _linear = getattr(torch.ops.mlora, _PREFIX + "linear").default
 _scale_input = getattr(torch.ops.mlora, _PREFIX + "scale_input").default
-apply_native_ = _apply_  # `apply_` of tensors that are known to have one dtype, which kernels take, on the CPU
+apply_native_ = _apply_  # `apply_` of tensors that are known to have dtypes which kernels take, on the CPU
 _turn_output = getattr(torch.ops.mlora, _PREFIX + "turn_output").default
 _apply_group_ = torch.ops.mlora.apply_group_.default
 _merge_ = getattr(torch.ops.mlora, _PREFIX + "merge_").default
@@ -121,6 +121,12 @@ def backend(device: torch.device | str, dtype: torch.dtype) -> str:
     return "reference"
 
 
+def kernels_take(rows: torch.dtype, arena: torch.dtype) -> bool:
+    """Whether kernels work on x and y in the dtype `rows` beside an arena of dtype `arena`: one dtype, or an arena of
+    fp32 beside 16 bits."""
+    return (rows is arena or arena is torch.float32) and rows in _KERNEL_DTYPES and arena in _KERNEL_DTYPES
+
+
 @functools.cache
 def _clusters(index: int) -> bool:
     """Whether blocks of the device share memory; a device that is not here counts as one where they do."""
@@ -139,7 +145,7 @@ cuda_tokens._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def apply_(y: Tensor, base: Tensor | None, x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> None:
     """See `reference.apply`; in place."""
-    if x.dtype is arena.dtype and y.dtype is arena.dtype and arena.dtype in _KERNEL_DTYPES:
+    if x.dtype is y.dtype and kernels_take(x.dtype, arena.dtype):
         if _BY_SIZE and x.is_cuda and x.numel() > cuda_tokens(x.device.index) * x.shape[-1]:
             _large_apply_(y, base, x, arena, table, plan)
             return
@@ -159,7 +165,7 @@ def apply_keep_(
     y: Tensor, v: Tensor, base: Tensor | None, x: Tensor, arena: Tensor, table: Tensor, plan: Tensor
 ) -> None:
     """See `training.apply_keep_`."""
-    native = x.dtype is arena.dtype and y.dtype is arena.dtype and arena.dtype in _KERNEL_DTYPES
+    native = x.dtype is y.dtype and kernels_take(x.dtype, arena.dtype)
     (_apply_keep_ if native else _reference_apply_keep_)(y, v, base, x, arena, table, plan)
 
 
@@ -174,7 +180,7 @@ def rank_gradients_(
     to: Tensor, v: Tensor, rows: Tensor, offsets: Tensor, arena: Tensor, table: Tensor, plan: Tensor
 ) -> None:
     """See `training.rank_gradients_`."""
-    native = rows.dtype is arena.dtype and arena.dtype in _KERNEL_DTYPES
+    native = kernels_take(rows.dtype, arena.dtype)
     (_rank_gradients_ if native else _reference_rank_gradients_)(to, v, rows, offsets, arena, table, plan)
 
 
@@ -185,14 +191,14 @@ def drop(x: Tensor, places: Tensor, odds: Tensor) -> Tensor:
 
 def scale_input(x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> Tensor:
     """See `reference.scale_input`."""
-    if x.dtype is arena.dtype and arena.dtype in _KERNEL_DTYPES:
+    if kernels_take(x.dtype, arena.dtype):
         return _scale_input(x, arena, table, plan)
     return _reference_scale_input(x, arena, table, plan)
 
 
 def turn_output(y: Tensor, base: Tensor | None, arena: Tensor, table: Tensor, plan: Tensor) -> Tensor:
     """See `reference.turn_output`."""
-    if y.dtype is arena.dtype and arena.dtype in _KERNEL_DTYPES:
+    if kernels_take(y.dtype, arena.dtype):
         return _turn_output(y, base, arena, table, plan)
     return _reference_turn_output(y, base, arena, table, plan)
 
@@ -200,7 +206,8 @@ def turn_output(y: Tensor, base: Tensor | None, arena: Tensor, table: Tensor, pl
 def apply_group_(y: list[Tensor], x: Tensor, arena: Tensor, tables: list[Tensor], plan: Tensor) -> None:
     """See `reference.apply_group_`; one call where the backend serves a group at once, else one a module."""
     kind, most = backend(x.device, x.dtype), cuda_tokens(x.device.index) if _BY_SIZE and x.is_cuda else CUDA_MAX_TOKENS
-    if kind in GROUPING and x.numel() <= most * x.shape[-1] and all(t.dtype is x.dtype for t in (arena, *y)):
+    alike = kernels_take(x.dtype, arena.dtype) and all(t.dtype is x.dtype for t in y)
+    if kind in GROUPING and x.numel() <= most * x.shape[-1] and alike:
         _apply_group_(y, x, arena, tables, plan)
     else:
         for out, table in zip(y, tables, strict=True):
@@ -209,7 +216,7 @@ def apply_group_(y: list[Tensor], x: Tensor, arena: Tensor, tables: list[Tensor]
 
 def embed_(y: Tensor, ids: Tensor, arena: Tensor, table: Tensor, plan: Tensor, vocab: int) -> None:
     """See `reference.embed`; in place."""
-    if y.dtype is arena.dtype and arena.dtype in _KERNEL_DTYPES:
+    if kernels_take(y.dtype, arena.dtype):
         _embed_(y, ids, arena, table, plan, vocab)
     else:
         _reference_embed_(y, ids, arena, table, plan, vocab)
@@ -217,7 +224,7 @@ def embed_(y: Tensor, ids: Tensor, arena: Tensor, table: Tensor, plan: Tensor, v
 
 def merge_(weight: Tensor, source: Tensor | None, arena: Tensor, table: Tensor, plan: Tensor) -> None:
     """See `reference.merge_`; in place."""
-    if weight.dtype is arena.dtype and arena.dtype in _KERNEL_DTYPES:
+    if kernels_take(weight.dtype, arena.dtype):
         _merge_(weight, source, arena, table, plan)
     else:
         _reference_merge_(weight, source, arena, table, plan)

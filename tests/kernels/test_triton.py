@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import build, inputs_for
-from op_cases import DTYPES, MIX, PARTS, A, B, Case, check, sentinel, turned
+from op_cases import FORMS, MIX, PARTS, A, B, Case, check, sentinel, turned
 from torch import Tensor
 
 from mlora import layout
@@ -50,7 +50,7 @@ def aligned(case: Case) -> Case:
     for slot, adapter in enumerate(case.adapters):
         for name, column in PARTS.items():
             if name in adapter:
-                part = adapter[name].to(case.dtype).flatten()
+                part = adapter[name].to(case.arena.dtype).flatten()
                 size = -(-part.numel() // step) * step
                 chunks.append(F.pad(part, (0, size - part.numel()), value=torch.nan))
                 case.table[slot, column] = at
@@ -90,15 +90,17 @@ ROUTINGS = {
 
 @interpreted
 @pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(("dtype", "wide"), FORMS)
 @pytest.mark.parametrize(
     ("ranks", "width_in", "width_out"),
     [((1, 3, 0, 2), 1, 3), ((17, 3, 8, 65), 7, 100), (RANKS, 100, 64)],
     ids=["1x3", "7x100", "100x64"],
 )
-def test_apply_matches_fp64(ranks: Any, width_in: int, width_out: int, dtype: torch.dtype, routing: str) -> None:
+def test_apply_matches_fp64(
+    ranks: Any, width_in: int, width_out: int, dtype: torch.dtype, wide: bool, routing: str
+) -> None:
     recipes, length = ROUTINGS[routing]
-    case = aligned(Case(ranks, width_in, width_out, dtype, gains=True, shifts=True))
+    case = aligned(Case(ranks, width_in, width_out, dtype, gains=True, shifts=True, wide=wide))
     run_apply(case, recipes, length, base=width_in == 7)
 
 
@@ -136,10 +138,10 @@ def test_b_reaches_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @interpreted
 @pytest.mark.parametrize(("recipes", "length"), [([A, [], BIG], 1), ([C, BIG, []], 44)], ids=["decode", "prefill"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
-def test_aligned_and_wide(recipes: list, length: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "wide"), [FORMS[0], FORMS[2], FORMS[4]])
+def test_aligned_and_wide(recipes: list, length: int, dtype: torch.dtype, wide: bool) -> None:
     """Several leaves and parts of the sum, several tiles, parts where the store puts them."""
-    run_apply(aligned(Case((16, 3, 64, 65), 600, 100, dtype, gains=True, shifts=True)), recipes, length)
+    run_apply(aligned(Case((16, 3, 64, 65), 600, 100, dtype, gains=True, shifts=True, wide=wide)), recipes, length)
 
 
 @interpreted
@@ -198,12 +200,12 @@ def delta(case: Case, x: Tensor, y: Tensor, select: Tensor, chosen: list) -> Ten
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
-def test_a_row_does_not_see_its_batch(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "wide"), [FORMS[0], FORMS[2], FORMS[4]])
+def test_a_row_does_not_see_its_batch(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, wide: bool) -> None:
     """Alone, beside others, in the decode and the prefill form, on any number of processors: the same bits, where a
     dot is a chain over k."""
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", interpreter.chain_dot)
-    case = aligned(Case((16, 3, 20, 65), 700, 50, dtype, gains=True, shifts=True))  # three parts
+    case = aligned(Case((16, 3, 20, 65), 700, 50, dtype, gains=True, shifts=True, wide=wide))  # three parts
     recipes, length = [A, MIX, [], B, BIG, A], 27
     rows = len(recipes) * length
     assert rows > config.DECODE_TOKENS
@@ -243,9 +245,11 @@ def test_however_decode_divides_the_work(monkeypatch: pytest.MonkeyPatch) -> Non
 @interpreted
 @pytest.mark.parametrize("length", [1, 40])
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
-def test_linear_matches_fp64(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bias: bool, length: int) -> None:
-    case = aligned(Case((16, 3, 20, 65), 100, 70, dtype, gains=True, shifts=True))
+@pytest.mark.parametrize(("dtype", "wide"), [FORMS[0], FORMS[2], FORMS[4]])
+def test_linear_matches_fp64(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, wide: bool, bias: bool, length: int
+) -> None:
+    case = aligned(Case((16, 3, 20, 65), 100, 70, dtype, gains=True, shifts=True, wide=wide))
     recipes = [A, [], MIX, BIG]
     x, weight = case.randn(4 * length, 100), (case.randn(70, 100).float() / 10).to(dtype)
     b = case.randn(70) if bias else None
@@ -264,10 +268,10 @@ def test_linear_matches_fp64(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(("dtype", "wide"), FORMS)
 @pytest.mark.parametrize("width", [1, 300])
-def test_scale_input(dtype: torch.dtype, width: int) -> None:
-    case = aligned(Case((1, 0, 3), width, 4, dtype, in_gains=True))
+def test_scale_input(dtype: torch.dtype, wide: bool, width: int) -> None:
+    case = aligned(Case((1, 0, 3), width, 4, dtype, in_gains=True, wide=wide))
     recipes = [A, [], MIX, B]
     x, _ = sentinel(12, width, dtype)
     x.copy_(case.randn(12, width))
@@ -283,13 +287,13 @@ def test_scale_input(dtype: torch.dtype, width: int) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(("dtype", "wide"), FORMS)
 @pytest.mark.parametrize(
     ("width", "shapes"),
     [(5, ((1, 5), None, (5, 1))), (96, ((4, 1), (2, 16), (96, 1))), (300, ((2, 150), None, (3, 4)))],
 )
-def test_turns(dtype: torch.dtype, width: int, shapes: Any) -> None:
-    case = aligned(Case((1, 0, 3), width, width, dtype, in_gains=True, turns=shapes))
+def test_turns(dtype: torch.dtype, wide: bool, width: int, shapes: Any) -> None:
+    case = aligned(Case((1, 0, 3), width, width, dtype, in_gains=True, turns=shapes, wide=wide))
     recipes = [A, [], MIX, B]
     x, y = sentinel(12, width, dtype)[0], sentinel(12, width, dtype)[0]
     x.copy_(case.randn(12, width))
@@ -314,12 +318,12 @@ def test_turns(dtype: torch.dtype, width: int, shapes: Any) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(("dtype", "wide"), FORMS)
 @pytest.mark.parametrize("width", [1, 150])
-def test_embed_matches_fp64(dtype: torch.dtype, width: int) -> None:
+def test_embed_matches_fp64(dtype: torch.dtype, wide: bool, width: int) -> None:
     """Looked up by token, in mixes too, with an identity B, and rank rows that are 0 for the tokens at hand."""
     vocab, length = 11, 9
-    case = aligned(Case((16, 3, width, 20), vocab, width, dtype, gains=True))
+    case = aligned(Case((16, 3, width, 20), vocab, width, dtype, gains=True, wide=wide))
     case.adapters[2]["b"] = torch.eye(width, dtype=torch.float64)
     case.arena[int(case.table[2, layout.B]) :][: width * width] = torch.nan  # not read
     case.table[2, layout.WHOLE] = 1
@@ -344,10 +348,10 @@ def test_embed_matches_fp64(dtype: torch.dtype, width: int) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(("dtype", "wide"), FORMS)
 @pytest.mark.parametrize(("width_in", "width_out"), [(3, 1), (70, 100)])
-def test_merge_matches_fp64(dtype: torch.dtype, width_in: int, width_out: int) -> None:
-    case = aligned(Case((16, 3, 40), width_in, width_out, dtype, gains=True, in_gains=True))
+def test_merge_matches_fp64(dtype: torch.dtype, wide: bool, width_in: int, width_out: int) -> None:
+    case = aligned(Case((16, 3, 40), width_in, width_out, dtype, gains=True, in_gains=True, wide=wide))
     weight, buffer = sentinel(width_out, width_in, dtype)
     weight.copy_(case.randn(width_out, width_in))
     before, outside = weight.clone(), buffer.clone()
@@ -407,7 +411,8 @@ def test_wrong_tensors_are_refused() -> None:
     case = aligned(Case((3, 2, 4), 20, 33, torch.float32))
     x, y, plan = case.randn(4, 20), case.randn(4, 33), case.plan([A])
     for args, message in (
-        ((y, None, x.half(), case.arena, case.table, plan), "one dtype"),
+        ((y, None, x.half(), case.arena, case.table, plan), "x and y must have one dtype"),
+        ((y, None, x, case.arena.half(), case.table, plan), "or the arena float32 beside 16 bits"),
         ((y, y[:2], x, case.arena, case.table, plan), "base must have y's shape"),
         ((y[:3], None, x, case.arena, case.table, plan), "4 tokens, y has 3"),
         ((y, None, x, case.arena, case.table[:, :5], plan), "table must be"),

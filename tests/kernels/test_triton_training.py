@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_cases import DTYPES, MIX, A, B, Case, check_kept, check_rank_gradients, offsets_of, sentinel, width_of_v
+from op_cases import FORMS, MIX, A, B, Case, check_kept, check_rank_gradients, offsets_of, sentinel, width_of_v
 from torch import Tensor
 
 from mlora import layout
@@ -34,8 +34,8 @@ ROUTINGS = {
     "segments": ([MIX, [], B, A, BIG, A], 65),
 }
 SHAPES = [
-    pytest.param((1, 3, 0, 2), 1, 3, torch.float32, id="1x3"),
-    *(pytest.param((17, 3, 8, 37), 70, 40, dtype, id=f"70x40-{str(dtype)[6:]}") for dtype in DTYPES),
+    pytest.param((1, 3, 0, 2), 1, 3, torch.float32, False, id="1x3"),
+    *(pytest.param((17, 3, 8, 37), 70, 40, *form.values, id=f"70x40-{form.id}") for form in FORMS),
 ]
 
 
@@ -58,9 +58,11 @@ def kept_by(case: Case, recipes: list, length: int, x: Tensor) -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize(("ranks", "width_in", "width_out", "dtype"), SHAPES)
-def test_what_is_kept_matches_fp64(ranks: Any, width_in: int, width_out: int, dtype: torch.dtype, routing: str) -> None:
-    case = Case(ranks, width_in, width_out, dtype, gains=True, shifts=True, align=8)
+@pytest.mark.parametrize(("ranks", "width_in", "width_out", "dtype", "wide"), SHAPES)
+def test_what_is_kept_matches_fp64(
+    ranks: Any, width_in: int, width_out: int, dtype: torch.dtype, wide: bool, routing: str
+) -> None:
+    case = Case(ranks, width_in, width_out, dtype, gains=True, shifts=True, align=8, wide=wide)
     recipes, length = ROUTINGS[routing]
     x, _ = sentinel(len(recipes) * length, width_in, dtype)
     x.copy_(case.randn(*x.shape))
@@ -95,9 +97,11 @@ def test_linear_keeps_what_apply_keeps() -> None:
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize(("ranks", "width_in", "width", "dtype"), SHAPES)
-def test_rank_gradients_match_fp64(ranks: Any, width_in: int, width: int, dtype: torch.dtype, routing: str) -> None:
-    case = Case(ranks, width_in, width, dtype)
+@pytest.mark.parametrize(("ranks", "width_in", "width", "dtype", "wide"), SHAPES)
+def test_rank_gradients_match_fp64(
+    ranks: Any, width_in: int, width: int, dtype: torch.dtype, wide: bool, routing: str
+) -> None:
+    case = Case(ranks, width_in, width, dtype, wide=wide)
     recipes, length = ROUTINGS[routing]
     rows, _ = sentinel(len(recipes) * length, width, dtype)
     rows.copy_(case.randn(*rows.shape))

@@ -26,7 +26,7 @@ def raw(plan: Tensor) -> bytes:
 
 
 def layer(case: Case) -> Any:
-    return direct.layer_of(case.arena, case.table, case.width_in, case.width_out)
+    return direct.layer_of(case.arena, case.table, case.width_in, case.width_out, case.dtype)
 
 
 @pytest.fixture

@@ -568,7 +568,7 @@ def test_wrong_tensors_are_refused():
     merge_, weight, one = torch.ops.mlora.merge_, case.randn(33, 20), case.plan([MIX], spare=0)
     for args, message in [
         ((weight.t(), None, case.arena, case.table, one), "weight must be contiguous"),
-        ((weight.half(), None, case.arena, case.table, one), "one dtype"),
+        ((weight.double(), None, case.arena, case.table, one), "one dtype"),
         ((weight, weight[:5], case.arena, case.table, one), "source must be as weight is"),
     ]:
         with pytest.raises(RuntimeError, match=message):
@@ -582,7 +582,7 @@ def test_wrong_tensors_are_refused():
     for args, message in [
         ((y, y[:2], case.arena, case.table, plan), "base must have y's shape"),
         ((y, y.half(), case.arena, case.table, plan), "one dtype"),
-        ((y.half(), None, case.arena, case.table, plan), "one dtype"),
+        ((y.double(), None, case.arena, case.table, plan), "one dtype"),
     ]:
         with pytest.raises(RuntimeError, match=message):
             turn_output(*args)
@@ -604,8 +604,8 @@ def test_lower_instruction_sets(isa):
     if names.index(isa) >= torch.ops.mlora.isa() or "MLORA_CPU_ISA" in os.environ:
         pytest.skip("not lower than what the tests above ran with")
     select = "fp64 and (20x855 or 2049x20) and (decode or prefill) or see_its_batch and 855"
-    select += " or scale_input and not blocks or subnormals or merge and 20x855 or identities"
-    files = [__file__, str(Path(__file__).with_name("test_identities.py"))]
+    select += " or scale_input and not blocks or subnormals or merge and 20x855 or identities or test_wide and merge"
+    files = [__file__, *(str(Path(__file__).with_name(name)) for name in ("test_identities.py", "test_wide.py"))]
     code = f"""
 import sys, pytest, torch, mlora.ops.dispatch
 assert torch.ops.mlora.isa() == {names.index(isa)}
@@ -648,11 +648,14 @@ def test_backend_by_device_and_dtype():
     assert dispatch.backend("cpu", torch.bfloat16) == ("cpu" if NATIVE else "reference")
 
 
-def test_mixed_dtypes_take_the_reference():
+def test_other_dtypes_take_the_reference():
+    """Rows of two dtypes, and an arena in fewer bits than they have."""
     case, x, y, plan = small()
-    expected = reference.apply(y, None, x.bfloat16(), case.arena, case.table, plan)
-    dispatch.apply_(y, None, x.bfloat16(), case.arena, case.table, plan)
-    assert torch.equal(y, expected)
+    for rows, arena in ((x.bfloat16(), case.arena), (x, case.arena.bfloat16())):
+        expected = reference.apply(y, None, rows, arena, case.table, plan)
+        got = y.clone()
+        dispatch.apply_(got, None, rows, arena, case.table, plan)
+        assert torch.equal(got, expected)
 
 
 @needs_native
