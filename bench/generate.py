@@ -5,6 +5,10 @@ machine slows both. Before any timing, the patched model's rows are checked agai
 adapter alone, and its base rows must equal the bare model's bit for bit; on a mismatch nothing is reported.
 
     python bench/generate.py --out bench/results/generate.jsonl
+
+Adapters in fp32 on a 16-bit base, over the same in the base's dtype, on a model of width 2048 made on the spot:
+
+    python bench/generate.py --width 2048 --wide --adapters 1 16 --phases "decode step"
 """
 
 from __future__ import annotations
@@ -36,18 +40,22 @@ PHASES = ["decode step", "prefill", "generate"]
 
 @dataclass
 class Case:
-    """One way to serve the batch. `routing` goes to every forward."""
+    """One way to serve the batch. `routing` goes to every forward; it is timed in turns with `beside`, or with the bare
+    model."""
 
     name: str
     model: Any
     routing: dict[str, Any] = field(default_factory=dict)
     adapters: int = 0
     generates: bool = True
+    beside: Case | None = None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hub id or folder; default SmolLM2-135M-Instruct")
+    parser.add_argument("--width", type=int, help="of a random Llama of 8 layers in place of a model")
+    parser.add_argument("--wide", action="store_true", help="time adapters in fp32 over those in the model's dtype")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new", type=int, default=32)
@@ -66,18 +74,31 @@ def main() -> None:
 
     console = set_up(args)
     torch.manual_seed(0)
-    bare = tiny_llama() if args.smoke else load(args.model, getattr(torch, args.dtype))
+    dtype = getattr(torch, args.dtype)
+    bare = tiny_llama() if args.smoke else made(args.width, dtype) if args.width else load(args.model, dtype)
     ids = torch.randint(3, bare.config.vocab_size, (args.batch, args.prompt))
     with tempfile.TemporaryDirectory() as temp:
-        folders = [make_adapter(bare, Path(temp) / f"a{i}", args.rank, seed=i) for i in range(max(args.adapters))]
+        stored = torch.float32 if args.wide else torch.bfloat16
+        folders = [
+            make_adapter(bare, Path(temp) / f"a{i}", args.rank, seed=i, dtype=stored) for i in range(max(args.adapters))
+        ]
         adapter_bytes = sum(f.stat().st_size for f in folders[0].glob("*.safetensors"))
-        served, unfused = (patched(bare, folders, adapter_bytes, fused) for fused in (True, False))
+        served = patched(bare, folders, adapter_bytes, fused=True)
+        models = [served]
+        if args.wide:
+            models.append(patched(bare, folders, adapter_bytes, fused=True, dtype=torch.float32))
         with console.status("Checking against PEFT, each adapter alone"):
-            for line in check(bare, served, folders, ids):
-                console.print(line)
-        cases = mlora_cases(served, unfused, args.batch, args.adapters)
-        if not args.no_peers:
-            cases += peer_cases(bare, folders, args.batch, args.rank)
+            for model in models:
+                for line in check(bare, model, folders, ids):
+                    console.print(line)
+        if args.wide:
+            cases = wide_cases(*models, args.batch, args.adapters)
+            adapter_bytes //= 2  # what fp32 reads more
+        else:
+            unfused = patched(bare, folders, adapter_bytes, fused=False)
+            cases = mlora_cases(served, unfused, args.batch, args.adapters)
+            if not args.no_peers:
+                cases += peer_cases(bare, folders, args.batch, args.rank)
         measure(console, args, bare, cases, ids, adapter_bytes)
 
 
@@ -94,9 +115,9 @@ def twin(model: Any) -> Any:
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
-def patched(bare: Any, folders: list[Path], adapter_bytes: int, fused: bool) -> Any:
+def patched(bare: Any, folders: list[Path], adapter_bytes: int, fused: bool, dtype: torch.dtype | None = None) -> Any:
     model = twin(bare)
-    runtime = mlora.patch(model, memory=2 * len(folders) * adapter_bytes, fused=fused)
+    runtime = mlora.patch(model, memory=2 * len(folders) * adapter_bytes, fused=fused, dtype=dtype)
     for folder in folders:
         runtime.load_adapter(str(folder), folder.name)
     return model
@@ -117,7 +138,28 @@ def tiny_llama() -> Any:
     return LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
-def make_adapter(model: Any, folder: Path, rank: int, seed: int) -> Path:
+def made(width: int, dtype: torch.dtype) -> Any:
+    """A random Llama of 8 layers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=8,
+        num_attention_heads=width // 64,
+        num_key_value_heads=max(width // 256, 1),
+        vocab_size=4096,
+        pad_token_id=0,
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def make_adapter(model: Any, folder: Path, rank: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Path:
     """A PEFT folder, random A and B on all seven linears; the delta is a tenth of the base's output or so."""
     random = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -126,8 +168,8 @@ def make_adapter(model: Any, folder: Path, rank: int, seed: int) -> Path:
             a = torch.randn(rank, module.in_features, generator=random) / module.in_features**0.5
             b = torch.randn(module.out_features, rank, generator=random) / rank**0.5
             b *= 0.1 * module.weight.float().norm() / module.out_features**0.5
-            tensors[f"base_model.model.{name}.lora_A.weight"] = a.to(torch.bfloat16)
-            tensors[f"base_model.model.{name}.lora_B.weight"] = b.to(torch.bfloat16)
+            tensors[f"base_model.model.{name}.lora_A.weight"] = a.to(dtype)
+            tensors[f"base_model.model.{name}.lora_B.weight"] = b.to(dtype)
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {
@@ -218,6 +260,15 @@ def mlora_cases(served: Any, unfused: Any, batch: int, counts: list[int]) -> lis
     return cases
 
 
+def wide_cases(narrow: Any, wide: Any, batch: int, counts: list[int]) -> list[Case]:
+    """Adapters in fp32, each beside the same in the model's dtype."""
+    cases = [Case("fp32 arena, base rows", wide, beside=Case("", narrow))]
+    for count in counts:
+        routing = {"adapter_names": [f"a{i % count}" for i in range(batch)]}
+        cases.append(Case(f"fp32 arena, {count} distinct", wide, routing, count, beside=Case("", narrow, routing)))
+    return cases
+
+
 def peer_cases(bare: Any, folders: list[Path], batch: int, rank: int) -> list[Case]:
     """PEFT with one adapter and its mixed batch, in the model's dtype; PolyLoRA where it is installed."""
     from peft import PeftModel
@@ -268,15 +319,16 @@ def generation(case: Case, ids: Tensor, new: int) -> Callable[[], object]:
 def measure(
     console: Console, args: argparse.Namespace, bare: Any, cases: list[Case], ids: Tensor, adapter_bytes: int
 ) -> None:
-    """Time each case in turns with the bare model, print a table and write the lines.
+    """Time each case in turns with the bare model, or what it is beside, print a table and write the lines.
 
     `bound` is what no serving can beat that leaves the base as it is: 1 + the time to stream the batch's
-    adapters once, over the bare model's time.
+    adapters once, or what of them is more, over the time of the bare model or the other case.
     """
     log = Log(
         args.out,
         bench="generate",
-        model="tiny random Llama" if args.smoke else args.model or "SmolLM2-135M-Instruct",
+        model=name_of(args),
+        beside="adapters in the model's dtype" if args.wide else "the bare model",
         dtype=str(bare.dtype).removeprefix("torch."),
         batch=args.batch,
         prompt=args.prompt,
@@ -296,7 +348,8 @@ def measure(
         "generate": (lambda case: generation(case, ids, args.new), max(args.repeats // 2, 2)),
     }
     phases = {phase: phases[phase] for phase in args.phases}
-    table = Table(title="Time over the bare model's (median, 20-80 % quantiles)")
+    other = "that of adapters in the model's dtype" if args.wide else "the bare model's"
+    table = Table(title=f"Time over {other} (median, 20-80 % quantiles)")
     for column in ("case", *phases):
         table.add_column(column)
     rows: dict[str, list[str]] = {case.name: [] for case in cases}
@@ -307,7 +360,7 @@ def measure(
                     rows[case.name].append("-")
                     continue
                 with console.status(f"{phase}: {case.name}"):
-                    bare_times, times = alternate(make(Case("bare", bare)), make(case), repeats)
+                    bare_times, times = alternate(make(case.beside or Case("bare", bare)), make(case), repeats)
                 ratio, low, high = quantiles([mine / its for mine, its in zip(times, bare_times, strict=True)])
                 reads = args.new if phase == "generate" else 1
                 bound = 1 + case.adapters * adapter_bytes * reads / stream / quantiles(bare_times)[0]
@@ -331,6 +384,12 @@ def measure(
     for name, cells in rows.items():
         table.add_row(name, *cells)
     console.print(table)
+
+
+def name_of(args: argparse.Namespace) -> str:
+    if args.smoke:
+        return "tiny random Llama"
+    return f"random Llama, 8 layers of {args.width}" if args.width else args.model or "SmolLM2-135M-Instruct"
 
 
 def alternate(
