@@ -496,17 +496,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 VERDICTS = pytest.StashKey[dict[str, dict[str, set[str]]]]()
+PLACES = pytest.StashKey[dict[str, int]]()  # of a row's first test among all
 
 
 @pytest.fixture
 def verdicts(request: pytest.FixtureRequest) -> Any:
     """A context in which a test earns a verdict for a cell of the table; it is WRONG if the block raises."""
     table = request.config.stash.setdefault(VERDICTS, {})
+    places, place = request.config.stash.setdefault(PLACES, {}), request.session.items.index(request.node)
 
     @contextmanager
     def record(name: str, model: str, scenario: str, verdict: str) -> Iterator[None]:
         column = scenario if model == "llama" else model
         cell = table.setdefault(name, {}).setdefault(column, set())
+        places[name] = min(place, places.get(name, place))
         try:
             yield
         except BaseException:
@@ -518,6 +521,23 @@ def verdicts(request: pytest.FixtureRequest) -> Any:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    file, table = session.config.getoption("--conformance-table"), session.config.stash.get(VERDICTS, None)
-    if file and table:
-        conformance_table.write(Path(file), table)
+    config = session.config
+    file, table = config.getoption("--conformance-table"), config.stash.get(VERDICTS, {})
+    places = config.stash.get(PLACES, {})
+    if hasattr(config, "workeroutput"):  # one process of several; the one that started them writes
+        config.workeroutput["verdicts"] = [
+            (name, places[name], {column: sorted(cell) for column, cell in cells.items()})
+            for name, cells in table.items()
+        ]
+    elif file and table:
+        conformance_table.write(Path(file), {name: table[name] for name in sorted(table, key=places.__getitem__)})
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """A process of pytest-xdist has ended: what its tests saw."""
+    table, places = node.config.stash.setdefault(VERDICTS, {}), node.config.stash.setdefault(PLACES, {})
+    for name, place, cells in getattr(node, "workeroutput", {}).get("verdicts", ()):
+        places[name] = min(place, places.get(name, place))
+        for column, cell in cells.items():
+            table.setdefault(name, {}).setdefault(column, set()).update(cell)
