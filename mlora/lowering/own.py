@@ -26,20 +26,23 @@ from .turn import Turn
 
 
 def own_parts(deltas: Mapping[str, Delta], bases: Mapping[str, BaseLinear]) -> dict[str, Delta]:
-    """This process's part of each of an adapter's deltas, dotted path -> delta; raises as `own_part` does."""
+    """This process's part of each of an adapter's deltas, dotted path -> delta; themselves where no module is split.
+    Whole matrices are read here, one after another: that may take the base's weight, and with it all processes, which
+    must ask for it in one order. Raises as `own_part` does."""
+    if not any(base.cut for base in bases.values()):
+        return dict(deltas)
     return {path: own_part(delta, bases[path]) for path, delta in deltas.items()}
 
 
 def own_part(delta: Delta, base: BaseLinear) -> Delta:
-    """This process's part of a delta of the whole module; itself where the module is not split. A whole matrix is read
-    here, since that may take the base's weight, and with it all processes.
+    """This process's part of a delta of the whole module, which is all of it where the module is not split.
 
     Raises:
         UnsupportedAdapterError: the part does not do there what the delta does in the whole.
     """
-    cut = base.cut
+    cut, matrix = base.cut, delta.matrix
     if cut is None or delta.is_empty:
-        return delta
+        return delta if matrix is None else replace(delta, matrix=_there(matrix, matrix.read()))
     check_served(base)
     if delta.replaces:
         raise errors.UnsupportedAdapterError(
@@ -48,10 +51,8 @@ def own_part(delta: Delta, base: BaseLinear) -> Delta:
         )
     if cut.axis == "experts":
         return _of_experts(delta, base, cut)
-    matrix = None
-    if delta.matrix is not None:
-        own = cut.of(delta.matrix.read(), 0 if cut.axis == "outputs" else 1).clone()
-        matrix = Matrix.of(own)
+    if matrix is not None:
+        matrix = _there(matrix, cut.of(matrix.read(), 0 if cut.axis == "outputs" else 1).clone())
     if cut.axis == "outputs":
         return replace(
             delta,
@@ -69,6 +70,12 @@ def own_part(delta: Delta, base: BaseLinear) -> Delta:
         in_turn=None if delta.in_turn is None else _turn(delta.in_turn, base, cut),
         shift=_shift(delta, base) if cut.rank == 0 else None,
     )
+
+
+def _there(matrix: Matrix, own: Tensor) -> Matrix:
+    """What `own` is of it, or all, kept until it is packed."""
+    outputs, inputs = own.shape
+    return replace(matrix, outputs=outputs, inputs=inputs, read=lambda: own, tensor=None)
 
 
 def _of_experts(delta: Delta, base: BaseLinear, cut: Cut) -> Delta:
