@@ -9,6 +9,10 @@ adapter alone, and its base rows must equal the bare model's bit for bit; on a m
 Adapters in fp32 on a 16-bit base, over the same in the base's dtype, on a model of width 2048 made on the spot:
 
     python bench/generate.py --width 2048 --wide --adapters 1 16 --phases "decode step"
+
+Over the rows of a batch, with base rows, one adapter, all distinct, and PEFT's one adapter (bench/plot.py draws it):
+
+    python bench/generate.py --batches 1 2 4 8 16 32 64 --phases "decode step" --out bench/results/batches.jsonl
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ from mlora.cli.demo_model import resolve_model
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PHASES = ["decode step", "prefill", "generate"]
+JUDGED = 4  # adapters that are compared with PEFT's at each batch size of a sweep
 
 
 @dataclass
@@ -56,50 +61,75 @@ def main() -> None:
     parser.add_argument("--model", help="hub id or folder; default SmolLM2-135M-Instruct")
     parser.add_argument("--width", type=int, help="of a random Llama of 8 layers in place of a model")
     parser.add_argument("--wide", action="store_true", help="time adapters in fp32 over those in the model's dtype")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batches", type=int, nargs="+", default=[16], help="rows of a batch; several are a sweep")
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32", "float16"))
-    parser.add_argument("--adapters", type=int, nargs="*", default=[1, 2, 4, 8, 16], help="distinct ones in the batch")
+    parser.add_argument("--adapters", type=int, nargs="*", help="distinct ones in the batch; default 1 2 4 8 16")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of prefills; 4x decode steps, half generates")
     parser.add_argument("--phases", nargs="*", default=PHASES, choices=PHASES)
     parser.add_argument("--no-peers", action="store_true", help="skip PEFT and PolyLoRA in the timings")
     add_arguments(parser)
     args = parser.parse_args()
+    sweep = len(args.batches) > 1
+    if sweep and (args.adapters or args.wide):
+        parser.error("several --batches have cases of their own, without --adapters and --wide")
     if args.smoke:
-        args.batch, args.prompt, args.new, args.rank, args.repeats, args.adapters = 4, 8, 4, 4, 2, [1, 4]
-    if max(args.adapters) > args.batch:
-        parser.error(f"--adapters {max(args.adapters)} is more than the batch's {args.batch} rows")
+        args.prompt, args.new, args.rank, args.repeats = 8, 4, 4, 2
+        args.batches = [1, 2, 5] if sweep else [4]
+        args.adapters = [1, 4]
+    most = max(args.batches)
+    counts = [most] if sweep else args.adapters or [1, 2, 4, 8, 16]
+    if max(counts) > most:
+        parser.error(f"--adapters {max(counts)} is more than the batch's {most} rows")
 
     console = set_up(args)
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
     bare = tiny_llama() if args.smoke else made(args.width, dtype) if args.width else load(args.model, dtype)
-    ids = torch.randint(3, bare.config.vocab_size, (args.batch, args.prompt))
+    log = Log(
+        args.out,
+        bench="batches" if sweep else "generate",
+        model=name_of(args),
+        beside="adapters in the model's dtype" if args.wide else "the bare model",
+        dtype=str(bare.dtype).removeprefix("torch."),
+        prompt=args.prompt,
+        new=args.new,
+        rank=args.rank,
+        **machine(),
+    )
     with tempfile.TemporaryDirectory() as temp:
         stored = torch.float32 if args.wide else torch.bfloat16
         folders = [
-            make_adapter(bare, Path(temp) / f"a{i}", args.rank, seed=i, dtype=stored) for i in range(max(args.adapters))
+            make_adapter(bare, Path(temp) / f"a{i}", args.rank, seed=i, dtype=stored) for i in range(max(counts))
         ]
         adapter_bytes = sum(f.stat().st_size for f in folders[0].glob("*.safetensors"))
         served = patched(bare, folders, adapter_bytes, fused=True)
         models = [served]
         if args.wide:
             models.append(patched(bare, folders, adapter_bytes, fused=True, dtype=torch.float32))
-        with console.status("Checking against PEFT, each adapter alone"):
-            for model in models:
-                for line in check(bare, model, folders, ids):
-                    console.print(line)
-        if args.wide:
-            cases = wide_cases(*models, args.batch, args.adapters)
-            adapter_bytes //= 2  # what fp32 reads more
-        else:
-            unfused = patched(bare, folders, adapter_bytes, fused=False)
-            cases = mlora_cases(served, unfused, args.batch, args.adapters)
+        peft = unfused = None
+        if not args.wide:
             if not args.no_peers:
-                cases += peer_cases(bare, folders, args.batch, args.rank)
-        measure(console, args, bare, cases, ids, adapter_bytes)
+                peft = peft_model(bare, folders[:1] if sweep else folders)
+            if not sweep:
+                unfused = patched(bare, folders, adapter_bytes, fused=False)
+        for batch in args.batches:
+            ids = torch.randint(3, bare.config.vocab_size, (batch, args.prompt))
+            with console.status(f"{batch} rows: checking against PEFT, each adapter alone"):
+                for model in models:
+                    for line in check(bare, model, folders[:JUDGED] if sweep else folders, ids):
+                        console.print(line)
+            if args.wide:
+                cases = wide_cases(*models, batch, counts)
+            elif sweep:
+                cases = sweep_cases(served, peft, batch)
+            else:
+                cases = mlora_cases(served, unfused, batch, counts)
+                cases += peer_cases(bare, peft, folders, batch, args.rank) if peft is not None else []
+            more = adapter_bytes // 2 if args.wide else adapter_bytes  # than what the case is beside reads
+            measure(console, args, log, bare, cases, ids, more)
 
 
 def load(model: str | None, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -138,19 +168,19 @@ def tiny_llama() -> Any:
     return LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
-def made(width: int, dtype: torch.dtype) -> Any:
-    """A random Llama of 8 layers."""
+def made(width: int, dtype: torch.dtype, **sizes: int) -> Any:
+    """A random Llama of 8 layers, or with these sizes of its config."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=8,
-        num_attention_heads=width // 64,
-        num_key_value_heads=max(width // 256, 1),
-        vocab_size=4096,
-        pad_token_id=0,
-    )
+    usual = {
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": 8,
+        "num_attention_heads": width // 64,
+        "num_key_value_heads": max(width // 256, 1),
+        "vocab_size": 4096,
+        "pad_token_id": 0,
+    }
+    config = LlamaConfig(hidden_size=width, **{**usual, **sizes})
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -188,14 +218,15 @@ def check(bare: Any, served: Any, folders: list[Path], ids: Tensor) -> Iterator[
 
     A token's error is the RMS distance of its logits from PEFT's in fp32 (fp64 for fp32 models), one fresh model per
     adapter, one row at a time. A row's median may be at most twice that of the same PEFT model in the base's dtype, and
-    so may the RMS of all rows together: of a single row that is the error of a few tokens, which enlarge any rounding
-    tenfold or not, by chance.
+    so may the RMS of all rows together, if there are several: of a single row that is the error of a few tokens, which
+    enlarge any rounding tenfold or not, by chance. The last row of several is a base row.
     """
     from peft import PeftModel
 
     rows = len(ids)
-    # The last row is a base row, to be compared with the bare model running the same batch.
-    names: list[Any] = [folders[i % len(folders)].name for i in range(rows - 1)] + [None]
+    names: list[Any] = [folders[i % len(folders)].name for i in range(rows)]
+    if rows > 1:
+        names[-1] = None
     with torch.inference_mode():
         plain = bare(ids).logits
         if not torch.equal(served(ids).logits, plain):
@@ -203,19 +234,19 @@ def check(bare: Any, served: Any, folders: list[Path], ids: Tensor) -> Iterator[
                 "refused to report: without adapters the patched model's prefill differs from the bare one's"
             )
         mixed = served(ids, adapter_names=names).logits
-        if not torch.equal(mixed[-1], plain[-1]):
+        if rows > 1 and not torch.equal(mixed[-1], plain[-1]):
             raise SystemExit("refused to report: a base row in a mixed prefill differs from the bare model's")
         steps = [
             decoder(Case("", m, r), ids)() for m, r in ((bare, {}), (served, {}), (served, {"adapter_names": names}))
         ]
-        if not torch.equal(steps[0], steps[1]) or not torch.equal(steps[0][-1], steps[2][-1]):
+        if not torch.equal(steps[0], steps[1]) or (rows > 1 and not torch.equal(steps[0][-1], steps[2][-1])):
             raise SystemExit("refused to report: a base row's decode step differs from the bare model's")
         yield f"base rows equal the bare model's bit for bit (prefill {tuple(ids.shape)} and decode)"
 
         exact = copy.deepcopy(bare).to(torch.float64 if bare.dtype == torch.float32 else torch.float32)
         errors: list[Tensor] = []
         peft_errors: list[Tensor] = []
-        for row, folder in enumerate(folders[: rows - 1]):
+        for row, folder in enumerate(folders[: max(rows - 1, 1)]):
             want = PeftModel.from_pretrained(twin(exact), str(folder)).eval()(ids[row : row + 1]).logits[0]
             got = PeftModel.from_pretrained(twin(bare), str(folder)).eval()(ids[row : row + 1]).logits[0]
             errors.append(each_rms(mixed[row] - want))
@@ -229,7 +260,7 @@ def check(bare: Any, served: Any, folders: list[Path], ids: Tensor) -> Iterator[
                 )
             gc.collect()
     total, peft_total = (rms(torch.stack(found)) for found in (errors, peft_errors))
-    if not total <= 2 * peft_total:
+    if len(errors) > 1 and not total <= 2 * peft_total:
         raise SystemExit(
             f"refused to report: all adapters together are {total:.3g} away (RMS of logits) from PEFT, each alone in "
             f"{exact.dtype}; PEFT in {bare.dtype} is {peft_total:.3g} away"
@@ -269,14 +300,29 @@ def wide_cases(narrow: Any, wide: Any, batch: int, counts: list[int]) -> list[Ca
     return cases
 
 
-def peer_cases(bare: Any, folders: list[Path], batch: int, rank: int) -> list[Case]:
-    """PEFT with one adapter and its mixed batch, in the model's dtype; PolyLoRA where it is installed."""
+def sweep_cases(served: Any, peft: Any, batch: int) -> list[Case]:
+    """Those whose names are the same for every number of rows."""
+    cases = [
+        Case("mlora, base rows", served),
+        Case("mlora, one adapter", served, {"adapter_names": ["a0"] * batch}, 1),
+        Case("mlora, all distinct", served, {"adapter_names": [f"a{i}" for i in range(batch)]}, batch),
+    ]
+    return [*cases, Case("PEFT, one adapter", peft, adapters=1)] if peft is not None else cases
+
+
+def peft_model(bare: Any, folders: list[Path]) -> Any:
+    """PEFT with these adapters, the first of them active, in the dtype of their files."""
     from peft import PeftModel
 
-    peft: Any = PeftModel.from_pretrained(twin(bare), str(folders[0]), adapter_name="a0", autocast_adapter_dtype=False)
-    for folder in folders[1:]:
+    first, *others = folders
+    peft: Any = PeftModel.from_pretrained(twin(bare), str(first), adapter_name=first.name, autocast_adapter_dtype=False)
+    for folder in others:
         peft.load_adapter(str(folder), folder.name, autocast_adapter_dtype=False)
-    peft.eval()
+    return peft.eval()
+
+
+def peer_cases(bare: Any, peft: Any, folders: list[Path], batch: int, rank: int) -> list[Case]:
+    """PEFT with one adapter and its mixed batch, in the model's dtype; PolyLoRA where it is installed."""
     names = [folders[i % len(folders)].name for i in range(batch)]
     cases = [
         Case("PEFT, 1 adapter", peft, adapters=1),
@@ -317,27 +363,15 @@ def generation(case: Case, ids: Tensor, new: int) -> Callable[[], object]:
 
 
 def measure(
-    console: Console, args: argparse.Namespace, bare: Any, cases: list[Case], ids: Tensor, adapter_bytes: int
+    console: Console, args: argparse.Namespace, log: Log, bare: Any, cases: list[Case], ids: Tensor, adapter_bytes: int
 ) -> None:
     """Time each case in turns with the bare model, or what it is beside, print a table and write the lines.
 
     `bound` is what no serving can beat that leaves the base as it is: 1 + the time to stream the batch's
     adapters once, or what of them is more, over the time of the bare model or the other case.
     """
-    log = Log(
-        args.out,
-        bench="generate",
-        model=name_of(args),
-        beside="adapters in the model's dtype" if args.wide else "the bare model",
-        dtype=str(bare.dtype).removeprefix("torch."),
-        batch=args.batch,
-        prompt=args.prompt,
-        new=args.new,
-        rank=args.rank,
-        **machine(),
-    )
     weights = sum(p.nbytes for p in bare.parameters())
-    stream = streaming_read(min(weights + adapter_bytes * max(args.adapters), 2**30))
+    stream = streaming_read(min(weights + adapter_bytes * max(case.adapters for case in cases), 2**30))
     console.print(
         f"weights {weights / 2**20:.0f} MiB, an adapter {adapter_bytes / 2**20:.1f} MiB; streaming read "
         f"of all of it {stream / 1e9:.1f} GB/s, {torch.get_num_threads()} threads"
@@ -349,7 +383,7 @@ def measure(
     }
     phases = {phase: phases[phase] for phase in args.phases}
     other = "that of adapters in the model's dtype" if args.wide else "the bare model's"
-    table = Table(title=f"Time over {other} (median, 20-80 % quantiles)")
+    table = Table(title=f"{len(ids)} rows: time over {other} (median, 20-80 % quantiles)")
     for column in ("case", *phases):
         table.add_column(column)
     rows: dict[str, list[str]] = {case.name: [] for case in cases}
@@ -367,6 +401,7 @@ def measure(
                 milliseconds = quantiles(times)[0] * 1e3
                 rows[case.name].append(f"{ratio:.2f} ({low:.2f}-{high:.2f}), {milliseconds:.0f} ms, bound {bound:.2f}")
                 log.write(
+                    batch=len(ids),
                     case=case.name,
                     phase=phase,
                     adapters=case.adapters,

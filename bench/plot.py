@@ -31,6 +31,8 @@ def main() -> None:
     drawn = []
     if generate := [r for r in records if r.get("bench") == "generate"]:
         drawn.append(draw_generate(generate, args.out / "generate.png"))
+    if batches := [r for r in records if r.get("bench") == "batches"]:
+        drawn.append(draw_batches(batches, args.out / "batches.png"))
     if bandwidth := [r for r in records if r.get("bench") == "kernels" and r["group"] == "bandwidth"]:
         drawn.append(draw_bandwidth(bandwidth, args.out / "bandwidth.png"))
     if merging := [r for r in records if r.get("bench") == "merging"]:
@@ -83,6 +85,50 @@ def draw_generate(records: list[dict[str, Any]], file: Path) -> Path:
         fontsize=10,
     )
     figure.tight_layout()
+    figure.savefig(file, dpi=150)
+    return file
+
+
+LINES = {  # of a sweep over batch sizes: colour, marker, line
+    "mlora, base rows": (MINE, "o", ":"),
+    "mlora, one adapter": (MINE, "s", "--"),
+    "mlora, all distinct": (MINE, "^", "-"),
+    "PEFT, one adapter": (PEER, "D", "-"),
+}
+
+
+def draw_batches(records: list[dict[str, Any]], file: Path) -> Path:
+    """Ratio to the bare model over the rows of a batch, one panel a model and phase; whiskers are 20-80 % quantiles."""
+    panels = list(dict.fromkeys((r["model"], r["phase"]) for r in records))
+    figure, axes = plt.subplots(1, len(panels), figsize=(1 + 4.6 * len(panels), 3.8), sharey=True, squeeze=False)
+    for axis, (model, phase) in zip(axes[0], panels, strict=True):
+        for case, (color, marker, line) in LINES.items():
+            found = [r for r in records if (r["model"], r["phase"], r["case"]) == (model, phase, case)]
+            found.sort(key=lambda r: r["batch"])
+            if not found:
+                continue
+            ratios = [r["ratio"] for r in found]
+            spread = [
+                [max(r["ratio"] - r["ratio_q20"], 0) for r in found],
+                [max(r["ratio_q80"] - r["ratio"], 0) for r in found],
+            ]
+            axis.errorbar(
+                [r["batch"] for r in found], ratios, yerr=spread, color=color, marker=marker, ms=4.5, lw=1.4, ls=line,
+                elinewidth=0.8, capsize=2, label=case,
+            )  # fmt: skip
+        axis.axhline(1, color="gray", lw=0.8, ls="--")
+        axis.set_xscale("log", base=2)
+        rows = sorted({r["batch"] for r in records})
+        axis.set_xticks(rows, [str(n) for n in rows])
+        axis.minorticks_off()
+        axis.set_xlabel("rows of the batch")
+        axis.set_title(f"{model}, {phase}", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("time / bare model's")
+    axes[0][0].set_ylim(bottom=0)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncol=len(LINES), fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(file, dpi=150)
     return file
 
