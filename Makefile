@@ -1,18 +1,19 @@
-# make demo | test | lint | docs | bench | gpu | clean. Everything is installed into .venv; PYTHON=... picks the interpreter.
+# make demo | test | lint | docs | bench | gpu | gpu-offline | clean. All but gpu-offline is in .venv; PYTHON=... picks the interpreter.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS)
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: help install demo test lint docs bench gpu clean
+.PHONY: help install demo test lint docs bench gpu gpu-offline clean
 help:
 	@echo "make demo    install, build, and answer one batch whose rows use different adapters"
 	@echo "make test    the test suite"
 	@echo "make lint    ruff, mypy, and the order of the package's imports"
 	@echo "make docs    the reference of the public names, into build/reference"
 	@echo "make bench   the benchmarks, into bench/results (BENCH_FLAGS=--smoke for a quick look)"
-	@echo "make gpu     on a machine with a GPU: its tests, decoding in a CUDA graph, and the kernels' times"
+	@echo "make gpu     on a machine with a GPU: its tests, decoding in a CUDA graph, and times (GPU_FLAGS=--smoke: on the CPU)"
+	@echo "make gpu-offline    the same without .venv and a network: with PYTHON, in at most eight minutes, the build included"
 	@echo "make clean   remove .venv and what was built"
 
 $(VENV)/.tools:
@@ -55,12 +56,10 @@ bench: $(VENV)/.model
 	@$(BIN)/mlora bench $(BENCH_FLAGS)
 
 gpu: $(VENV)/.model
-	@echo "== pytest tests/gpu"
-	@$(BIN)/python -m pytest -rs tests/gpu $(PYTEST_FLAGS)
-	@echo "== examples/cuda_graph.py"
-	@$(BIN)/python examples/cuda_graph.py
-	@echo "== bench/kernels.py"
-	@$(BIN)/python bench/kernels.py --device cuda --out bench/results/gpu_kernels.jsonl $(BENCH_FLAGS)
+	@$(BIN)/python bench/gpu.py $(GPU_FLAGS)
+
+gpu-offline:
+	@$(PYTHON) bench/gpu.py --build $(GPU_FLAGS)
 
 clean:
 	@echo "== Removing $(VENV) and build outputs"

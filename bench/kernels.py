@@ -166,16 +166,6 @@ class Buffers:
 
         return [sums, products]
 
-    def captured(self) -> Callable[[], None]:
-        """`sweep` as one CUDA graph."""
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):
-            self.sweep()  # nothing may be compiled during capture
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
-            self.sweep()
-        return graph.replay
-
     def expected(self, i: int, dtype: torch.dtype) -> Tensor:
         """What `call(i)` must give, computed in `dtype`."""
         load = self.load
@@ -343,7 +333,7 @@ def main() -> None:
             console.print(f"fused {load.inputs}x{load.outputs}: not offered here, left out")
             continue
         buffers.check()
-        sweep = buffers.sweep if args.device == "cpu" else buffers.captured()
+        sweep = buffers.sweep if args.device == "cpu" else captured(buffers.sweep)
         readers = buffers.readers() if args.device == "cpu" and load.op == "apply" else []
         before = streaming_read(size, device=args.device)
         (median, low, high), *reads = time_sweeps([sweep, *readers], buffers.copies, args.repeats)
@@ -385,7 +375,18 @@ def main() -> None:
     report_ranks(console, medians)
 
 
-def time_sweeps(sweeps: Sequence[Callable[[], None]], calls: int, repeats: int) -> list[tuple[float, float, float]]:
+def captured(sweep: Callable[[], object]) -> Callable[[], None]:
+    """`sweep` as one CUDA graph."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        sweep()  # nothing may be compiled during capture
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        sweep()
+    return graph.replay
+
+
+def time_sweeps(sweeps: Sequence[Callable[[], object]], calls: int, repeats: int) -> list[tuple[float, float, float]]:
     """Seconds a call of each, in turns, over sweeps of `calls` calls that are repeated until one timing takes 2 ms or
     more."""
     loops = [max(1, math.ceil(2e-3 / max(seconds(sweep), 1e-6))) for sweep in sweeps]

@@ -31,11 +31,12 @@ import sys
 import types
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("TRITON_INTERPRET", "1")  # bench/gpu_peers.py runs the same on a GPU
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT)]
 
@@ -61,12 +62,18 @@ COLUMNS = (*COLUMNS, "float_atomics", "ratio")
 class Batch:
     """Tokens of a workload, sorted by adapter: token t has adapter t * adapters // tokens."""
 
-    def __init__(self, width: int, out: int, rank: Any, tokens: int, adapters: int, slots: int = SLOTS) -> None:
+    def __init__(
+        self, width: int, out: int, rank: Any, tokens: int, adapters: int, slots: int = SLOTS, device: str = "cpu"
+    ) -> None:
         self.width, self.out, self.tokens, self.adapters, self.slots = width, out, tokens, adapters, slots
+        self.device = device
         self.ranks = [RANKS[i % len(RANKS)] if rank == "mixed" else rank for i in range(slots)]
         self.max_rank = max(RANKS) if rank == "mixed" else rank
         self.mapping = [t * adapters // tokens for t in range(tokens)]
-        self.x, self.y = torch.ones(tokens, self.width).half(), torch.ones(tokens, out).half()
+        self.x, self.y = self.empty(tokens, width).fill_(1), self.empty(tokens, out).fill_(1)
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.float16, device=self.device)
 
     @property
     def prefill(self) -> bool:
@@ -78,7 +85,33 @@ class Batch:
         return 2 * (self.tokens * (self.width + 2 * self.out) + ranks * (self.width + self.out))
 
 
+@dataclass
+class Ready:
+    """A system's LoRA of one linear, y += B A x with the A and B of each token's slot, ready to be called.
+
+    Args:
+        a: [slots, rank, in], b: [slots, out, rank], zeros; as the system lays them, perhaps a view. x and y are the
+            batch's. host: tensors that are in host memory where the call is meant to run.
+    """
+
+    call: Callable[[], object]
+    a: Tensor
+    b: Tensor
+    host: tuple[Tensor, ...] = ()
+
+
+Prepare = Callable[[Batch], Ready]
 Run = Callable[[Batch], Counts]
+
+
+def counted(prepare: Prepare) -> Run:
+    def run(b: Batch) -> Counts:
+        ready = prepare(b)
+        with counting([b.x, b.y, ready.a, ready.b], host=list(ready.host)) as counts:
+            ready.call()
+        return counts
+
+    return run
 
 
 def module(name: str, **contents: Any) -> types.ModuleType:
@@ -94,7 +127,7 @@ def packages(folder: Path, *names: str) -> None:
         module(name, __path__=[str(folder.joinpath(*name.split(".")))])
 
 
-def vllm(folder: Path) -> Run:
+def vllm(folder: Path) -> Prepare:
     packages(folder, "vllm", "vllm.lora", "vllm.lora.ops", "vllm.lora.ops.triton_ops", "vllm.utils")
     sys.modules["vllm"].envs = module(  # type: ignore[attr-defined]
         "vllm.envs", VLLM_BATCH_INVARIANT=False, VLLM_TUNED_CONFIG_FOLDER=None, VLLM_LORA_ENABLE_DUAL_STREAM=False,
@@ -110,7 +143,7 @@ def vllm(folder: Path) -> Run:
         raise AttributeError
 
     def on_device(values: Any, dtype: Any, device: Any) -> Tensor:
-        return torch.tensor(values, dtype=dtype)
+        return torch.tensor(values, dtype=dtype, device=device)
 
     module("vllm.utils.torch_utils", direct_register_custom_op=unregistered, async_tensor_h2d=on_device)
     ops = "vllm.lora.ops.triton_ops."
@@ -118,22 +151,23 @@ def vllm(folder: Path) -> Run:
     expand = importlib.import_module(ops + "lora_expand_op").lora_expand
     meta_class = importlib.import_module(ops + "lora_kernel_metadata").LoRAKernelMeta
 
-    def run(b: Batch) -> Counts:
-        a = torch.zeros(b.slots, 1, b.max_rank, b.width).half()
-        bs = torch.zeros(b.slots, 1, b.out, b.max_rank).half()
-        meta = meta_class.make(b.slots, b.tokens, "cpu")
-        meta.prepare_tensors(torch.tensor(b.mapping, dtype=torch.int32))
+    def prepare(b: Batch) -> Ready:
+        a, bs = b.empty(b.slots, 1, b.max_rank, b.width).zero_(), b.empty(b.slots, 1, b.out, b.max_rank).zero_()
+        meta = meta_class.make(b.slots, b.tokens, b.device)
+        meta.prepare_tensors(torch.tensor(b.mapping, dtype=torch.int32, device=b.device))
         args = meta.meta_args(b.tokens, False)
-        with counting([b.x, b.y, a, bs], host=[meta.no_lora_flag_cpu, meta.default_num_active_loras_cpu]) as counts:
-            buffer = torch.empty(1, b.tokens, b.max_rank, dtype=torch.float32)
+
+        def call() -> None:
+            buffer = torch.empty(1, b.tokens, b.max_rank, dtype=torch.float32, device=b.device)
             shrink(b.x, [a], buffer, *args, 1.0)
             expand(buffer, [bs], b.y, *args, add_inputs=True)
-        return counts
 
-    return run
+        return Ready(call, a[:, 0], bs[:, 0], (meta.no_lora_flag_cpu, meta.default_num_active_loras_cpu))
+
+    return prepare
 
 
-def sglang(folder: Path) -> Run:
+def sglang(folder: Path) -> Prepare:
     names = "sglang", "sglang.kernels", "sglang.kernels.ops", "sglang.srt", "sglang.srt.lora"
     packages(folder, *names, "sglang.kernels.ops.lora", "sglang.kernels.ops.lora.dense")
     off = types.SimpleNamespace(get=lambda: False)
@@ -145,7 +179,10 @@ def sglang(folder: Path) -> Run:
     shrink = importlib.import_module(ops + "chunked_sgmv_shrink").chunked_sgmv_lora_shrink_forward
     expand = importlib.import_module(ops + "chunked_sgmv_expand").chunked_sgmv_lora_expand_forward
 
-    def run(b: Batch) -> Counts:
+    def prepare(b: Batch) -> Ready:
+        def ints(values: list[int] | range) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=b.device)
+
         chunk = 16
         segments = [
             (slot, min(chunk, b.mapping.count(slot) - at))
@@ -157,43 +194,44 @@ def sglang(folder: Path) -> Run:
             starts.append(starts[-1] + length)
         info = types.SimpleNamespace(
             max_len=chunk, num_segments=len(segments), use_cuda_graph=False,
-            seg_indptr=torch.tensor(starts, dtype=torch.int32),
-            weight_indices=torch.tensor([slot for slot, _ in segments], dtype=torch.int32),
-            lora_ranks=torch.tensor(b.ranks, dtype=torch.int32), scalings=torch.ones(b.slots),
-            permutation=torch.arange(b.tokens, dtype=torch.int32),
+            seg_indptr=ints(starts), weight_indices=ints([slot for slot, _ in segments]), lora_ranks=ints(b.ranks),
+            scalings=torch.ones(b.slots, device=b.device), permutation=ints(range(b.tokens)),
         )  # fmt: skip
-        a = torch.zeros(b.slots, b.max_rank, b.width).half()
-        bs = torch.zeros(b.slots, b.out, b.max_rank).half()
-        offsets = torch.tensor([0, b.out], dtype=torch.int32)
-        with counting([b.x, b.y, a, bs]) as counts:
+        a, bs = b.empty(b.slots, b.max_rank, b.width).zero_(), b.empty(b.slots, b.out, b.max_rank).zero_()
+        offsets, host_offsets = ints([0, b.out]), torch.tensor([0, b.out], dtype=torch.int32)
+
+        def call() -> None:
             v = shrink(b.x, a, info, 1)
-            expand(v, bs, info, offsets, b.out, b.y, slice_offsets_cpu=offsets)
-        return counts
+            expand(v, bs, info, offsets, b.out, b.y, slice_offsets_cpu=host_offsets)
 
-    return run
+        return Ready(call, a, bs, (host_offsets,))
+
+    return prepare
 
 
-def polylora(folder: Path) -> Run:
+def polylora(folder: Path) -> Prepare:
     packages(folder, "polylora")
     sgmv = importlib.import_module("polylora.sgmv")
 
-    def run(b: Batch) -> Counts:
+    def prepare(b: Batch) -> Ready:
         rows = b.adapters if b.prefill else b.tokens  # of the batch; a prefill is a row an adapter
-        a = torch.zeros(b.slots, b.width, b.max_rank).half()
-        bs = torch.zeros(b.slots, b.max_rank, b.out).half()
-        ranks, scales = torch.tensor(b.ranks, dtype=torch.int32), torch.ones(b.slots)
-        lengths = torch.full((rows,), b.tokens // rows, dtype=torch.int32)
-        slots = torch.tensor(b.mapping[:: b.tokens // rows])
+        a, bs = b.empty(b.slots, b.width, b.max_rank).zero_(), b.empty(b.slots, b.max_rank, b.out).zero_()
+        ranks = torch.tensor(b.ranks, dtype=torch.int32, device=b.device)
+        scales = torch.ones(b.slots, device=b.device)
+        lengths = torch.full((rows,), b.tokens // rows, dtype=torch.int32, device=b.device)
+        slots = torch.tensor(b.mapping[:: b.tokens // rows], device=b.device)
         x, y = b.x.view(rows, -1, b.width), b.y.view(rows, -1, b.out)
-        with counting([b.x, b.y, a, bs]) as counts:
+
+        def call() -> None:
             v = sgmv.sgmv_lora_a_fwd(x, a, lengths, slots, ranks)
             sgmv.sgmv_lora_b_fwd(v, bs, lengths, slots, ranks, scales, y)
-        return counts
 
-    return run
+        return Ready(call, a.mT, bs.mT)
+
+    return prepare
 
 
-SYSTEMS: dict[str, Callable[[Path], Run]] = {"vllm": vllm, "sglang": sglang, "polylora": polylora}
+SYSTEMS: dict[str, Callable[[Path], Prepare]] = {"vllm": vllm, "sglang": sglang, "polylora": polylora}
 PADDED = frozenset(("vllm",))  # systems whose kernels know the largest rank alone
 
 
@@ -295,7 +333,7 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="two workloads")
     parser.add_argument("--check", action="store_true", help="only compare with whole problems, which takes minutes")
     args = parser.parse_args()
-    systems = {name: once(SYSTEMS[name](fetch(name))) for name in VERSIONS}
+    systems = {name: once(counted(SYSTEMS[name](fetch(name)))) for name in VERSIONS}
     if args.check:
         for name, run in systems.items():
             for case in CHECKED:

@@ -31,9 +31,10 @@ def test_all_figures_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_missing_gpu_is_said():
-    run = [sys.executable, str(BENCH / "kernels.py"), "--device", "cuda"]
-    done = subprocess.run(run, capture_output=True, text=True)
+@pytest.mark.parametrize("command", ["kernels.py --device cuda", "gpu.py", "gpu_layer.py", "gpu_peers.py"])
+def test_a_missing_gpu_is_said(command: str) -> None:
+    script, *options = command.split()
+    done = subprocess.run([sys.executable, str(BENCH / script), *options], capture_output=True, text=True)
     assert done.returncode == 2 and "torch sees no GPU" in done.stderr
 
 
