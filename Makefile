@@ -1,11 +1,11 @@
-# make demo | test | lint | docs | bench | gpu | gpu-offline | clean. All but gpu-offline is in .venv; PYTHON=... picks the interpreter.
+# make demo | test | lint | docs | bench | gpu | gpu-offline | wheel | clean. All but gpu-offline is in .venv; PYTHON=... picks the interpreter.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS)
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: help install demo test lint docs bench gpu gpu-offline clean
+.PHONY: help install demo test lint docs bench gpu gpu-offline wheel clean
 help:
 	@echo "make demo    install, build, and answer one batch whose rows use different adapters"
 	@echo "make test    the test suite"
@@ -14,6 +14,7 @@ help:
 	@echo "make bench   the benchmarks, into bench/results (BENCH_FLAGS=--smoke for a quick look)"
 	@echo "make gpu     on a machine with a GPU: its tests, decoding in a CUDA graph, and times (GPU_FLAGS=--smoke: on the CPU)"
 	@echo "make gpu-offline    the same without .venv and a network: with PYTHON, in at most eight minutes, the build included"
+	@echo "make wheel   the source distribution and manylinux wheels, into dist"
 	@echo "make clean   remove .venv and what was built"
 
 $(VENV)/.tools:
@@ -60,6 +61,9 @@ gpu: $(VENV)/.model
 
 gpu-offline:
 	@$(PYTHON) bench/gpu.py --build $(GPU_FLAGS)
+
+wheel: $(VENV)/.tools
+	VENV=$(VENV) .ci/wheels
 
 clean:
 	@echo "== Removing $(VENV) and build outputs"

@@ -69,7 +69,7 @@ def cuda_extension():
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
     newest = ARCHITECTURES[-1]
     nvcc = [*common, *codes, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
-    cxx = [*common, "-fvisibility=hidden"]
+    cxx = [*common, "-g0", "-fvisibility=hidden"]
     if werror:
         cxx += ["-Wall", "-Werror"]
         nvcc += ["-Werror", "all-warnings", "-Xcompiler", "-Wall,-Werror"]
@@ -92,7 +92,8 @@ def extension():
         raise SystemExit(
             f"mlora builds with torch {wanted} or later, this is {torch.__version__}: upgrade it, {NO_EXT}"
         )
-    flags = ["-O3", "-fvisibility=hidden", "-ffp-contract=off", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    # Without what debuggers read, which would be nine tenths of the library; Python's own flags ask for it.
+    flags = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     if os.environ.get("MLORA_WERROR") == "1":
         flags += ["-Wall", "-Werror"]
     flags += os.environ.get("MLORA_CXXFLAGS", "").split()

@@ -91,3 +91,29 @@ print([(str(w.message), w.filename, w.lineno) for w in seen if "mlora" in str(w.
     assert done.returncode == 0, done.stderr
     message = "mlora uses its reference backend; build with a C++ compiler for speed"
     assert done.stdout.strip() == str([(message, "<string>", 8)])  # the line that first uses it
+
+
+def test_cuda_operators_that_do_not_load_are_told_of_once_and_missed(tmp_path: Path) -> None:
+    """As beside a torch of another CUDA, whose libraries they do not find."""
+    (tmp_path / "_C_cuda.abi3.so").write_bytes(b"no library")
+    code = f"""
+import importlib.util, warnings
+import torch
+torch.backends.cuda.is_built = lambda: True
+find = importlib.util.find_spec
+broken = importlib.util.spec_from_file_location("mlora._C_cuda", {str(tmp_path / "_C_cuda.abi3.so")!r})
+importlib.util.find_spec = lambda name, *rest: broken if name == "mlora._C_cuda" else find(name, *rest)
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    import mlora
+    from mlora.ops import dispatch, library
+print([str(w.message) for w in seen if "mlora" in str(w.message)])
+assert not library.HAS_CUDA and dispatch.backend("cuda", torch.float32) != "cuda"
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "MLORA_BACKEND"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("CUDA operators do not load beside torch") == 1, done.stdout
+    forced = {**environment, "MLORA_BACKEND": "cuda"}
+    done = subprocess.run([sys.executable, "-c", code], env=forced, capture_output=True, text=True)
+    assert done.returncode != 0 and "CUDA operators do not load: " in done.stderr, done.stderr

@@ -41,12 +41,12 @@ template <class F>
 void split(int64_t cost, const F& f) {
   const int64_t tasks = threads_for(cost);
   if (tasks == 1) {
-    const FlushSubnormals flush;
+    [[maybe_unused]] const FlushSubnormals flush;
     f(int64_t{0}, int64_t{1});
     return;
   }
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    const FlushSubnormals flush;
+    [[maybe_unused]] const FlushSubnormals flush;
     for (int64_t task = begin; task < end; ++task) f(task, tasks);
   });
 }
@@ -66,7 +66,7 @@ void split_in_two(int64_t cost, const First& first, const Second& second) {
   std::atomic<bool> claimed[kMost] = {};
   std::atomic<int64_t> done{0};
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    const FlushSubnormals flush;
+    [[maybe_unused]] const FlushSubnormals flush;
     for (int64_t i = 0; i < tasks; ++i) {
       const int64_t task = (begin + i) % tasks;
       if (claimed[task].exchange(true, std::memory_order_relaxed)) continue;

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import layout
 from . import library
-from .library import EMULATED, HAS_CPU, HAS_CUDA, HAS_TRITON
+from .library import CUDA_ERROR, EMULATED, HAS_CPU, HAS_CUDA, HAS_TRITON
 
 BACKENDS = ("cpu", "cuda", "emulation", "reference", "triton")
 _FUSED_ISA = {torch.float32: 2, torch.bfloat16: 3}  # what `linear` needs: AVX-512, and its bf16 dot products
@@ -59,10 +59,17 @@ def _forced() -> str | None:
     if name == "triton" and not HAS_TRITON:
         raise ValueError("MLORA_BACKEND is 'triton', which is not installed")
     if name == "cuda" and not HAS_CUDA:
-        raise ValueError("MLORA_BACKEND is 'cuda', but mlora was built without its CUDA operators")
+        why = f"do not load: {CUDA_ERROR}" if CUDA_ERROR else "were not built"
+        raise ValueError(f"MLORA_BACKEND is 'cuda', but mlora's CUDA operators {why}")
     if name is None and not HAS_CPU:
         slow = "mlora uses its reference backend; build with a C++ compiler for speed"
         warnings.warn(slow, RuntimeWarning, stacklevel=_importer())
+    if name is None and CUDA_ERROR:
+        lost = (
+            f"mlora's CUDA operators do not load beside torch {torch.__version__}, and Triton's kernels serve GPUs; "
+            f"install the wheel for CUDA {torch.version.cuda}, or the one without: {CUDA_ERROR}"
+        )
+        warnings.warn(lost, RuntimeWarning, stacklevel=_importer())
     return name
 
 

@@ -174,7 +174,12 @@ EMULATED = os.environ.get("MLORA_BACKEND") == "emulation"
 if EMULATED:
     torch.ops.load_library(os.environ["MLORA_EMULATION_LIBRARY"])
 HAS_CPU = not EMULATED and _load("mlora._C")
-HAS_CUDA = torch.backends.cuda.is_built() and _load("mlora._C_cuda")
+HAS_CUDA, CUDA_ERROR = False, ""
+if torch.backends.cuda.is_built():
+    try:
+        HAS_CUDA = _load("mlora._C_cuda")
+    except OSError as error:  # the libraries of the CUDA that it was built with are not there
+        CUDA_ERROR = str(error)
 if HAS_TRITON:
     for _name in _SCHEMAS.keys() - _CPU_ONLY:
         if not HAS_CUDA or _name in _NOT_IN_CUDA:
