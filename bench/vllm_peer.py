@@ -98,7 +98,8 @@ def beside_vllm(bench: Bench) -> Iterator[dict[str, Any]]:
         length = PROMPT + NEW + 16
         lora = stack.enter_context(Vllm(args.vllm, model, list(folders.values()), args.rank, length))
         bare = stack.enter_context(Vllm(args.vllm, model, [], args.rank, length))
-        engine = stack.enter_context(bench.engine(max_running=REQUESTS))
+        # Prompts that come together are read in one step, as vLLM does.
+        engine = stack.enter_context(bench.engine(max_running=REQUESTS, batch_tokens=REQUESTS * PROMPT))
         prompts = fresh()
         agreement = {
             "mlora": bench.compare(prompts, names, bench.run(engine, list(zip(prompts, names, strict=True)), NEW)),

@@ -41,7 +41,7 @@ class Base(NamedTuple):
     """What parameters are measured by, in fp32, or of an fp64 model in that.
 
     Args:
-        weight, bias: return the base's as lowerings have it (`BaseLinear`).
+        weight, bias: return the base's as lowerings have it (`BaseLinear`), the weight as a copy.
         embed_scale: of an embedding, else 1. `padding`: its token whose row takes no gradient, or None.
         offset: of a norm, k. `turned`: whether the weight lies as (in, out), as embeddings' do.
     """
@@ -194,7 +194,7 @@ class Dora(Lora):
     def _measured(self) -> tuple[Tensor, Tensor]:
         """|W + s B A| by rows, and the gain."""
         weight = self._base.weight().to(self.magnitude)
-        norm = torch.linalg.vector_norm(torch.addmm(weight, self.b, self.a, alpha=self.scale), dim=1)
+        norm = torch.linalg.vector_norm(weight.addmm_(self.b, self.a, alpha=self.scale), dim=1)
         return norm, self.magnitude / norm
 
     def write(self, to: Tensor) -> None:

@@ -144,7 +144,7 @@ class Trains:
         weight = held["weight"].detach()
 
         def wide() -> Tensor:
-            return weight.t() * scale if turned else weight
+            return weight.t() * scale if turned else weight.clone()
 
         return Base(wide, lambda: held.get("bias"), scale, padding, offset, turned)
 
