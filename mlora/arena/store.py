@@ -199,7 +199,8 @@ class Store:
             CapacityError: they cannot be resident together beside what other routings have pinned.
         """
         with self._lock:
-            self._streams.follow()
+            if names:
+                self._streams.follow()
             wanted = [self._adapters[name] for name in names]
             if not all(packed.resident for packed in wanted):
                 self._check_fits(wanted)

@@ -33,7 +33,8 @@ class Site:
     Args:
         words: the plan's. `table`, `exchanged`: the module's, and that with A and B, gains and input gains exchanged.
         ranks, rows: a call of T tokens keeps T / rows * ranks numbers for the backward pass (v).
-        trained: those that train here, by slot. `routes`: of the plan, by tokens; filled as they are asked for.
+        trained: those that train here, by slot. `routes`: of the plan, by tokens and device; filled as they
+            are asked for.
 
     `outputs` and `inputs`: their parts here, by slot, as functions of what the module gives and of what its base reads
     have them; `parameters` and `read_parameters` are those of these, in the order in which gradients are returned.
@@ -49,7 +50,7 @@ class Site:
         ranks: int,
         rows: int,
         trained: dict[int, Trained],
-        routes: dict[int, Routes],
+        routes: dict[tuple[int, torch.device], Routes],
     ) -> None:
         store = training.store
         home = store.homes[index]
@@ -87,11 +88,12 @@ class Site:
 
     def routes(self, tokens: int) -> Routes:
         """Of a call on so many tokens."""
-        found = self._routes.get(tokens)
+        key = tokens, self.words.device
+        found = self._routes.get(key)
         if found is None:
             read = reference.routes(self.words, self.table, tokens)
             found = [(route.tokens, [(term.slot, term.weight) for term in route.terms]) for route in read]
-            self._routes[tokens] = found
+            self._routes[key] = found
         return found
 
     def rank_rows(self, flat: Tensor, slot: int) -> Found:
@@ -166,7 +168,7 @@ class _Sites:
         self.made: tuple[int, Any] | None = None
         self._training = training
         self._sites: dict[int, Site] = {}
-        self._routes: dict[int, Routes] = {}  # of all of them, by tokens
+        self._routes: dict[tuple[int, torch.device], Routes] = {}  # of all of them
         store = training.store
         self.trained: dict[int, Trained] = {}  # by slot
         for name in sorted({name for recipe in plan.recipes for name, _ in recipe}):  # not all are, of picked tokens

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -215,7 +216,7 @@ class FakeModel:
         patched.setattr(Store, "register", faked)
         patched.setattr(activation, "occurrences", occurrences)
         event = SimpleNamespace(synchronize=lambda: self.wait("event"))
-        stream = SimpleNamespace(record_event=lambda: event, synchronize=lambda: self.wait("stream"))
+        stream = Mock(record_event=lambda: event, synchronize=lambda: self.wait("stream"))
         patched.setattr(torch.cuda, "current_stream", lambda device: stream)
         patched.setattr("mlora.layers.embedding.check_tokens", lambda ids, **of: self.trace.calls.append("checked"))
         bases = mlora.patch(copy.deepcopy(base)).bases  # some are read when adapters are loaded
@@ -251,8 +252,10 @@ class FakeModel:
 
 
 @pytest.fixture
-def fake_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pinned: list[Tensor]) -> FakeModel:
-    return FakeModel(tmp_path, monkeypatch, pinned)
+def fake_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pinned: list[Tensor]) -> Iterator[FakeModel]:
+    made = FakeModel(tmp_path, monkeypatch, pinned)
+    yield made
+    mlora.unpatch(made.model)  # or what is checkpointed later would ask its devices
 
 
 # What the host waits for in a whole call of the model.

@@ -227,7 +227,7 @@ REFUSED = {
     "v of another dtype": (lambda a: a.update(v=a["v"].double()), "v must"),
     "to of another dtype": (lambda a: a.update(to=a["to"].half()), "to must"),
     "offsets of other slots": (lambda a: a.update(offsets=a["offsets"][1:]), "offsets must"),
-    "rows of another dtype": (lambda a: a.update(rows=a["rows"].half()), "one dtype"),
+    "rows of another dtype": (lambda a: a.update(rows=a["rows"].double()), "one dtype"),
 }
 
 
