@@ -314,7 +314,7 @@ def measure_request(console: Console, log: Log, args: argparse.Namespace) -> Non
 
 def folded(runtime: Any, merge: mlora.Merge) -> Iterator[tuple[str, Tensor]]:
     """Each module's merged change of its weight, in fp64."""
-    lowered = [runtime._registry.lower(runtime._registry[name]) for name in merge.adapters]
+    lowered = [runtime._registry.lower(name, runtime._registry[name]) for name in merge.adapters]
     for name, delta in merge_adapters(lowered, merge, runtime.bases):
         if delta.a is not None and delta.b is not None:
             yield name, delta.b.double().t() @ delta.a.double()
