@@ -26,6 +26,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cpu-time", action="store_true", help="one thread, CPU time: for a machine that is not idle")
 
 
+def gpu_arguments(
+    description: str | None, repeats: int, table: Callable[[list[dict[str, Any]]], str]
+) -> tuple[argparse.Namespace, str]:
+    """The options of a benchmark of GPUs, and the device that it takes; with `--table` it prints that and ends."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--table", type=Path, help="only print what this file has, in Markdown")
+    add_arguments(parser)
+    args = parser.parse_args()
+    if args.table:
+        print(table([json.loads(line) for line in args.table.read_text().splitlines()]))
+        parser.exit()
+    if not args.smoke and not torch.cuda.is_available():
+        parser.error("torch sees no GPU here; --smoke tries it on the CPU")
+    return args, "cpu" if args.smoke else "cuda"
+
+
 def set_up(args: argparse.Namespace) -> Console:
     """Apply the options of `add_arguments`; returns where to print."""
     global _clock

@@ -12,9 +12,7 @@ PEFT's mixed batches cannot be captured. `--smoke` is a tiny layer on the CPU, w
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -23,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Log, add_arguments, machine, set_up
+from common import Log, gpu_arguments, machine, set_up
 from generate import Case, made, make_adapter, patched, peft_model, rms
 from kernels import time_sweeps
 from torch import Tensor
@@ -57,17 +55,7 @@ class Models:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--table", type=Path, help="only print what this file has, in Markdown")
-    add_arguments(parser)
-    args = parser.parse_args()
-    if args.table:
-        print(table([json.loads(line) for line in args.table.read_text().splitlines()]))
-        return
-    device = "cpu" if args.smoke else "cuda"
-    if device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch sees no GPU here; --smoke tries it on the CPU")
+    args, device = gpu_arguments(__doc__, 15, table)
     console = set_up(args)
     if args.smoke:
         args.repeats = 2

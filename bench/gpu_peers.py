@@ -19,7 +19,6 @@ SMOKE = "--smoke" in sys.argv  # Triton reads it as it is imported
 os.environ["TRITON_INTERPRET"] = "1" if SMOKE else "0"
 
 import argparse  # noqa: E402
-import json  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 from importlib.util import find_spec  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -27,7 +26,7 @@ from typing import Any  # noqa: E402
 
 import peers  # noqa: E402
 import torch  # noqa: E402
-from common import Log, add_arguments, machine, set_up  # noqa: E402
+from common import Log, gpu_arguments, machine, set_up  # noqa: E402
 from kernels import SCALE, Buffers, Workload, captured, time_sweeps  # noqa: E402
 
 from mlora import layout  # noqa: E402
@@ -36,17 +35,7 @@ BATCHES = ((64, 1), (64, 8), (64, 64), (2048, 1), (2048, 8))  # tokens, adapters
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--table", type=Path, help="only print what this file has, in Markdown")
-    add_arguments(parser)
-    args = parser.parse_args()
-    if args.table:
-        print(table([json.loads(line) for line in args.table.read_text().splitlines()]))
-        return
-    device = "cpu" if args.smoke else "cuda"
-    if device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch sees no GPU here; --smoke tries it on the CPU")
+    args, device = gpu_arguments(__doc__, 9, table)
     console = set_up(args)
     if args.smoke:
         args.repeats = 1
