@@ -24,3 +24,16 @@ def apply(layer: Layer, plan: bytes, y: Tensor, x: Tensor) -> bool:
 def linear(layer: Layer, plan: bytes, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, kblock: int) -> bool:
     """The operator `linear` into y, with a number of inputs for `kblock`. Else as `apply`; weight and bias have to be
     contiguous."""
+
+def rms_norm(y: Tensor, x: Tensor, weight: Tensor, eps: float) -> bool:
+    """y = weight * (x / sqrt(mean(x^2) + eps)) over the last dimension, with the bits of torch's operators in fp32 and
+    rounded to the dtype of all three after each of the two products. False, and nothing is done, where they are not on
+    the CPU, of one dtype and shape, x in rows at one distance and y contiguous."""
+
+def rotate(y: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """y = x * cos + (-second half of x, first half) * sin over the last dimension, with the bits of torch's operators.
+    x, y: (batch, heads, tokens, dim); cos, sin: (batch or 1, tokens, dim). False as for `rms_norm`, and where the last
+    dimension is odd or not contiguous."""
+
+def gate(y: Tensor, gate: Tensor, up: Tensor) -> bool:
+    """y = silu(gate) * up, of 16 bits and contiguous, with the bits of torch's operators. False as for `rms_norm`."""

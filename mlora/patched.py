@@ -14,6 +14,8 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from . import errors
 from .layers import (
     LoraLayer,
+    gated,
+    is_gated,
     mixin_of,
     refuse_copy,
     refuse_move,
@@ -21,6 +23,7 @@ from .layers import (
     restore_class,
     swap_class,
     swap_forward,
+    with_rotation,
 )
 from .lowering import BaseLinear
 from .ops.checks import check_rows, fetch_plan
@@ -161,6 +164,10 @@ class Generator(Part):
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
 
+class Gated(Part):
+    """An MLP whose activation and product are computed in one pass."""
+
+
 def mix_in(model: nn.Module, runtime: Routed) -> None:
     """Give the root and its parts their classes; its layers have theirs already."""
     guard_pipelines()
@@ -168,6 +175,8 @@ def mix_in(model: nn.Module, runtime: Routed) -> None:
         if not isinstance(module, (LoraLayer, Part)) and (takes_any(type(module).forward) or _generates(module)):
             _swap(module, Generator if _generates(module) else Part, _guarding)
             module.__dict__["_mlora_shared"] = runtime._shared
+        elif runtime._shared.fused and module is not model and is_gated(module):
+            _swap(module, Gated, gated)
     _swap(model, PatchedWhisper if is_whisper(type(model)) else PatchedModel, _routing)
     model.__dict__["mlora"] = runtime
     if "generate" in model.__dict__:  # code that decodes in place of the class's
@@ -213,11 +222,13 @@ def _routing(cls: Any) -> Callable[..., Any]:
 
 def _guarding(cls: Any) -> Callable[..., Any]:
     """A part's forward."""
-    own, refused = cls.forward, _refused_in(cls.forward)
+    own, refused, rotating = cls.forward, _refused_in(cls.forward), with_rotation(cls.forward)
 
     @functools.wraps(own)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         check_names(cls.__name__, kwargs, refused)
+        if rotating is not None and self.__dict__["_mlora_shared"].fused and not torch.compiler.is_compiling():
+            return rotating(self, *args, **kwargs)
         return own(self, *args, **kwargs)
 
     return forward

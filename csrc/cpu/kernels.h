@@ -214,6 +214,28 @@ struct Drop {
   const int32_t* odds;    // [adapter, kOddsWidth]
 };
 
+// What models compute between their linears, as torch does it operator by operator, with its roundings: pointwise.h.
+
+// y = T(weight * T(x / sqrt(mean(x^2) + eps))), for rows that are x_stride apart; those of y adjoin.
+struct RmsNorm {
+  const void* x;
+  const void* weight;
+  void* y;
+  int64_t x_stride, width;
+  float eps;
+};
+
+// y = x * cos + (-second half of x, first half of x) * sin over the last of four dimensions: batch, head, token, dim.
+// Strides are in elements; cos and sin are [batch, token, dim].
+struct Rotation {
+  const void* x;
+  const void* cos;
+  const void* sin;
+  void* y;
+  int64_t heads, tokens, dim;
+  int64_t x_stride[3], y_stride[3], cos_stride[2], sin_stride[2];
+};
+
 struct Kernels {
   // Runs jobs in order, and asks for each one's bytes during the one before: an adapter's parts are a few KiB each and
   // lie anywhere, and the hardware's prefetchers, which learn a stream and stop at its end, leave most of such a part
@@ -240,6 +262,13 @@ struct Kernels {
   // Tokens [from, to).
   using DropTokens = void (*)(const Drop&, int64_t from, int64_t to);
 
+  // Rows [from, to).
+  using Norm = void (*)(const RmsNorm&, int64_t from, int64_t to);
+  // Of batch times tokens, [from, to).
+  using Rotate = void (*)(const Rotation&, int64_t from, int64_t to);
+  // Elements [from, to) of y = T(silu(gate)) * up.
+  using Gate = void (*)(const void* gate, const void* up, void* y, int64_t from, int64_t to);
+
   // Jobs in order; `scratch` is of attend_scratch floats.
   using Attend = void (*)(const Attention&, const AttendJob*, int64_t jobs, float* scratch);
   using MergeRows = void (*)(const Attention&, const AttendMerge&);
@@ -255,6 +284,9 @@ struct Kernels {
   int64_t attend_rows;  // of a tile of more than kFewRows
   Gradients gradients[3];
   DropTokens drop[3];
+  Norm rms_norm[3];
+  Rotate rotate[3];
+  Gate gate[3];
 };
 
 enum Isa : int { kScalar, kAvx2, kAvx512, kAvx512Bf16 };

@@ -1,46 +1,16 @@
 // Calls from Python past torch's dispatcher, which takes longer than the kernels for a few tokens: 2 us a call in a loop,
 // 5 between the products of a model, by when little of its code is left in the caches. mlora/ops/direct.py says when
 // these calls may stand in for the operators.
-#include <Python.h>
+#include "python.h"
 
-#include <exception>
-#include <string>
-
-#include "../strides.h"
 #include "ops.h"
 
 namespace mlora {
-namespace {
 
-// What of DLPack, version 1, tells what a tensor is without making another object (its C exchange API).
-namespace dlpack {
-struct Tensor {
-  void* data;
-  int32_t device_type, device;
-  int32_t dims;
-  struct {
-    uint8_t code, bits;
-    uint16_t lanes;
-  } dtype;
-  int64_t *shape, *strides;
-  uint64_t byte_offset;
-};
-struct Api {
-  uint32_t major, minor;
-  Api* older;
-  int (*allocate)(void*, void**, void*, void (*)(void*, const char*, const char*));
-  int (*managed_from_object)(void*, void**);
-  int (*managed_to_object)(void*, void**);
-  int (*tensor_from_object)(void*, Tensor*);
-  int (*stream)(int32_t, int32_t, void**);
-};
-constexpr char kName[] = "dlpack_exchange_api";
-constexpr int32_t kCpu = 1;
-constexpr uint8_t kFloatCode = 2, kBfloatCode = 4;
-}  // namespace dlpack
-
-const dlpack::Api* api = nullptr;  // torch's
+const dlpack::Api* api = nullptr;
 PyTypeObject* tensor_type = nullptr;
+
+namespace {
 
 constexpr char kLayer[] = "mlora.layer";
 
@@ -51,49 +21,7 @@ struct Layer {
   Types types;
 };
 
-// What a tensor is, as rows of its last dimension. Of its memory nothing is read.
-struct Rows {
-  char* data;
-  int64_t rows, width, stride;  // of rows
-};
-
-// Whether `object` is a tensor on the CPU of this type whose rows are contiguous and at one distance.
-bool rows_in(PyObject* object, Type type, Rows* to) {
-  if (!PyObject_TypeCheck(object, tensor_type)) return false;
-  dlpack::Tensor t;
-  if (api->tensor_from_object(object, &t)) {  // one that has no memory, or none that DLPack knows
-    PyErr_Clear();
-    return false;
-  }
-  const uint8_t code = type == kBFloat16 ? dlpack::kBfloatCode : dlpack::kFloatCode;
-  const uint8_t bits = type == kFloat ? 32 : 16;
-  if (t.device_type != dlpack::kCpu || t.dtype.code != code || t.dtype.bits != bits || t.dims < 1) return false;
-  const int32_t last = t.dims - 1;
-  *to = {static_cast<char*>(t.data) + t.byte_offset, 1, t.shape[last], 0};
-  if (!evenly_spaced(t.shape, t.strides, t.dims, &to->stride)) return false;
-  for (int32_t d = 0; d < last; ++d) to->rows *= t.shape[d];
-  return true;
-}
-
 bool dense(const Rows& t) { return t.rows <= 1 || t.stride == t.width; }
-
-// Runs f without the interpreter's lock; what it throws becomes a RuntimeError.
-template <class F>
-PyObject* run(const F& f) {
-  std::string error;
-  PyThreadState* state = PyEval_SaveThread();
-  try {
-    f();
-  } catch (const std::exception& e) {
-    error = e.what();
-  }
-  PyEval_RestoreThread(state);
-  if (!error.empty()) {
-    PyErr_SetString(PyExc_RuntimeError, error.c_str());
-    return nullptr;
-  }
-  return PyBool_FromLong(1);
-}
 
 enum Found { kNo, kYes, kError };
 
@@ -125,12 +53,6 @@ Found begin(PyObject* const* args, Routing* routing, Problem* p, Types* types) {
   p->tokens = x.rows;
   p->itemsize = routing->itemsize;
   return kYes;
-}
-
-bool counts(Py_ssize_t given, Py_ssize_t wanted) {
-  if (given == wanted) return true;
-  PyErr_Format(PyExc_TypeError, "%zd arguments, must be %zd", given, wanted);
-  return false;
 }
 
 PyObject* exchange(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -213,6 +135,9 @@ PyMethodDef methods[] = {
     method<layer>("layer", "layer(arena, elements, types, table, slots, in_features, out_features) -> layer"),
     method<apply>("apply", "apply(layer, plan, y, x) -> whether it was done"),
     method<linear>("linear", "linear(layer, plan, y, x, weight, bias, kblock) -> whether it was done"),
+    method<rms_norm>("rms_norm", "rms_norm(y, x, weight, eps) -> whether it was done"),
+    method<rotate>("rotate", "rotate(y, x, cos, sin) -> whether it was done"),
+    method<gate>("gate", "gate(y, gate, up) -> whether it was done"),
     {nullptr, nullptr, 0, nullptr},
 };
 

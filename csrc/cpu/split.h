@@ -28,6 +28,9 @@ class FlushSubnormals {
 #endif
 };
 
+// For what must give torch's bits, of subnormals too.
+class KeepSubnormals {};
+
 // Threads for work of this cost, in elements read or so.
 inline int64_t threads_for(int64_t cost) {
   constexpr int64_t kSmall = 1 << 17;  // not worth waking a thread for
@@ -37,16 +40,16 @@ inline int64_t threads_for(int64_t cost) {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Calls f(task, tasks) for every task, one a thread.
-template <class F>
+template <class Subnormals = FlushSubnormals, class F>
 void split(int64_t cost, const F& f) {
   const int64_t tasks = threads_for(cost);
   if (tasks == 1) {
-    [[maybe_unused]] const FlushSubnormals flush;
+    [[maybe_unused]] const Subnormals mode;
     f(int64_t{0}, int64_t{1});
     return;
   }
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    [[maybe_unused]] const FlushSubnormals flush;
+    [[maybe_unused]] const Subnormals mode;
     for (int64_t task = begin; task < end; ++task) f(task, tasks);
   });
 }

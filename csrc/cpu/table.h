@@ -7,6 +7,7 @@
 #include "gradients.h"
 #include "linear.h"
 #include "merge.h"
+#include "pointwise.h"
 #include "turn.h"
 
 namespace mlora {
@@ -38,6 +39,9 @@ const Kernels MLORA_TABLE(MLORA_ISA) = {
     MLORA_ISA::kTileRows,
     {MLORA_ISA::gradients<float>, MLORA_ISA::gradients<fp16>, MLORA_ISA::gradients<bf16>},
     {MLORA_ISA::drop<float>, MLORA_ISA::drop<fp16>, MLORA_ISA::drop<bf16>},
+    {MLORA_ISA::rms_norm<float>, MLORA_ISA::rms_norm<fp16>, MLORA_ISA::rms_norm<bf16>},
+    {MLORA_ISA::rotate<float>, MLORA_ISA::rotate<fp16>, MLORA_ISA::rotate<bf16>},
+    {nullptr, MLORA_ISA::gate<fp16>, MLORA_ISA::gate<bf16>},
 };
 
 }  // namespace mlora

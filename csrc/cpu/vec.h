@@ -148,6 +148,18 @@ MLORA_INLINE void store(fp16* p, Pair v, int64_t n) {
   _mm256_mask_storeu_epi16(p + W, static_cast<__mmask16>(m >> 16), _mm512_cvtps_ph(v.b, kNearest));
 }
 
+// The rounded bf16 is in the high half of each lane.
+MLORA_INLINE __m512i round_bf16(vf v) {
+  const __m512i i = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(i, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(i, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  return _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), i, _mm512_set1_epi32(0x400000));
+}
+
+MLORA_INLINE __m512i narrow_exactly(Pair v) {
+  return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(round_bf16(v.a), 16), round_bf16(v.b));
+}
+
 #if MLORA_HAVE_BF16
 
 MLORA_INLINE __m512i narrow_in_order(Pair v) { return (__m512i)_mm512_cvtne2ps_pbh(v.b, v.a); }
@@ -162,17 +174,7 @@ MLORA_INLINE __m512i narrow(Pair v) {
 
 #else
 
-// The rounded bf16 is in the high half of each lane.
-MLORA_INLINE __m512i round_bf16(vf v) {
-  const __m512i i = _mm512_castps_si512(v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(i, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(i, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  return _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), i, _mm512_set1_epi32(0x400000));
-}
-
-MLORA_INLINE __m512i narrow(Pair v) {
-  return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(round_bf16(v.a), 16), round_bf16(v.b));
-}
+MLORA_INLINE __m512i narrow(Pair v) { return narrow_exactly(v); }
 
 MLORA_INLINE __m512i narrow_in_order(Pair v) {
   const __m256i low = _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bf16(v.a), 16));
@@ -190,6 +192,16 @@ MLORA_INLINE void store(bf16* p, Pair v, int64_t n) {
 template <bool Tail>
 MLORA_INLINE void store(bf16_in_order* p, Pair v, int64_t n) {
   _mm512_mask_storeu_epi16(p, Tail ? first(n) : ~0u, narrow_in_order(v));
+}
+
+// As torch rounds, also where instructions for bf16 take subnormal numbers for zero.
+template <bool Tail, class T>
+MLORA_INLINE void store_exactly(T* p, Pair v, int64_t n) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    _mm512_mask_storeu_epi16(p, Tail ? first(n) : ~0u, narrow_exactly(v));
+  } else {
+    store<Tail>(p, v, n);
+  }
 }
 
 // Stores that leave the caches alone and need not read a line first; p is a multiple of 64 bytes.
@@ -316,6 +328,11 @@ MLORA_INLINE void store(T* p, Pair v, int64_t n) {
   T copy[2 * W];
   store(copy, v);
   for (int64_t i = 0; i < n; ++i) p[i] = copy[i];
+}
+
+template <bool Tail, class T>
+MLORA_INLINE void store_exactly(T* p, Pair v, int64_t n) {
+  store<Tail>(p, v, n);
 }
 
 template <class T>

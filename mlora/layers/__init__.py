@@ -17,6 +17,7 @@ from .norm import NormLayer, is_norm_like, norm_offset
 from .order import Order, cuts_choices, order_of
 from .parameters import ParametersLayer, ParametersState, Stack
 from .placed import devices_of, moves
+from .pointwise import gated, is_gated, with_rotation
 from .route import Route, group_routes
 from .state import LayerState
 from .swap import guard_moves, refuse_copy, refuse_move, restore_class, swap_class, swap_forward
@@ -45,6 +46,7 @@ __all__ = [
     "devices_of",
     "find_layers",
     "find_stacks",
+    "gated",
     "group_heads",
     "group_of",
     "group_routes",
@@ -52,6 +54,7 @@ __all__ = [
     "inner_module",
     "inside_peft",
     "is_dense",
+    "is_gated",
     "is_norm_like",
     "mixin_of",
     "model_dtype",
@@ -66,4 +69,5 @@ __all__ = [
     "swap_class",
     "swap_forward",
     "unpacked",
+    "with_rotation",
 ]

@@ -16,6 +16,7 @@ from ..plan.packing import Packing
 from ..plan.plan import Plan
 from .dense import is_dense
 from .linear import LoraLayer
+from .pointwise import normalized
 from .swap import twin_of
 from .trained import refuse_beside, refuse_training
 
@@ -105,6 +106,14 @@ class NormLayer(LoraLayer):
             plan = self._by_token(x, scope)
         self._check_rows(x, plan)
         return self._planned(self._base(x), x, plan)
+
+    def _whole(self, *args: Any, **named: Any) -> Any:
+        held: Any = self._parameters
+        if self._mlora.eps and len(args) == 1 and "weight" in held:
+            y = normalized(args[0], held["weight"], self._mlora.own.__dict__[self._mlora.eps])
+            if y is not None:
+                return y
+        return super()._whole(*args, **named)
 
     def _behind(self, x: Tensor, axis: int, plan: Plan) -> Tensor:
         """What the plan's rows, of which there is one for each index of that dimension, make of x."""

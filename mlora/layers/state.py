@@ -14,6 +14,7 @@ from ..plan.shared import Shared
 from .cuts import cut_of
 from .dense import is_cast, is_dense, own_part
 from .order import IN_FRONT, Order
+from .pointwise import eps_of
 from .swap import alias_of, bound_forwards
 
 # What is in a list of this name is an expert, whose inputs are tokens gathered from any rows in any order. A router
@@ -38,16 +39,17 @@ class LayerState:
         cut: how tensor parallelism has split it, if it has; `shape` is that of this process's part then.
         shape: of a plain one's weight. `direct`: what `ops.direct` takes for it, or None.
         own: the module under the class that it had, for what reads its parameters as the base does.
-        embeds: whether it is an embedding.
+        embeds: whether it is an embedding. `eps`: of an RMS norm that `pointwise.normalized` computes, the attribute of
+            the module that holds its epsilon; else "".
         outer: the `forward` that somebody put on the instance, called for the base, or None. Not one that
             keeps the module's own in another attribute, as accelerate's hooks do: there `swap_forward`
             exchanges what it wraps.
     """
 
     __slots__ = (
-        "_asked", "_kblocks", "arena", "cast", "cut", "device", "device_type", "direct", "dtype", "embeds", "foreign",
-        "fused", "gathered", "home", "in_front", "index", "loose", "name", "order", "outer", "own", "plain", "shape",
-        "shared", "table", "words",
+        "_asked", "_kblocks", "arena", "cast", "cut", "device", "device_type", "direct", "dtype", "embeds", "eps",
+        "foreign", "fused", "gathered", "home", "in_front", "index", "loose", "name", "order", "outer", "own", "plain",
+        "shape", "shared", "table", "words",
     )  # fmt: skip
 
     def __init__(
@@ -89,6 +91,7 @@ class LayerState:
             and dispatch.backend(self.device, self.dtype) == "cpu"
         )
         self.fused = self.plain and shared.fused and cast(Tensor, weight).is_contiguous() and module.in_features != 0
+        self.eps = eps_of(module) if shared.fused and self.device_type == "cpu" and self.outer is None else ""
         self.direct: Any = None
         if self.plain:
             self.shape = cast(Tensor, weight).shape

@@ -42,15 +42,17 @@ def layer_of(arena: Tensor, table: Tensor, in_features: int, out_features: int, 
     both tensors, which must live as long. None where the C++ kernels do not serve such tensors, or torch tells C code
     nothing of them."""
     types = _TYPES.get((dtype, arena.dtype))
-    if not _READY or types is None or dispatch.backend(arena.device, dtype) != "cpu":
+    if not READY or types is None or dispatch.backend(arena.device, dtype) != "cpu":
         return None
     slots = len(table)
     return _C.layer(arena.data_ptr(), arena.numel(), types, table.data_ptr(), slots, in_features, out_features)
 
 
-_READY = False
+READY = False  # whether torch tells C code what a tensor is
 if HAS_CPU:
     from .. import _C
 
-    _READY = _C.exchange(getattr(Tensor, "__dlpack_c_exchange_api__", None), Tensor)
-    apply, linear = _C.apply, _C.linear  # as they are: a frame of Python's takes a tenth of what is saved
+    READY = _C.exchange(getattr(Tensor, "__dlpack_c_exchange_api__", None), Tensor)
+    # As they are: a frame of Python's takes a tenth of what is saved. layers/pointwise.py says what the last three are.
+    apply, linear = _C.apply, _C.linear
+    rms_norm, rotate, gate = _C.rms_norm, _C.rotate, _C.gate
