@@ -10,8 +10,10 @@ they are checked when this is imported, and those that exist on objects only whe
 
 from __future__ import annotations
 
+import queue
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,9 +92,15 @@ class Worker(ContinuousBatchingManager):
         )
         super().__init__(runtime.model, GenerationConfig(do_sample=False, eos_token_id=-1), config)  # type: ignore[arg-type]
         has(self, "output_router").output_router = _Nowhere()  # the steps tell what there is to tell
+        self._inbox = has(self, "input_queue").input_queue = _Inbox()
 
-    def add(self, sequence: SequenceState) -> None:
-        """Run it from where it is: its prompt, and the tokens that it has."""
+    def add(self, sequences: Iterable[SequenceState]) -> None:
+        """Run them from the same step on, each from where it is: its prompt, and the tokens that it has."""
+        with self._inbox.closed():
+            for sequence in sequences:
+                self._add(sequence)
+
+    def _add(self, sequence: SequenceState) -> None:
         request = sequence.request
         self._sequences[sequence.id] = sequence
         self.add_request(
@@ -210,6 +218,28 @@ class _Chooser(ModelRunner):
             events.append(Event(sequence, token, logprob, top, sequence.add(token)))
         self.events = events
         return tokens
+
+
+class _Inbox(queue.Queue[Any]):
+    """Requests that no step has seen yet. What is put into it while it is closed is seen when it opens, all at once."""
+
+    _closed = False
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        self._closed = True
+        try:
+            yield
+        finally:
+            self._closed = False
+
+    def empty(self) -> bool:
+        return self._closed or super().empty()
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        if self._closed:
+            raise queue.Empty
+        return super().get(block, timeout)
 
 
 class _Nowhere(OutputRouter):

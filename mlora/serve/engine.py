@@ -7,6 +7,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -141,27 +142,31 @@ class Engine:
         readers: dict[Request, tuple[int, Reader, list[list[Token]]]] = {}
         numbered = iter(enumerate(requests))
         held: tuple[int, tuple[Any, ...]] | None = next(numbered, None)
+        # Prompts that are here already are read in one step; of an iterator nobody knows when the next one comes.
+        together = self._runner.together if isinstance(requests, Sequence) else nullcontext
         try:
             while held is not None or readers:
-                if held is not None:
-                    number, (prompt, entry, *own) = held
-                    try:
-                        request = self._intake.request(prompt, entry, own[0] if own else sampling, events.put)
-                        readers[request] = number, self._reader(request), [[] for _ in request.sequences]
-                        self._submit(request)
-                    except errors.Overloaded:
-                        del readers[request]
-                        if not readers:
-                            raise
-                    except errors.MloraError as error:
-                        held = next(numbered, None)
-                        yield Answer(number, 0, "", (), ERROR, None, error)
-                        continue
-                    else:
-                        held = next(numbered, None)
-                        if held is not None and events.empty():
+                refused: list[Answer] = []
+                room = True
+                with together():
+                    while held is not None and room and events.empty():
+                        number, (prompt, entry, *own) = held
+                        try:
+                            request = self._intake.request(prompt, entry, own[0] if own else sampling, events.put)
+                            reader = self._reader(request)
+                            self._submit(request)
+                        except errors.Overloaded:
+                            if not readers:
+                                raise
+                            room = False
                             continue
-                for event in events.get():
+                        except errors.MloraError as error:
+                            refused.append(Answer(number, 0, "", (), ERROR, None, error))
+                        else:
+                            readers[request] = number, reader, [[] for _ in request.sequences]
+                        held = next(numbered, None)
+                yield from refused
+                for event in events.get() if readers else ():
                     if (request := event.sequence.request) in readers:
                         yield from _answers(event, *readers[request])
                         if readers[request][1].over:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from .. import errors
@@ -47,6 +48,8 @@ class Runner:
         self._broke = broke
         self._lock = lock
         self._running: dict[str, SequenceState] = {}
+        self._holding = 0  # blocks of `together` that are open
+        self._held: list[SequenceState] = []  # those of `_running` that start when the last one ends
         self._worker: Worker | None = None
         self._closing = False
         self._up = threading.Event()
@@ -76,6 +79,23 @@ class Runner:
             whole = not self._memory.share or len(request.prompt) <= self._memory.page
             for sequence in request.sequences if whole else request.sequences[:1]:
                 self._enter(sequence)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is started inside runs from the same step on, after it."""
+        with self._lock:
+            self._holding += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._holding -= 1
+                held, self._held = ([], self._held) if self._holding else (self._held, [])
+                for sequence in held:
+                    if sequence.ended and sequence.id in self._running:
+                        self._leave(sequence)
+                if self._worker is not None:
+                    self._worker.add(sequence for sequence in held if sequence.id in self._running)
 
     def cancel(self, request: Request, reason: str = CANCELLED, error: Exception | None = None) -> None:
         """End what has not ended of a request, and tell so; it leaves the batches before the next step."""
@@ -169,8 +189,10 @@ class Runner:
 
     def _enter(self, sequence: SequenceState) -> None:
         self._running[sequence.id] = sequence
-        if self._worker is not None:
-            self._worker.add(sequence)
+        if self._holding:
+            self._held.append(sequence)
+        elif self._worker is not None:
+            self._worker.add([sequence])
 
     def _leave(self, sequence: SequenceState) -> None:
         self._running.pop(sequence.id, None)
@@ -200,8 +222,8 @@ class Runner:
             with self._lock:
                 self.capacity = worker.capacity
                 self._worker = worker
-                for sequence in list(self._running.values()):
-                    worker.add(sequence)
+                self._held.clear()
+                worker.add(self._running.values())
                 closing = self._closing
             self._up.set()
             if closing:  # while there was no worker

@@ -16,6 +16,7 @@ from serving import adapters, alone, base_model, engine, ids, letters, patched, 
 import mlora
 from mlora import errors
 from mlora.serve import Engine, Sampling
+from mlora.serve.batching import Worker
 
 ENTRIES = ["a", None, "b", {"c": 0.5, "d": -0.25}, "d", "a", mlora.Merge(("a", "b"), (0.6, 0.4), "ties", density=0.5)]
 
@@ -386,6 +387,36 @@ def test_generate_many(runtime: mlora.Runtime) -> None:
         )
         assert [token.id for token in one.tokens] == alone(runtime.model, x, entry, alone_one)
         assert one.usage.prompt == len(x) and one.finish_reason == "length"
+
+
+def test_the_prompts_of_a_list_are_read_in_one_step(runtime: mlora.Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    own = Worker._generation_step
+
+    def counted(self: Any) -> None:
+        steps.append(len(self.batch_processor.inputs_and_outputs.requests_in_batch))
+        own(self)
+
+    monkeypatch.setattr(Worker, "_generation_step", counted)
+    asked = [(prompt(seed, 4 + seed), ENTRIES[seed]) for seed in range(6)]
+    sampling = Sampling(max_new_tokens=3, ignore_eos=True)
+    with engine(runtime) as served:
+        answers = {one.request: [token.id for token in one.tokens] for one in served.generate_many(asked, sampling)}
+    assert steps == [6, 6, 6]
+    for number, (x, entry) in enumerate(asked):
+        assert answers[number] == alone(runtime.model, x, entry, sampling)
+
+
+def test_a_list_of_which_some_are_refused_and_more_than_may_wait(runtime: mlora.Runtime) -> None:
+    asked: list[Any] = [(prompt(seed), ENTRIES[seed % 6]) for seed in range(12)]
+    asked[3], asked[11] = (prompt(3), "unknown"), ([], None)
+    sampling = Sampling(max_new_tokens=3, ignore_eos=True)
+    with engine(runtime, max_running=2, max_waiting=3, ahead=1) as served:
+        answers = {one.request: one for one in served.generate_many(asked, sampling)}
+        assert {*answers} == {*range(12)}
+        assert [number for number, one in sorted(answers.items()) if one.error is not None] == [3, 11]
+    ended = list(served.generate_many(asked[:2], sampling))
+    assert [type(one.error) for one in ended] == [errors.ServeError] * 2
 
 
 def test_generate_many_left_early(runtime: mlora.Runtime) -> None:
