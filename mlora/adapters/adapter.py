@@ -157,10 +157,11 @@ class Adapter:
         config, tensors, ignored = without(self.config, self.tensors, ignore)
         return Adapter(config, tensors, self.source, (*self.ignored, *ignored)) if ignored else self
 
-    def holding(self, tensors: Mapping[str, Tensor]) -> Adapter:
-        """The adapter with the same tensors in other memory."""
+    def holding(self, tensors: Mapping[str, Tensor], **told: Any) -> Adapter:
+        """The adapter with the same tensors in other memory, or with such as need no check; `told`: other fields."""
         moved = copy.copy(self)
-        object.__setattr__(moved, "tensors", tensors)
+        for name, value in {"tensors": tensors, **told}.items():
+            object.__setattr__(moved, name, value)
         return moved
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -112,3 +112,24 @@ def cut(places: Iterable[Place], data: Tensor) -> dict[str, Tensor]:
             flat[dtype] = data[: data.numel() - data.numel() % DTYPES[dtype].itemsize].view(DTYPES[dtype])
         found[key] = flat[dtype].as_strided(shape, strides, at)
     return found
+
+
+class InMemory(Mapping[str, Tensor]):
+    """What `cut` makes of `places` and `data`, when one of them is asked for first. `text`: the header, as it is in the
+    file."""
+
+    def __init__(self, text: bytes, places: Sequence[Place], data: Tensor) -> None:
+        self.text, self.places, self.data = text, places, data
+
+    @cached_property
+    def _tensors(self) -> dict[str, Tensor]:
+        return cut(self.places, self.data)
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._tensors[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return (place.key for place in self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)

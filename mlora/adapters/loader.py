@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import errors
 from .bare import contents_of
 from .folder import File, read_files
-from .header import DTYPES, MAX_HEADER, Header, cut, parse
+from .header import DTYPES, MAX_HEADER, Header, InMemory, cut, parse
 from .instead import X_LORA, instead, names_under
 from .keys import check_ignore, is_ignored, without
 from .on_disk import OnDisk
@@ -25,7 +25,10 @@ MAX_CONFIG = 16 << 20  # bytes; AdaLoRA's masks are the largest configs, some hu
 
 
 class Contents(NamedTuple):
-    """What was read: the fields of an `Adapter`; and `raw`, the bytes of the files, uint8."""
+    """What was read: the fields of an `Adapter`; and `raw`, the bytes of the files, uint8.
+
+    `tensors` are `InMemory` where all of a safetensors file beside a config was taken.
+    """
 
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
@@ -100,7 +103,7 @@ def _config(file: File) -> dict[str, Any]:
 
 def _tensors(
     folder: Path, weights: str, files: Mapping[str, File], allow_pickle: bool, ignore: Sequence[str]
-) -> dict[str, Tensor]:
+) -> Mapping[str, Tensor]:
     if weights in files:
         return _safetensors(files[weights], ignore)[1]
     if PICKLE not in files:
@@ -121,32 +124,33 @@ def _tensors(
     return tensors
 
 
-def _header(file: File) -> tuple[Header, int]:
-    """Its header, and where the bytes behind it start."""
+def _header(file: File) -> tuple[bytes, Header, int]:
+    """Its header, as it is there and parsed, and where the bytes behind it start."""
     try:
         length = int.from_bytes(file.text(0, 8), "little")
         if length > min(MAX_HEADER, file.size - 8):
             raise ValueError(f"its header would have {length:,} bytes")
-        header, start = parse(file.text(8, length)), 8 + length
+        text = file.text(8, length)
+        header, start = parse(text), 8 + length
         if start + header.nbytes != file.size:
             raise ValueError(f"its header tells of {header.nbytes:,} bytes of tensors; it has {file.size - start:,}")
     except (OSError, ValueError) as error:
         raise errors.AdapterError(f"{file.path} is damaged or not a safetensors file: {error}") from error
-    return header, start
+    return text, header, start
 
 
 def _on_disk(file: File) -> OnDisk | None:
     """The tensors left where they are; None where one is of a dtype that is not read."""
-    header, start = _header(file)
+    _, header, start = _header(file)
     if any(place.dtype not in DTYPES for place in header.places):
         return None
     return OnDisk(file.path, file.state, start, {place.key: place for place in header.places})
 
 
-def _safetensors(file: File, ignore: Sequence[str]) -> tuple[Header, dict[str, Tensor]]:
+def _safetensors(file: File, ignore: Sequence[str]) -> tuple[Header, Mapping[str, Tensor]]:
     """The tensors in memory of their own, one piece for all; of what is ignored and cannot be read, the bytes."""
     _check_size(file)
-    header, start = _header(file)
+    text, header, start = _header(file)
     try:
         data = file.read(start, header.nbytes)
     except (OSError, ValueError) as error:
@@ -158,7 +162,7 @@ def _safetensors(file: File, ignore: Sequence[str]) -> tuple[Header, dict[str, T
             f"are: {', '.join(DTYPES)}"
         )
     if not foreign:
-        return header, cut(header.places, data)
+        return header, InMemory(text, header.places, data)
     bytes_of = {place.key: data[place.start : place.end] for place in foreign}
     return header, cut([place for place in header.places if place.dtype in DTYPES], data) | bytes_of
 

@@ -6,7 +6,7 @@ Nothing is padded to a maximum rank: a blob holds each part at its true size, al
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,8 +26,6 @@ OFFSETS = (layout.A, layout.B, layout.GAIN, layout.IN_GAIN, layout.SHIFT, layout
 """The columns of a table that hold offsets."""
 
 _TURNED_BYTES = 1 << 18
-
-_REST = 8  # what part of a blob may be copied so that the rest need not be there twice
 
 
 @dataclass(frozen=True)
@@ -207,67 +205,6 @@ def pack(
     return Packed(blob, cuts, rows, touches, heads, trained, rests, invocation)
 
 
-class Held(Mapping[str, Tensor]):
-    """Tensors that lie in a blob, made when they are asked for. `places`: key -> (shape, strides, offset)."""
-
-    def __init__(self, blob: Tensor, places: Mapping[str, tuple[Sequence[int], Sequence[int], int]]) -> None:
-        self._blob, self._places = blob, places
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self._blob.as_strided(*self._places[key])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-
-def tensors_in(packed: Packed, deltas: Mapping[int, Delta], tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The same tensors, in no memory beside the blob where nearly all are in it as they are: the factors of a LoRA in
-    the arena's dtype. Else as they were given.
-
-    Args:
-        deltas: what was packed, made of `tensors`.
-    """
-    blob, offsets = packed.blob, packed.rows[:, 0][:, (layout.A, layout.B)].tolist()
-    parts = {
-        part.data_ptr(): (part, offset)
-        for index, delta in deltas.items()
-        for part, offset in zip((delta.a, delta.b), offsets[index], strict=True)
-        if part is not None and offset >= 0
-    }
-    for index, delta in deltas.items():
-        if delta.matrix is not None and (tensor := delta.matrix.tensor) is not None:
-            a, b = offsets[index]
-            lies = packed.rows[index, 0, layout.WHOLE] == 1
-            parts[tensor.data_ptr()] = (tensor, a) if lies else (tensor.t(), b)
-    places: dict[str, tuple[Sequence[int], Sequence[int], int]] = {}
-    for key, tensor in tensors.items():
-        part, offset = parts.get(tensor.data_ptr(), (None, 0))
-        if part is None or tensor.dtype is not blob.dtype or not (tensor.is_cpu and tensor.is_contiguous()):
-            continue
-        shape = tensor.shape
-        if part is tensor or (part.shape == shape and part.is_contiguous()):
-            places[key] = shape, tensor.stride(), offset
-        elif len(shape) == 2 and part.shape == shape[::-1] and part.stride() == (1, shape[1]):
-            places[key] = shape, (1, shape[0]), offset
-    held = Held(blob, places)
-    if len(places) == len(tensors):
-        return held
-    if sum(tensor.nbytes for key, tensor in tensors.items() if key not in places) > packed.nbytes / _REST:
-        return dict(tensors)
-    return {key: held[key] if key in places else tensor.clone() for key, tensor in tensors.items()}
-
-
-def beside(packed: Packed, tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of an adapter's tensors that lie elsewhere than in its blob."""
-    if isinstance(tensors, Held):
-        return 0
-    blob = packed.blob.untyped_storage().data_ptr()
-    return sum(tensor.nbytes for tensor in tensors.values() if tensor.untyped_storage().data_ptr() != blob)
-
-
 def _is_a(matrix: Matrix, implied: bool) -> bool:
     """Whether a whole matrix is the A beside an identity for B, so that kernels read its rows in the order of memory;
     or the other way round, where the identity would be larger and is not `implied`, or the matrix is a parameter's."""
@@ -317,7 +254,9 @@ def _lay_out(
         group = [parts[number] for number in numbers]
         ready = [part for part in group if isinstance(part, Tensor)]
         if ready:
-            _copy_alike(ready, blob[offsets[numbers[0]] :], align)
+            turned = not ready[0].is_contiguous() and ready[0].t().is_contiguous()
+            lying = [part.t() for part in ready] if turned else ready
+            copy_alike(lying, lying[0].shape if turned else None, blob[offsets[numbers[0]] :], align)
             continue
         for number, part in zip(numbers, group, strict=True):
             assert isinstance(part, Made)
@@ -345,20 +284,21 @@ def _turn_rest(turn: Turn, dtype: torch.dtype) -> Tensor | None:
     return None if rest_of(turn.diagonal, dtype) is None else turn.values - turn.values.to(dtype).to(turn.values.dtype)
 
 
-def _copy_alike(parts: list[Tensor], to: Tensor, align: int) -> None:
-    """Copy parts of one shape and layout to the start of `to`, each padded with zeros to a multiple of `align`.
+def copy_alike(parts: Sequence[Tensor], turned: Sequence[int] | None, to: Tensor, align: int) -> None:
+    """Copy parts of as many elements each to the start of `to`, each padded with zeros to a multiple of `align`.
 
-    LoRA's B, (out, rank) in files, come transposed. They are copied as they lie first, so many at a time that they
-    stay in the cache, and turned together: a quarter of the time of one by one."""
+    LoRA's B, (out, rank) in files, are `turned`, of that shape: their columns come to lie one behind another. They are
+    copied as they lie first, so many at a time that they stay in the cache, and turned together: a quarter of the time
+    of one by one."""
     first = parts[0]
     size = first.numel()
     padded = to[: (size + -size % align) * len(parts)].view(len(parts), -1)
     padded[:, size:] = 0
-    places = padded[:, :size].view(len(parts), *first.shape)
-    if first.is_contiguous() or not first.t().is_contiguous():
-        torch.stack(parts, out=places)
+    if turned is None:
+        torch.stack(list(parts), out=padded[:, :size].view(len(parts), *first.shape))
         return
+    places = padded[:, :size].view(len(parts), turned[1], turned[0])
     some = max(1, _TURNED_BYTES // first.nbytes)
     for start in range(0, len(parts), some):
-        lying = torch.stack([part.t() for part in parts[start : start + some]])
+        lying = torch.stack(list(parts[start : start + some])).view(-1, *turned)
         places[start : start + some] = lying.transpose(1, 2)

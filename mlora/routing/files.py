@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from .. import errors
 from ..adapters.adapter import Adapter
-from ..adapters.loader import check_source, read_adapter
+from ..adapters.loader import Contents, check_source, read_adapter
 from ..adapters.same import mark
 from ..adapters.sources import local_path
 from .info import AdapterInfo
@@ -40,12 +39,21 @@ class Seen:
 
 @dataclass(frozen=True)
 class Read:
-    """What `Files.read` found; `raw`: the bytes."""
+    """What `Files.read` found.
 
-    adapter: Adapter
+    Args:
+        source: for messages and listings. `path`: where the files are. `mark`: of their bytes.
+    """
+
+    found: Contents
+    source: str
     path: str
     mark: bytes
-    raw: Sequence[Tensor]
+
+    @cached_property
+    def adapter(self) -> Adapter:
+        """Raises `AdapterError` where it is none."""
+        return Adapter(self.found.config, self.found.tensors, self.source, self.found.ignored)
 
 
 @dataclass(slots=True, eq=False)
@@ -67,7 +75,7 @@ class Files:
         return {key: self.options[key] for key in ("approximate", "dense", "strict") if key in self.options}
 
     def read(self, name: str, again: bool = True) -> Read:
-        """The adapter, as it was when it was first loaded. `again`: whether it may be read once more.
+        """The files, as they were when the adapter was first loaded. `again`: whether it may be read once more.
 
         Raises:
             AdapterError: something is missing or damaged, or is not what it was.
@@ -86,7 +94,7 @@ class Files:
                 f"replace_adapter({name!r}, {self.source!r}) takes them as they are now"
             )
         source = f"{self.source.rstrip('/')}/{subfolder}" if subfolder else self.source
-        return Read(Adapter(found.config, found.tensors, source, found.ignored), path, marked, found.raw)
+        return Read(found, source, path, marked)
 
 
 def files_of(path_or_id: str | Path, options: Mapping[str, Any]) -> Files:

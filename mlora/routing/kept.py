@@ -62,7 +62,7 @@ class Kept:
         except (OSError, ValueError, KeyError, TypeError):
             return None
         told["modules"] = same_tuple(told["modules"])
-        info = AdapterInfo(name=name, source=read.adapter.source, bytes=packed.nbytes, location="host", **told)
+        info = AdapterInfo(name=name, source=read.source, bytes=packed.nbytes, location="host", **told)
         return Content(packed, None, info)
 
     def keep(self, read: Read, options: Mapping[str, Any], made: Content, reads: Iterable[tuple[str, str]]) -> None:
@@ -73,7 +73,7 @@ class Kept:
 
     def _entry(self, read: Read, options: Mapping[str, Any]) -> str:
         told = json.dumps({key: options[key] for key in sorted(options)}, default=list)
-        return hashlib.sha256("\n".join((content(read.raw), told, self._layout)).encode()).hexdigest()
+        return hashlib.sha256("\n".join((content(read.found.raw), told, self._layout)).encode()).hexdigest()
 
     def _digest(self, path: str, what: str) -> str:
         """Of a weight or bias of the base, read once as long as nothing writes to its module."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, NoReturn
 
@@ -16,7 +16,8 @@ from .. import errors
 from ..adapters.adapter import Adapter
 from ..adapters.on_disk import OnDisk
 from ..arena.bits import INPUT, TAIL, TURN
-from ..arena.pack import Packed, beside, tensors_in
+from ..arena.held import Span, beside, spans_of, tensors_in
+from ..arena.pack import Packed
 from ..arena.store import Store
 from ..folding.fold import Folded
 from ..gradients.trained import Trained
@@ -58,11 +59,13 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Content:
-    """An adapter that is packed, and counts on the host, before it has its name. `adapter`, `info`: as in `Loaded`."""
+    """An adapter that is packed, and counts on the host, before it has its name. `adapter`, `info`: as in `Loaded`.
+    `spans`: of its tensors, see `spans_of`."""
 
     packed: Packed
     adapter: Adapter | None
     info: AdapterInfo
+    spans: Mapping[str, Span] = field(default_factory=dict)
 
 
 class Registry:
@@ -265,7 +268,9 @@ class Registry:
         """Pack an adapter; see `add`, also for what it raises. `enter` registers it, or `Store.discard` gives it up."""
         deltas = lowered.deltas
         with self.together(f"add adapter {name!r}"):
-            packed, adapter = self._pack(name, deltas, adapter, trainable)
+            packed, spans = self._pack(name, deltas, adapter, trainable)
+            if not isinstance(adapter.tensors, OnDisk):
+                adapter = adapter.holding(tensors_in(packed, spans, adapter.tensors))
         ranks = tuple(sorted({delta.rank // (self.bases[path].own_experts or 1) for path, delta in deltas.items()}))
         info = AdapterInfo(
             name, adapter.source, adapter.peft_type, _variant(adapter), ranks[-1], ranks, same_tuple(tuple(deltas)),
@@ -278,7 +283,7 @@ class Registry:
             lowered.missing, lowered.unused, all(delta.is_zero for delta in deltas.values()), adapter.ignored,
             tuple(sources),
         )  # fmt: skip
-        return Content(packed, adapter, info)
+        return Content(packed, adapter, info, spans)
 
     def enter(
         self,
@@ -434,8 +439,8 @@ class Registry:
 
     def _pack(
         self, name: str, deltas: Mapping[str, Delta], adapter: Adapter, trainable: bool
-    ) -> tuple[Packed, Adapter]:
-        """The blob, and the adapter in memory that it shares with it where it can."""
+    ) -> tuple[Packed, Mapping[str, Span]]:
+        """The blob, and where tensors of the adapter's lie in it."""
         by_index: dict[int, Delta] = {}
         for path, delta in deltas.items():
             turned = kernel_major(delta, self.bases[path])
@@ -451,9 +456,7 @@ class Registry:
                 f"adapter {name!r}: option alora_invocation_tokens is not served on a model with an encoder, "
                 f"whose decoder reads other tokens than input_ids"
             )
-        if isinstance(adapter.tensors, OnDisk):
-            return packed, adapter
-        return packed, adapter.holding(tensors_in(packed, by_index, adapter.tensors))
+        return packed, {} if isinstance(adapter.tensors, OnDisk) else spans_of(packed, by_index, adapter.tensors)
 
     def _note(self, packed: Packed) -> None:
         """Tell compiled code which ops it needs from now on; each is one compilation more, once."""

@@ -17,13 +17,14 @@ from dataclasses import replace
 from typing import Any
 
 from .. import errors
-from ..arena.pack import Held
+from ..arena.held import Held
 from ..arena.store import Store
 from ..folding.fold import Folded
 from ..lowering import Lowered
 from ..lowering.reads import noting
 from .entries import is_single
 from .files import Files, Read, Seen
+from .forms import Forms
 from .info import AdapterInfo, HostUse
 from .kept import Kept
 from .registry import Content, Loaded, Registry
@@ -45,6 +46,7 @@ class Tiers:
     ) -> None:
         self._registry = registry
         self._store = store
+        self._forms = Forms(store)
         self._kept = kept
         self._folded = folded
         self._lock = lock
@@ -83,20 +85,22 @@ class Tiers:
 
     def _content(self, name: str, files: Files) -> tuple[Content, Read, bool]:
         """Packed; what was read; and whether a blob is no more than the files are."""
-        registry, kept = self._registry, self._kept
+        registry, kept, forms, options = self._registry, self._kept, self._forms, files.lowering
         bounded = self._store.host.most is not None
         read = files.read(name, again=bounded or kept is not None)
         plain = files.seen is not None and files.seen.plain
+        if (found := forms.find(name, read, options)) is not None:
+            return _bounded(found) if bounded else found, read, True
         if kept is not None and not plain and (found := kept.find(name, read, files.options)) is not None:
             return found, read, False
         with noting() as reads:
             adapter = registry.own_part(read.adapter)
-            content = registry.content(name, adapter, registry.lowered(adapter, **files.lowering))
-        held = content.adapter is not None and isinstance(content.adapter.tensors, Held)
-        plain = held and adapter is read.adapter
+            content = registry.content(name, adapter, registry.lowered(adapter, **options))
+        own = adapter is read.adapter and not reads
+        plain = own and (forms.learn(read, options, content) or _is_held(content))
         if kept is not None and not plain:
             kept.keep(read, files.options, content, reads)
-        return content if held or not bounded else replace(content, adapter=None), read, plain
+        return _bounded(content) if bounded else content, read, plain
 
     # What is needed
 
@@ -185,3 +189,13 @@ class Tiers:
         if loaded.key in dict(self._folded.recipe):
             return f"{packed.held:,} bytes, folded into the weights"
         return "" if loaded.files is not None or loaded.group is not None else f"{packed.held:,} bytes, of no files"
+
+
+def _is_held(content: Content) -> bool:
+    """Whether its tensors lie in its blob."""
+    return content.adapter is not None and isinstance(content.adapter.tensors, Held)
+
+
+def _bounded(content: Content) -> Content:
+    """As it is kept where host memory is bounded: without tensors that lie elsewhere, which are read again."""
+    return content if _is_held(content) else replace(content, adapter=None)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DENSE, EXACT, REFUSED, SPECS, Spec, make, merged, planted
-from conftest import VOCAB, assert_close, build, inputs_for, logits, peft_alone, refused, row_of
+from conftest import VOCAB, assert_close, build, inputs_for, logits, peft_alone, refused, rewrite, row_of
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
@@ -187,6 +187,50 @@ def test_weighted(worlds: Any, verdicts: Any, spec: Spec, kind: str) -> None:
         named = [world.entry(entry) for entry in entries]
         with refused(world.model, errors.EntryError, "another size", spec.name):
             world.model(**world.batch(entries), adapter_names=named)
+
+
+# Those whose blob holds the tensors of their file and nothing else.
+FORMED = {
+    "LoRA", "rsLoRA", "LoRA with rank and alpha patterns", "MiCA", "LoRA, orthogonal init", "EVA", "aLoRA",
+    "PiSSA, converted", "PiSSA with rsLoRA, converted", "OLoRA, converted",
+    "LoRA with a trained classifier",  # which Llama here does not have
+}  # fmt: skip
+ONES = [(spec, model) for spec, model in CASES if model == "llama" or spec.name == "LoRA"]
+
+
+@pytest.mark.parametrize(("spec", "kind"), ONES, ids=[f"{model}-{spec.id}" for spec, model in ONES])
+def test_another_of_its_form(worlds: Any, tmp_path: Path, spec: Spec, kind: str) -> None:
+    """A file of other numbers, packed by the form of one that came before, is what it is by itself, to the bit."""
+    world = worlds(kind)
+    runtime, options = world.runtime, {"dense": spec.verdict == DENSE}
+    forms = runtime._tiers._forms._known
+    forms.clear()
+
+    def load(number: int) -> Any:
+        def scaled(state: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {key: tensor / number if ".lora_" in key else tensor for key, tensor in state.items()}
+
+        folder = tmp_path / str(number)
+        if not folder.exists():
+            rewrite(world.folder(spec), folder, tensors=scaled)
+        runtime.load_adapter(folder, "another", **options)
+        packed, adapter = runtime._store["another"], runtime._registry.adapter("another")
+        info = runtime.adapter("another")
+        tensors = {key: tensor.clone() for key, tensor in adapter.tensors.items()}
+        runtime.delete_adapter("another")
+        return packed, info, tensors, dict(adapter.config)
+
+    load(2)
+    assert len(forms) == (spec.name in FORMED and kind != "conv")
+    got = load(4)
+    forms.clear()
+    wanted = load(4)
+    assert got[0].blob.equal(wanted[0].blob) and (got[0].rows == wanted[0].rows).all()
+    assert (got[0].touches == wanted[0].touches).all()
+    for name in ("cuts", "heads", "trained", "rests", "invocation"):
+        assert getattr(got[0], name) == getattr(wanted[0], name)
+    assert got[1] == wanted[1] and got[3] == wanted[3] and got[2].keys() == wanted[2].keys()
+    assert all(tensor.equal(wanted[2][key]) for key, tensor in got[2].items())
 
 
 @pytest.mark.parametrize("kind", ("llama", "gpt2", "conv"))
