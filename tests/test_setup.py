@@ -93,9 +93,12 @@ print([(str(w.message), w.filename, w.lineno) for w in seen if "mlora" in str(w.
     assert done.stdout.strip() == str([(message, "<string>", 8)])  # the line that first uses it
 
 
-def test_cuda_operators_that_do_not_load_are_told_of_once_and_missed(tmp_path: Path) -> None:
-    """As beside a torch of another CUDA, whose libraries they do not find."""
-    (tmp_path / "_C_cuda.abi3.so").write_bytes(b"no library")
+@pytest.mark.parametrize(
+    ("library", "why"), [(b"no library", "file too short"), (b"..libcudart.so.7.", "they are built with CUDA 7, torch")]
+)
+def test_cuda_operators_that_do_not_load_are_told_of_once_and_missed(tmp_path: Path, library: bytes, why: str) -> None:
+    """As beside a torch of another CUDA, whether or not the libraries of theirs are there."""
+    (tmp_path / "_C_cuda.abi3.so").write_bytes(library)
     code = f"""
 import importlib.util, warnings
 import torch
@@ -113,7 +116,7 @@ assert not library.HAS_CUDA and dispatch.backend("cuda", torch.float32) != "cuda
     environment = {name: value for name, value in os.environ.items() if name != "MLORA_BACKEND"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("CUDA operators do not load beside torch") == 1, done.stdout
+    assert done.stdout.count("CUDA operators do not load beside torch") == 1 and why in done.stdout, done.stdout
     forced = {**environment, "MLORA_BACKEND": "cuda"}
     done = subprocess.run([sys.executable, "-c", code], env=forced, capture_output=True, text=True)
     assert done.returncode != 0 and "CUDA operators do not load: " in done.stderr, done.stderr

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from typing import Any
 
 import torch
@@ -150,6 +151,7 @@ _NOT_IN_CUDA = (
     "rank_gradients_",
     "drop",
 )  # what the CUDA library lacks
+_CUDA = "mlora._C_cuda"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -157,8 +159,19 @@ def _load(module: str) -> bool:
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         return False
+    if module == _CUDA:
+        _check_cuda(spec.origin)
     torch.ops.load_library(spec.origin)
     return True
+
+
+def _check_cuda(path: str) -> None:
+    """Raise `OSError` where a library was built with another major release of CUDA than torch. It would load where that
+    one's libraries happen to be found, and fail in its first call."""
+    with open(path, "rb") as file:
+        found = re.search(rb"libcudart\.so\.(\d+)", file.read())
+    if found is not None and (own := found[1].decode()) != (torch.version.cuda or "").split(".")[0]:
+        raise OSError(f"they are built with CUDA {own}, torch with {torch.version.cuda or 'none'}")
 
 
 LIBRARY = torch.library.Library("mlora", "DEF")
@@ -177,8 +190,8 @@ HAS_CPU = not EMULATED and _load("mlora._C")
 HAS_CUDA, CUDA_ERROR = False, ""
 if torch.backends.cuda.is_built():
     try:
-        HAS_CUDA = _load("mlora._C_cuda")
-    except OSError as error:  # the libraries of the CUDA that it was built with are not there
+        HAS_CUDA = _load(_CUDA)
+    except OSError as error:  # it was built with another CUDA, or the libraries of that are not there
         CUDA_ERROR = str(error)
 if HAS_TRITON:
     for _name in _SCHEMAS.keys() - _CPU_ONLY:
