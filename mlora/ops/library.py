@@ -192,7 +192,7 @@ if torch.backends.cuda.is_built():
     try:
         HAS_CUDA = _load(_CUDA)
     except OSError as error:  # it was built with another CUDA, or the libraries of that are not there
-        CUDA_ERROR = str(error)
+        CUDA_ERROR = str(error.__cause__ or error)  # torch says which file, its cause why
 if HAS_TRITON:
     for _name in _SCHEMAS.keys() - _CPU_ONLY:
         if not HAS_CUDA or _name in _NOT_IN_CUDA:
