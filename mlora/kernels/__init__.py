@@ -1,7 +1,7 @@
 """The Triton kernels. Importing this imports Triton; `ops.library` does so at the first call that needs it."""
 
-from .launch import (
-    Launch,
+from .launch import Launch
+from .operators import (
     apply_,
     apply_group_,
     apply_keep_,

@@ -335,13 +335,13 @@ def test_launches_of_an_operator_depend_on_shapes_only() -> None:
 
 
 def test_warmup_runs_every_shape_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlora.kernels import launch
+    from mlora.kernels import operators
     from mlora.layers.warmup import warmup
 
     model = build("llama")
     runtime = mlora.patch(model, memory=1 << 16)
     ran: list[str] = []
-    monkeypatch.setattr(launch, "_run", lambda launches, where: ran.extend(item.name for item in launches))
+    monkeypatch.setattr(operators, "_run", lambda launches, where: ran.extend(item.name for item in launches))
     calls = warmup(model)
     shapes = {
         (m.in_features, m.out_features)

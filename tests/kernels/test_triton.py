@@ -26,7 +26,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED and importlib.util.find_spec("triton") is not None:
     import interpreter
 
-    from mlora.kernels import config, launch
+    from mlora.kernels import config, launch, operators
 
     interpreter.install()
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET was not set before triton was imported")
@@ -70,7 +70,7 @@ def run_apply(case: Case, recipes: list, length: int, base: bool = False, plan: 
     plan = case.plan(recipes) if plan is None else plan
     old = y.clone()
     ref = reference.apply(y, b, x, case.arena, case.table, plan)
-    launch.apply_(y, b, x, case.arena, case.table, plan)
+    operators.apply_(y, b, x, case.arena, case.table, plan)
     check(y, case.oracle(old, b, x, recipes), ref)
     routed = torch.tensor([bool(r) for r in recipes]).repeat_interleave(length)
     assert torch.equal(y[~routed], old[~routed])
@@ -130,9 +130,9 @@ def test_b_reaches_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     x, plan = case.randn(4, 100), case.plan([A, [], [(1, 1.0)], A])
     near, beyond = (case.randn(4, 70) for _ in range(2))
     beyond.copy_(near)
-    launch.apply_(near, None, x, case.arena, case.table, plan)
+    operators.apply_(near, None, x, case.arena, case.table, plan)
     monkeypatch.setattr(config, "_REACH", 1)
-    launch.apply_(beyond, None, x, case.arena, case.table, plan)
+    operators.apply_(beyond, None, x, case.arena, case.table, plan)
     assert torch.equal(near, beyond)
 
 
@@ -187,15 +187,15 @@ def test_plans_that_route_nothing_or_have_room_left() -> None:
     x, y = case.randn(6, 20), case.randn(6, 33)
     before = y.clone()
     for plan in (torch.zeros(8, dtype=torch.int32), torch.zeros(1 << 10, dtype=torch.int32), case.plan([[], []])):
-        launch.apply_(y, None, x, case.arena, case.table, plan)
+        operators.apply_(y, None, x, case.arena, case.table, plan)
         assert torch.equal(y, before)
-        assert torch.equal(launch.scale_input(x, case.arena, case.table, plan), x)
+        assert torch.equal(operators.scale_input(x, case.arena, case.table, plan), x)
     run_apply(case, [A, [], B], 2, plan=case.plan([A, [], B], spare=5000))
 
 
 def delta(case: Case, x: Tensor, y: Tensor, select: Tensor, chosen: list) -> Tensor:
     out = y[select].clone()
-    launch.apply_(out, None, x[select], case.arena, case.table, case.plan(chosen))
+    operators.apply_(out, None, x[select], case.arena, case.table, case.plan(chosen))
     return out
 
 
@@ -255,15 +255,15 @@ def test_linear_matches_fp64(
     b = case.randn(70) if bias else None
     for recipe in (recipes, [[]] * 4):
         plan = case.plan(recipe)
-        got = launch.linear(x, weight, b, case.arena, case.table, plan, 1)
+        got = operators.linear(x, weight, b, case.arena, case.table, plan, 1)
         dense = F.linear(x.double(), weight.double(), None if b is None else b.double())
         ref = reference.linear(x, weight, b, case.arena, case.table, plan, 0)
         check(got, case.oracle(dense, None, x, recipe), ref)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", interpreter.chain_dot)
-    got = launch.linear(x, weight, b, case.arena, case.table, plan, 1)
+    got = operators.linear(x, weight, b, case.arena, case.table, plan, 1)
     blank = torch.zeros(8, dtype=torch.int32)
-    assert torch.equal(got, launch.linear(x, weight, b, case.arena, case.table, blank, 1)), "base rows"
-    mixed = launch.linear(x, weight, b, case.arena, case.table, case.plan(recipes), 1)
+    assert torch.equal(got, operators.linear(x, weight, b, case.arena, case.table, blank, 1)), "base rows"
+    mixed = operators.linear(x, weight, b, case.arena, case.table, case.plan(recipes), 1)
     assert torch.equal(mixed[length : 2 * length], got[length : 2 * length]), "base rows beside others"
 
 
@@ -276,7 +276,7 @@ def test_scale_input(dtype: torch.dtype, wide: bool, width: int) -> None:
     x, _ = sentinel(12, width, dtype)
     x.copy_(case.randn(12, width))
     plan = case.plan(recipes)
-    got = launch.scale_input(x, case.arena, case.table, plan)
+    got = operators.scale_input(x, case.arena, case.table, plan)
     oracle = x.double().clone()
     for t in range(12):
         for slot, weight in recipes[t // 3]:
@@ -308,13 +308,13 @@ def test_turns(dtype: torch.dtype, wide: bool, width: int, shapes: Any) -> None:
             if "turn" in adapter:
                 inputs[t] += weight * turned(adapter["in_turn"], adapter["shape"][1], x[t])
                 outputs[t] += weight * turned(adapter["turn"], adapter["shape"][1], x[t])
-    got = launch.scale_input(x, *tensors)
+    got = operators.scale_input(x, *tensors)
     check(got, inputs, reference.scale_input(x, *tensors))
     assert torch.equal(got[3:6], x[3:6])
-    got = launch.turn_output(y, x, *tensors)
+    got = operators.turn_output(y, x, *tensors)
     check(got, outputs, reference.turn_output(y, x, *tensors))
     assert torch.equal(got[3:6], y[3:6])
-    assert torch.equal(launch.turn_output(x, None, *tensors), launch.turn_output(x, x, *tensors))
+    assert torch.equal(operators.turn_output(x, None, *tensors), operators.turn_output(x, x, *tensors))
 
 
 @interpreted
@@ -337,11 +337,11 @@ def test_embed_matches_fp64(dtype: torch.dtype, wide: bool, width: int) -> None:
     old, outside, plan = y.clone(), buffer.clone(), case.plan(recipes)
     hot = F.one_hot(ids.flatten(), vocab).to(dtype)
     reference_y = reference.embed(old, ids, case.arena, case.table, plan, vocab)
-    launch.embed_(y, ids, case.arena, case.table, plan, vocab)
+    operators.embed_(y, ids, case.arena, case.table, plan, vocab)
     check(y, case.oracle(old, None, hot, recipes), reference_y)
     assert torch.equal(y[length : 2 * length], old[length : 2 * length])
     one = old[-1:].clone()
-    launch.embed_(one, ids[-1:, -1:], case.arena, case.table, case.plan([C]), vocab)
+    operators.embed_(one, ids[-1:, -1:], case.arena, case.table, case.plan([C]), vocab)
     assert torch.equal(one, y[-1:]), "a token does not see the others"
     y.copy_(old)
     assert torch.equal(buffer.view(torch.uint8), outside.view(torch.uint8)), "wrote outside of the view"
@@ -365,14 +365,14 @@ def test_merge_matches_fp64(dtype: torch.dtype, wide: bool, width_in: int, width
             if name in adapter:
                 oracle += w * adapter[name].view(shape) * before.double()
                 wide = wide + w * adapter[name].view(shape).float() * before.float()
-    launch.merge_(weight, None, case.arena, case.table, case.plan([MIX]))
+    operators.merge_(weight, None, case.arena, case.table, case.plan([MIX]))
     check(weight, oracle, wide.to(dtype))
     elsewhere = torch.full_like(before, torch.nan)
-    launch.merge_(elsewhere, before, case.arena, case.table, case.plan([MIX]))
+    operators.merge_(elsewhere, before, case.arena, case.table, case.plan([MIX]))
     assert torch.equal(elsewhere, weight)
     weight.copy_(before)
     assert torch.equal(buffer.view(torch.uint8), outside.view(torch.uint8)), "wrote outside of the view"
-    launch.merge_(weight, None, case.arena, case.table, torch.zeros(8, dtype=torch.int32))
+    operators.merge_(weight, None, case.arena, case.table, torch.zeros(8, dtype=torch.int32))
     assert torch.equal(weight, before)
 
 
@@ -387,7 +387,7 @@ def test_any_strides(shape: str) -> None:
         x, y = case.randn(4, 9, 20)[:, 2:8], case.randn(4, 9, 40)[:, 1:7, 4:37]
     plan = case.plan([A, [], B, MIX])
     expected = reference.apply(y, None, x, case.arena, case.table, plan)
-    launch.apply_(y, None, x, case.arena, case.table, plan)
+    operators.apply_(y, None, x, case.arena, case.table, plan)
     torch.testing.assert_close(y, expected)
 
 
@@ -419,7 +419,7 @@ def test_wrong_tensors_are_refused() -> None:
         ((y, None, x, case.arena, case.table, plan[:5]), "header"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            launch.apply_(*args)
+            operators.apply_(*args)
 
 
 GENERATE = """

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
     import interpreter
 
-    from mlora.kernels import config, launch
+    from mlora.kernels import config, launch, operators
 
     interpreter.install()
 
@@ -51,8 +51,8 @@ def kept_by(case: Case, recipes: list, length: int, x: Tensor) -> tuple[Tensor, 
     plan = case.plan(recipes)
     y = torch.zeros(len(x), case.width_out, dtype=case.dtype)
     plain, v = y.clone(), torch.full((width_of_v(case, recipes, length),), torch.nan)
-    launch.apply_keep_(y, v, None, x, case.arena, case.table, plan)
-    launch.apply_(plain, None, x, case.arena, case.table, plan)
+    operators.apply_keep_(y, v, None, x, case.arena, case.table, plan)
+    operators.apply_(plain, None, x, case.arena, case.table, plan)
     assert torch.equal(y, plain), "keeping changes the result"
     return y, v
 
@@ -91,8 +91,8 @@ def test_linear_keeps_what_apply_keeps() -> None:
     want = kept_by(case, recipes, 2, x.flatten(0, 1))[1]
     for kblock in (0, 1):
         v = torch.full_like(want, torch.nan)
-        y = launch.linear_keep(x, weight, bias, v, case.arena, case.table, plan, kblock)
-        assert torch.equal(y, launch.linear(x, weight, bias, case.arena, case.table, plan, kblock))
+        y = operators.linear_keep(x, weight, bias, v, case.arena, case.table, plan, kblock)
+        assert torch.equal(y, operators.linear(x, weight, bias, case.arena, case.table, plan, kblock))
         assert torch.equal(v, want)
 
 
@@ -109,7 +109,7 @@ def test_rank_gradients_match_fp64(
     v = torch.randn(width_of_v(case, recipes, length), generator=case.generator)
     offsets, size = offsets_of(case, width)
     to, ref = torch.full((size,), torch.nan), torch.full((size,), torch.nan)
-    launch.rank_gradients_(to, v, rows, offsets, case.arena, case.table, plan)
+    operators.rank_gradients_(to, v, rows, offsets, case.arena, case.table, plan)
     training.rank_gradients_(ref, v, rows, offsets, case.arena, case.table, plan)
     check_rank_gradients(to, ref, v, rows, offsets, case, recipes, length)
 
@@ -122,7 +122,7 @@ def test_more_routes_and_slots_than_are_read_at_once() -> None:
     v = torch.randn(width_of_v(case, recipes, 1), generator=case.generator)
     offsets, size = offsets_of(case, 9)
     to, ref = torch.full((size,), torch.nan), torch.full((size,), torch.nan)
-    for run, where in ((launch.rank_gradients_, to), (training.rank_gradients_, ref)):
+    for run, where in ((operators.rank_gradients_, to), (training.rank_gradients_, ref)):
         run(where, v, rows, offsets, case.arena, case.table, case.plan(recipes))
     check_rank_gradients(to, ref, v, rows, offsets, case, recipes, 1)
 
@@ -142,9 +142,9 @@ def test_what_a_backward_pass_launches() -> None:
     (a, size_a), (b, size_b) = offsets_of(case, 40), offsets_of(case, 48)
     to, other = torch.empty(size_a), torch.empty(size_b)
     with interpreted.counting([h, x, dx, to, other]) as counts:
-        launch.apply_keep_(dx, big, None, h, case.arena, exchanged, plan)
-        launch.rank_gradients_(to, big, x, a, case.arena, exchanged, plan)
-        launch.rank_gradients_(other, v, h, b, case.arena, case.table, plan)
+        operators.apply_keep_(dx, big, None, h, case.arena, exchanged, plan)
+        operators.rank_gradients_(to, big, x, a, case.arena, exchanged, plan)
+        operators.rank_gradients_(other, v, h, b, case.arena, case.table, plan)
     assert len(counts.launches) <= 4 and counts.syncs == 0
     assert not any(one.float_atomics for one in counts.launches)
 
@@ -157,7 +157,7 @@ def gradient(case: Case, recipes: list, rows: Tensor, vs: dict[int, Tensor], slo
     offsets = torch.full((len(case.table),), -1)
     offsets[slot] = 0
     to = torch.full((rank * width,), torch.nan)
-    launch.rank_gradients_(to, v, rows.flatten(0, 1), offsets, case.arena, case.table, case.plan(recipes))
+    operators.rank_gradients_(to, v, rows.flatten(0, 1), offsets, case.arena, case.table, case.plan(recipes))
     return to.view(rank, width)
 
 
@@ -200,7 +200,7 @@ def test_what_is_kept_does_not_see_its_batch(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(launch, "INTERPRETED", config.Device(processors, 90))
         batch = torch.cat([others[:27], x, others[27:]])
         v = torch.full((27 * (3 + 16 + 20),), torch.nan)
-        launch.apply_keep_(
+        operators.apply_keep_(
             torch.zeros(81, 8, dtype=torch.bfloat16), v, None, batch, case.arena, case.table,
             case.plan([B, A, [(2, 1.0)]]),
         )  # fmt: skip
@@ -242,4 +242,4 @@ def test_wrong_memory_is_refused(how: str) -> None:
     }  # fmt: skip
     spoil(arguments)
     with pytest.raises(RuntimeError, match=message):
-        launch.rank_gradients_(*arguments.values())
+        operators.rank_gradients_(*arguments.values())

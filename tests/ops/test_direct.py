@@ -16,7 +16,7 @@ import mlora
 from mlora.ops import direct, dispatch
 
 pytestmark = pytest.mark.skipif(
-    not NATIVE or not direct._READY, reason="built without the C++ operators, or a torch that C code cannot ask"
+    not NATIVE or not direct.READY, reason="built without the C++ operators, or a torch that C code cannot ask"
 )
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -295,7 +295,7 @@ def test_other_pairs_are_refused():
 
 
 @needs_native
-@pytest.mark.skipif(not direct._READY, reason="a torch that C code cannot ask")
+@pytest.mark.skipif(not direct.READY, reason="a torch that C code cannot ask")
 @ROWS
 def test_past_the_dispatcher(dtype):
     """The operators' bits; x and y of the arena's dtype are not taken."""
