@@ -48,8 +48,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hub id or folder; default SmolLM2-135M-Instruct")
     parser.add_argument("--only", nargs="*", default=["runs", "sft", "evaluate"], help="which of the above")
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--prompts", type=int, default=50, help="rows that entries are judged by")
+    parser.add_argument("--turns", type=int, default=3, help="after one on a small part, which warms up")
+    parser.add_argument("--prompts", type=int, default=200, help="rows that entries are judged by")
+    parser.add_argument("--words", type=int, default=8, help="of a prompt that entries are judged by, at most")
     add_arguments(parser)
     args = parser.parse_args()
     console = set_up(args)
@@ -68,17 +69,17 @@ def main() -> None:
     console.print(table)
 
 
-def rows_of(seed: int, count: int) -> list[dict[str, str]]:
-    """Rows of 10 to 40 tokens or so."""
+def rows_of(seed: int, count: int, most: int = 32) -> list[dict[str, str]]:
+    """A prompt of `most` / 4 to `most` words, a token each, and as many to be answered."""
     draw = random.Random(seed)
-    sentences = [" ".join(draw.choices(WORDS, k=draw.randint(8, 32))) for _ in range(count)]
+    sentences = [" ".join(draw.choices(WORDS, k=draw.randint(most // 4, most))) for _ in range(count)]
     return [{"prompt": f"{sentence}:", "completion": f" {' '.join(sentence.split()[::-1])}"} for sentence in sentences]
 
 
 class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.smoke, self.turns = args.smoke, 1 if args.smoke else args.turns
-        self.prompts = 4 if self.smoke else args.prompts
+        self.prompts, self.words = 4 if self.smoke else args.prompts, args.words
         self.folder = Path(tempfile.mkdtemp())
         if self.smoke:
             self.base, self.tokenizer = tiny_llama(), _letters()
@@ -90,26 +91,26 @@ class Bench:
 
     def runs(self) -> list[Figure]:
         count, steps, batch = (3, 2, 2) if self.smoke else (16, 6, 2)
-        data = {f"run{number}": rows_of(number, 8 * batch) for number in range(count)}
+        data = {f"run{number}": rows_of(number, 8 * batch, 16) for number in range(count)}
         losses: dict[str, float] = {}
 
-        def together() -> None:
+        def together(count: int) -> None:
             folder = self._fresh()
             runtime = mlora.patch(twin(self.base), memory=1 << 30)
             config = {"peft_type": "LORA", **LORA}
             runs = {
                 name: mlora.Run(rows, config, learning_rate=1e-3, batch_size=batch, max_steps=steps, seed=0)
-                for name, rows in data.items()
+                for name, rows in list(data.items())[:count]
             }
             mlora.Trainer(runtime, self.tokenizer, runs, folder, progress=False).train()
             scores = mlora.evaluate(runtime, self.tokenizer, {"own": data["run0"]}, {"run0": "run0"})
             losses["mlora"] = scores[0].values["loss"]
 
-        def alone() -> None:
+        def alone(count: int) -> None:
             from peft import LoraConfig, get_peft_model
             from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-            for name, rows in data.items():
+            for name, rows in list(data.items())[:count]:
                 torch.manual_seed(0)
                 model = get_peft_model(twin(self.base), LoraConfig(**LORA))
                 folder = self._fresh()
@@ -125,7 +126,7 @@ class Bench:
                 if name == "run0":
                     losses["peft"] = self._loss(model, rows)
 
-        times = self._alternate({"peft": alone, "mlora": together})
+        times = self._alternate({"peft": alone, "mlora": together}, count, 2)
         start = self._loss(self.base, data["run0"])
         apart = abs(losses["mlora"] - losses["peft"])  # rows come in another order
         if not (self.smoke or (losses["mlora"] < start and apart < 0.2 * (start - losses["peft"]) + 0.05)):
@@ -179,7 +180,7 @@ class Bench:
 
         names = ["a", "b"]
         folders = [make_adapter(self.base, self.folder / name, 8, seed) for seed, name in enumerate(names)]
-        rows = rows_of(1, self.prompts)
+        tasks = rows_of(1, self.prompts, self.words)
         merges = {} if self.smoke else grid(names, ["linear"], weights=[0.1 * n for n in range(1, 11)])
         merges.update(grid(names, ["ties"], [0.5] if self.smoke else [0.2, 0.5, 0.8], [0.5, 1.0], 16))
         entries: dict[str, Any] = {"bare": None, "a": "a", "b": "b", **merges}
@@ -192,17 +193,18 @@ class Bench:
         peft.load_adapter(folders[1], "b")
         losses: dict[str, dict[str, float]] = {}
 
-        def shared() -> None:
-            scores = mlora.evaluate(runtime, self.tokenizer, {"task": rows}, entries)
+        def shared(count: int) -> None:
+            scores = mlora.evaluate(runtime, self.tokenizer, {"task": tasks[:count]}, entries)
             losses["shared"] = {score.entry: score.values["loss"] for score in scores}
 
-        def turns() -> None:
+        def turns(count: int) -> None:
             losses["turns"] = {}
             for label, entry in entries.items():
-                (score,) = mlora.evaluate(runtime, self.tokenizer, {"task": rows}, {label: entry})
+                (score,) = mlora.evaluate(runtime, self.tokenizer, {"task": tasks[:count]}, {label: entry})
                 losses["turns"][label] = score.values["loss"]
 
-        def with_peft() -> None:
+        def with_peft(count: int) -> None:
+            rows = tasks[:count]
             losses["peft"] = {}
             for label, entry in entries.items():
                 if entry is None:
@@ -226,21 +228,21 @@ class Bench:
                     peft.set_adapter("a")
                     peft.delete_adapter("merged")
 
-        kinds: dict[str, Callable[[], None]] = {"shared": shared, "turns": turns, "peft": with_peft}
-        times = self._alternate(kinds)
+        times = self._alternate({"shared": shared, "turns": turns, "peft": with_peft}, len(tasks), 2)
         for label in ("bare", "a", "b"):
             if not abs(losses["shared"][label] - losses["peft"][label]) < 0.05 * losses["peft"][label]:
                 raise SystemExit(f"refused to report: the loss of {label} is {losses['shared'][label]}, of PEFT's "
                                  f"{losses['peft'][label]}")  # fmt: skip
-        case = f"{len(entries)} entries on {len(rows)} prompts"
+        case = f"{len(entries)} entries on {len(tasks)} prompts"
         return [_ratio(times, case, "peft", "shared"), _ratio(times, f"{case}, by mlora in turn", "turns", "shared")]
 
-    def _alternate(self, kinds: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
+    def _alternate(self, kinds: dict[str, Callable[[int], None]], size: int, few: int) -> dict[str, list[float]]:
+        """Times of kinds at their full size, after one turn of a few, which warms up."""
         times: dict[str, list[float]] = {name: [] for name in kinds}
-        for turn in range(self.turns + (not self.smoke)):
+        for turn in range(self.turns + 1):
             for name in list(kinds) if turn % 2 else list(kinds)[::-1]:
-                spent = seconds(kinds[name])
-                if turn or self.smoke:  # the first one warms up
+                spent = seconds(lambda: kinds[name](size if turn else few))  # noqa: B023
+                if turn:
                     times[name].append(spent)
         return times
 

@@ -97,7 +97,8 @@ def _by_chunks(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]
     total, each = targets.shape[1], []
     for part in (range(start, min(start + step, total)) for start in range(0, total, step)):
         own = slice(part.start, part.stop)
-        each.append(checkpoint(given, hidden[:, own], targets[:, own], part, use_reentrant=False))
+        some = hidden[:, own].contiguous()  # or the library would multiply row by row, and read the head as often
+        each.append(checkpoint(given, some, targets[:, own], part, use_reentrant=False))
     return torch.cat(each, dim=1)
 
 
@@ -108,18 +109,18 @@ def _each(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """-log softmax(logits)[target] of each token, 0 where there is no target. Of 16-bit logits no copy in fp32 is held,
-    forward or backward, but of as many tokens as stay in the caches."""
+    """-log softmax(logits)[target] of each token, 0 where there is no target. No copy of the logits in fp32 is held,
+    forward or backward, but of as many tokens as stay in the caches, in one piece of memory."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         asked = targets != IGNORED
         index = targets.where(asked, 0)[:, None]
         norms, picked = [], []
-        for part in _parts(logits):
-            wide = _widened(logits[part])
-            norms.append(wide.logsumexp(1))
+        for part, wide in _parts(logits):
             picked.append(wide.gather(1, index[part])[:, 0])
+            most = wide.amax(1)
+            norms.append(wide.sub_(most[:, None]).exp_().sum(1).log_().add_(most))
         norm = torch.cat(norms)
         ctx.save_for_backward(logits, norm, index, asked)
         return (norm - torch.cat(picked)).where(asked, 0)
@@ -129,22 +130,22 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         logits, norm, index, asked = ctx.saved_tensors
         found = torch.empty_like(logits)
-        for part in _parts(logits):
+        for part, wide in _parts(logits):
             own = gradient[part, None]
-            wide = (_widened(logits[part]) - norm[part, None]).exp_().mul_(own)
+            wide.sub_(norm[part, None]).exp_().mul_(own)
             wide.scatter_add_(1, index[part], -own).masked_fill_(~asked[part, None], 0)
             found[part] = wide
         return found, None
 
 
-def _parts(logits: Tensor) -> Iterator[slice]:
-    """Of so many tokens each that their scores stay in the caches."""
-    step = max(1, (1 << 21) // logits.shape[1])
-    return (slice(start, start + step) for start in range(0, len(logits), step))
-
-
-def _widened(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+def _parts(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Some tokens after the others, with a copy of their logits in fp32 (fp64 of fp64), which may be written to and
+    whose memory is the next one's."""
+    step = max(1, (1 << 19) // logits.shape[1])
+    wide = logits.new_empty((step, logits.shape[1]), dtype=torch.promote_types(logits.dtype, torch.float32))
+    for start in range(0, len(logits), step):
+        own = logits[start : start + step]
+        yield slice(start, start + step), wide[: len(own)].copy_(own)
 
 
 def _rows(entries: Any, count: int, packed: bool) -> dict[Any, list[int]]:
