@@ -9,7 +9,8 @@ on all seven linears. Gradients of two adapters in one batch are checked against
     short              the same in bf16, 1 x 128 tokens
     dora               one DoRA, 128 tokens, its norm taken anew each step, as PEFT takes it each forward pass
     many32, many128, many512
-                       16 adapters with so many tokens each in one step, AdamW included, against PEFT one after another
+                       16 adapters with so many tokens each in one step, AdamW included (fused, as transformers' Trainer
+                       and mlora's have it), against PEFT one after another
     split              64 adapters x 32 tokens against one adapter with as many, forward and backward
     kept               bytes kept for the backward pass beyond the bare model's, counted, over PEFT's
     back               bringing 16 trained adapters back to the kernels, of a step with 16 x 128 tokens
@@ -27,7 +28,7 @@ import argparse
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -217,8 +218,8 @@ class Bench:
     def many(self, tokens: int, asked: str) -> list[Figure]:
         model, peft, ids = self.mlora(16), self.peft(), self.ids(16, 4 if self.smoke else tokens)
         names = [f"a{number}" for number in range(16)]
-        optimizers = [torch.optim.AdamW([p for _, p in model.mlora.named_parameters(n)], lr=1e-5) for n in names]
-        single = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], lr=1e-5)
+        optimizers = [adamw(p for _, p in model.mlora.named_parameters(name)) for name in names]
+        single = adamw(p for p in peft.parameters() if p.requires_grad)
 
         def together() -> None:
             logits = model(input_ids=ids, use_cache=False, adapter_names=names).logits
@@ -320,11 +321,13 @@ def config(dora: bool) -> Any:
 
 
 def fill(parameters: Any, seed: int) -> list[Any]:
-    """Random numbers, the same for each kind of model: a fresh adapter's B are zero."""
+    """Random numbers, the same for each kind of model: a fresh adapter's B are zero. Magnitudes, which are vectors, are
+    about as large as norms of rows are."""
     draw, filled = torch.Generator().manual_seed(seed), list(parameters)
     with torch.no_grad():
         for _, parameter in filled:
-            parameter.copy_((torch.randn(parameter.shape, generator=draw) * 0.02).bfloat16())
+            about = 2.0 if parameter.dim() == 1 else 0.0
+            parameter.copy_((about + torch.randn(parameter.shape, generator=draw) * 0.02).bfloat16())
     return filled
 
 
@@ -339,6 +342,10 @@ def distance(mine: list[Tensor], exact: list[Tensor]) -> float:
     """Relative."""
     squares = sum(float((m - e).square().sum()) for m, e in zip(mine, exact, strict=True))
     return (squares / sum(float(e.square().sum()) for e in exact)) ** 0.5
+
+
+def adamw(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(list(parameters), lr=1e-5, fused=True)
 
 
 def clear(parameters: Any) -> None:

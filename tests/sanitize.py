@@ -18,7 +18,7 @@ from pathlib import Path
 import emulation
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = tuple(f"tests/ops/test_{name}.py" for name in ("ops", "direct", "attend", "gradients", "wide"))
+TESTS = tuple(f"tests/ops/test_{name}.py" for name in ("ops", "direct", "attend", "gradients", "row_norms", "wide"))
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1"
 # Strided views with sentinels, every shape of tile, wrong plans; once more with the lowest instruction set. Left out:
 # what starts processes or traces, which tells nothing about memory.

@@ -1,4 +1,4 @@
-// The operator rank_gradients_.
+// The operators rank_gradients_ and column_sums.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -84,7 +84,44 @@ void rank_gradients_(Tensor to, Tensor v, Tensor rows, Tensor offsets, Tensor ar
   });
 }
 
+Tensor column_sums(Tensor left, std::optional<Tensor> right, std::optional<Tensor> tokens) {
+  ColumnSums p = {};
+  const int64_t width = width_of("left", left), rows = left.numel() / width;
+  const Type type = rows_type(types_of("left", left, left));
+  p.count = rows;
+  if (right) {
+    STD_TORCH_CHECK(right->scalar_type() == left.scalar_type() && width_of("right", *right) == width &&
+                        right->numel() == left.numel(),
+                    "mlora: right must be rows as left's");
+    right = rows_of(*right, &p.right_stride);
+    p.right = right->const_data_ptr();
+  }
+  if (tokens) {
+    STD_TORCH_CHECK(tokens->dim() == 1 && tokens->scalar_type() == ScalarType::Long && tokens->is_contiguous(),
+                    "mlora: tokens must be a contiguous 1-D int64 tensor");
+    p.count = tokens->numel();
+    p.tokens = static_cast<const int64_t*>(tokens->const_data_ptr());
+    for (int64_t t = 0; t < p.count; ++t) {
+      STD_TORCH_CHECK(p.tokens[t] >= 0 && p.tokens[t] < rows, "mlora: token ", p.tokens[t], " of ", rows);
+    }
+  }
+  left = rows_of(left, &p.left_stride);
+  p.left = left.const_data_ptr();
+  Tensor to = torch::stable::new_empty(left, {width}, ScalarType::Float);
+  if (p.count == 0) return torch::stable::zero_(to);
+  p.to = static_cast<float*>(to.mutable_data_ptr());
+  const int64_t units = ceil_div(width, kColumnUnit);
+  split(2 * p.count * width, [&](int64_t task, int64_t tasks) {
+    const int64_t from = task * units / tasks * kColumnUnit, end = (task + 1) * units / tasks * kColumnUnit;
+    kernels().column_sums[type](p, from, end < width ? end : width);
+  });
+  return to;
+}
+
 }  // namespace
 }  // namespace mlora
 
-STABLE_TORCH_LIBRARY_IMPL(mlora, CPU, m) { m.impl("rank_gradients_", TORCH_BOX(&mlora::rank_gradients_)); }
+STABLE_TORCH_LIBRARY_IMPL(mlora, CPU, m) {
+  m.impl("rank_gradients_", TORCH_BOX(&mlora::rank_gradients_));
+  m.impl("column_sums", TORCH_BOX(&mlora::column_sums));
+}

@@ -1,4 +1,4 @@
-// The sums over tokens that are the gradients of rank rows. Every element is one chain over at most kSegmentTokens
+// The sums over tokens that are the gradients of rank rows, and of gains and shifts. Every element is one chain over at most kSegmentTokens
 // tokens of a segment, and the segments' sums are added in order, whatever the tile: an adapter's gradient does not
 // depend on what else is in the batch, nor on the number of threads.
 #pragma once
@@ -90,6 +90,50 @@ void gradients(const Gradient& g, int64_t from, int64_t to) {
         gradient_columns<T, 1>(rows, part->v + j, s.ranks, s.count, g.to + j * g.width, g.width, n, end, add_to);
       }
     }
+  }
+}
+
+constexpr int kSumPairs = 4;  // of columns, which one pass over a block's tokens sums
+
+// Of kSegmentTokens tokens at most, of Pairs pairs of columns from n on, of which `left` are there with Tail.
+template <class T, int Pairs, bool Tail>
+MLORA_INLINE void sum_tile(const ColumnSums& p, int64_t t, int64_t end, int64_t n, int64_t left) {
+  constexpr int64_t step = 2 * W;
+  const bool add_to = t > 0;
+  Pair acc[Pairs];
+  MLORA_UNROLL for (int i = 0; i < Pairs; ++i) acc[i] = {zero(), zero()};
+  for (; t < end; ++t) {
+    const int64_t token = p.tokens ? p.tokens[t] : t;
+    const T* l = static_cast<const T*>(p.left) + token * p.left_stride + n;
+    const T* r = static_cast<const T*>(p.right) + (p.right ? token * p.right_stride + n : 0);
+    MLORA_UNROLL for (int i = 0; i < Pairs; ++i) {
+      const Pair a = load<Tail>(l + i * step, left);
+      const Pair b = p.right ? load<Tail>(r + i * step, left) : Pair{set1(1), set1(1)};
+      acc[i] = {fma(a.a, b.a, acc[i].a), fma(a.b, b.b, acc[i].b)};
+    }
+  }
+  MLORA_UNROLL for (int i = 0; i < Pairs; ++i) {
+    Pair sum = InOrder<T>::of(acc[i]);
+    float* at = p.to + n + i * step;
+    if (add_to) {
+      const Pair before = load<Tail>(at, left);
+      sum = {add(before.a, sum.a), add(before.b, sum.b)};
+    }
+    store<Tail>(at, sum, left);
+  }
+}
+
+template <class T>
+void column_sums(const ColumnSums& p, int64_t from, int64_t to) {
+  constexpr int64_t step = 2 * W;
+  for (int64_t t = 0; t < p.count; t += kSegmentTokens) {
+    const int64_t end = t + kSegmentTokens < p.count ? t + kSegmentTokens : p.count;
+    int64_t n = from;
+    for (; n + kSumPairs * step <= to; n += kSumPairs * step) {
+      sum_tile<T, kSumPairs, false>(p, t, end, n, kSumPairs * step);
+    }
+    for (; n + step <= to; n += step) sum_tile<T, 1, false>(p, t, end, n, step);
+    if (n < to) sum_tile<T, 1, true>(p, t, end, n, to - n);
   }
 }
 

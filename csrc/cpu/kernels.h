@@ -201,6 +201,26 @@ struct Gradient {
   float* to;
 };
 
+// to[n] = sum over t of left[t, n] * right[t, n], or of left[t, n]; t are the `count` numbers in `tokens`, or the first ones.
+struct ColumnSums {
+  const void* left;
+  const void* right;      // or null
+  const int64_t* tokens;  // or null
+  int64_t left_stride, right_stride, count;
+  float* to;
+};
+
+// to[n] = |W + scale B A| of row n.
+struct RowNorms {
+  const void* weight;  // [out, in]
+  const float* a;      // [rank, in]
+  const float* b;      // [out, rank], elements b_row and b_rank apart
+  int64_t stride, in, rank, b_row, b_rank;
+  float scale;
+  float* to;
+};
+constexpr int64_t kNormRows = 4;  // of a tile, which share what is read of A
+
 // What drop reads of a row of its input, and of an adapter; as in mlora/ops/dropout.py.
 enum PlaceWord : int { kWho, kStep, kRow, kPosition, kPlaceWidth };
 enum OddsWord : int { kKey, kThreshold = 2, kOddsWidth };
@@ -259,6 +279,11 @@ struct Kernels {
   // Columns [from, to) of a gradient.
   using Gradients = void (*)(const Gradient&, int64_t from, int64_t to);
 
+  // Columns [from, to).
+  using SumColumns = void (*)(const ColumnSums&, int64_t from, int64_t to);
+  // Rows [from, to); `factors` is of kNormRows * rank floats.
+  using NormRows = void (*)(const RowNorms&, int64_t from, int64_t to, float* factors);
+
   // Tokens [from, to).
   using DropTokens = void (*)(const Drop&, int64_t from, int64_t to);
 
@@ -283,6 +308,8 @@ struct Kernels {
   MergeRows merge_rows[3];
   int64_t attend_rows;  // of a tile of more than kFewRows
   Gradients gradients[3];
+  SumColumns column_sums[3];
+  NormRows row_norms[3];
   DropTokens drop[3];
   Norm rms_norm[3];
   Rotate rotate[3];

@@ -7,6 +7,7 @@
 #include "gradients.h"
 #include "linear.h"
 #include "merge.h"
+#include "norms.h"
 #include "pointwise.h"
 #include "turn.h"
 
@@ -38,6 +39,8 @@ const Kernels MLORA_TABLE(MLORA_ISA) = {
     {MLORA_ISA::merge_rows<float>, MLORA_ISA::merge_rows<fp16>, MLORA_ISA::merge_rows<bf16>},
     MLORA_ISA::kTileRows,
     {MLORA_ISA::gradients<float>, MLORA_ISA::gradients<fp16>, MLORA_ISA::gradients<bf16>},
+    {MLORA_ISA::column_sums<float>, MLORA_ISA::column_sums<fp16>, MLORA_ISA::column_sums<bf16>},
+    {MLORA_ISA::row_norms<float>, MLORA_ISA::row_norms<fp16>, MLORA_ISA::row_norms<bf16_in_order>},
     {MLORA_ISA::drop<float>, MLORA_ISA::drop<fp16>, MLORA_ISA::drop<bf16>},
     {MLORA_ISA::rms_norm<float>, MLORA_ISA::rms_norm<fp16>, MLORA_ISA::rms_norm<bf16>},
     {MLORA_ISA::rotate<float>, MLORA_ISA::rotate<fp16>, MLORA_ISA::rotate<bf16>},

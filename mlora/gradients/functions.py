@@ -7,7 +7,8 @@ With h the gradient of y = G base(U x) + B^T v + c, v = s A x in fp32, and V = s
     c       sum h
     G, U    sum h base(U x), sum x base^T(G h)
 
-What is kept for the backward pass is x, once for all layers that read it, and v, a few numbers a token. The adapters
+What is kept for the backward pass is x, once for all layers that read it, and v, a few numbers a token; of a DoRA also
+y, of which the gradient of its magnitude is made. The adapters
 are read where they lie by then; if they have been changed or deleted meanwhile, the backward pass is refused. What the
 parameters' gradients are made of these is in `parts.py`.
 """
@@ -68,22 +69,25 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         v = site.kept(x)
         y = dispatch.linear_keep(x, weight, bias, v, site.arena, site.table, site.words, kblock)
-        keep(ctx, site, x if site.reads & (FACTOR_A | GAIN) else None, v, weight)
+        # A copy: the model may write to its own. It takes less than the base's product once more.
+        output = y.clone() if bias is None and site.by_output else None
+        keep(ctx, site, x if site.reads & (FACTOR_A | GAIN) else None, v, weight, output)
         ctx.shape, ctx.bias = x.shape, bias
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, h: Tensor) -> tuple[Any, ...]:
-        x, v, weight = ctx.saved_tensors
+        x, v, weight, output = ctx.saved_tensors
         with ctx.site.training.again(ctx.made) as plan:
             site = ctx.site.training.site(plan, ctx.site.index)
             h = h.contiguous()
             dx = None
             if ctx.needs_input_grad[0]:
                 dx = through(h, site) @ weight
-            product = F.linear(x, weight) if site.reads & GAIN and any(ctx.needs_input_grad[5:]) else None
-            gradients = _backward(site, dx, h, x, v, product, False, ctx.bias, ctx.shape, ctx.needs_input_grad[5:])
+            needed = ctx.needs_input_grad[5:]
+            product = F.linear(x, weight) if any(needed) and site.gained(output is not None) else None
+            gradients = _backward(site, dx, h, x, v, product, False, ctx.bias, ctx.shape, needed, output)
         return dx, None, None, None, None, *gradients
 
 
@@ -144,7 +148,7 @@ class _Scaled(torch.autograd.Function):
                     read = x.detach().requires_grad_()
                     scaled = reference.scale_input(read, site.arena, site.table, site.words)
                 (dx,) = torch.autograd.grad(scaled, read, h)
-            found = sums(x, h, site, site.inputs.keys(), torch.promote_types(h.dtype, torch.float32))
+            found = sums(x, h, site, site.inputs.keys())
         gradients = [part.gradients(Found(in_gain=found[slot])) for slot, part in site.inputs.items()]
         return dx, None, *wanted(gradients, ctx.needs_input_grad[2:])
 
@@ -177,9 +181,11 @@ def _backward(
     bias: Tensor | None,
     shape: tuple[int, ...],
     needed: tuple[bool, ...],
+    output: Tensor | None = None,
 ) -> list[Tensor | None]:
     """Add A^T V to `dx`, if that is wanted; the gradients of the site's parameters, None of those not `needed`. `base`:
-    what the base gave, where gains are trained; `biased`: whether its `bias` is in that."""
+    what the base gave, where gains are trained; `biased`: whether its `bias` is in that. `output`: what the module
+    gave, for those gains that it does for."""
     where = (site.arena, site.exchanged, site.words)
     if dx is None and not any(needed):
         return [None] * len(needed)
@@ -193,14 +199,16 @@ def _backward(
         dispatch.rank_gradients_(flat, big, x, site.a, *where)
     if site.size:
         dispatch.rank_gradients_(flat, v, h, site.b, site.arena, site.table, site.words)
+    if (lying := site.lying(flat, needed)) is not None:
+        return lying
     summed = SHIFT if bias is None else SHIFT | GAIN
     shifts = [slot for slot, part in site.outputs.items() if part.reads & summed]
-    shift = sums(h, None, site, shifts, v.dtype) if shifts else {}
-    gained = [slot for slot, part in site.outputs.items() if part.reads & GAIN]
-    gain = sums(h, base, site, gained, v.dtype) if base is not None else {}
+    shift = sums(h, None, site, shifts) if shifts else {}
+    gain = sums(h, base, site, site.gained(output is not None)) if base is not None else {}
+    made = sums(h, output, site, site.by_output) if output is not None else {}
     gradients = []
     for slot, part in site.outputs.items():
-        found = site.rank_rows(flat, slot)._replace(shift=shift.get(slot))
+        found = site.rank_rows(flat, slot)._replace(shift=shift.get(slot), output=made.get(slot))
         if slot in gain:
             whole = product = gain[slot]
             if bias is not None and biased:

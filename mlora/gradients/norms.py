@@ -49,10 +49,9 @@ class _Normed(torch.autograd.Function):
             dy = through(h, site) if ctx.needs_input_grad[0] else None
             gradients: list[list[Tensor]] = []
             if any(needed):
-                dtype = torch.promote_types(h.dtype, torch.float32)
-                shift = sums(h, None, site, site.outputs.keys(), dtype)
+                shift = sums(h, None, site, site.outputs.keys())
                 offset = next(part.offset for part in site.outputs.values() if isinstance(part, Norm))
-                product = sums(h, ctx.normalized(x, offset), site, site.outputs.keys(), dtype)
+                product = sums(h, ctx.normalized(x, offset), site, site.outputs.keys())
                 for slot, part in site.outputs.items():
                     gradients.append(part.gradients(Found(shift=shift[slot], product=product[slot])))
         return dy, None, None, None, *(wanted(gradients, needed) if gradients else [None] * len(needed))

@@ -28,6 +28,10 @@ from ..arena.pack import Packed, rest_of
 FACTOR_A, FACTOR_B, SHIFT, GAIN, IN_GAIN = 1, 2, 4, 8, 16
 
 
+# Where a DoRA's gains are not below that, what the module gave tells enough of what was multiplied.
+_GAIN_OF_OUTPUTS = 0.25
+
+
 class Keys(NamedTuple):
     """What a module has in an adapter's files: the `kind` of its parameters, in lower case, and their keys by the names
     that the kind's class has for them. `indices`: of trained tokens."""
@@ -42,12 +46,14 @@ class Base(NamedTuple):
 
     Args:
         weight, bias: return the base's as lowerings have it (`BaseLinear`), the weight as a copy.
+        row_norms: of B, A and a scale, returns |W + scale B A| by rows.
         embed_scale: of an embedding, else 1. `padding`: its token whose row takes no gradient, or None.
         offset: of a norm, k. `turned`: whether the weight lies as (in, out), as embeddings' do.
     """
 
     weight: Callable[[], Tensor]
     bias: Callable[[], Tensor | None]
+    row_norms: Callable[[Tensor, Tensor, float], Tensor]
     embed_scale: float = 1.0
     padding: int | None = None
     offset: float = 0.0
@@ -62,6 +68,7 @@ class Found(NamedTuple):
         a, b: (rank, in) and (rank, out), of its rank rows.
         shift: (out,), sum h. `gain`: (out,), sum h base(x); `product`: the same without the base's bias; of a norm, of
             what it gives under a weight of 1 and no bias.
+        output: (out,), sum h y, in place of gain and product where a part takes it (`by_output`).
         in_gain: (in,), sum x h', with h' the gradient of what the base reads.
     """
 
@@ -70,6 +77,7 @@ class Found(NamedTuple):
     shift: Tensor | None = None
     gain: Tensor | None = None
     product: Tensor | None = None
+    output: Tensor | None = None
     in_gain: Tensor | None = None
 
 
@@ -130,11 +138,14 @@ class Part(ABC):
     """The parameters of one adapter at one module.
 
     `parameters`: in the order in which their gradients are given. `reads`: the bits of what these are made of.
-    `shape_a`, `shape_b`: of the gradients of rank rows among that, (rank, in) and (rank, out), or None.
+    `shape_a`, `shape_b`: of the gradients of rank rows among that, (rank, in) and (rank, out), or None. `as_they_lie`:
+    whether the parameters are A and B, and their gradients these. `by_output`: whether it needs no more of gains than
+    `Found.output`, of rows that are its own alone in a module without a bias; each `write` may change that.
     """
 
     parameters: Sequence[nn.Parameter]
     reads: int
+    as_they_lie = by_output = False
     shape_a: tuple[int, ...] | None = None
     shape_b: tuple[int, ...] | None = None
 
@@ -163,6 +174,7 @@ class Lora(Part):
         self.scale = places.scale(index)
         self.parameters = [self.a, self.b, *([] if self.bias is None else [self.bias])]
         self.reads = FACTOR_A | FACTOR_B | (0 if self.bias is None else SHIFT)
+        self.as_they_lie = self.bias is None
         self.shape_a, self.shape_b = tuple(self.a.shape), tuple(self.b.shape[::-1])
 
     def write(self, to: Tensor) -> None:
@@ -188,26 +200,30 @@ class Dora(Lora):
         self._rest = places.offset(index, layout.GAIN, rest=True)
         self.magnitude = places.parameter(keys.names["magnitude"], index, self._gain)
         self.parameters = [self.a, self.b, self.magnitude]
-        self.reads = FACTOR_A | FACTOR_B | GAIN
+        self.reads, self.as_they_lie = FACTOR_A | FACTOR_B | GAIN, False
         self.norm = self.gain = self.magnitude.detach()  # as the parameters were when they were last written
 
     def _measured(self) -> tuple[Tensor, Tensor]:
         """|W + s B A| by rows, and the gain."""
-        weight = self._base.weight().to(self.magnitude)
-        norm = torch.linalg.vector_norm(weight.addmm_(self.b, self.a, alpha=self.scale), dim=1)
+        norm = self._base.row_norms(self.b.detach(), self.a.detach(), self.scale)
         return norm, self.magnitude / norm
 
     def write(self, to: Tensor) -> None:
         """As `lowering/lora.py` makes them."""
         self.norm, self.gain = self._measured()
+        self.by_output = bool((self.gain >= _GAIN_OF_OUTPUTS).all())
         _put(to, self._b, (self.b * self.gain[:, None]).t())
         _put_gain(to, self._gain, self._rest, self.gain - 1)
         if self._shift >= 0 and (bias := self._base.bias()) is not None:
             _put(to, self._shift, (1 - self.gain) * bias.to(self.gain))
 
     def gradients(self, found: Found) -> list[Tensor]:
-        assert found.a is not None and found.b is not None and found.product is not None
-        magnitude = (found.product + (found.b * self.b.detach().t()).sum(0)) / self.norm  # found.b is of g B
+        assert found.a is not None and found.b is not None
+        if found.output is not None:
+            magnitude = found.output / self.magnitude.detach()  # y is m (W x + s B A x) / n
+        else:
+            assert found.product is not None
+            magnitude = (found.product + (found.b * self.b.detach().t()).sum(0)) / self.norm  # found.b is of g B
         found.b.mul_(self.gain)
         return [found.a, found.b.t(), magnitude]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -20,7 +20,7 @@ from ..arena.store import Store
 from ..ops import reference
 from ..plan.plan import Plan, to_device
 from .dropout import Drops
-from .parts import IN_GAIN, Found, Part
+from .parts import GAIN, IN_GAIN, Found, Part
 from .trained import Trained
 
 # Of each recipe of a plan, the tokens that take it, int64, and the (slot, weight) of its terms.
@@ -33,6 +33,7 @@ class Site:
     Args:
         words: the plan's. `table`, `exchanged`: the module's, and that with A and B, gains and input gains exchanged.
         ranks, rows: a call of T tokens keeps T / rows * ranks numbers for the backward pass (v).
+        alone: the slots of those whose rows have no other adapter, and the weight 1.
         trained: those that train here, by slot. `routes`: of the plan, by tokens and device; filled as they
             are asked for.
 
@@ -51,6 +52,7 @@ class Site:
         rows: int,
         trained: dict[int, Trained],
         routes: dict[tuple[int, torch.device], Routes],
+        alone: Collection[int],
     ) -> None:
         store = training.store
         home = store.homes[index]
@@ -64,7 +66,7 @@ class Site:
         self.read_parameters = [parameter for part in self.inputs.values() for parameter in part.parameters]
         self.reads = functools.reduce(operator.or_, (part.reads for part in self.outputs.values()), 0)
         self.trained = trained
-        self._routes = routes
+        self._routes, self._alone = routes, alone
         self.size = 0
         starts = np.full((2, len(self.table)), -1, dtype=np.int64)
         self._views: dict[int, list[tuple[Any, ...] | None]] = {slot: [] for slot in self.outputs}
@@ -75,11 +77,28 @@ class Site:
                     offsets[slot] = self.size
                     self.size += math.prod(shape)
         self.a, self.b = to_device(starts, self.arena.device)
+        self._lying: list[tuple[Any, ...]] | None = None  # of all gradients, where they are rank rows and nothing else
+        if all(part.as_they_lie for part in self.outputs.values()):
+            self._lying = []
+            for a, b in self._views.values():
+                assert a is not None and b is not None
+                (rank, width), _, at = b
+                self._lying += [a, ((width, rank), (1, width), at)]
 
     @property
     def trains(self) -> bool:
         """Whether any adapter has parameters here."""
         return bool(self.outputs or self.inputs)
+
+    @property
+    def by_output(self) -> list[int]:
+        """The slots whose gains' gradients are made of what the module gives, if it has no bias (`Found.output`)."""
+        return [slot for slot, part in self.outputs.items() if part.by_output and slot in self._alone]
+
+    def gained(self, apart: bool) -> list[int]:
+        """The slots whose gains' gradients are made of what the base gives; `apart`: those of `by_output` left out."""
+        left_out = self.by_output if apart else []
+        return [slot for slot, part in self.outputs.items() if part.reads & GAIN and slot not in left_out]
 
     def kept(self, x: Tensor) -> Tensor:
         """Room for v of a call on x, (..., in)."""
@@ -95,6 +114,13 @@ class Site:
             found = [(route.tokens, [(term.slot, term.weight) for term in route.terms]) for route in read]
             self._routes[key] = found
         return found
+
+    def lying(self, flat: Tensor, needed: Sequence[bool]) -> list[Tensor | None] | None:
+        """The gradients of all parameters in a buffer of those of rank rows, None of those not `needed`; None where
+        they are not these alone."""
+        if self._lying is None:
+            return None
+        return [flat.as_strided(*at) if one else None for at, one in zip(self._lying, needed, strict=True)]
 
     def rank_rows(self, flat: Tensor, slot: int) -> Found:
         """The gradients of a slot's rank rows in a buffer of them, without a copy: autograd takes them as they are."""
@@ -176,13 +202,16 @@ class _Sites:
                 self.trained[store[name].slot] = source
         if self.trained:
             self._rows, self._ranks = _rank_rows(plan, store)
+        mixed = {name for recipe in plan.recipes if len(recipe) > 1 for name, _ in recipe}
+        mixed |= {name for recipe in plan.recipes for name, weight in recipe if weight != 1}
+        self._alone = self.trained.keys() - {store[name].slot for name in mixed}
 
     def of(self, index: int) -> Site:
         site = self._sites.get(index)
         if site is None:
             trained = {slot: one for slot, one in self.trained.items() if index in one.parts}
             ranks = int(self._ranks[index])
-            site = Site(self._training, self.plan, index, ranks, self._rows, trained, self._routes)
+            site = Site(self._training, self.plan, index, ranks, self._rows, trained, self._routes, self._alone)
             self._sites[index] = site
         return site
 

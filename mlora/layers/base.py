@@ -89,11 +89,18 @@ def base_linear(name: str, module: nn.Module, originals: Callable[[], Mapping[st
             )
         return dense
 
+    def held() -> Tensor | None:
+        tensor: Any = originals().get("weight", getattr(module, "weight", None))
+        if embed_scale is not None or norm or not is_dense(tensor) or tensor.is_meta or is_split(tensor):
+            return None
+        tensor = tensor.detach().t() if transposed else tensor.detach()
+        return cast(Tensor, tensor) if tensor.shape == (out_features, in_features) else None
+
     offset = norm_offset(module) if norm else None
     plain = is_dense(getattr(module, "weight", None)) and (embed_scale is not None or _is_plain(module))
     return BaseLinear(
         name, in_features, out_features, weight, lambda: _bias(module, originals), embed_scale, _dtype(module), offset,
-        _device(module), turned=transposed if plain else None, cut=cut_of(module),
+        _device(module), turned=transposed if plain else None, cut=cut_of(module), held=held,
     )  # fmt: skip
 
 

@@ -31,7 +31,8 @@ def trained(layer: Any, x: Tensor, site: Site, touches: int, plain: bool) -> Ten
         if not weight.requires_grad and (bias is None or not bias.requires_grad):
             layer._check_weight(weight)
             kblock = state.kblock(x) if state.fused and weight.is_contiguous() else dispatch.LIBRARY
-            if kblock or not site.reads & MADE_AGAIN:  # of what the library made, the output is kept
+            again = site.reads & MADE_AGAIN and not (bias is None and site.by_output)
+            if kblock or not again:  # of what the library made, the output is kept
                 return functions.linear(x, weight, bias, site, kblock)
     scale = partial(functions.scale, site=site) if site.inputs else None
     y, source = layer._bases(x, site.words, touches, scale)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import dispatch
 from .cut import Cut
 from .turn import Turn
 
@@ -205,6 +206,8 @@ class BaseLinear:
         weight: returns the dense (out, in) weight in fp32 on the CPU; raises
             `UnsupportedAdapterError` where there is none (a quantized or offloaded base).
         bias: returns the (out,) bias in fp32 on the CPU, or None.
+        held: returns the (out, in) weight in the model's own dtype and memory, not to be written to, of a linear where
+            it is a plain tensor; None elsewhere.
         embed_scale: the factor of an embedding that scales what it looks up, 1 of others; None of a linear.
         dtype: of the weight in the model, to which a file's copy of it is rounded before they are compared.
         device: where it is, and where what depends on the library that decomposes it is computed.
@@ -243,6 +246,12 @@ class BaseLinear:
     owner: str = ""
     turned: bool | None = None
     cut: Cut | None = None
+    held: Callable[[], Tensor | None] = lambda: None
+
+    def row_norms(self, b: Tensor, a: Tensor, scale: float) -> Tensor:
+        """|W + scale B A| by rows, (out,), of B (out, rank) and A (rank, in) in fp32."""
+        held = self.held()
+        return dispatch.row_norms(self.weight() if held is None else held, b, a, scale)
 
     @property
     def linear(self) -> bool:

@@ -132,13 +132,13 @@ def _embedding(module: Module, embed_scale: float) -> Delta:
         return Delta(a, b.t(), scale * embed_scale)
     if embed_scale == 0:
         raise errors.UnsupportedAdapterError(f"{module.where}: use_dora is not served, its embedding is scaled by 0")
-    gain = _gain(module, torch.addmm(base.weight() / embed_scale, b, a, alpha=scale))
+    changed = torch.addmm(base.weight() / embed_scale, b, a, alpha=scale)
+    gain = _gain(module, torch.linalg.vector_norm(changed, dim=1))
     return Delta(a, (b * gain[:, None]).t(), scale * embed_scale, gain=gain - 1)
 
 
-def _gain(module: Module, weight: Tensor) -> Tensor:
-    """g = m / |weight|, (out,), by rows of (out, in)."""
-    norm = torch.linalg.vector_norm(weight, dim=1)
+def _gain(module: Module, norm: Tensor) -> Tensor:
+    """g = m / norm, both (out,)."""
     if not (norm > 0).all():
         raise errors.AdapterError(f"module {module.base.name}: DoRA divides by a zero row norm of W + s B A")
     base = module.base
@@ -150,7 +150,7 @@ def _gain(module: Module, weight: Tensor) -> Tensor:
 def _dora(module: Module, a: Tensor, b: Tensor, scale: float) -> Delta:
     """y = base + (g-1)(base - bias) + g s B A x with g = m / |W + s B A|, as PEFT computes it."""
     base = module.base
-    gain = _gain(module, torch.addmm(base.weight(), b, a, alpha=scale))
+    gain = _gain(module, base.row_norms(b, a, scale))
     bias = base.bias()
     shift = None if bias is None else (1 - gain) * bias
     return Delta(a, (b * gain[:, None]).t(), scale, gain=gain - 1, shift=shift)

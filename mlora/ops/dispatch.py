@@ -88,6 +88,7 @@ def _importer() -> int:
 _FORCED = _forced()
 _NATIVE = HAS_CPU and _FORCED in (None, "cpu", "cuda")
 _PREFIX = {"reference": "reference_", "triton": "triton_"}.get(_FORCED or "", "")
+_CPU_PREFIX = "reference_" * (_FORCED == "reference")  # of operators that have a kernel for the CPU only
 _BY_SIZE = HAS_CUDA and HAS_TRITON and _FORCED is None
 
 _reference_apply_ = torch.ops.mlora.reference_apply_.default
@@ -97,12 +98,16 @@ _reference_embed_ = torch.ops.mlora.reference_embed_.default
 _reference_merge_ = torch.ops.mlora.reference_merge_.default
 _reference_apply_keep_ = torch.ops.mlora.reference_apply_keep_.default
 _reference_drop = torch.ops.mlora.reference_drop.default
+_reference_column_sums = torch.ops.mlora.reference_column_sums.default
+_reference_row_norms = torch.ops.mlora.reference_row_norms.default
 _reference_rank_gradients_ = torch.ops.mlora.reference_rank_gradients_.default
 _apply_ = getattr(torch.ops.mlora, _PREFIX + "apply_").default
 _apply_keep_ = getattr(torch.ops.mlora, _PREFIX + "apply_keep_").default
 _linear_keep = getattr(torch.ops.mlora, _PREFIX + "linear_keep").default
 _rank_gradients_ = getattr(torch.ops.mlora, _PREFIX + "rank_gradients_").default
 _drop = getattr(torch.ops.mlora, _PREFIX + "drop").default
+_column_sums = getattr(torch.ops.mlora, _CPU_PREFIX + "column_sums").default
+_row_norms = getattr(torch.ops.mlora, _CPU_PREFIX + "row_norms").default
 _linear = getattr(torch.ops.mlora, _PREFIX + "linear").default
 _scale_input = getattr(torch.ops.mlora, _PREFIX + "scale_input").default
 apply_native_ = _apply_  # `apply_` of tensors that are known to have dtypes which kernels take, on the CPU
@@ -110,7 +115,7 @@ _turn_output = getattr(torch.ops.mlora, _PREFIX + "turn_output").default
 _apply_group_ = torch.ops.mlora.apply_group_.default
 _merge_ = getattr(torch.ops.mlora, _PREFIX + "merge_").default
 _embed_ = getattr(torch.ops.mlora, _PREFIX + "embed_").default
-attend_ = getattr(torch.ops.mlora, "reference_" * (_FORCED == "reference") + "attend_").default  # see ops/attention.py
+attend_ = getattr(torch.ops.mlora, _CPU_PREFIX + "attend_").default  # see ops/attention.py
 _large_apply_ = torch.ops.mlora.triton_apply_.default if _BY_SIZE else _apply_
 
 
@@ -189,6 +194,17 @@ def rank_gradients_(
     """See `training.rank_gradients_`."""
     native = kernels_take(rows.dtype, arena.dtype)
     (_rank_gradients_ if native else _reference_rank_gradients_)(to, v, rows, offsets, arena, table, plan)
+
+
+def column_sums(left: Tensor, right: Tensor | None, tokens: Tensor | None) -> Tensor:
+    """See `training.column_sums`."""
+    return (_column_sums if left.dtype in _KERNEL_DTYPES else _reference_column_sums)(left, right, tokens)
+
+
+def row_norms(weight: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
+    """See `norms.row_norms`."""
+    kernel = weight.dtype in _KERNEL_DTYPES and a.dtype is torch.float32
+    return (_row_norms if kernel else _reference_row_norms)(weight, b, a, scale)
 
 
 def drop(x: Tensor, places: Tensor, odds: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import attention, dropout, reference, training
+from . import attention, dropout, norms, reference, training
 
 _SCHEMAS = {
     "apply_": "(Tensor(a!) y, Tensor? base, Tensor x, Tensor arena, Tensor table, Tensor plan) -> ()",
@@ -34,6 +34,8 @@ _SCHEMAS = {
     "rank_gradients_": (
         "(Tensor(a!) to, Tensor v, Tensor rows, Tensor offsets, Tensor arena, Tensor table, Tensor plan) -> ()"
     ),
+    "column_sums": "(Tensor left, Tensor? right, Tensor? tokens) -> Tensor",
+    "row_norms": "(Tensor weight, Tensor b, Tensor a, float scale) -> Tensor",
     "drop": "(Tensor x, Tensor places, Tensor odds) -> Tensor",
     "scale_input": "(Tensor x, Tensor arena, Tensor table, Tensor plan) -> Tensor",
     "turn_output": "(Tensor y, Tensor? base, Tensor arena, Tensor table, Tensor plan) -> Tensor",
@@ -73,6 +75,14 @@ def _fake_rank_gradients_(
     return None
 
 
+def _fake_column_sums(left: Tensor, right: Tensor | None, tokens: Tensor | None) -> Tensor:
+    return left.new_empty(left.shape[-1], dtype=torch.promote_types(left.dtype, torch.float32))
+
+
+def _fake_row_norms(weight: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
+    return a.new_empty(weight.shape[0])
+
+
 def _fake_drop(x: Tensor, places: Tensor, odds: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -107,6 +117,8 @@ _FAKES: dict[str, Any] = {
     "linear": _fake_linear,
     "linear_keep": _fake_linear_keep,
     "rank_gradients_": _fake_rank_gradients_,
+    "column_sums": _fake_column_sums,
+    "row_norms": _fake_row_norms,
     "drop": _fake_drop,
     "scale_input": _fake_scale_input,
     "turn_output": _fake_turn_output,
@@ -121,6 +133,8 @@ _REFERENCES: dict[str, Any] = {
     "linear": reference.linear,
     "linear_keep": training.linear_keep,
     "rank_gradients_": training.rank_gradients_,
+    "column_sums": training.column_sums,
+    "row_norms": norms.row_norms,
     "drop": dropout.drop,
     "scale_input": reference.scale_input,
     "turn_output": reference.turn_output,
@@ -142,7 +156,8 @@ def _triton(name: str) -> Any:
     return run
 
 
-_CPU_ONLY = ("attend_",)  # models on GPUs have FlashAttention
+# Models on GPUs have FlashAttention; the others take little of a step there, and are the reference's.
+_CPU_ONLY = ("attend_", "column_sums", "row_norms")
 _NOT_IN_CUDA = (
     "embed_",
     "linear",

@@ -1,5 +1,5 @@
-"""What training adds to the operators, in plain torch: products that leave what their backward pass needs, and the
-gradients of rank rows. See `reference`."""
+"""What training adds to the operators, in plain torch: products that leave what their backward pass needs, the
+gradients of rank rows, and sums over tokens. See `reference`."""
 
 from __future__ import annotations
 
@@ -87,6 +87,22 @@ def rank_gradients_(
             total = part.t().to(to.dtype) @ own
             place.copy_(place + total if t.slot in begun else total)
             begun.add(t.slot)
+
+
+def column_sums(left: Tensor, right: Tensor | None, tokens: Tensor | None) -> Tensor:
+    """sum_t left[t, n] right[t, n], or of left[t, n] without `right`, over all tokens or those of the numbers `tokens`:
+    (width,), fp32 (fp64 of fp64).
+
+    Shapes: left and right (..., width), of one dtype; tokens int64 (count,).
+    """
+    flat = tokens_of("left", left)
+    other = None if right is None else tokens_of("right", right)
+    if other is not None and (other.shape != flat.shape or other.dtype != flat.dtype):
+        raise RuntimeError("mlora: right must be rows as left's")
+    flat = (flat if tokens is None else flat[tokens]).to(wide(flat.dtype))
+    if other is not None:
+        flat = flat * (other if tokens is None else other[tokens])
+    return flat.sum(0)
 
 
 def _parts(v: Tensor, plan: Tensor, table: Tensor, tokens: int) -> Iterator[Tensor]:

@@ -17,6 +17,7 @@ from ..gradients.parts import Base, Keys
 from ..gradients.recorded import Training
 from ..gradients.trained import Trained
 from ..lowering import BaseLinear
+from ..ops import dispatch
 from ..plan.shared import Shared
 from ..routing.registry import Registry
 from ..routing.router import Router
@@ -139,14 +140,17 @@ class Trains:
         scale, offset, turned = base.embed_scale or 1.0, base.offset or 0.0, bool(base.turned)
         padding = getattr(module, "padding_idx", None)
         if base.dtype is not torch.float64 or (base.turned is None and base.offset is None):
-            return Base(base.weight, base.bias, scale, padding, offset, turned)
+            return Base(base.weight, base.bias, base.row_norms, scale, padding, offset, turned)
         held: Any = module._parameters
         weight = held["weight"].detach()
 
         def wide() -> Tensor:
             return weight.t() * scale if turned else weight.clone()
 
-        return Base(wide, lambda: held.get("bias"), scale, padding, offset, turned)
+        def row_norms(b: Tensor, a: Tensor, scale: float) -> Tensor:
+            return dispatch.row_norms(wide(), b, a, scale)
+
+        return Base(wide, lambda: held.get("bias"), row_norms, scale, padding, offset, turned)
 
     def _thaw(self) -> None:
         """Undo what the first `_train` did to the model's own parameters."""
