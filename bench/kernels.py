@@ -5,8 +5,8 @@ weights rotate through a working set that fits the last-level cache, or through 
 and the output are the same in every call, since a model's layers find theirs where they have just been written.
 The byte bound is the compulsory traffic (each distinct adapter once, x once, y read and written) at
 the streaming read that torch reaches on as many bytes, with the same threads, before or after the workload. `of stream`
-compares adapter bytes with that reading in one go; `of reads` with torch reading each call's adapters, call by call
-(the better of a sum and a dot product), timed in turns with the calls.
+compares the bytes of adapters and weights with that reading in one go; `of reads` with torch reading each call's
+adapters, call by call (the better of a sum and a dot product), timed in turns with the calls.
 
     python bench/kernels.py --out bench/results/kernels.jsonl
     python bench/kernels.py --device cuda --out bench/results/gpu_kernels.jsonl
@@ -54,7 +54,7 @@ class Workload:
     route: tuple[int | None, ...]  # adapter of each row
     ranks: tuple[int, ...]  # rank of each adapter
     beyond: bool = False  # rotate through more than the last-level cache
-    op: str = "apply"
+    op: str = "apply"  # or "linear", "along" (linear in an order of its own), "library"
     dtype: torch.dtype = torch.bfloat16
 
     @property
@@ -115,6 +115,9 @@ class Buffers:
             self.weight /= math.sqrt(load.inputs)
             if load.op == "linear":
                 self.kblock = dispatch.probe_kblock(load.inputs, load.outputs, False, load.tokens, load.dtype)
+            elif load.op == "along":
+                served = dispatch.offered(load.tokens, load.dtype)
+                self.kblock = dispatch.ALONG if served else dispatch.LIBRARY
         self.copies = copies
         if device != "cpu":
             for name in ("arena", "tables", "x", "y", "plan"):
@@ -224,6 +227,7 @@ def workloads(smoke: bool) -> Iterator[Workload]:
     yield from bandwidth_workloads(smoke)
     yield from rank_workloads(smoke)
     yield from fused_workloads(smoke)
+    yield from product_workloads(smoke)
 
 
 def popularity_workloads(widths: list[tuple[int, int]], smoke: bool) -> Iterator[Workload]:
@@ -283,6 +287,15 @@ def fused_workloads(smoke: bool) -> Iterator[Workload]:
         yield Workload("fused", "library, no LoRA", inputs, outputs, 16, (None,) * 16, (), op="library")
 
 
+def product_workloads(smoke: bool) -> Iterator[Workload]:
+    """The base product alone, by whom it is computed."""
+    for inputs, outputs in ((96, 96),) if smoke else ((2048, 8192), (8192, 2048)):
+        for tokens in (1, 9) if smoke else (1, 2, 4, 8, 16, 32, 64, 256):
+            for op, name in (("library", "library"), ("linear", "its bits"), ("along", "own order")):
+                route = (None,) * tokens
+                yield Workload("product", f"{name}, {tokens} tokens", inputs, outputs, tokens, route, (), not smoke, op)
+
+
 def gpu_workloads(smoke: bool) -> Iterator[Workload]:
     for outputs in (128,) if smoke else (4096, 14336):
         for rank in (16, 64, "mixed"):
@@ -317,7 +330,7 @@ def main() -> None:
     streamed: dict[int, list[float]] = {inside: [], beyond: []}  # bytes a second
 
     table = Table(title="One call, bf16 (median, 20-80 % quantiles)")
-    columns = ("group", "in x out", "workload", "us", "20-80 %", "bound us", "adapter GB/s", "of stream", "of reads")
+    columns = ("group", "in x out", "workload", "us", "20-80 %", "bound us", "GB/s", "of stream", "of reads")
     for column in columns:
         table.add_column(column, justify="left" if column in ("group", "workload") else "right")
     medians: dict[str, float] = {}
@@ -329,8 +342,8 @@ def main() -> None:
             )
             continue
         buffers = Buffers(load, max(1, min(size // max(load.set_bytes, 1), 4096)), args.device)
-        if load.op == "linear" and not buffers.kblock:
-            console.print(f"fused {load.inputs}x{load.outputs}: not offered here, left out")
+        if load.op in ("linear", "along") and not buffers.kblock:
+            console.print(f"{load.group} {load.inputs}x{load.outputs}, {load.label}: not offered here, left out")
             continue
         buffers.check()
         sweep = buffers.sweep if args.device == "cpu" else captured(buffers.sweep)
@@ -340,7 +353,7 @@ def main() -> None:
         reading = min((read[0] for read in reads), default=math.nan)
         rate = max(before, streaming_read(size, device=args.device))  # on a shared machine it changes within seconds
         streamed[size].append(rate)
-        achieved = load.adapter_bytes / median
+        achieved = load.set_bytes / median
         medians[load.label] = median
         log.write(
             **{k: v for k, v in asdict(load).items() if k not in ("route", "ranks", "dtype")},
@@ -363,8 +376,8 @@ def main() -> None:
             f"{median * 1e6:.1f}",
             f"{low * 1e6:.1f}-{high * 1e6:.1f}",
             f"{load.bytes / rate * 1e6:.1f}",
-            f"{achieved / 1e9:.1f}" if load.used else "-",
-            f"{achieved / rate:.2f}" if load.used else "-",
+            f"{achieved / 1e9:.1f}" if load.set_bytes else "-",
+            f"{achieved / rate:.2f}" if load.set_bytes else "-",
             "-" if math.isnan(reading) else f"{reading / median:.2f}",
         )
     console.print(table)

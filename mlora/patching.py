@@ -41,7 +41,7 @@ from .layers import (
 )
 from .patched import PatchedModel, ancestors, mix_in, unpatch
 from .plan.modality import foreign_in, placeholders_of
-from .plan.shared import Shared
+from .plan.shared import Fused, Shared
 from .routing.ranks import Ranks
 from .runtime import Runtime
 from .takeover import has_peft, taken_over
@@ -60,7 +60,7 @@ def patch(
     max_adapters: int = 256,
     max_merges: int = 64,
     dtype: torch.dtype | None = None,
-    fused: bool = True,
+    fused: Fused = True,
     host_memory: int | str | None = None,
     packed_cache: str | Path | None = None,
 ) -> Runtime:
@@ -89,7 +89,11 @@ def patch(
         dtype: in which adapters are stored on the device; the default is the linears' own. With torch.float32 on a
             model in 16 bits they are not rounded, as in PEFT, and take twice the bytes.
         fused: compute base product and LoRA in one op where that is bit-equal to the library (fp32 and bf16 linears, on
-            CPUs with AVX-512), and where it is faster.
+            CPUs with AVX-512), and where it is faster. With "always" also in an order of addition of mlora's own, which
+            is faster up to some hundred tokens: base rows are as close to the exact product as the library's, in other
+            bits, and rows still do not see each other. The order goes by the number of tokens; where the library is
+            faster, it is used. What is faster is measured once a shape and process, so that from one process to the
+            next, too, bits can differ.
         host_memory: bytes of host memory for all adapters, or a size; default: no bound. When it is short, adapters
             from files that were not used for longest are dropped, also from the device, and made again from their files
             when a call needs them. Those that were made in memory count, and stay.
@@ -116,7 +120,7 @@ def patching(
     max_adapters: int,
     max_merges: int,
     dtype: torch.dtype | None,
-    fused: bool,
+    fused: Fused,
     host_memory: int | str | None,
     packed_cache: str | Path | None,
 ) -> Iterator[Runtime]:
@@ -150,7 +154,7 @@ def _patch(
     max_adapters: int,
     max_merges: int,
     dtype: torch.dtype | None,
-    fused: bool,
+    fused: Fused,
     host_memory: int | str | None,
     packed_cache: str | Path | None,
 ) -> Runtime:
@@ -178,6 +182,8 @@ def _patch(
     for option, value, least in (("max_adapters", max_adapters, 1), ("max_merges", max_merges, 0)):
         if not isinstance(value, Integral) or value < least:
             raise errors.PatchError(f"{option}={value!r}, wanted a whole number of at least {least}")
+    if fused not in (True, False, "always"):
+        raise errors.PatchError(f"fused={fused!r}, wanted True, False or 'always'")
     if arena_dtype not in DENSE:
         raise errors.PatchError(f"dtype={dtype!r}, wanted one of {', '.join(sorted(map(str, DENSE)))}")
     homes = [called[id(module)] for _, module in modules.values()] + [called[id(s.module)] for s in stacks.values()]

@@ -166,6 +166,17 @@ ROUTINGS = {
 }
 
 
+def in_chains(x: Tensor, weight: Tensor, bias: Tensor | None, kblock: int) -> Tensor:
+    """The product in fp32, summed over chains of `kblock` elements, whose totals are added in order."""
+    total = x.new_zeros(x.shape[0], weight.shape[0])
+    for start in range(0, x.shape[1], kblock):
+        chain = torch.zeros_like(total)
+        for k in range(start, min(start + kblock, x.shape[1])):
+            chain += x[:, k, None] * weight[:, k]
+        total += chain
+    return total if bias is None else total + bias
+
+
 def terms_of(case: Case, recipes: list, length: int) -> list[tuple[int, float, Tensor]]:
     """(slot, weight, tokens) of each term that has rank rows, route after route."""
     rows: dict[tuple, list[int]] = {}

@@ -78,6 +78,9 @@ constexpr int32_t kFewTokens = 2;       // up to which expand reads all of a ran
 constexpr int64_t kFewColumns = 2048;   // most columns of an expand of few tokens
 constexpr int64_t kLinearColumns = 32;  // output columns that linear computes at a time
 constexpr int64_t kLinearTokens = 16;   // tokens that linear computes at a time
+constexpr int64_t kAlongTokens = 8;     // and with kAlong
+constexpr int64_t kAlongStep = 32;      // inputs of a step there
+constexpr int64_t kAlong = -2;          // in place of a kblock: dot products along the input
 
 // Rows of x, y and base are `*_stride` elements apart.
 struct Problem {
@@ -265,12 +268,13 @@ struct Kernels {
   using ScaleInput = void (*)(const Problem&, const Segment&, int64_t from, int64_t to);
   // The same of y = base + (turn - I) x.
   using TurnOutput = void (*)(const Problem&, const Segment&, int64_t from, int64_t to);
-  // xt[tile, unit, t]: what lies in 32 bits of x along `in` of each tile of kLinearTokens tokens, a pair of bf16 or one
-  // float, so that a unit's tokens adjoin. Of all tiles' groups of 16 units, one after the other, [from, to).
+  // With kAlong: steps [from, to) of all tokens, as in along.h. Else xt[tile, unit, t]: what lies in
+  // 32 bits of x along `in` of each tile of kLinearTokens tokens, a pair of bf16 or one float, so that a unit's tokens
+  // adjoin. Of all tiles' groups of 16 units, one after the other, [from, to).
   using Pack = void (*)(const Problem&, uint32_t* xt, int64_t from, int64_t to);
   // y = x weight^T + bias, then expand on the unrounded sum, for columns [from, to) and segments covering all tokens.
-  // The thread's own: sums [tokens rounded up to kLinearTokens, kLinearColumns], and panel, kLinearColumns units for each
-  // input of a block, rounded up to 16.
+  // The thread's own: sums [tokens rounded up to kLinearTokens, kLinearColumns], and without kAlong panel, kLinearColumns
+  // units for each input of a block, rounded up to 16.
   using Linear = void (*)(const Problem&, const uint32_t* xt, const Segment*, int64_t segments, uint32_t* panel,
                           float* sums, int64_t from, int64_t to);
 

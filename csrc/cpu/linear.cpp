@@ -33,22 +33,23 @@ Result call(const char* name, const Args&... args) {
 // What `linear` may be given for a kblock beside a number of inputs; as in ops/dispatch.py.
 constexpr int64_t kLibrary = 0;  // the library computes the product, and rounds it before the delta is added
 constexpr int64_t kProbed = -1;  // what probe_kblock says
+constexpr int64_t kFastest = -3;  // what probe_fastest says
 
-// What probe_kblock, which is Python, says; it is asked once a thread, shape and range of tokens.
-int64_t probed_kblock(const Tensor& weight, bool bias, int64_t tokens) {
+// What probe_kblock or probe_fastest, which are Python, say; they are asked once a thread, shape and range of tokens.
+int64_t probed_kblock(const Tensor& weight, bool bias, int64_t tokens, bool fastest) {
   constexpr int64_t kOwn = 64;  // up to which each number of tokens may have a block of its own
   int64_t alike = tokens;
   if (tokens > kOwn) {
     for (alike = kOwn; alike < tokens;) alike *= 2;
   }
   const ScalarType dtype = weight.scalar_type();
-  thread_local std::map<std::array<int64_t, 6>, int64_t> answers;
-  const std::array<int64_t, 6> question = {weight.size(0), weight.size(1), bias, alike, static_cast<int64_t>(dtype),
-                                           static_cast<int64_t>(torch::stable::get_num_threads())};
+  thread_local std::map<std::array<int64_t, 7>, int64_t> answers;
+  const std::array<int64_t, 7> question = {weight.size(0), weight.size(1), bias, alike, static_cast<int64_t>(dtype),
+                                           static_cast<int64_t>(torch::stable::get_num_threads()), fastest};
   const auto known = answers.find(question);
   if (known != answers.end()) return known->second;
-  return answers[question] =
-             call<int64_t>("mlora::probe_kblock", weight.size(1), weight.size(0), bias, tokens, dtype);
+  const char* name = fastest ? "mlora::probe_fastest" : "mlora::probe_kblock";
+  return answers[question] = call<int64_t>(name, weight.size(1), weight.size(0), bias, tokens, dtype);
 }
 
 // Whether the library multiplies x as one matrix of tokens, in rows, and adds a bias before it rounds. To inputs in
@@ -93,9 +94,12 @@ void linear_rows(const Routing& routing, const Problem& p, Types types) {
   const int64_t unit = type == kBFloat16 ? 2 : 1;
   STD_TORCH_CHECK(type != kHalf, "mlora: linear takes float32 or bfloat16 with a kblock");
   STD_TORCH_CHECK(k.linear[types], "mlora: linear needs a CPU with AVX-512, and AVX512_BF16 for bfloat16");
-  STD_TORCH_CHECK(p.in % unit == 0, "mlora: linear takes an even number of bfloat16 input features, x has ", p.in);
-  STD_TORCH_CHECK(p.kblock > 0 && p.kblock % unit == 0, "mlora: kblock must be positive, and even for bfloat16, is ",
-                  p.kblock);
+  const bool along = p.kblock == kAlong;
+  STD_TORCH_CHECK(!along || p.in > 0, "mlora: linear takes no empty rows");
+  STD_TORCH_CHECK(along || p.in % unit == 0, "mlora: linear takes an even number of bfloat16 input features, x has ",
+                  p.in);
+  STD_TORCH_CHECK(along || (p.kblock > 0 && p.kblock % unit == 0),
+                  "mlora: kblock must be positive, and even for bfloat16, is ", p.kblock);
   Work& work = thread_work();
   work.build(routing, p.tokens, p.in, p.out, true, p.keep, p.kept);
   if (p.tokens == 0 || p.out == 0) return;
@@ -113,13 +117,14 @@ void linear_rows(const Routing& routing, const Problem& p, Types types) {
     expand += pieces.back().expand;
     b_bytes += s.delta ? 0 : s.b_ranks * p.out * p.itemsize;
   }
-  const int64_t pack_size = tiles * kLinearTokens * p.in / unit, groups = tiles * ceil_div(p.in / unit, 16);
+  const int64_t steps = ceil_div(p.in, kAlongStep), groups = along ? steps : tiles * ceil_div(p.in / unit, 16);
+  const int64_t pack_size = along ? p.tokens * steps * kAlongStep / unit : tiles * kLinearTokens * p.in / unit;
   const auto columns = [&](const uint32_t* xt, int64_t task, int64_t tasks) {
     const int64_t begin = task * units / tasks * kLinearColumns, end = (task + 1) * units / tasks * kLinearColumns;
     if (begin == end) return;
     const int64_t block = p.kblock < p.in ? p.kblock : p.in;
     float* sums = thread_block.sums.get<float>(tiles * kLinearTokens * kLinearColumns);
-    uint32_t* panel = thread_block.panel.get<uint32_t>(ceil_div(block, 16) * 16 * kLinearColumns);
+    uint32_t* panel = along ? nullptr : thread_block.panel.get<uint32_t>(ceil_div(block, 16) * 16 * kLinearColumns);
     k.linear[types](p, xt, work.segments.data(), static_cast<int64_t>(work.segments.size()), panel, sums, begin,
                    end < p.out ? end : p.out);
   };
@@ -167,9 +172,9 @@ Tensor linear_of(Problem p, Tensor x, const Tensor& weight, const std::optional<
   p.in = width_of("x", x);
   p.tokens = x.numel() / p.in;
   STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == p.in, "mlora: weight must be (out, ", p.in, ")");
-  if (kblock == kProbed) {
+  if (kblock == kProbed || kblock == kFastest) {
     const bool asked = weight.is_contiguous() && in_rows(x, bias.has_value());
-    kblock = asked ? probed_kblock(weight, bias.has_value(), p.tokens) : kLibrary;
+    kblock = asked ? probed_kblock(weight, bias.has_value(), p.tokens, kblock == kFastest) : kLibrary;
   }
   if (kblock == kLibrary) {
     const Tensor y = call<Tensor>("aten::linear", x, weight, bias);

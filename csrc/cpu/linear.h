@@ -8,15 +8,17 @@
 // so does base_row.
 #pragma once
 
-#include <type_traits>
-
-#include "apply.h"
+#include "along.h"
 
 #if MLORA_HAVE_AVX512
 
 namespace mlora {
 namespace MLORA_ISA {
 namespace {
+
+// Asks for what the next columns read: into the second-level cache, since so much does not fit the first one, which waits
+// for a few lines at a time only.
+MLORA_INLINE void prefetch_far(const void* at) { __builtin_prefetch(at, 0, 1); }
 
 // 16 x 16 transpose of units: to[Stride * k][n] = rows[n][k] for k < count.
 template <bool Tail, int Stride = 1>
@@ -78,7 +80,7 @@ void base_tile(const uint32_t* xt, const uint32_t* const* rows, int64_t units, i
   for (int64_t k = 0; k < units;) {
     const int64_t count = stop - k < 16 ? stop - k : 16;
     MLORA_UNROLL for (int g = 0; g < 2; ++g) {
-      for (int i = 0; i < 16; ++i) __builtin_prefetch(rows[16 * g + i] + k + ahead);
+      for (int i = 0; i < 16; ++i) prefetch_far(rows[16 * g + i] + k + ahead);
       if (count == 16) {
         transpose<false>(rows + 16 * g, k, count, columns[g]);
       } else {
@@ -171,20 +173,6 @@ void panel_tile(const uint32_t* xt, const __m512i* panel, int64_t count, bool fi
   }
 }
 
-// Calls f with the number of tokens, at most 8, as a constant.
-template <class F>
-MLORA_INLINE void with_tokens(int64_t count, const F& f) {
-  switch (count) {
-#define MLORA_CASE(n) \
-  case n: \
-    return f(std::integral_constant<int, n>{});
-    MLORA_CASE(1) MLORA_CASE(2) MLORA_CASE(3) MLORA_CASE(4) MLORA_CASE(5) MLORA_CASE(6) MLORA_CASE(7)
-#undef MLORA_CASE
-    default:
-      return f(std::integral_constant<int, 8>{});
-  }
-}
-
 #if MLORA_HAVE_BF16
 
 // sums[c] for one token and the columns whose weight rows are given.
@@ -196,8 +184,6 @@ MLORA_INLINE void base_row_step(const bf16* x, const bf16* const* rows, int64_t 
   }
 }
 
-constexpr int64_t kRowAhead = 1024;  // elements of a weight row: covers the latency of memory
-
 inline void base_row(const bf16* x, const bf16* const* rows, int64_t in, int64_t block, float* sums) {
   constexpr int64_t step = 2 * W;
   for (int64_t start = 0; start < in; start += block) {
@@ -206,7 +192,7 @@ inline void base_row(const bf16* x, const bf16* const* rows, int64_t in, int64_t
     MLORA_UNROLL for (int c = 0; c < 8; ++c) acc[c] = zero();
     int64_t k = start;
     for (; k + step <= stop; k += step) {
-      MLORA_UNROLL for (int c = 0; c < 8; ++c) __builtin_prefetch(rows[c] + k + kRowAhead);
+      MLORA_UNROLL for (int c = 0; c < 8; ++c) prefetch_far(rows[c] + k + kLinearColumns * in);
       base_row_step<false>(x, rows, k, step, acc);
     }
     if (k < stop) base_row_step<true>(x, rows, k, stop - k, acc);
@@ -221,6 +207,7 @@ constexpr bool kRowChains = sizeof(T) == 2;  // a single token is base_row's
 
 template <class T>
 void pack(const Problem& p, uint32_t* xt, int64_t from, int64_t to) {
+  if (p.kblock == kAlong) return pack_along(p, reinterpret_cast<T*>(xt), from, to);
   if (p.tokens == 1 && kRowChains<T>) return;
   const int64_t units = p.in / kUnit<T>, groups = (units + 15) / 16, last = p.tokens - 1;
   while (from < to) {
@@ -281,7 +268,7 @@ MLORA_INLINE void base(const Problem& p, const uint32_t* xt, int64_t n, __m512i*
     for (int64_t i = 0; i < count; i += 16) {
       MLORA_UNROLL for (int g = 0; g < 2; ++g) {
         const uint32_t* const* of = unit_rows + 16 * g;
-        for (int r = 0; r < 16; ++r) __builtin_prefetch(of[r] + k + i + kLinearColumns * units);
+        for (int r = 0; r < 16; ++r) prefetch_far(of[r] + k + i + kLinearColumns * units);
         if (count - i >= 16) {
           transpose<false, 2>(of, k + i, 16, panel + 2 * i + g);
         } else {
@@ -337,9 +324,13 @@ void linear(const Problem& p, const uint32_t* xt, const Segment* segments, int64
     const int64_t end = n + kLinearColumns < to ? n + kLinearColumns : to;
     float wide[kLinearColumns] = {};
     for (int64_t c = n; bias && c < end; ++c) wide[c - n] = widen(bias[c]);
-    const bool before = bias && kBiasFirst<T>;
+    const bool before = bias && kBiasFirst<T> && p.kblock != kAlong;
     if (before) add_bias<true>(wide, p.tokens, sums);
-    base<T>(p, xt, n, reinterpret_cast<__m512i*>(panel), before, sums);
+    if (p.kblock == kAlong) {
+      along(p, reinterpret_cast<const T*>(xt), n, end, end < to, sums);
+    } else {
+      base<T>(p, xt, n, reinterpret_cast<__m512i*>(panel), before, sums);
+    }
     if (bias && !before) add_bias<false>(wide, p.tokens, sums);
     using Y = typename Beside<T, P>::type;
     const Rows<Y, float> io{sums - n, kLinearColumns, nullptr, 0, static_cast<Y*>(p.y), p.y_stride};

@@ -249,7 +249,8 @@ class LoraLayer(nn.Module):
             touches = (LORA | INPUT | BOTH if shared.inputs else LORA | GAIN) | (TURN if shared.turns else 0)
             return self._routed(x, state.words, touches)
         if state.plain and not (torch.is_grad_enabled() and self._recorded(x)):
-            kblock = dispatch.PROBED if state.fused else dispatch.LIBRARY
+            probed = dispatch.FASTEST if shared.fused == "always" else dispatch.PROBED
+            kblock = probed if state.fused else dispatch.LIBRARY
             held: Any = self._parameters
             return dispatch.linear(x, held["weight"], held["bias"], state.arena, state.table, state.words, kblock)
         return self._routed(x, state.words, LORA | GAIN)

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..ops import direct, dispatch
+from ..ops import direct, dispatch, fastest
 from ..plan.shared import Shared
 from .cuts import cut_of
 from .dense import is_cast, is_dense, own_part
@@ -47,9 +47,9 @@ class LayerState:
     """
 
     __slots__ = (
-        "_asked", "_kblocks", "arena", "cast", "cut", "device", "device_type", "direct", "dtype", "embeds", "eps",
-        "foreign", "fused", "gathered", "home", "in_front", "index", "loose", "name", "order", "outer", "own", "plain",
-        "shape", "shared", "table", "words",
+        "_asked", "_kblocks", "_probe", "arena", "cast", "cut", "device", "device_type", "direct", "dtype", "embeds",
+        "eps", "foreign", "fused", "gathered", "home", "in_front", "index", "loose", "name", "order", "outer", "own",
+        "plain", "shape", "shared", "table", "words",
     )  # fmt: skip
 
     def __init__(
@@ -100,14 +100,16 @@ class LayerState:
             summed = self.cut is not None and self.cut.axis == "inputs"  # whose bias is added after the sum
             self._asked = inputs, outputs, module.bias is not None and not summed
             self._kblocks = shared.kblocks.setdefault((*self._asked, dtype), {})
+            self._probe = fastest.probe if shared.fused == "always" else dispatch.probe_kblock
 
     def number_of(self, parameter: str) -> int | None:
         """Under which plans tell what they do to a parameter of the module; None of one that no adapter changes."""
         return self.index if parameter in ("weight", "bias") else None
 
     def kblock(self, x: Tensor) -> int:
-        """The block with which `dispatch.linear` gives the library's bits for `x`, 0 if none does, or if the library is
-        as fast; see `dispatch.probe_kblock`. Of a fused layer."""
+        """The `kblock` with which `dispatch.linear` gives the library's bits for `x`, 0 if none does, or if the library
+        is as fast (`dispatch.probe_kblock`); where bits do not matter, the one that is fastest (`fastest.probe`). Of a
+        fused layer."""
         if x.dtype is not self.dtype or torch.is_autocast_enabled("cpu"):  # the library would compute in another dtype
             return 0
         if not x.is_contiguous() and not self._in_rows(x):
@@ -117,7 +119,7 @@ class LayerState:
         key = like, torch.get_num_threads()
         kblock = self._kblocks.get(key)
         if kblock is None:
-            kblock = self._kblocks[key] = dispatch.probe_kblock(*self._asked, tokens, self.dtype)
+            kblock = self._kblocks[key] = self._probe(*self._asked, tokens, self.dtype)
         return kblock
 
     def _in_rows(self, x: Tensor) -> bool:

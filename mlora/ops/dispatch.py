@@ -27,6 +27,8 @@ _FUSED_ISA = {torch.float32: 2, torch.bfloat16: 3}  # what `linear` needs: AVX-5
 # What `linear` may be given for a kblock beside a number of inputs.
 LIBRARY = 0  # the library computes the product, and rounds it before the delta is added
 PROBED = -1  # what `probe_kblock` says, which the operator asks when it first sees a shape and remembers
+ALONG = -2  # dot products along the input: fast, and not in the order of any library
+FASTEST = -3  # what `fastest.probe` says, asked as `probe_kblock` is
 
 # The blocks in which libraries are known or likely to add up inputs.
 _KBLOCKS = {
@@ -46,7 +48,7 @@ GROUPING = ("cuda", "emulation")
 FEW_TOKENS = 64
 _OWN_TOKENS = {torch.float32: 12, torch.bfloat16: 1}  # up to which libraries have a kernel for each number
 _MOST_TOKENS = 1 << 14
-_MOST_OUTPUTS = 1 << 25  # of a call that is asked about
+MOST_OUTPUTS = 1 << 25  # of a call that is asked about
 _FASTER = 0.95
 
 
@@ -169,7 +171,7 @@ def apply_(y: Tensor, base: Tensor | None, x: Tensor, arena: Tensor, table: Tens
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, arena: Tensor, table: Tensor, plan: Tensor, kblock: int
 ) -> Tensor:
-    """See `reference.linear`. `kblock`: LIBRARY, PROBED, or a number that `probe_kblock` returned."""
+    """See `reference.linear`. `kblock`: LIBRARY, PROBED, ALONG, FASTEST, or a number that `probe_kblock` returned."""
     return _linear(x, weight, bias, arena, table, plan, kblock)
 
 
@@ -253,6 +255,13 @@ def merge_(weight: Tensor, source: Tensor | None, arena: Tensor, table: Tensor, 
         _reference_merge_(weight, source, arena, table, plan)
 
 
+def offered(tokens: int, dtype: torch.dtype) -> bool:
+    """Whether `linear` computes the product of so many tokens itself."""
+    if not (_NATIVE and HAS_CPU) or dtype not in _FUSED_ISA or torch.ops.mlora.isa() < _FUSED_ISA[dtype]:
+        return False
+    return 1 <= tokens <= _MOST_TOKENS
+
+
 def tokens_like(tokens: int) -> int:
     """A number of tokens for which `probe_kblock` answers the same; there are few of them."""
     return tokens if tokens <= FEW_TOKENS else 1 << (tokens - 1).bit_length()
@@ -267,9 +276,7 @@ def probe_kblock(in_features: int, out_features: int, bias: bool, tokens: int, d
     and of more the ends of a range; beyond FEW_TOKENS, where the library can be the faster one, it is also timed. Each
     answer is kept for the process: a shape, a range of tokens, a number of threads.
     """
-    if not (_NATIVE and HAS_CPU) or dtype not in _FUSED_ISA or torch.ops.mlora.isa() < _FUSED_ISA[dtype]:
-        return 0
-    if not 1 <= tokens <= _MOST_TOKENS or (dtype is torch.bfloat16 and in_features % 2):
+    if not offered(tokens, dtype) or (dtype is torch.bfloat16 and in_features % 2):
         return 0
     most = tokens_like(tokens)
     if tokens <= _OWN_TOKENS[dtype]:
@@ -278,7 +285,7 @@ def probe_kblock(in_features: int, out_features: int, bias: bool, tokens: int, d
         asked = (_OWN_TOKENS[dtype] + 1, 16, FEW_TOKENS)
     else:
         asked = (most // 2 + 1, most)
-    if max(asked) * out_features > _MOST_OUTPUTS:
+    if max(asked) * out_features > MOST_OUTPUTS:
         return 0
     return _probe(in_features, out_features, bias, asked, dtype, torch.get_num_threads())
 
@@ -323,13 +330,14 @@ def _probe(
             if asked[-1] <= FEW_TOKENS:
                 return kblock
             x = inputs[-1]
-            pairs = [(_seconds(ours, x), _seconds(the_library, x)) for _ in range(3)]
+            pairs = [(seconds(ours, x), seconds(the_library, x)) for _ in range(3)]
             mine, library = (min(times) for times in zip(*pairs, strict=True))
             return kblock if mine < _FASTER * library else 0
     return 0
 
 
-def _seconds(call: Callable[[Tensor], Tensor], x: Tensor) -> float:
+def seconds(call: Callable[..., object], *args: object) -> float:
+    """Time that a call takes."""
     start = time.perf_counter()
-    call(x)
+    call(*args)
     return time.perf_counter() - start

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from .. import layout
 from ..ops import dispatch
 from .plan import Plan
 from .scope import Scope, Scopes
+
+Fused: TypeAlias = bool | Literal["always"]
+"""See `patch`."""
 
 
 class Shared:
@@ -24,15 +27,15 @@ class Shared:
         scopes: what is routed where. `active` is theirs: the scope whose plan eager code reads.
         default: the plan of `Runtime.set_adapter`, for code in no scope.
         blank: the plan that routes nothing.
-        fused: whether the base product may be computed by mlora's own kernel.
+        fused: whether the base product may be computed by mlora's own kernel; "always": in an order of its own, too.
         placeholders: the tokens that stand for inputs of other modalities than text; see `modality.py`.
         foreign: the numbers of the modules that read those inputs.
         choices: whether the model is one of multiple choice; see `layers.order`.
         moves: whether a hook moves modules to the device of their calls.
         unpacked: number of a module -> why it cannot be told which of its inputs are of which token of a packed call.
         body, axes: as `Packing` has them.
-        kblocks: (in, out, whether there is a bias, dtype) of a layer -> tokens and threads -> the block with which that
-            kernel gives the library's bits, 0 where none does; filled as they occur.
+        kblocks: (in, out, whether there is a bias, dtype) of a layer -> tokens and threads -> the `kblock` of
+            `dispatch.linear` with which that kernel runs, 0 where it does not; filled as they occur.
         groups: first layer's number -> the layers that read the same input after it (q, k, v; gate, up), learned as
             calls come; None where serving several modules in one call gains nothing.
         training: `gradients.recorded.Training`, once there is an adapter with parameters.
@@ -47,7 +50,7 @@ class Shared:
         self,
         arenas: Sequence[Tensor],
         words: Sequence[Tensor],
-        fused: bool,
+        fused: Fused,
         placeholders: Iterable[int],
         foreign: Iterable[int],
         choices: bool,

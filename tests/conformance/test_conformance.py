@@ -4,7 +4,7 @@ refused by name. `--conformance-table FILE` writes the verdicts as Markdown."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import mlora
 from mlora import errors
+from mlora.ops import dispatch, fastest
 
 SERVED = tuple(spec for spec in SPECS if spec.verdict != REFUSED)
 ON_LLAMA = tuple(spec for spec in SERVED if spec.llama)
@@ -30,11 +31,11 @@ KEYS = ("input_ids", "attention_mask")
 class World:
     """One architecture: the bare model, its patched copy, and oracles, made when they are first asked for."""
 
-    def __init__(self, kind: str, root: Path, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, kind: str, root: Path, dtype: torch.dtype = torch.float32, **options: Any) -> None:
         self.kind, self.root, self.dtype = kind, root, dtype
         self.base = build(kind, dtype)
         self.model = copy.deepcopy(self.base)
-        self.runtime = mlora.patch(self.model, memory=8 << 20)
+        self.runtime = mlora.patch(self.model, memory=8 << 20, **options)
         self.folder = cache(self._folder)
         self.alone = cache(self._alone)
         self.load = cache(self._load)
@@ -231,6 +232,22 @@ def test_another_of_its_form(worlds: Any, tmp_path: Path, spec: Spec, kind: str)
         assert getattr(got[0], name) == getattr(wanted[0], name)
     assert got[1] == wanted[1] and got[3] == wanted[3] and got[2].keys() == wanted[2].keys()
     assert all(tensor.equal(wanted[2][key]) for key, tensor in got[2].items())
+
+
+@pytest.fixture(scope="module")
+def always(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """Base products in mlora's own order, whether that is faster or not."""
+    with pytest.MonkeyPatch.context() as patch:
+        own = lambda _in, _out, _bias, tokens, dtype: dispatch.ALONG if dispatch.offered(tokens, dtype) else 0  # noqa: E731
+        patch.setattr(fastest, "probe", own)
+        yield World("llama", tmp_path_factory.mktemp("always"), fused="always")
+
+
+@pytest.mark.parametrize("name", ("LoRA", "DoRA", "IA3", "LoHa", "RoAd 1", "aLoRA", "VeRA"))
+def test_in_an_order_of_its_own(always: World, name: str) -> None:
+    spec = next(spec for spec in SPECS if spec.name == name)
+    first, second = partners(spec, "llama", 2)
+    always.check([None, spec, first, None, spec, second])
 
 
 @pytest.mark.parametrize("kind", ("llama", "gpt2", "conv"))

@@ -13,7 +13,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from op_cases import BF16, DTYPES, FUSED, MIX, NATIVE, ROUTINGS, A, B, Case, check, needs_native, sentinel, turned
+from op_cases import (
+    BF16,
+    DTYPES,
+    FUSED,
+    MIX,
+    NATIVE,
+    ROUTINGS,
+    A,
+    B,
+    Case,
+    check,
+    in_chains,
+    needs_native,
+    sentinel,
+    turned,
+)  # fmt: skip
 from torch import Tensor
 
 import mlora
@@ -58,17 +73,6 @@ def test_apply_matches_fp64(ranks, width_in, width_out, dtype, routing):
         assert torch.equal(after[~routed], old[~routed])
         y.copy_(old)
         assert torch.equal(y_buffer.view(torch.uint8), before.view(torch.uint8)), "wrote outside of the view"
-
-
-def in_chains(x: Tensor, weight: Tensor, bias: Tensor | None, kblock: int) -> Tensor:
-    """The product in fp32, summed over chains of `kblock` elements, whose totals are added in order."""
-    total = x.new_zeros(x.shape[0], weight.shape[0])
-    for start in range(0, x.shape[1], kblock):
-        chain = torch.zeros_like(total)
-        for k in range(start, min(start + kblock, x.shape[1])):
-            chain += x[:, k, None] * weight[:, k]
-        total += chain
-    return total if bias is None else total + bias
 
 
 @pytest.mark.parametrize("dtype", FUSED)

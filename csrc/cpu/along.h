@@ -1,0 +1,184 @@
+// The base product as dot products along the input, for `linear` with kAlong: the weight is read as it lies, a few rows at a
+// time, and nothing is transposed, but every output is a sum over lanes. Faster than the order of the library, whose bits
+// these sums are not.
+//
+// Tokens are in tiles of up to kAlongTokens, and the input in blocks of which a tile's part stays in the first-level cache.
+// Each output is one chain over the steps of a block, reduced by a fixed tree; the blocks' sums are added in order. So its
+// bits depend on its token, its row of the weight and the number of tokens.
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "apply.h"
+
+#if MLORA_HAVE_AVX512
+
+namespace mlora {
+namespace MLORA_ISA {
+namespace {
+
+// Calls f with the number of tokens, at most 8, as a constant.
+template <class F>
+MLORA_INLINE void with_tokens(int64_t count, const F& f) {
+  switch (count) {
+#define MLORA_CASE(n) \
+  case n: \
+    return f(std::integral_constant<int, n>{});
+    MLORA_CASE(1) MLORA_CASE(2) MLORA_CASE(3) MLORA_CASE(4) MLORA_CASE(5) MLORA_CASE(6) MLORA_CASE(7)
+#undef MLORA_CASE
+    default:
+      return f(std::integral_constant<int, 8>{});
+  }
+}
+
+// How the tokens and the input of a problem are cut. Packed, x is [block][tile][step][token of the tile][2 * W]: with one
+// token's inputs after the other's, whose distance is often a power of two, tokens would push each other out of the cache.
+template <class T>
+struct Along {
+  explicit Along(const Problem& p) : tokens(p.tokens), in(p.in), steps(ceil_div(p.in, step)) {
+    tiles = ceil_div(tokens, kAlongTokens);
+    tile = ceil_div(tokens, tiles);
+    const int64_t most = (tile <= 2 ? 128 : tile <= 4 ? 64 : 32) * int64_t{2} / int64_t{sizeof(T)};
+    block = ceil_div(steps, ceil_div(steps, most));
+  }
+
+  int64_t block_of(int64_t s) const { return s / block * block; }
+  int64_t block_steps(int64_t first) const { return steps - first < block ? steps - first : block; }
+  int64_t tile_tokens(int64_t q) const { return tokens - q * tile < tile ? tokens - q * tile : tile; }
+  // Where the tile's part of the block lies that starts with step `first`.
+  const T* at(const T* x, int64_t first, int64_t q) const {
+    return x + (first * tokens + q * tile * block_steps(first)) * step;
+  }
+
+  static constexpr int64_t step = kAlongStep;
+  int64_t tokens, in, steps;
+  int64_t tiles, tile;  // and how many tokens each but the last has
+  int64_t block;        // steps of each but the last
+
+ private:
+  static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+};
+
+// Steps [from, to) of all tokens.
+template <class T>
+void pack_along(const Problem& p, T* x, int64_t from, int64_t to) {
+  const Along<T> cut(p);
+  for (int64_t t = 0; t < p.tokens; ++t) {
+    const T* row = static_cast<const T*>(p.x) + t * p.x_stride;
+    const int64_t q = t / cut.tile;
+    for (int64_t s = from; s < to; ++s) {
+      const int64_t first = cut.block_of(s), left = p.in - s * cut.step;
+      T* own = const_cast<T*>(cut.at(x, first, q)) + ((s - first) * cut.tile_tokens(q) + t - q * cut.tile) * cut.step;
+      if (left >= cut.step) {
+        std::memcpy(own, row + s * cut.step, cut.step * sizeof(T));
+      } else {
+        std::memset(own, 0, cut.step * sizeof(T));
+        std::memcpy(own, row + s * cut.step, left * sizeof(T));
+      }
+    }
+  }
+}
+
+template <class T, int Rows, int Tokens, bool Fetch, bool Tail>
+MLORA_INLINE void along_step(const T* x, const T* rows, int64_t in, int64_t ahead, int64_t left, vf (&acc)[Rows][Tokens]) {
+  constexpr int64_t step = Along<T>::step;
+  Operand<T> ws[Rows];
+  MLORA_UNROLL for (int r = 0; r < Rows; ++r) {
+    ws[r] = load_operand<T, Tail>(rows + r * in, left);
+    const uintptr_t at = reinterpret_cast<uintptr_t>(rows) + (r * in + ahead) * static_cast<int64_t>(sizeof(T));
+    MLORA_UNROLL for (int64_t line = 0; Fetch && line < kPairBytes<T>; line += 64) {
+      __builtin_prefetch(reinterpret_cast<const void*>(at + line), 0, 1);
+    }
+  }
+  MLORA_UNROLL for (int t = 0; t < Tokens; ++t) {
+    const Operand<T> own = load_operand<T, false>(x + t * step, step);
+    MLORA_UNROLL for (int r = 0; r < Rows; ++r) acc[r][t] = dot<T>(own, ws[r], acc[r][t]);
+  }
+}
+
+// The sums over the lanes of four vectors, by one tree each.
+MLORA_INLINE __m128 reduce(const vf (&v)[4]) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+  const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  const __m512 lanes = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+  const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(lanes), _mm512_extractf32x8_ps(lanes, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+}
+
+// sums[t * kLinearColumns + r] of Rows adjoining rows of the weight over `count` steps, of which the last may be cut to
+// `left` inputs. During steps [from, to) it asks for what lies `ahead` elements on. Not inlined, so that its loops have the
+// registers for themselves.
+template <class T, int Rows, int Tokens>
+__attribute__((noinline)) void along_tile(const T* x, const T* rows, int64_t in, int64_t count, int64_t left, int64_t from,
+                                          int64_t to, int64_t ahead, bool started, float* sums) {
+  constexpr int64_t step = Along<T>::step;
+  vf acc[Rows][Tokens];
+  MLORA_UNROLL for (int r = 0; r < Rows; ++r) {
+    MLORA_UNROLL for (int t = 0; t < Tokens; ++t) acc[r][t] = zero();
+  }
+  const int64_t whole = left < step ? count - 1 : count;
+  to = to < whole ? to : whole;
+  int64_t s = 0;
+  for (; s < from; ++s, x += Tokens * step, rows += step) {
+    along_step<T, Rows, Tokens, false, false>(x, rows, in, ahead, step, acc);
+  }
+  for (; s < to; ++s, x += Tokens * step, rows += step) {
+    along_step<T, Rows, Tokens, true, false>(x, rows, in, ahead, step, acc);
+  }
+  for (; s < whole; ++s, x += Tokens * step, rows += step) {
+    along_step<T, Rows, Tokens, false, false>(x, rows, in, ahead, step, acc);
+  }
+  if (s < count) along_step<T, Rows, Tokens, false, true>(x, rows, in, ahead, left, acc);
+  constexpr int kOutputs = Rows * Tokens;
+  MLORA_UNROLL for (int i = 0; i < kOutputs; i += 4) {
+    vf of[4];
+    MLORA_UNROLL for (int j = 0; j < 4; ++j) {
+      const int o = i + j < kOutputs ? i + j : kOutputs - 1;
+      of[j] = acc[o % Rows][o / Rows];
+    }
+    alignas(16) float own[4];
+    _mm_store_ps(own, reduce(of));
+    MLORA_UNROLL for (int j = 0; j < 4; ++j) {
+      if (i + j >= kOutputs) continue;
+      float* sum = sums + (i + j) / Rows * kLinearColumns + (i + j) % Rows;
+      *sum = started ? *sum + own[j] : own[j];
+    }
+  }
+}
+
+// sums[t * kLinearColumns + c] of columns [n, end), at most kLinearColumns, and all tokens. With `more`, the caller goes on
+// with the columns after these, which are asked for meanwhile, into the second-level cache: each tile of tokens asks for its
+// part of the next block.
+template <class T>
+MLORA_INLINE void along(const Problem& p, const T* x, int64_t n, int64_t end, bool more, float* sums) {
+  const Along<T> cut(p);
+  const T* weight = static_cast<const T*>(p.weight) + n * p.in;
+  for (int64_t first = 0; first < cut.steps; first += cut.block) {
+    const int64_t count = cut.block_steps(first), from = first * cut.step, left = p.in - from - (count - 1) * cut.step;
+    const bool last = first + count == cut.steps;
+    const int64_t ahead = last ? kLinearColumns * p.in - from : count * cut.step;
+    for (int64_t q = 0; q < cut.tiles; ++q) {
+      const T* tokens = cut.at(x, first, q);
+      float* own = sums + q * cut.tile * kLinearColumns;
+      const int64_t asks = last && !more ? 0 : count, begin = q * asks / cut.tiles, stop = (q + 1) * asks / cut.tiles;
+      const auto columns = [&](auto rows, auto tile, int64_t c) __attribute__((always_inline)) {
+        along_tile<T, rows, tile>(tokens, weight + c * p.in + from, p.in, count, left, begin, stop, ahead, first > 0, own + c);
+      };
+      with_tokens(cut.tile_tokens(q), [&](auto tile) __attribute__((always_inline)) {
+        constexpr int kRows = tile <= 2 ? 8 : tile == 3 ? 4 : 2;  // whose sums fit the registers
+        int64_t c = 0;
+        for (; c + kRows <= end - n; c += kRows) columns(std::integral_constant<int, kRows>(), tile, c);
+        for (; c < end - n; ++c) columns(std::integral_constant<int, 1>(), tile, c);
+      });
+    }
+  }
+}
+
+}  // namespace
+}  // namespace MLORA_ISA
+}  // namespace mlora
+
+#endif
