@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import inputs_for, logits, refused, served
+from conftest import inputs_for, logits, served
 from torch import Tensor, nn
 
 import mlora
@@ -42,7 +42,7 @@ def test_base_rows_are_as_exact_as_the_librarys(dtype: torch.dtype, along: list[
         for tokens in (1, 2, 7, 16, 60, 200):
             x = torch.randn(tokens, 577).to(dtype)
             errors_of = [(m(x).double() - exact(x.double())).square().mean().sqrt() for m in (model, bare)]
-            assert errors_of[0] <= 1.3 * errors_of[1]
+            assert errors_of[0] <= 2 * errors_of[1]
             assert torch.equal(model[0](x)[:1], dispatch.linear(x, *_parts(model[0], x), dispatch.ALONG)[:1])
     assert {question[0] for question in along} == {577, 320}
 
@@ -54,7 +54,7 @@ def _parts(linear: Any, x: Tensor) -> tuple[Any, ...]:
 
 @pytest.mark.skipif(not FUSED, reason="needs AVX-512")
 def test_rows_do_not_see_each_other(llama: Any, folders: dict[str, Path], along: list[Any]) -> None:
-    model = served(llama, {name: folders[name] for name in ("r3", "dora1")}, fused="always")
+    model = served(llama, {name: folders[name] for name in ("r3", "dora1")}, memory=1 << 20, fused="always")
     batch = inputs_for("llama", 4)
     want = logits(model, batch, adapter_names=["r3", None, "dora1", "r3"])
     other = {"input_ids": batch["input_ids"].clone(), "attention_mask": batch["attention_mask"]}
@@ -65,7 +65,7 @@ def test_rows_do_not_see_each_other(llama: Any, folders: dict[str, Path], along:
 
 @pytest.mark.skipif(not FUSED, reason="needs AVX-512")
 def test_the_default_does_not_ask(llama: Any, folders: dict[str, Path], along: list[Any]) -> None:
-    model, batch = served(llama, {"r3": folders["r3"]}), inputs_for("llama", 3)
+    model, batch = served(llama, {"r3": folders["r3"]}, memory=1 << 20), inputs_for("llama", 3)
     assert torch.equal(logits(model, batch), logits(llama, batch)) and not along
 
 
@@ -94,5 +94,5 @@ def test_fp16_has_the_librarys_bits(along: list[Any]) -> None:
 @pytest.mark.parametrize("fused", ["fastest", None, 2])
 def test_other_values_are_refused_by_name(fused: Any) -> None:
     model = nn.Sequential(nn.Linear(8, 8))
-    with refused(model, errors.PatchError, "fused", repr(fused), "always"):
+    with pytest.raises(errors.PatchError, match=f"fused={fused!r}, wanted True, False or 'always'"):
         mlora.patch(model, memory=1 << 16, fused=fused)
