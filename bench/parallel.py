@@ -2,8 +2,9 @@
 
 A random Llama of SmolLM2-135M's size, with heads that two processes can divide, in bf16; 16 random rank-16 adapters on
 all seven linears, one a row. The processes exchange over gloo on this machine. Bare and patched models take turns in
-the same processes, and so they do in one process with as many threads as all have together; figures are medians of the
-ratios within a turn, as process 0 sees them. Before anything is timed, base rows must equal the bare model's bit for
+the same processes, and so they do in one process with as many threads as each of them has; figures are medians of the
+ratios within a turn, as process 0 sees them. Several processes do it twice: adapters as they lie by default, and with
+`fully_sharded`. Before anything is timed, base rows must equal the bare model's bit for
 bit, and adapters' rows be no further from those of one process than twice what the bare model's rows are.
 
     decode step    one call of the model with a cache of 64 tokens and 16 names, each of which the processes agree on
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=24, help="pairs of decode steps; a sixth of generates")
     add_arguments(parser)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of one of the processes
+    parser.add_argument("--fully-sharded", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.smoke:
         args.adapters, args.rank, args.prompt, args.new, args.repeats = 4, 4, 8, 4, 6
@@ -61,30 +63,36 @@ def main() -> None:
         for number in range(args.adapters):
             make_adapter(model, folder / f"a{number}", args.rank, seed=number)
         with console.status("one process"):
-            started(args, folder, 1, each * args.processes)
+            started(args, folder, 1, each)
         with console.status(f"{args.processes} processes"):
             started(args, folder, args.processes, each)
-        one, several = (json.loads((folder / f"{n}.json").read_text()) for n in (1, args.processes))
+            started(args, folder, args.processes, each, "--fully-sharded")
+        names = [file_name(1, False), *(file_name(args.processes, sharded) for sharded in (False, True))]
+        found = [json.loads((folder / name).read_text()) for name in names]
+        one = found[0]
     log = Log(args.out, bench="parallel", processes=args.processes, adapters=args.adapters, rank=args.rank,
               prompt=args.prompt, new=args.new, model="tiny random Llama" if args.smoke else "random Llama, 135M",
               **machine())  # fmt: skip
     table = Table(
         title=f"{args.adapters} adapters over the bare model in the same processes (median, 20-80 % quantiles)"
     )
-    for column in ("", "one process", f"{args.processes} processes", "asked"):
+    several = f"{args.processes} processes"
+    for column in ("", "one process", several, f"{several}, fully sharded", "asked"):
         table.add_column(column)
     for phase in ("decode step", "generate"):
         cells = []
-        for n, found in ((1, one), (args.processes, several)):
-            ratio, low, high = found[phase]["ratio"]
-            cells.append(f"{ratio:.3f} ({low:.3f}-{high:.3f}), bare {found[phase]['bare_seconds'] * 1e3:.1f} ms")
-            log.write(
-                phase=phase, in_processes=n, threads_each=each if n > 1 else each * args.processes, **found[phase]
-            )
+        for their in found:
+            ratio, low, high = their[phase]["ratio"]
+            cells.append(f"{ratio:.3f} ({low:.3f}-{high:.3f}), bare {their[phase]['bare_seconds'] * 1e3:.1f} ms")
+            log.write(phase=phase, in_processes=their["processes"], fully_sharded=their["fully_sharded"],
+                      threads_each=each, **their[phase])  # fmt: skip
         table.add_row(phase, *cells, f"≤ {one[phase]['ratio'][0] + 0.05:.3f}" if phase == "decode step" else "")
-    held = several["bytes"] / one["bytes"]
-    log.write(phase="bytes", held=several["bytes"], whole=one["bytes"], ratio=held)
-    table.add_row("bytes of an adapter", f"{one['bytes']:,}", f"{several['bytes']:,}: {held:.3f}", "≤ 0.55")
+    held = [their["bytes"] / one["bytes"] for their in found]
+    for their, ratio in zip(found, held, strict=True):
+        log.write(phase="bytes", fully_sharded=their["fully_sharded"], held=their["bytes"], whole=one["bytes"],
+                  ratio=ratio)  # fmt: skip
+    cells = [f"{their['bytes']:,}: {ratio:.3f}" for their, ratio in zip(found, held, strict=True)]
+    table.add_row("bytes of an adapter", *cells, "≤ 0.55")
     console.print(table)
 
 
@@ -107,12 +115,17 @@ def random_llama(small: bool) -> Any:
     return LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
-def started(args: argparse.Namespace, folder: Path, processes: int, threads: int) -> None:
-    """Run `run` in so many processes of so many threads, as torchrun does."""
+def file_name(processes: int, sharded: bool) -> str:
+    """Of what a run found."""
+    return f"{processes}{' sharded' * sharded}.json"
+
+
+def started(args: argparse.Namespace, folder: Path, processes: int, threads: int, *more: str) -> None:
+    """Run `run` in so many processes of so many threads, as torchrun does. `more`: options of it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    options = [*sys.argv[1:], "--folder", str(folder), "--threads", str(threads)]
+    options = [*sys.argv[1:], "--folder", str(folder), "--threads", str(threads), *more]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
     running = [
         subprocess.Popen(
@@ -141,14 +154,16 @@ def run(args: argparse.Namespace) -> None:
         AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16, **split).eval() for _ in range(2)
     )
     size = sum(file.stat().st_size for file in (folder / "a0").glob("*.safetensors"))
-    runtime = mlora.patch(served, memory=2 * size * args.adapters)
+    runtime = mlora.patch(served, memory=2 * size * args.adapters, fully_sharded=args.fully_sharded)
     for number in range(args.adapters):
         runtime.load_adapter(folder / f"a{number}", f"a{number}")
     ids = torch.randint(
         3, bare.config.vocab_size, (args.adapters, args.prompt), generator=torch.Generator().manual_seed(0)
     )
     names = [f"a{number}" for number in range(args.adapters)]
-    found: dict[str, Any] = {"bytes": runtime.adapters["a0"].bytes}
+    found: dict[str, Any] = {
+        "processes": world, "fully_sharded": args.fully_sharded, "bytes": runtime.adapters["a0"].bytes
+    }  # fmt: skip
     with torch.inference_mode():
         check(bare, served, ids, names, folder, world)
         cases = Case("bare", bare), Case("mlora", served, {"adapter_names": names})
@@ -161,7 +176,7 @@ def run(args: argparse.Namespace) -> None:
             found[phase] = {"ratio": quantiles(ratios), "seconds": quantiles(times)[0],
                             "bare_seconds": quantiles(bare_times)[0], "repeats": repeats}  # fmt: skip
     if rank == 0:
-        (folder / f"{world}.json").write_text(json.dumps(found))
+        (folder / file_name(world, args.fully_sharded)).write_text(json.dumps(found))
     if world > 1:
         torch.distributed.destroy_process_group()
 

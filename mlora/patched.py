@@ -16,7 +16,6 @@ from .layers import (
     LoraLayer,
     gated,
     is_gated,
-    mixin_of,
     refuse_copy,
     refuse_move,
     refuse_training,
@@ -288,10 +287,10 @@ def unpatch(model: nn.Module) -> nn.Module:
     model.mlora._close()
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            outer = module._mlora.outer
+            outer, mixin = module._mlora.outer, cast(Any, type(module)).__bases__[0]
             del module.__dict__["_mlora"]
             restore_class(module)
-            swap_forward(module, mixin_of(module).forward, type(module).forward)
+            swap_forward(module, mixin.forward, type(module).forward)
             if outer is not None:
                 module.__dict__["forward"] = outer
         elif isinstance(module, (Part, PatchedModel)):

@@ -22,6 +22,9 @@ from .layers import (
     LayerState,
     LoraLayer,
     ParametersState,
+    Shard,
+    ShardedLayer,
+    Shares,
     compute_dtype,
     cuts_choices,
     devices_of,
@@ -35,6 +38,7 @@ from .layers import (
     moves,
     order_of,
     own_part,
+    sharded_cut,
     swap_class,
     swap_forward,
     unpacked,
@@ -63,6 +67,7 @@ def patch(
     fused: Fused = True,
     host_memory: int | str | None = None,
     packed_cache: str | Path | None = None,
+    fully_sharded: bool = False,
 ) -> Runtime:
     """Patch every linear, convolution, norm, token embedding and fused experts of `model` in place, so that each row of
     a batch can use its own adapter.
@@ -100,6 +105,9 @@ def patch(
         packed_cache: a folder in which adapters are kept as they lie in memory, where to make that of their files takes
             more than to read them (DoRA, LoKr, VB-LoRA, PiSSA, `dense=True`, ...), also for later processes. It may be
             deleted at any time; default: none is kept.
+        fully_sharded: of a model that is split over processes, split both A and B of its linears, so that each process
+            holds its share of them and no more, at the price of exchanges between the processes; see docs/parallel.md.
+            It changes nothing on a model in one process.
 
     Returns:
         The runtime, also reachable as `model.mlora`.
@@ -109,7 +117,9 @@ def patch(
             names a device on which no module is called.
         AdapterError, UnsupportedAdapterError, CapacityError: an adapter in it cannot be served.
     """
-    with patching(model, memory, max_adapters, max_merges, dtype, fused, host_memory, packed_cache) as runtime:
+    with patching(
+        model, memory, max_adapters, max_merges, dtype, fused, host_memory, packed_cache, fully_sharded
+    ) as runtime:
         return runtime
 
 
@@ -123,6 +133,7 @@ def patching(
     fused: Fused,
     host_memory: int | str | None,
     packed_cache: str | Path | None,
+    fully_sharded: bool,
 ) -> Iterator[Runtime]:
     """`patch`, undone if the block fails: the model is unpatched, and has PEFT's layers again if it had some."""
     if not isinstance(model, nn.Module):
@@ -136,7 +147,7 @@ def patching(
     taken: AbstractContextManager[tuple[nn.Module, dict[str, Adapter], str | None]]
     taken = taken_over(model) if has_peft(model) else nullcontext((model, {}, None))
     with taken as (base, adapters, active):
-        runtime = _patch(base, memory, max_adapters, max_merges, dtype, fused, host_memory, packed_cache)
+        runtime = _patch(base, memory, max_adapters, max_merges, dtype, fused, host_memory, packed_cache, fully_sharded)
         try:
             for name, adapter in adapters.items():
                 runtime.add_adapter(name, adapter)
@@ -157,6 +168,7 @@ def _patch(
     fused: Fused,
     host_memory: int | str | None,
     packed_cache: str | Path | None,
+    fully_sharded: bool,
 ) -> Runtime:
     """`patch` of a model without PEFT's layers."""
     paths = find_layers(model)
@@ -186,7 +198,11 @@ def _patch(
         raise errors.PatchError(f"fused={fused!r}, wanted True, False or 'always'")
     if arena_dtype not in DENSE:
         raise errors.PatchError(f"dtype={dtype!r}, wanted one of {', '.join(sorted(map(str, DENSE)))}")
+    split = {
+        key: cut for key, (_, module) in modules.items() if fully_sharded and (cut := sharded_cut(module)) is not None
+    }
     homes = [called[id(module)] for _, module in modules.values()] + [called[id(s.module)] for s in stacks.values()]
+    homes += [called[key] for key in split]
     devices = list(dict.fromkeys(homes))
     rooms = _rooms(model, memory, arena_dtype, devices, called)
     store = Store(
@@ -201,10 +217,16 @@ def _patch(
     numbers = {key: number for number, key in enumerate(modules)}
     indices = {name: numbers[id(module)] for name, module in paths.items()}
     indices.update({path: len(modules) + number for number, path in enumerate(stacks)})
+    shards = {
+        key: Shard.of(number, store.table(number), cut)
+        for number, (key, cut) in enumerate(split.items(), len(modules) + len(stacks))
+    }
+    of_paths = {name: shards[id(module)] for name, module in paths.items() if id(module) in shards}
     foreign: set[int] = set()
     if placeholders := placeholders_of(model):
         is_foreign = foreign_in(model)
         foreign = {index for path, index in indices.items() if is_foreign(path)}
+        foreign |= {shard.number for path, shard in of_paths.items() if is_foreign(path)}
     words = [torch.zeros(PLAN_WORDS, dtype=torch.int32, device=device) for device in devices]
     arenas = [space.arena for space in store.spaces]
     shared = Shared(arenas, words, fused, placeholders if foreign else (), foreign, cuts_choices(model))
@@ -215,8 +237,12 @@ def _patch(
         )
         for (key, (name, module)), index in zip(modules.items(), numbers.values(), strict=True)
     }
+    if shards:
+        shared.shares = Shares(store)
+    for key, shard in shards.items():
+        states[key].shard = shard
     together = Ranks(ranks) if ranks else None
-    runtime = Runtime(model, store, shared, indices, paths, stacks, max_merges, packed_cache, together)
+    runtime = Runtime(model, store, shared, indices, paths, stacks, max_merges, packed_cache, of_paths, together)
     for path, (module, _) in stacks.items():
         if id(module) not in modules:
             owner = path.rpartition(".")[0]
@@ -229,15 +255,15 @@ def _patch(
             )
 
     shared.unpacked = {
-        state.index: why for state, (_, module) in zip(states.values(), modules.values(), strict=True)
-        if (why := unpacked(state, module))
+        index: why for state, (_, module) in zip(states.values(), modules.values(), strict=True)
+        if (why := unpacked(state, module)) for index in state.numbers_of("weight")
     }  # fmt: skip
     prefix = getattr(model, "base_model_prefix", "")
     shared.body = prefix if prefix in dict(model.named_children()) else ""
     for key, (_, module) in modules.items():
         if states[key].outer is not None:
             del module.__dict__["forward"]
-        mixin = mixin_of(module)
+        mixin = mixin_of(module) if states[key].shard is None else ShardedLayer
         swap_forward(module, type(module).forward, mixin.forward)
         module.__dict__["_mlora"] = states[key]
         swap_class(module, mixin)

@@ -23,7 +23,7 @@ from .arena.cache import Cache
 from .arena.store import Store
 from .folding.fold import Folded
 from .folding.originals import KEEPS
-from .layers import Stack, base_linears
+from .layers import Shard, Stack, base_linears
 from .lowering import BaseLinear, Names, check_full_rank
 from .lowering.reads import note
 from .merge import Merge
@@ -69,6 +69,7 @@ class Runtime(Trains):
         stacks: Mapping[str, Stack],
         max_merges: int,
         packed_cache: str | Path | None,
+        shards: Mapping[str, Shard],
         ranks: Ranks | None = None,
     ) -> None:
         self._ranks = ranks
@@ -92,11 +93,13 @@ class Runtime(Trains):
                 base,
                 weight=partial(_read, base.weight, lock, name, "weight"),
                 bias=partial(_read, base.bias, lock, name, "bias"),
+                cut=shards[name].cut if name in shards else base.cut,
             )
             for name, base in bases.items()
         }
         encoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-        self._registry = Registry(model, store, shared, folded, self.bases, indices, encoder, lock, ranks)
+        numbers = {name: shard.number for name, shard in shards.items()}
+        self._registry = Registry(model, store, shared, folded, self.bases, indices, numbers, encoder, lock, ranks)
         kept = None if packed_cache is None else Kept(Cache(packed_cache), store, model, self.bases, indices)
         self._tiers = Tiers(self._registry, store, kept, folded, lock)
         self._merges = MergeCache(self._registry, self._tiers, max_merges, lock)

@@ -1,4 +1,4 @@
-// The operators apply_ and apply_keep_.
+// The operators apply_, apply_keep_, shrink_ and expand_.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -50,7 +50,7 @@ void apply_all(const Problem& p, const Work& work, Types types) {
     split(total, [&](int64_t task, int64_t) { run(jobs[task].first); });
     return;
   }
-  const bool fetch_b = b_bytes <= tasks * kStaysNear;
+  const bool fetch_b = expand && b_bytes <= tasks * kStaysNear;
   for (int64_t task = 0; task < tasks; ++task) jobs[task].cut(pieces, shrink, expand, task, tasks, fetch_b);
   split_in_two(
       total, [&](int64_t task, int64_t) { run(jobs[task].first); },
@@ -65,7 +65,7 @@ void apply_rows(const Routing& routing, const Problem& p, Types types) {
   if (p.tokens > 0 && !work.segments.empty()) apply_all(p, work, types);
 }
 
-// Where an operator leaves what shrink makes, for the backward pass.
+// Where an operator leaves what shrink makes, or finds it.
 void keep(Problem* p, const Tensor& v) {
   STD_TORCH_CHECK(v.dim() == 1 && v.is_contiguous() && v.scalar_type() == ScalarType::Float,
                   "mlora: v must be a contiguous 1-D float32 tensor");
@@ -112,10 +112,45 @@ void apply_keep_(Tensor y, Tensor v, std::optional<Tensor> base, Tensor x, Tenso
   apply_tensors(p, y, base, x, arena, table, plan);
 }
 
+// apply_all without columns: what it leaves for expand is all there is.
+void shrink_(Tensor v, Tensor x, Tensor arena, Tensor table, Tensor plan) {
+  Problem p = {};
+  keep(&p, v);
+  p.in = width_of("x", x);
+  p.tokens = x.numel() / p.in;
+  p.itemsize = static_cast<int64_t>(arena.element_size());
+  const Types types = types_of("x", x, arena);
+  Work& work = thread_work();
+  work.build(routing_of(arena, table, plan), p.tokens, p.in, 0, false, p.keep, p.kept);
+  if (p.tokens == 0 || work.segments.empty()) return;
+  x = rows_of(x, &p.x_stride);
+  p.x = x.const_data_ptr();
+  apply_all(p, work, types);
+}
+
+// apply_all without inputs: what shrink leaves is there.
+void expand_(Tensor y, Tensor v, Tensor arena, Tensor table, Tensor plan) {
+  Problem p = {};
+  keep(&p, v);
+  p.out = width_of("y", y);
+  p.tokens = y.numel() / p.out;
+  p.itemsize = static_cast<int64_t>(arena.element_size());
+  const Types types = types_of("y", y, arena);
+  Work& work = thread_work();
+  work.build(routing_of(arena, table, plan), p.tokens, 0, p.out, false, p.keep, p.kept);
+  if (p.tokens == 0 || work.segments.empty()) return;
+  const Tensor rows = rows_of(y, &p.y_stride);
+  p.y = rows.mutable_data_ptr();
+  apply_all(p, work, types);
+  if (rows.get() != y.get()) torch::stable::copy_(y, rows);
+}
+
 }  // namespace
 }  // namespace mlora
 
 STABLE_TORCH_LIBRARY_IMPL(mlora, CPU, m) {
   m.impl("apply_", TORCH_BOX(&mlora::apply_));
   m.impl("apply_keep_", TORCH_BOX(&mlora::apply_keep_));
+  m.impl("shrink_", TORCH_BOX(&mlora::shrink_));
+  m.impl("expand_", TORCH_BOX(&mlora::expand_));
 }

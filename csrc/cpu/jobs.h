@@ -26,7 +26,7 @@ inline int64_t expand_cost(const Problem& p, const Segment& s) {
   return s.has_output ? ceil_div(p.out, kColumnUnit) * column_unit_cost(s) : 0;
 }
 
-// A segment of one module's work.
+// A segment of one module's work. What costs nothing is not done.
 struct Piece {
   const Problem* problem;
   const Segment* segment;
@@ -53,7 +53,7 @@ struct Jobs {
       int64_t begin, end;
       for (int32_t e = 0; e < s.term_count; ++e) {
         const Term& term = s.terms[e];
-        if (rank_rows.take(ceil_div(term.rank, kRankUnit), rank_unit_cost(p, s), &begin, &end)) {
+        if (piece.shrink && rank_rows.take(ceil_div(term.rank, kRankUnit), rank_unit_cost(p, s), &begin, &end)) {
           const int64_t last = end * kRankUnit < term.rank ? end * kRankUnit : term.rank;
           first.push_back({&p, &s, &term, v, begin * kRankUnit, last, fetch_b && term.b});
         }
@@ -79,11 +79,11 @@ struct Jobs {
       mine += cost;
       const Problem& p = *piece.problem;
       const Segment& s = *piece.segment;
-      const bool fetch_b = s.count > kFewTokens && s.b_ranks * p.out * p.itemsize <= kStaysNear;
+      const bool fetch_b = piece.expand && s.count > kFewTokens && s.b_ranks * p.out * p.itemsize <= kStaysNear;
       float* v = s.v;
       for (int32_t e = 0; e < s.term_count; ++e) {
         const Term& term = s.terms[e];
-        if (term.rank) first.push_back({&p, &s, &term, v, 0, term.rank, fetch_b && term.b});
+        if (piece.shrink && term.rank) first.push_back({&p, &s, &term, v, 0, term.rank, fetch_b && term.b});
         v += term.rank;
       }
       add_columns(first, p, s, 0, p.out);

@@ -17,7 +17,7 @@ Work& thread_work();
 
 constexpr int64_t kColumnUnit = 64;  // columns that a thread takes at least: a cache line of each rank row, or more
 
-// Where an operator leaves what shrink makes, for the backward pass: checks v, and notes it in p.
+// Where an operator leaves what shrink makes, or finds it: checks v, and notes it in p.
 void keep(Problem* p, const torch::stable::Tensor& v);
 
 // apply_, with what is noted in p.

@@ -251,6 +251,22 @@ class Store:
             touches = [self._adapters[name].touches for name in names]
         return np.flatnonzero(np.bitwise_or.reduce(touches)).tolist() if touches else []
 
+    def rank_rows(self, words: np.ndarray) -> tuple[int, np.ndarray]:
+        """Of a plan's words (`layout`): its rows, and of each module how many rank rows all of them have together."""
+        rows, routes, terms = words[:3].tolist()
+        if not routes:
+            return max(rows, 1), np.zeros(self.modules, dtype=np.int64)
+        at = layout.PLAN_HEADER
+        row_start = words[at : at + routes + 1]
+        at += routes + 1 + rows
+        term_start = words[at : at + routes + 1]
+        at += routes + 1
+        slots = words[at : at + terms].tolist()
+        ranks = np.zeros((self.modules, terms), dtype=np.int64)
+        for space in self.spaces:
+            ranks[space.own] = space.tables[:, slots, layout.RANK].cpu().numpy()
+        return rows, ranks @ np.repeat(np.diff(row_start), np.diff(term_start)).astype(np.int64)
+
     def terms(self, recipe: Iterable[tuple[str, float]]) -> tuple[tuple[int, float], ...]:
         """(slot, weight) of all that a recipe of resident adapters, (name, weight) each, sums."""
         named = [(self._adapters[name], weight) for name, weight in recipe]

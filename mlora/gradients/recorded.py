@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import layout
 from ..arena.bits import DROP
 from ..arena.store import Store
 from ..ops import reference
@@ -201,7 +200,7 @@ class _Sites:
             if isinstance(source := store[name].source, Trained):
                 self.trained[store[name].slot] = source
         if self.trained:
-            self._rows, self._ranks = _rank_rows(plan, store)
+            self._rows, self._ranks = store.rank_rows(plan.words)
         mixed = {name for recipe in plan.recipes if len(recipe) > 1 for name, _ in recipe}
         mixed |= {name for recipe in plan.recipes for name, weight in recipe if weight != 1}
         self._alone = self.trained.keys() - {store[name].slot for name in mixed}
@@ -223,21 +222,3 @@ def _marked(plan: Plan, adapters: Mapping[str, Trained]) -> Plan:
         for index in one.dropout.paths:
             touches[index] |= DROP
     return replace(plan, touches=tuple(touches))
-
-
-def _rank_rows(plan: Plan, store: Store) -> tuple[int, np.ndarray]:
-    """The plan's rows, and of each module how many rank rows all of them have together."""
-    words = np.frombuffer(plan.raw, dtype=np.int32) if plan.raw else plan.tensors[0].cpu().numpy()
-    rows, routes, terms = words[:3].tolist()
-    if not routes:
-        return max(rows, 1), np.zeros(store.modules, dtype=np.int64)
-    at = layout.PLAN_HEADER
-    row_start = words[at : at + routes + 1]
-    at += routes + 1 + rows
-    term_start = words[at : at + routes + 1]
-    at += routes + 1
-    slots = words[at : at + terms].tolist()
-    ranks = np.zeros((store.modules, terms), dtype=np.int64)
-    for space in store.spaces:
-        ranks[space.own] = space.tables[:, slots, layout.RANK].cpu().numpy()
-    return rows, ranks @ np.repeat(np.diff(row_start), np.diff(term_start)).astype(np.int64)

@@ -19,6 +19,7 @@ from .parameters import ParametersLayer, ParametersState, Stack
 from .placed import devices_of, moves
 from .pointwise import gated, is_gated, with_rotation
 from .route import Route, group_routes
+from .sharded import Shard, ShardedLayer, Shares, sharded_cut
 from .state import LayerState
 from .swap import guard_moves, refuse_copy, refuse_move, restore_class, swap_class, swap_forward
 from .trained import refuse_training
@@ -37,7 +38,10 @@ __all__ = [
     "ParametersLayer",
     "ParametersState",
     "Route",
+    "Shard",
+    "ShardedLayer",
     "Shared",
+    "Shares",
     "Stack",
     "base_linear",
     "base_linears",
@@ -66,6 +70,7 @@ __all__ = [
     "refuse_move",
     "refuse_training",
     "restore_class",
+    "sharded_cut",
     "swap_class",
     "swap_forward",
     "unpacked",

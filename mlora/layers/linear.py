@@ -168,7 +168,12 @@ class LoraLayer(nn.Module):
 
     def _given(self, x: Tensor) -> Tensor:
         """The base's output, to which a delta is added."""
-        y, cut = self._base(x), self._mlora.cut
+        y = self._base(x)
+        self._check_given(y, x)
+        return y
+
+    def _check_given(self, y: Any, x: Tensor) -> None:
+        cut = self._mlora.cut
         width = self.nf if isinstance(self, Conv1D) else self.out_features
         if cut is not None and cut.axis == "outputs":
             width = cut.width
@@ -178,7 +183,6 @@ class LoraLayer(nn.Module):
                 f"{self._mlora.name} ({type(self).__name__}) gives {seen} for an input of shape {tuple(x.shape)}, "
                 f"which is no linear's output; use adapters that do not target it"
             )
-        return y
 
     def _whole(self, *args: Any, **named: Any) -> Any:
         """The module's own forward, which reads its parameters as the base does."""

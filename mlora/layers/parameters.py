@@ -114,8 +114,8 @@ class ParametersState(LayerState):
         self.input = cast(str, _input_name(type(module)))
         self.experts = any(getattr(module, name).dim() == 3 for name in stacks)
 
-    def number_of(self, parameter: str) -> int | None:
-        return self.stacks.get(parameter)
+    def numbers_of(self, parameter: str) -> tuple[int, ...]:
+        return (self.stacks[parameter],) if parameter in self.stacks else ()
 
 
 class ParametersLayer(LoraLayer):

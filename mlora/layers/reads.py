@@ -81,10 +81,10 @@ def _changed(state: LayerState, name: str) -> bool:
     plan = scope.plan or state.shared.default
     if plan is None or scope.late is None:
         return False
-    index = state.number_of(name)
-    if index is None or not plan.touches[index] & _BITS.get(name, LORA):
+    numbers = state.numbers_of(name)
+    if not any(plan.touches[index] & _BITS.get(name, LORA) for index in numbers):
         return False
-    return not state.embeds or index in plan.trained
+    return not state.embeds or any(index in plan.trained for index in numbers)
 
 
 def _tells(func: Any, args: Any) -> bool:
@@ -106,7 +106,7 @@ def _check(read: Read) -> None:
     layer: Any = read._layer
     state, name = layer._mlora, read._name
     if torch.compiler.is_compiling():
-        if (index := state.number_of(name)) is not None:
+        for index in state.numbers_of(name):
             check_reads(state.shared.header, state.shared.number, index, _BITS.get(name, LORA), f"{state.name}.{name}")
     elif _changed(state, name) and not _runs(layer):
         names = (state.shared.active.get().plan or state.shared.default).names

@@ -39,6 +39,7 @@ class LayerState:
         cut: how tensor parallelism has split it, if it has; `shape` is that of this process's part then.
         shape: of a plain one's weight. `direct`: what `ops.direct` takes for it, or None.
         own: the module under the class that it had, for what reads its parameters as the base does.
+        shard: this process's share of its rank rows, where they are shared out; else None.
         embeds: whether it is an embedding. `eps`: of an RMS norm that `pointwise.normalized` computes, the attribute of
             the module that holds its epsilon; else "".
         outer: the `forward` that somebody put on the instance, called for the base, or None. Not one that
@@ -49,7 +50,7 @@ class LayerState:
     __slots__ = (
         "_asked", "_kblocks", "_probe", "arena", "cast", "cut", "device", "device_type", "direct", "dtype", "embeds",
         "eps", "foreign", "fused", "gathered", "home", "in_front", "index", "loose", "name", "order", "outer", "own",
-        "plain", "shape", "shared", "table", "words",
+        "plain", "shape", "shard", "shared", "table", "words",
     )  # fmt: skip
 
     def __init__(
@@ -81,6 +82,7 @@ class LayerState:
         self.loose = self.gathered or self.foreign or order.exchanged or order.picked
         weight = own_part(module._parameters.get("weight"))
         self.cut = cut_of(module)
+        self.shard: Any = None
         self.cast = is_cast(module)
         self.plain = (
             self.outer is None
@@ -102,9 +104,11 @@ class LayerState:
             self._kblocks = shared.kblocks.setdefault((*self._asked, dtype), {})
             self._probe = fastest.probe if shared.fused == "always" else dispatch.probe_kblock
 
-    def number_of(self, parameter: str) -> int | None:
-        """Under which plans tell what they do to a parameter of the module; None of one that no adapter changes."""
-        return self.index if parameter in ("weight", "bias") else None
+    def numbers_of(self, parameter: str) -> tuple[int, ...]:
+        """Under which plans tell what they do to a parameter of the module; none of one that no adapter changes."""
+        if parameter not in ("weight", "bias"):
+            return ()
+        return (self.index,) if self.shard is None else (self.index, self.shard.number)
 
     def kblock(self, x: Tensor) -> int:
         """The `kblock` with which `dispatch.linear` gives the library's bits for `x`, 0 if none does, or if the library

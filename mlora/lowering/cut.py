@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ class Cut:
         spans: the start and the end of what this process has of that axis, one behind another; several where a module
             is two in one (a fused gate and up projection).
         rank, world: which of how many processes this is.
+        across: of the other axis, what this process has of the rank rows alone, whose A and B are both split then; ()
+            where one of them is whole.
     """
 
     axis: str
@@ -27,11 +29,25 @@ class Cut:
     rank: int = 0
     world: int = 1
     why: str = ""
+    across: Spans = ()
 
     @property
     def width(self) -> int:
         """How much of the axis this process has."""
         return sum(end - start for start, end in self.spans)
+
+    @property
+    def other(self) -> Cut:
+        """How the rank rows are split along the other axis."""
+        return replace(self, axis="inputs" if self.axis == "outputs" else "outputs", spans=self.across, across=())
+
+    def sharded(self, width: int) -> Cut:
+        """The same, with rank rows that are split along the other axis too, which is so wide; itself where that is
+        nothing for one of the processes."""
+        each = -(-width // self.world)
+        if self.axis not in ("outputs", "inputs") or each * (self.world - 1) >= width:
+            return self
+        return replace(self, across=((self.rank * each, min((self.rank + 1) * each, width)),))
 
     def of(self, tensor: Tensor, dim: int) -> Tensor:
         """This process's part of a tensor whose dimension `dim` is the axis."""

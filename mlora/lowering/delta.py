@@ -73,6 +73,8 @@ class Delta:
             whoever reads the module's weight.
         invocation: of an activated LoRA: the delta applies to a row's tokens from the last place on where it has these,
             and to none where it has not; empty: to all of them.
+        sharded: whether A and B are both this process's part of what is split over several, so that A x is of some of
+            the inputs, and a sum over all processes.
     """
 
     a: Tensor | None = None
@@ -88,6 +90,7 @@ class Delta:
     replaces: bool = False
     trained: bool = False
     invocation: tuple[int, ...] = ()
+    sharded: bool = False
 
     @property
     def rank(self) -> int:
@@ -131,6 +134,11 @@ class Delta:
         return self is other or all(
             _equal(getattr(self, part.name), getattr(other, part.name)) for part in fields(self)
         )
+
+    def apart(self) -> tuple[Delta, Delta]:
+        """The rank rows, and the rest."""
+        rows = Delta(self.a, self.b, self.scale, invocation=self.invocation, sharded=self.sharded)
+        return rows, replace(self, a=None, b=None, scale=1.0, sharded=False)
 
     def shifted(self, by: Tensor) -> Delta:
         """The same with `by`, (out,), added to the shift."""

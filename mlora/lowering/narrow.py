@@ -56,6 +56,10 @@ def narrow(adapter: Adapter, names: Names) -> tuple[Adapter, dict[str, BaseLinea
             return None
         if base.cut.axis == axis:
             slices[key] = dim, base.cut
+        elif base.cut.across:
+            if len(shape) < 2:  # a bias, which is added to all outputs
+                return None
+            slices[key] = dim, base.cut.other
     spans = {key: (dim, cut.spans) for key, (dim, cut) in slices.items()}
     return adapter.holding(tensors.narrowed(spans)), {path: _narrowed(base) for path, base in bases.items()}
 
@@ -63,6 +67,10 @@ def narrow(adapter: Adapter, names: Names) -> tuple[Adapter, dict[str, BaseLinea
 def _narrowed(base: BaseLinear) -> BaseLinear:
     if base.cut is None or not base.linear or base.cut.why:
         return base
-    if base.cut.axis == "outputs":
-        return replace(base, out_features=base.cut.width)
-    return replace(base, in_features=base.cut.width)
+    other = base.cut.other
+    widths = {base.cut.axis: base.cut.width, **({other.axis: other.width} if other.spans else {})}
+    return replace(
+        base,
+        in_features=widths.get("inputs", base.in_features),
+        out_features=widths.get("outputs", base.out_features),
+    )

@@ -10,6 +10,9 @@ inputs it has whole. Of split inputs it has its columns of A and D, and what is 
 deltas included, are what the base adds up over the processes, before it adds its bias. So the first process alone adds
 c, and what G would have done to that bias. Of experts that are spread over the processes it has the rank rows of its
 own.
+
+Where A and B are both split (`Cut.across`), of either kind of module A x is the sum of all A_r x_r, and process r adds
+s B_r^T (A x) to its part of the outputs.
 """
 
 from __future__ import annotations
@@ -53,10 +56,16 @@ def own_part(delta: Delta, base: BaseLinear) -> Delta:
         return _of_experts(delta, base, cut)
     if matrix is not None:
         matrix = _there(matrix, cut.of(matrix.read(), 0 if cut.axis == "outputs" else 1).clone())
+    by = {cut.axis: cut}
+    sharded = bool(cut.across) and delta.a is not None and delta.b is not None
+    if sharded:
+        by[cut.other.axis] = cut.other
+    a = by["inputs"].of(delta.a, 1) if delta.a is not None and "inputs" in by else delta.a
+    b = by["outputs"].of(delta.b, 1) if delta.b is not None and "outputs" in by else delta.b
+    delta = replace(delta, a=a, b=b, sharded=sharded)
     if cut.axis == "outputs":
         return replace(
             delta,
-            b=None if delta.b is None else cut.of(delta.b, 1),
             matrix=matrix,
             gain=None if delta.gain is None else cut.of(delta.gain, 0),
             turn=None if delta.turn is None else _turn(delta.turn, base, cut),
@@ -64,7 +73,6 @@ def own_part(delta: Delta, base: BaseLinear) -> Delta:
         )
     return replace(
         delta,
-        a=None if delta.a is None else cut.of(delta.a, 1),
         matrix=matrix,
         in_gain=None if delta.in_gain is None else cut.of(delta.in_gain, 0),
         in_turn=None if delta.in_turn is None else _turn(delta.in_turn, base, cut),
@@ -93,6 +101,8 @@ def _of_experts(delta: Delta, base: BaseLinear, cut: Cut) -> Delta:
 def added_once(delta: Delta, base: BaseLinear) -> Delta:
     """A delta that was lowered as narrow as this process's part, without what another process adds."""
     cut = base.cut
+    if cut is not None and cut.across and delta.rank:
+        delta = replace(delta, sharded=True)
     once = cut is None or cut.axis == "outputs" or cut.rank == 0
     return delta if once else replace(delta, shift=None)
 

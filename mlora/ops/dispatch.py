@@ -102,6 +102,8 @@ _reference_apply_keep_ = torch.ops.mlora.reference_apply_keep_.default
 _reference_drop = torch.ops.mlora.reference_drop.default
 _reference_column_sums = torch.ops.mlora.reference_column_sums.default
 _reference_row_norms = torch.ops.mlora.reference_row_norms.default
+_reference_shrink_ = torch.ops.mlora.reference_shrink_.default
+_reference_expand_ = torch.ops.mlora.reference_expand_.default
 _reference_rank_gradients_ = torch.ops.mlora.reference_rank_gradients_.default
 _apply_ = getattr(torch.ops.mlora, _PREFIX + "apply_").default
 _apply_keep_ = getattr(torch.ops.mlora, _PREFIX + "apply_keep_").default
@@ -118,6 +120,8 @@ _apply_group_ = torch.ops.mlora.apply_group_.default
 _merge_ = getattr(torch.ops.mlora, _PREFIX + "merge_").default
 _embed_ = getattr(torch.ops.mlora, _PREFIX + "embed_").default
 attend_ = getattr(torch.ops.mlora, _CPU_PREFIX + "attend_").default  # see ops/attention.py
+_shrink_ = getattr(torch.ops.mlora, _CPU_PREFIX + "shrink_").default
+_expand_ = getattr(torch.ops.mlora, _CPU_PREFIX + "expand_").default
 _large_apply_ = torch.ops.mlora.triton_apply_.default if _BY_SIZE else _apply_
 
 
@@ -166,6 +170,18 @@ def apply_(y: Tensor, base: Tensor | None, x: Tensor, arena: Tensor, table: Tens
         _apply_(y, base, x, arena, table, plan)
     else:
         _reference_apply_(y, base, x, arena, table, plan)
+
+
+def shrink_(v: Tensor, x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> None:
+    """See `phases.shrink_`."""
+    native = kernels_take(x.dtype, arena.dtype)
+    (_shrink_ if native else _reference_shrink_)(v, x, arena, table, plan)
+
+
+def expand_(y: Tensor, v: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> None:
+    """See `phases.expand_`."""
+    native = kernels_take(y.dtype, arena.dtype)
+    (_expand_ if native else _reference_expand_)(y, v, arena, table, plan)
 
 
 def linear(

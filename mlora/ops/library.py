@@ -1,9 +1,10 @@
 """The operators of namespace `mlora`: schemas, shapes for tracing, and the reference for every device.
 
 The C++ library registers its kernels for the CPU dispatch key and takes over there. CUDA tensors go to the CUDA
-library where it is built, and otherwise, and for what it lacks, to the Triton kernels; but attention has a kernel for
-the CPU only. Each operator also exists as `reference_<name>`, which is the reference whatever is built, and the others
-as `triton_<name>`, which is the Triton kernels, on CPU tensors in Triton's interpreter.
+library where it is built, and otherwise, and for what it lacks, to the Triton kernels; but attention and the two phases
+of `apply_` have kernels for the CPU only. Each operator also exists as `reference_<name>`, which is the reference
+whatever is built, and the others as `triton_<name>`, which is the Triton kernels, on CPU tensors in Triton's
+interpreter.
 
 For tests, `MLORA_BACKEND=emulation` registers the CUDA kernels for the CPU instead, from the library built out of
 csrc/emulation that `MLORA_EMULATION_LIBRARY` names.
@@ -19,13 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import attention, dropout, norms, reference, training
+from . import attention, dropout, norms, phases, reference, training
 
 _SCHEMAS = {
     "apply_": "(Tensor(a!) y, Tensor? base, Tensor x, Tensor arena, Tensor table, Tensor plan) -> ()",
     "apply_keep_": (
         "(Tensor(a!) y, Tensor(b!) v, Tensor? base, Tensor x, Tensor arena, Tensor table, Tensor plan) -> ()"
     ),
+    "shrink_": "(Tensor(a!) v, Tensor x, Tensor arena, Tensor table, Tensor plan) -> ()",
+    "expand_": "(Tensor(a!) y, Tensor v, Tensor arena, Tensor table, Tensor plan) -> ()",
     "linear": "(Tensor x, Tensor weight, Tensor? bias, Tensor arena, Tensor table, Tensor plan, int kblock) -> Tensor",
     "linear_keep": (
         "(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) v, Tensor arena, Tensor table, Tensor plan, int kblock) "
@@ -54,6 +57,10 @@ def _fake_apply_(y: Tensor, base: Tensor | None, x: Tensor, arena: Tensor, table
 def _fake_apply_keep_(
     y: Tensor, v: Tensor, base: Tensor | None, x: Tensor, arena: Tensor, table: Tensor, plan: Tensor
 ) -> None:
+    return None
+
+
+def _fake_phase_(to: Tensor, of: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> None:
     return None
 
 
@@ -114,6 +121,8 @@ def _fake_attend_(q: Tensor, *args: Any) -> Tensor:
 _FAKES: dict[str, Any] = {
     "apply_": _fake_apply_,
     "apply_keep_": _fake_apply_keep_,
+    "shrink_": _fake_phase_,
+    "expand_": _fake_phase_,
     "linear": _fake_linear,
     "linear_keep": _fake_linear_keep,
     "rank_gradients_": _fake_rank_gradients_,
@@ -130,6 +139,8 @@ _FAKES: dict[str, Any] = {
 _REFERENCES: dict[str, Any] = {
     "apply_": reference.apply_,
     "apply_keep_": training.apply_keep_,
+    "shrink_": phases.shrink_,
+    "expand_": phases.expand_,
     "linear": reference.linear,
     "linear_keep": training.linear_keep,
     "rank_gradients_": training.rank_gradients_,
@@ -156,8 +167,9 @@ def _triton(name: str) -> Any:
     return run
 
 
-# Models on GPUs have FlashAttention; the others take little of a step there, and are the reference's.
-_CPU_ONLY = ("attend_", "column_sums", "row_norms")
+# Models on GPUs have FlashAttention. The phases of `apply_` are the reference's there, and so is what takes little of a
+# step.
+_CPU_ONLY = ("attend_", "column_sums", "row_norms", "shrink_", "expand_")
 _NOT_IN_CUDA = (
     "embed_",
     "linear",

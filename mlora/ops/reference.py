@@ -119,7 +119,7 @@ def routes(plan: Tensor, table: Tensor, tokens: int) -> list[Route]:
     return result
 
 
-def _part(arena: Tensor, offset: int, count: int, slot: int, dtype: torch.dtype) -> Tensor:
+def part_at(arena: Tensor, offset: int, count: int, slot: int, dtype: torch.dtype) -> Tensor:
     if offset < 0 or offset + count > arena.numel():
         raise RuntimeError(
             f"mlora: slot {slot}: elements {offset} to {offset + count} are outside of the arena of {arena.numel()}"
@@ -128,10 +128,10 @@ def _part(arena: Tensor, offset: int, count: int, slot: int, dtype: torch.dtype)
     return arena[offset : offset + count].to(dtype, copy=torch.is_grad_enabled())
 
 
-def _factor(arena: Tensor, offset: int, t: Term, width: int, dtype: torch.dtype) -> Tensor | None:
+def factor(arena: Tensor, offset: int, t: Term, width: int, dtype: torch.dtype) -> Tensor | None:
     """A or B of a term, (rank, width); None where it is the identity."""
     if offset >= 0:
-        return _part(arena, offset, t.rank * width, t.slot, dtype).view(t.rank, width)
+        return part_at(arena, offset, t.rank * width, t.slot, dtype).view(t.rank, width)
     if t.rank != width:
         raise RuntimeError(
             f"mlora: slot {t.slot} has rank {t.rank} but no A or B, and no identity of {width} in its place"
@@ -153,7 +153,7 @@ def _turned(x: Tensor, arena: Tensor, offset: int, shape: int, t: Term, transpos
     width = x.shape[-1]
     if min(size, stride) < 1 or width % (size * stride):
         raise RuntimeError(f"mlora: slot {t.slot} turns blocks of {size} elements, {stride} apart, of {width}")
-    return turned(x, _part(arena, offset, size * width, t.slot, x.dtype).view(size, width), stride, transposed)
+    return turned(x, part_at(arena, offset, size * width, t.slot, x.dtype).view(size, width), stride, transposed)
 
 
 def added(
@@ -166,7 +166,7 @@ def added(
         delta, gain = None, None
         for t in route.terms:
             if t.rank:
-                a, b = _factor(arena, t.a, t, width_in, dtype), _factor(arena, t.b, t, width_out, dtype)
+                a, b = factor(arena, t.a, t, width_in, dtype), factor(arena, t.b, t, width_out, dtype)
                 own = x[route.tokens].to(dtype)
                 v = (own if a is None else own @ a.T) * (t.weight * t.scale)
                 if keep is not None:
@@ -174,10 +174,10 @@ def added(
                 out = v if b is None else v @ b
                 delta = out if delta is None else delta + out
             if t.shift >= 0:
-                shift = t.weight * _part(arena, t.shift, width_out, t.slot, dtype)
+                shift = t.weight * part_at(arena, t.shift, width_out, t.slot, dtype)
                 delta = shift if delta is None else delta + shift
             if t.gain >= 0:
-                g = t.weight * _part(arena, t.gain, width_out, t.slot, dtype)
+                g = t.weight * part_at(arena, t.gain, width_out, t.slot, dtype)
                 gain = g if gain is None else gain + g
         if gain is not None:
             scaled = gain * base[route.tokens].to(dtype)
@@ -230,16 +230,16 @@ def embed(y: Tensor, ids: Tensor, arena: Tensor, table: Tensor, plan: Tensor, vo
         delta = None
         for t in route.terms:
             if t.gain >= 0:
-                added = t.weight * _part(arena, t.gain, width, t.slot, out.dtype) * out[route.tokens]
+                added = t.weight * part_at(arena, t.gain, width, t.slot, out.dtype) * out[route.tokens]
                 delta = added if delta is None else delta + added
             if not t.rank:
                 continue
-            a = _part(arena, t.a, t.rank * vocab, t.slot, arena.dtype).view(t.rank, vocab)
+            a = part_at(arena, t.a, t.rank * vocab, t.slot, arena.dtype).view(t.rank, vocab)
             v = a[:, flat[route.tokens]].to(out.dtype) * (t.weight * t.scale)
             if t.whole:
                 delta = v.t() if delta is None else delta + v.t()
                 continue
-            b = _part(arena, t.b, t.rank * width, t.slot, out.dtype).view(t.rank, width)
+            b = part_at(arena, t.b, t.rank * width, t.slot, out.dtype).view(t.rank, width)
             for j in v.any(dim=1).nonzero().flatten().tolist():
                 added = v[j][:, None] * b[j]
                 delta = added if delta is None else delta + added
@@ -285,7 +285,9 @@ def scale_input(x: Tensor, arena: Tensor, table: Tensor, plan: Tensor) -> Tensor
     out = rows.to(wide(x.dtype))
     for route in routes(plan, table, rows.shape[0]):
         gains = [
-            t.weight * _part(arena, t.in_gain, rows.shape[1], t.slot, out.dtype) for t in route.terms if t.in_gain >= 0
+            t.weight * part_at(arena, t.in_gain, rows.shape[1], t.slot, out.dtype)
+            for t in route.terms
+            if t.in_gain >= 0
         ]
         turns = [t for t in route.terms if t.in_turn >= 0]
         if not gains and not turns:
@@ -342,14 +344,14 @@ def merge_(weight: Tensor, source: Tensor | None, arena: Tensor, table: Tensor, 
     for route in routes(plan, table, 1):
         for t in route.terms:
             if t.rank:
-                a, b = _factor(arena, t.a, t, width, dtype), _factor(arena, t.b, t, height, dtype)
+                a, b = factor(arena, t.a, t, width, dtype), factor(arena, t.b, t, height, dtype)
                 product = a if b is None else b.T if a is None else b.T @ a
                 assert product is not None
                 out += (t.weight * t.scale) * product
             if t.gain >= 0:
-                out += t.weight * _part(arena, t.gain, height, t.slot, dtype)[:, None] * base
+                out += t.weight * part_at(arena, t.gain, height, t.slot, dtype)[:, None] * base
             if t.in_gain >= 0:
-                out += t.weight * _part(arena, t.in_gain, width, t.slot, dtype) * base
+                out += t.weight * part_at(arena, t.in_gain, width, t.slot, dtype) * base
             if t.turn >= 0:
                 out += t.weight * _turned(base.t(), arena, t.turn, t.turn_shape, t).t()
             if t.in_turn >= 0:

@@ -67,6 +67,11 @@ class Plan:
                 object.__setattr__(self, "raw", tensor.numpy().tobytes())
 
     @property
+    def words(self) -> np.ndarray:
+        """Its words, on the host."""
+        return np.frombuffer(self.raw, dtype=np.int32) if self.raw else self.tensors[0].cpu().numpy()
+
+    @property
     def uniform(self) -> bool:
         return self.rows == 1
 

@@ -62,7 +62,8 @@ class Scope:
     `tokens`, which gives layers a plan whose rows are tokens where one is needed, the `prompt` of the `generate` that
     is running if it has some, `late`, what is asked of the call when it ends (None if none runs), `counted`, whether
     its rows, or those of the `generate`, were found to be as many as the entries, of a model that reads more than text
-    what the call tells of `others`, and `drops`, what layers ask about dropout (`gradients.dropout.Drops`).
+    what the call tells of `others`, `read`, what layers whose rank rows are shared out left for those that read the
+    same (`layers.sharded.Read`), and `drops`, what layers ask about dropout (`gradients.dropout.Drops`).
 
     Layers read `plan` of whatever is in the variable. It is `own`, and missing where that need not be what counts, as
     Python then asks `__getattr__`.
@@ -78,6 +79,7 @@ class Scope:
     unobserved = False
     counted = False
     siblings: Siblings | None = None
+    read: Any = None
     tokens: Activation | Packing | None = None
     prompt: Prompt | None = None
     late: list[Late] | None = None

@@ -38,6 +38,7 @@ class Shared:
             `dispatch.linear` with which that kernel runs, 0 where it does not; filled as they occur.
         groups: first layer's number -> the layers that read the same input after it (q, k, v; gate, up), learned as
             calls come; None where serving several modules in one call gains nothing.
+        shares: `layers.sharded.Shares`, of a model whose processes share linears' rank rows out; else None.
         training: `gradients.recorded.Training`, once there is an adapter with parameters.
         recorded: whether adapters were ever routed while autograd was on.
         inputs, turns, norms, embeddings, experts: whether an adapter was ever loaded that changes what a base reads,
@@ -73,6 +74,7 @@ class Shared:
         self.unpacked: dict[int, str] = {}
         self.body = ""
         self.axes: dict[str, int] = {}
+        self.shares: Any = None
         self.training: Any = None
         self.recorded = False
         self.inputs = self.turns = self.norms = self.embeddings = self.experts = False

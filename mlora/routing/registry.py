@@ -74,7 +74,8 @@ class Registry:
 
     Args:
         model: the patched one; store, shared: its own. `folded`: what is in its weights, and so cannot go.
-        bases: dotted path -> what an adapter can change. `indices`: -> its number in the store.
+        bases: dotted path -> what an adapter can change. `indices`: -> its number in the store; `shards`: -> that of
+            its rank rows, where processes share them out.
         encoder: whether a part of the model reads other tokens than input_ids.
         lock: the runtime's, see its `__init__`; reentrant.
         ranks: the processes that the model is split over; None where it is not.
@@ -90,6 +91,7 @@ class Registry:
         folded: Folded,
         bases: Mapping[str, BaseLinear],
         indices: Mapping[str, int],
+        shards: Mapping[str, int],
         encoder: bool,
         lock: threading.RLock,
         ranks: Ranks | None = None,
@@ -97,8 +99,8 @@ class Registry:
         self.bases = bases
         self._ranks = ranks
         self._model = model
-        self.paths = {index: path for path, index in indices.items()}
-        self._indices = indices
+        self.paths = {index: path for numbers in (indices, shards) for path, index in numbers.items()}
+        self._indices, self._shards = indices, shards
         self._store = store
         self._shared = shared
         self._folded = folded
@@ -443,13 +445,17 @@ class Registry:
         """The blob, and where tensors of the adapter's lie in it."""
         by_index: dict[int, Delta] = {}
         for path, delta in deltas.items():
-            turned = kernel_major(delta, self.bases[path])
-            other = by_index.setdefault(self._indices[path], turned)
-            if other is not turned and not other.equals(turned):
-                raise errors.AdapterError(
-                    f"adapter {name!r}: it has different weights for one shared module under several of its "
-                    f"names: {', '.join(sorted({path, *self.bases[path].aliases} & deltas.keys()))}"
-                )
+            parts = {self._indices[path]: kernel_major(delta, self.bases[path])}
+            if delta.sharded:
+                rows, rest = delta.apart()
+                parts = {self._shards[path]: rows, **({} if rest.is_empty else {self._indices[path]: rest})}
+            for index, part in parts.items():
+                other = by_index.setdefault(index, part)
+                if other is not part and not other.equals(part):
+                    raise errors.AdapterError(
+                        f"adapter {name!r}: it has different weights for one shared module under several of its "
+                        f"names: {', '.join(sorted({path, *self.bases[path].aliases} & deltas.keys()))}"
+                    )
         packed = self._store.pack(by_index, f"adapter {name!r}", trainable)
         if packed.invocation and self._encoder:
             raise errors.UnsupportedAdapterError(

@@ -25,7 +25,7 @@ class Case:
     Args:
         id: its name. `model`: the folder of a checkpoint. `loads`: name -> (folder, options of `load_adapter`).
         does: the function of this file that is called with the model, the case and the rank.
-        ids: of the batch. `entries`: one a row.
+        ids: of the batch. `entries`: one a row. `sharded`: whether the model is patched with `fully_sharded`.
     """
 
     id: str
@@ -35,6 +35,7 @@ class Case:
     ids: Tensor | None = None
     entries: Sequence[Any] = ()
     distributed: Mapping[str, Any] = field(default_factory=lambda: {"tp_plan": "auto"})
+    sharded: bool = False
 
 
 def forward(model: Any, case: Case, rank: int) -> Any:
@@ -46,6 +47,21 @@ def generated(model: Any, case: Case, rank: int) -> Any:
     return model.generate(
         input_ids=case.ids, adapter_names=list(case.entries), max_new_tokens=5, min_new_tokens=5, do_sample=False
     )
+
+
+def together(model: Any, case: Case, rank: int) -> Any:
+    """Without inference mode, in which tensors tell whether they were written to; and how many exchanges the second
+    call took."""
+    import torch.distributed as dist
+
+    calls = []
+    gather = dist.all_gather_into_tensor
+    with torch.no_grad():
+        model(input_ids=case.ids, adapter_names=list(case.entries))
+        dist.all_gather_into_tensor = lambda *args: calls.append(args) or gather(*args)
+        out = model(input_ids=case.ids, adapter_names=list(case.entries)).logits
+    dist.all_gather_into_tensor = gather
+    return len(calls), out
 
 
 def default(model: Any, case: Case, rank: int) -> Any:
@@ -134,7 +150,7 @@ def unpatched(model: Any, case: Case, rank: int) -> Any:
     mlora.unpatch(model)
     with torch.inference_mode():
         out = model(input_ids=case.ids).logits
-    mlora.patch(model, memory=8 << 20)
+    mlora.patch(model, memory=8 << 20, fully_sharded=case.sharded)
     return torch.equal(patched, out), out
 
 
@@ -164,13 +180,13 @@ def main(folder: Path) -> None:
     results: dict[str, Any] = {}
     models: dict[Any, Any] = {}
     for case in torch.load(folder / "cases.pt", weights_only=False):
-        key = case.model, str(case.distributed)
+        key = case.model, str(case.distributed), case.sharded
         if key not in models:
             try:
                 model = AutoModelForCausalLM.from_pretrained(
                     case.model, distributed_config=DistributedConfig(**case.distributed), dtype="auto"
                 )
-                mlora.patch(model.eval(), memory=8 << 20)
+                mlora.patch(model.eval(), memory=8 << 20, fully_sharded=case.sharded)
             except (ValueError, mlora.errors.MloraError) as error:
                 results[case.id] = "error", type(error).__name__, str(error)
                 continue
