@@ -111,7 +111,7 @@ def main() -> None:
         console.width = 160
     source = resolve_model(args.model)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    # Trained in fp32, whose products are the faster ones on CPUs without AMX; judged in the dtype in which it is served.
+    # In fp32, whose products are the faster ones on CPUs without AMX. Judged in the dtype in which it is served.
     runtime = mlora.patch(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32))
 
     rows, held_out = (
