@@ -45,7 +45,8 @@ class Bench:
         self.vocabulary = self.bare.config.vocab_size
         self.folders = [make_adapter(self.bare, folder / f"a{i}", args.rank, seed=i) for i in range(args.adapters)]
         self.bytes = sum(file.stat().st_size for file in self.folders[0].glob("*.safetensors"))
-        self.served = patched(self.bare, self.folders, self.bytes, True)
+        fused: Any = "always" if args.fused == "always" else True
+        self.served = patched(self.bare, self.folders, self.bytes, fused)
         self._exact: Any = None
         self.names = [folder.name for folder in self.folders]
         self.new = Sampling(max_new_tokens=args.new, ignore_eos=True)

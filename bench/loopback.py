@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     add_arguments(parser)
     args = parser.parse_args()
+    args.fused = "bit-equal"
     args.prompt, args.new, args.rank, args.adapters = (12, 6, 4, 4) if args.smoke else (64, 64, 16, 16)
     args.repeats = 2 if args.smoke else args.repeats
     console = set_up(args)

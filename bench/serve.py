@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--load", type=int, default=240, help="requests of the load on 2,000 adapters")
     parser.add_argument("--figures", nargs="*", choices=list(FIGURES), help="default: all that can run")
+    parser.add_argument("--fused", choices=("bit-equal", "always"), default="bit-equal", help="as in mlora.patch")
     parser.add_argument("--vllm", metavar="PYTHON", help="of an environment that has vLLM")
     add_arguments(parser)
     args = parser.parse_args()
@@ -70,7 +71,9 @@ def main() -> None:
                     want = record.pop("want")
                     target = "" if want is None else f"at least {-want:g}" if want < 0 else f"at most {want:g}"
                     table.add_row(record["figure"], f"{middle:.2f} ({low:.2f} to {high:.2f})", target)
-                    log.write(**{"prompt": args.prompt, "new": args.new, "rank": args.rank, **record})
+                    log.write(
+                        **{"fused": args.fused, "prompt": args.prompt, "new": args.new, "rank": args.rank, **record}
+                    )
         console.print(table)
 
 

@@ -52,6 +52,14 @@ def serve(
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
+    fused_always: Annotated[
+        bool,
+        typer.Option(
+            "--fused-always",
+            help="On CPUs with AVX-512: base products in the fastest order of addition, which may round otherwise than "
+            "torch does, and otherwise in another process.",
+        ),
+    ] = False,
     base_tokenizer: Annotated[
         bool, typer.Option("--base-tokenizer", help="Ignore the tokenizers and chat templates that adapters bring.")
     ] = False,
@@ -237,7 +245,12 @@ def serve(
             loaded = served.load(device, dtype)
         with progress.step(f"loading {counted(len(served.names), 'adapter')}"):
             served.patch(
-                loaded, memory=room, max_adapters=max_adapters, host_memory=host_room, packed_cache=packed_cache
+                loaded,
+                memory=room,
+                max_adapters=max_adapters,
+                fused="always" if fused_always else True,
+                host_memory=host_room,
+                packed_cache=packed_cache,
             )
         from mlora.serve import Engine
 

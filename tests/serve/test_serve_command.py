@@ -111,7 +111,7 @@ def test_a_served_process_and_its_end(folder: Path) -> None:
     section = {"adapters": {"a": {"path": "adapters/a"}, "b": {"path": "adapters/b"}}}
     section["merge"] = {"name": "both", "sources": ["a", "b"], "combination_type": "ties"}
     (folder / "config.yaml").write_text(json.dumps({"base_model": model, "adapters": section}))
-    options = ["--config", str(folder / "config.yaml"), "--drain-seconds", "1", "--max-running", "1"]
+    options = ["--config", str(folder / "config.yaml"), "--drain-seconds", "1", "--max-running", "1", "--fused-always"]
     with command(*options, "--cache-tokens", "4096") as (process, url, said):
         models = httpx.get(f"{url}/v1/models", headers=headers).json()["data"]
         assert [card["id"] for card in models] == ["tiny", "a", "b", "both"]
