@@ -63,6 +63,7 @@ def main() -> None:
         bench = Bench(args, Path(folder))
         console.print(bench.check())
         log = Log(args.out, bench="serve", **machine(), model=args.model or "SmolLM2-135M-Instruct", smoke=args.smoke)
+        asked = {"fused": args.fused, "prompt": args.prompt, "new": args.new, "rank": args.rank}
         table = Table("figure", "ratio (20 to 80%)", "to reach")
         for name in args.figures or [name for name in FIGURES if name != "vllm" or args.vllm]:
             with console.status(name):
@@ -71,9 +72,7 @@ def main() -> None:
                     want = record.pop("want")
                     target = "" if want is None else f"at least {-want:g}" if want < 0 else f"at most {want:g}"
                     table.add_row(record["figure"], f"{middle:.2f} ({low:.2f} to {high:.2f})", target)
-                    log.write(
-                        **{"fused": args.fused, "prompt": args.prompt, "new": args.new, "rank": args.rank, **record}
-                    )
+                    log.write(**{**asked, **record})
         console.print(table)
 
 
