@@ -204,16 +204,19 @@ def _patch(
     homes = [called[id(module)] for _, module in modules.values()] + [called[id(s.module)] for s in stacks.values()]
     homes += [called[key] for key in split]
     devices = list(dict.fromkeys(homes))
-    rooms = _rooms(model, memory, arena_dtype, devices, called)
-    store = Store(
-        devices, arena_dtype, rooms, [devices.index(device) for device in homes], max_adapters, size_of(host_memory)
-    )
     ranks = group_of(model)
     if ranks and (host_memory is not None or packed_cache is not None):
         raise errors.PatchError(
             "host_memory and packed_cache are for models in one process; this one is split over several, which would "
             "have to drop and load the same adapters at the same time"
         )
+    together = Ranks(ranks) if ranks else None
+    rooms = _rooms(model, memory, arena_dtype, devices, called)
+    if together is not None:  # what one has room for, all have
+        rooms = [min(own, key=lambda room: room.size) for own in zip(*together.all_of(rooms), strict=True)]
+    store = Store(
+        devices, arena_dtype, rooms, [devices.index(device) for device in homes], max_adapters, size_of(host_memory)
+    )
     numbers = {key: number for number, key in enumerate(modules)}
     indices = {name: numbers[id(module)] for name, module in paths.items()}
     indices.update({path: len(modules) + number for number, path in enumerate(stacks)})
@@ -241,7 +244,6 @@ def _patch(
         shared.shares = Shares(store)
     for key, shard in shards.items():
         states[key].shard = shard
-    together = Ranks(ranks) if ranks else None
     runtime = Runtime(model, store, shared, indices, paths, stacks, max_merges, packed_cache, of_paths, together)
     for path, (module, _) in stacks.items():
         if id(module) not in modules:

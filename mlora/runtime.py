@@ -122,6 +122,15 @@ class Runtime(Trains):
         """Over how many processes the model is split; 1 where it is not."""
         return 1 if self._ranks is None else self._ranks.world
 
+    @property
+    def process(self) -> int:
+        """Which of these processes this is, from 0."""
+        return 0 if self._ranks is None else self._ranks.rank
+
+    def from_first(self, value: Any) -> Any:
+        """What the first of these processes gives, in all of them, which call this together. It is pickled."""
+        return value if self._ranks is None else self._ranks.all_of(value)[0]
+
     # Adapters
 
     def load_adapter(

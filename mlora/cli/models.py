@@ -73,12 +73,13 @@ def load_tokenizer(model: str | None) -> Any:
     return tokenizer
 
 
-def load_model(model: str | None, device: str | None = None, dtype: str = "auto") -> Any:
+def load_model(model: str | None, device: str | None = None, dtype: str = "auto", split: bool = False) -> Any:
     """The causal language model.
 
     Args:
         model: a hub id or a folder; None stands for the demo's own small model.
         device: default: the GPU if there is one. `dtype`: one of DTYPES; "auto" is the checkpoint's.
+        split: over the processes that torchrun has started, by the model's own plan.
 
     Raises:
         InputError: it cannot be read.
@@ -90,6 +91,9 @@ def load_model(model: str | None, device: str | None = None, dtype: str = "auto"
     from .demo_model import resolve_model
 
     logging.disable_progress_bar()
+    options: dict[str, Any] = {"tp_plan": "auto"} if split else {}
     with _named(model):
-        loaded = AutoModelForCausalLM.from_pretrained(str(resolve_model(model)), dtype=dtype).eval()
+        loaded = AutoModelForCausalLM.from_pretrained(str(resolve_model(model)), dtype=dtype, **options).eval()
+    if split:
+        return loaded
     return loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -17,13 +17,16 @@ def counted(number: int, noun: str) -> str:
 
 
 class Progress:
-    def __init__(self) -> None:
+    """`quiet`: say nothing."""
+
+    def __init__(self, quiet: bool = False) -> None:
         from rich.console import Console
 
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True, highlight=False, quiet=quiet)
 
     def note(self, text: str) -> None:
-        typer.echo(f"mlora: {text}", err=True)
+        if not self.console.quiet:
+            typer.echo(f"mlora: {text}", err=True)
 
     @contextmanager
     def step(self, text: str) -> Iterator[None]:

@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import socket
+import threading
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,6 +88,14 @@ def serve(
         typer.Option(
             "--allow-runtime-adapters",
             help="Load and unload adapters over HTTP (vLLM's and SGLang's routes), with the admin key.",
+            rich_help_panel=_ADAPTERS,
+        ),
+    ] = False,
+    fully_sharded: Annotated[
+        bool,
+        typer.Option(
+            "--fully-sharded",
+            help="Under torchrun: each process holds its share of the adapters and no more, for more exchanges.",
             rich_help_panel=_ADAPTERS,
         ),
     ] = False,
@@ -207,11 +216,12 @@ def serve(
     Every request picks its adapter, a mix or a merge by name. GET /openapi.json describes all routes.
     """
     with one_line_errors():
-        if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
-            raise InputError(
-                f"mlora serve was started in {processes} processes, as torchrun does: it serves in one process only. "
-                f"Start it without torchrun; several servers behind a proxy are in docs/replicas.md"
-            )
+        processes, process = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
+        if processes > 1:
+            given = {"--device": device, "--adapter-root": adapter_root, "--hub-adapter": hub_adapter,
+                     "--host-memory": host_memory, "--packed-cache": packed_cache}  # fmt: skip
+            for option in (option for option, value in given.items() if value):
+                raise InputError(f"{option} is not served in {processes} processes, as torchrun has started here")
         if allow_runtime_adapters and admin_key is None:
             raise InputError("--allow-runtime-adapters: wanted --admin-key beside it")
         body = parse_size(max_body, "--max-body")
@@ -237,12 +247,12 @@ def serve(
             Roots(roots), HubIds(hub_ids)
         except ValueError as error:
             raise InputError(str(error)) from None
-        sockets = _bound(host, port)
-        progress = Progress()
+        sockets = _bound(host, port) if process == 0 else []
+        progress = Progress(quiet=process > 0)
         with progress.step(f"loading the model{f' {served.model}' if served.model else ''}"):
             tokenizer = models.load_tokenizer(served.model)
             served.read()
-            loaded = served.load(device, dtype)
+            loaded = served.load(device, dtype, processes > 1)
         with progress.step(f"loading {counted(len(served.names), 'adapter')}"):
             served.patch(
                 loaded,
@@ -251,8 +261,15 @@ def serve(
                 fused="always" if fused_always else True,
                 host_memory=host_room,
                 packed_cache=packed_cache,
+                fully_sharded=fully_sharded,
             )
-        from mlora.serve import Engine
+        from mlora.serve import Engine, follow
+
+        if process > 0:
+            for number in (signal.SIGTERM, signal.SIGINT):  # process 0 ends it, when it has drained
+                signal.signal(number, signal.SIG_IGN)
+            follow(loaded.mlora)
+            return
 
         engine = Engine(
             loaded.mlora,
@@ -276,7 +293,9 @@ def serve(
             )
             if host not in ("127.0.0.1", "::1", "localhost") and not access.keys:
                 progress.note(f"everybody who reaches {host} can ask: there is no --api-key")
-            _run(app, sockets, drain_seconds, progress)
+            _run(app, sockets, drain_seconds, progress, engine)
+            if engine.broken is not None and processes > 1:
+                raise engine.broken
 
 
 def _bound(host: str, port: int) -> list[socket.socket]:
@@ -305,8 +324,9 @@ def _bound(host: str, port: int) -> list[socket.socket]:
     return found
 
 
-def _run(app: Any, own: list[socket.socket], drain_seconds: int, progress: Progress) -> None:
-    """Until SIGTERM or SIGINT. A second one ends it at once."""
+def _run(app: Any, own: list[socket.socket], drain_seconds: int, progress: Progress, engine: Any) -> None:
+    """Until SIGTERM or SIGINT. A second one ends it at once. So does the end of an engine in several processes, which
+    see that when this one ends."""
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -329,6 +349,13 @@ def _run(app: Any, own: list[socket.socket], drain_seconds: int, progress: Progr
     # uvicorn sends itself the signal that ended it once more, when all is done: which then is nothing new.
     signal.signal(signal.SIGTERM, lambda *_: None)
     server = Server(config)
+    if engine.runtime.processes > 1:
+
+        def watch() -> None:
+            engine.join()
+            server.should_exit = True
+
+        threading.Thread(target=watch, daemon=True).start()
     server.run(own)
     if not server.started:
         raise RuntimeError("the server did not start; what it said is above")

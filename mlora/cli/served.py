@@ -61,10 +61,10 @@ class Served:
             for source in self.sources.values():
                 Adapter.from_pretrained(source.source, **source.loading)
 
-    def load(self, device: str | None, dtype: str) -> Any:
+    def load(self, device: str | None, dtype: str, split: bool = False) -> Any:
         from . import models
 
-        return models.load_model(self.model, device, dtype)
+        return models.load_model(self.model, device, dtype, split)
 
     def patch(self, model: Any, **options: Any) -> None:
         """Raises as `mlora.patch` and `load_adapter` do."""

@@ -54,6 +54,12 @@ class Ranks:
             self._plan = plan, _digest(_told(plan))
         self._exchange(self._plan[1], plan)
 
+    def all_of(self, value: Any) -> list[Any]:
+        """What each of them gives, in all of them."""
+        told: list[Any] = [None] * self.world
+        dist.all_gather_object(told, value, group=self._group)
+        return told
+
     def fail(self, error: BaseException) -> None:
         """Tell the others, who are about to agree on something, that this process will not do it; unless they know."""
         if error is not self._told:
@@ -78,8 +84,7 @@ class Ranks:
         found = [int(one) for one in theirs]
         if digest != _FAILED and all(one == digest for one in found):
             return
-        told: list[Any] = [None] * self.world
-        dist.all_gather_object(told, what if isinstance(what, str) else _told(what), group=self._group)
+        told = self.all_of(what if isinstance(what, str) else _told(what))
         does = [
             f"process {rank} " + (f"failed with {text}" if one == _FAILED else f"is about to {text}")
             for rank, (one, text) in enumerate(zip(found, told, strict=True))

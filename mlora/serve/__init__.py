@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from .answers import Answer, Token, Usage
     from .engine import Engine, Stats
     from .sampling import Sampling
+    from .together import follow
 
-__all__ = ["Answer", "Engine", "Sampling", "Stats", "Token", "Usage"]
+__all__ = ["Answer", "Engine", "Sampling", "Stats", "Token", "Usage", "follow"]
 
 _HOMES = {
     "Answer": "answers",
@@ -22,6 +23,7 @@ _HOMES = {
     "Stats": "engine",
     "Token": "answers",
     "Usage": "answers",
+    "follow": "together",
 }
 
 
@@ -30,7 +32,7 @@ if not TYPE_CHECKING:
     def __getattr__(name: str) -> Any:
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        if name == "Engine":  # before anything that needs what it checks
+        if name in ("Engine", "follow"):  # before anything that needs what it checks
             import_module(f"{__name__}.versions").check_names()
         value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
         return value

@@ -5,17 +5,17 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from .. import errors
-from ..runtime import Runtime
 from .queue import Full, Queue
 from .request import DONE, PREPARING, READY, RUNNING, WAITING, Request
 from .sizes import Vocabulary
+from .together import Alone, Lead
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Admission:
     are prefetched, and pinned on the device. What is prepared starts when there is room.
 
     Args:
+        adapters: fetches and pins them.
         start: called with a request that may run, under `lock`. `fail`: with one that cannot, and the error.
         lock: reentrant; guards all of this. It is held while adapters that are on the device are pinned, never while
             files are read.
@@ -51,14 +52,14 @@ class Admission:
 
     def __init__(
         self,
-        runtime: Runtime,
+        adapters: Alone | Lead,
         vocabulary: Vocabulary,
         limits: Limits,
         start: Callable[[Request], None],
         fail: Callable[[Request, Exception], None],
         lock: threading.RLock,
     ) -> None:
-        self._runtime = runtime
+        self._adapters = adapters
         self._vocabulary = vocabulary
         self.limits = limits
         self._start = start
@@ -170,37 +171,33 @@ class Admission:
         self._names.update(request.names)
         if key in self._flights:
             self._flights[key].append(request)
-        elif (known or key in request.names) and self._there(request.names):
-            self._pin(request)  # a matter of microseconds
+        elif (known or key in request.names) and self._adapters.ready(request.names):
+            self._pin(request)
         else:
             self._flights[key] = [request]
-            self._runtime.prefetch(request.entry).add_done_callback(partial(self._arrived, key))
+            self._adapters.fetch(request.entry).add_done_callback(partial(self._arrived, key))
 
-    def _there(self, names: Sequence[str]) -> bool:
-        """Whether adapters are on the device."""
-        infos = map(self._runtime.adapter, names)
-        return all(info is not None and info.location == "device" for info in infos)
-
-    def _arrived(self, key: Any, prefetched: Future[None]) -> None:
-        """Pin what was prefetched for the requests that wait for it. It runs on the prefetching thread."""
+    def _arrived(self, key: Any, done: Future[Any]) -> None:
+        """Pin what was fetched for the requests that wait for it. It runs on the thread that fetched it."""
         with self._lock:
             requests = self._flights.pop(key)
             if self._closed:
                 return
-        error = prefetched.exception()
+        error = done.exception()
+        fetched = done.result() if error is None else None
         for request in requests:
             if isinstance(error, Exception) and not isinstance(error, errors.CapacityError):  # which passes
                 with self._lock:
                     self._refuse(request, error)
             else:
-                self._pin(request)
+                self._pin(request, fetched)
+        self._adapters.let_go(fetched)
         self.pump()
 
-    def _pin(self, request: Request) -> None:
+    def _pin(self, request: Request, fetched: Any = None) -> None:
         """Of one that is being prepared, whose adapters are loaded."""
         try:
-            self._runtime.check_packed(request.entry)
-            pin = self._runtime.pin(request.entry)
+            pin = self._adapters.pin(request.entry, fetched)
             try:
                 check_tokens(request, *self._vocabulary.under(pin.widths))
             except errors.RequestError:

@@ -24,6 +24,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from .. import errors
 from ..runtime import Runtime
 from . import attention
+from .orders import Order, Orders
 from .request import Event, SequenceState
 from .versions import check_names, has
 
@@ -61,6 +62,7 @@ class Worker(ContinuousBatchingManager):
 
     Args:
         told: takes the events of a step. `left`: takes the ids of cancelled ones that are out of the batches.
+        orders: of a model that is split over processes, what carries out what all of them do alike; else None.
 
     `step` has the sequences of the step that is running, or of the one that failed; else nothing.
     """
@@ -71,7 +73,11 @@ class Worker(ContinuousBatchingManager):
         memory: Memory,
         told: Callable[[Sequence[Event]], None],
         left: Callable[[Sequence[str]], None],
+        orders: Orders | None = None,
     ) -> None:
+        self._orders = orders
+        if orders is not None:
+            orders.worker = self
         self._runtime = runtime
         self._told = told
         self._left = left
@@ -93,6 +99,15 @@ class Worker(ContinuousBatchingManager):
         super().__init__(runtime.model, GenerationConfig(do_sample=False, eos_token_id=-1), config)  # type: ignore[arg-type]
         has(self, "output_router").output_router = _Nowhere()  # the steps tell what there is to tell
         self._inbox = has(self, "input_queue").input_queue = _Inbox()
+        if orders is not None:
+            has(self, "input_queue", "_wake_up_loop", "_handle_critical_error", "_fail_all_remaining_requests")
+            if has(self, "distributed_helper").distributed_helper.tp_size != runtime.processes:
+                raise errors.ServeError(
+                    f"transformers' continuous batching sees {self.distributed_helper.tp_size} of the "
+                    f"{runtime.processes} processes that the model is split over"
+                )
+            if not orders.leads:
+                self._wake_up_loop = _Awake()  # process 0 sets the pace
 
     def add(self, sequences: Iterable[SequenceState]) -> None:
         """Run them from the same step on, each from where it is: its prompt, and the tokens that it has."""
@@ -103,12 +118,35 @@ class Worker(ContinuousBatchingManager):
     def _add(self, sequence: SequenceState) -> None:
         request = sequence.request
         self._sequences[sequence.id] = sequence
+        if self._orders is not None:
+            self.send(Order(None, "enter", (sequence.id, request.pin.number, request.starts)))
         self.add_request(
             [*request.prompt, *sequence.tokens],
             request_id=sequence.id,
             max_new_tokens=request.sampling.max_new_tokens - len(sequence.tokens),
             eos_token_id=[-1, *request.ends],
         )
+
+    def follow(self, sequence: SequenceState) -> None:
+        """Take part in a sequence that process 0 has added."""
+        self._sequences[sequence.id] = sequence
+
+    def send(self, order: Order) -> None:
+        """Have it carried out by all processes before their next step; in process 0."""
+        self.input_queue.put(order)  # type: ignore[arg-type]
+        self._wake_up_loop.set()
+
+    def cancel_request(self, request_id: str) -> None:
+        """Before the next step. Where there are several processes, in one order with what else is sent."""
+        if self._orders is None:
+            super().cancel_request(request_id)
+        else:
+            self.send(Order(None, "cancel", (request_id,)))
+
+    def cancel_now(self, request_id: str) -> None:
+        """Carry out such an order."""
+        processor: Any = self.batch_processor
+        processor.scheduler.set_request_cancellation(request_id)
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
         """On the CPU to an attention whose cost grows with the tokens that are read; `stop` gives back the model's."""
@@ -127,10 +165,13 @@ class Worker(ContinuousBatchingManager):
     def _create_batch_processor(self) -> Any:
         processor = has(super()._create_batch_processor(), "cache", "scheduler", "inputs_and_outputs", "model_runner")
         processor.model_runner.__class__ = _Chooser
+        if self._orders is not None:
+            processor.model_runner.group = self.distributed_helper.cpu_comm_group
+            processor.model_runner.leads = self._orders.leads
         has(processor.inputs_and_outputs, "requests_in_batch").__class__ = _Inputs
         scheduler = has(processor.scheduler, "block_new_requests", "_requests_to_cancel", "_cancellation_lock")
         scheduler.__class__ = _Scheduler
-        scheduler.keep(self._sequences, self._gone)
+        scheduler.keep(self._sequences, self._gone, None if self._orders is None else self._orders.obey)
         processor.cache.__class__ = _Cache
         if self.model.device.type == "cpu":
             attention.read_in_place(processor.cache)
@@ -145,7 +186,7 @@ class Worker(ContinuousBatchingManager):
         for id in self._over:
             self._sequences.pop(id, None)
         self.step = step = [self._sequences[one.state.request_id] for one in batch]
-        chooser.events = ()
+        chooser.events, chooser.over = (), []
         chooser.rows = [sequence for one, sequence in zip(batch, step, strict=True) if one.has_new_token]
         lengths = [one.query_length for one in batch]
         starts = [_shifted(sequence.request.starts, one) for one, sequence in zip(batch, step, strict=True)]
@@ -158,8 +199,17 @@ class Worker(ContinuousBatchingManager):
         self.steps += 1
         self.step = []
         # Those that end with a token, end in transformers too, by the same rule: before the next step.
-        self._over = [event.sequence.id for event in chooser.events if event.finish_reason is not None]
+        self._over = chooser.over
         self._told(chooser.events)
+
+    def _handle_critical_error(self, error: Exception, batch_processor: Any) -> None:
+        """Of several processes none waits for the others here, which may be waiting in the middle of a forward: this
+        process ends, and they see that."""
+        if self._orders is None:
+            super()._handle_critical_error(error, batch_processor)
+            return
+        self._fail_all_remaining_requests(error, batch_processor)
+        self.background_thread_status.record_fatal_error(error)
 
     def _gone(self, ids: Sequence[str]) -> None:
         for id in ids:
@@ -176,13 +226,30 @@ def _shifted(starts: Mapping[str, int | None], one: Any) -> Mapping[str, int | N
 
 
 class _Chooser(ModelRunner):
-    """Draws each row's token, and keeps it with its sequence. What transformers' processors do is done by `Drawing`."""
+    """Draws each row's token, and keeps it with its sequence. What transformers' processors do is done by `Drawing`.
+
+    `over` has the ids of the sequences that end with their token. Where there are several processes, all get the tokens
+    of the one that `leads`, over `group`.
+    """
 
     rows: Sequence[SequenceState] = ()
     events: Sequence[Event] = ()
+    over: Sequence[str] = ()
+    group: Any = None
+    leads = True
 
     def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
-        tokens = self._choose(scores[0])
+        if self.leads:
+            tokens = self._choose(scores[0])
+            self.over = [event.sequence.id for event in self.events if event.finish_reason is not None]
+        else:
+            tokens = torch.zeros(scores.shape[1], dtype=torch.int64, device=scores.device)
+        if self.group is not None and self.rows:
+            ended = [sequence.id in self.over for sequence in self.rows]
+            told = torch.stack([tokens[: len(ended)].cpu(), torch.tensor(ended, dtype=torch.int64)])
+            torch.distributed.broadcast(told, group_src=0, group=self.group)
+            tokens[: len(ended)] = told[0].to(tokens.device)
+            self.over = [one.id for one, end in zip(self.rows, told[1].tolist(), strict=True) if end]
         output_ids[0, : tokens.numel()].copy_(tokens)
 
     def _choose(self, scores: Tensor) -> Tensor:
@@ -242,6 +309,13 @@ class _Inbox(queue.Queue[Any]):
         return super().get(block, timeout)
 
 
+class _Awake(threading.Event):
+    """Nobody waits for it."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return True
+
+
 class _Nowhere(OutputRouter):
     """Takes outputs, which nobody asks for."""
 
@@ -250,6 +324,10 @@ class _Nowhere(OutputRouter):
 
     def deliver_batch(self, outputs: Any) -> None:
         pass
+
+    def fail_and_deliver(self, state: Any, error: Exception) -> None:
+        if not isinstance(state, Order):  # who waits for one hears of it from `Lead`
+            super().fail_and_deliver(state, error)
 
 
 class _Inputs(ContinuousBatchingIOs):
@@ -263,21 +341,35 @@ class _Inputs(ContinuousBatchingIOs):
 
 
 class _Scheduler(FIFOScheduler):
-    """Tells which of the requests that were to be cancelled are out of the batches, be it that they ended before."""
+    """Tells which of the requests that were to be cancelled are out of the batches, be it that they ended before. Of
+    what comes as new requests, orders are carried out."""
 
-    def keep(self, sequences: Mapping[str, SequenceState], gone: Callable[[Sequence[str]], None]) -> None:
+    def keep(
+        self,
+        sequences: Mapping[str, SequenceState],
+        gone: Callable[[Sequence[str]], None],
+        obey: Callable[[Order], None] | None,
+    ) -> None:
         self._sequences = sequences
         self._gone = gone
+        self._obey = obey
         self._came: set[str] = set()
 
     def add_waiting_request(self, state: Any) -> None:
+        if isinstance(state, Order):
+            assert self._obey is not None
+            self._obey(state)
+            return
         self._came.add(state.request_id)
         super().add_waiting_request(state)
 
     def clear_cancelled_requests(self) -> list[Any]:
         with self._cancellation_lock:
             wanted = set(self._requests_to_cancel)
-        states = super().clear_cancelled_requests()
+        states = []
+        for id in sorted(wanted):  # in the order of all processes, as their blocks are free in that order
+            self._requests_to_cancel = {id}
+            states += super().clear_cancelled_requests()
         self._came &= self._sequences.keys()
         gone = wanted & self._came
         for id in wanted - gone:

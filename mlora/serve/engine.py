@@ -26,6 +26,7 @@ from .runner import Runner
 from .sampling import Sampling
 from .sizes import Vocabulary, default_tokens
 from .stream import Reader, Stream, on_loop
+from .together import Alone, Lead
 
 
 class Engine:
@@ -57,8 +58,9 @@ class Engine:
 
     Raises:
         ServeError: this transformers is not one that it knows, or there is no room for the cache.
-        UnsupportedModelError: on the CPU, a layer does not attend as its kernel does, see `attention.py`; or the model
-            is split over processes, whose steps would have to be the same.
+        UnsupportedModelError: on the CPU, a layer does not attend as its kernel does, see `attention.py`.
+
+    Of a model that is split over processes, the first has the engine, and the others `follow`; see there.
     """
 
     def __init__(
@@ -76,20 +78,20 @@ class Engine:
         share_prefixes: bool = True,
         ahead: int = 8,
     ) -> None:
-        if runtime.processes > 1:
-            raise errors.UnsupportedModelError(
-                f"this model is split over {runtime.processes} processes, and the engine serves requests in one: its "
-                f"steps would have to be the same in all of them. Call generate with the same batch in each, or serve "
-                f"a model in one process"
+        if runtime.process:
+            raise errors.ServeError(
+                f"this is process {runtime.process} of those that the model is split over: the engine is in the first, "
+                f"and this one has to call mlora.serve.follow(runtime)"
             )
+        self._lead = Lead(runtime) if runtime.processes > 1 else None
         self.runtime = runtime
         self.tokenizer = tokenizer
         self._closed = False
         self._homes: weakref.WeakKeyDictionary[Any, Callable[[Sequence[Event]], None]] = weakref.WeakKeyDictionary()
         self._lock = threading.RLock()
         tokens = cache_tokens or default_tokens(runtime.model, max_running)
-        memory = Memory(tokens, page, batch_tokens, share_prefixes)
-        self._runner = Runner(runtime, memory, self._ended, self._broke, self._lock)
+        memory = runtime.from_first(Memory(tokens, page, batch_tokens, share_prefixes))
+        self._runner = Runner(runtime, memory, self._ended, self._broke, self._lock, self._lead)
         limits = Limits(
             max_running,
             self._runner.capacity,
@@ -100,7 +102,8 @@ class Engine:
         )
         self.limits = limits
         vocabulary = Vocabulary(runtime.model)
-        self._admission = Admission(runtime, vocabulary, limits, self._runner.start, self._runner.fail, self._lock)
+        adapters = self._lead or Alone(runtime)
+        self._admission = Admission(adapters, vocabulary, limits, self._runner.start, self._runner.fail, self._lock)
         self._intake = Intake(runtime, vocabulary, tokenizer, limits, page)
 
     # Requests
@@ -181,11 +184,15 @@ class Engine:
         self, path_or_id: str | Path, adapter_name: str | None = None, **options: Any
     ) -> AdapterInfo:
         """`Runtime.load_adapter`, off the event loop, under traffic."""
+        if self._lead is not None:
+            return await asyncio.wrap_future(self._lead.ask("load", path_or_id, adapter_name, options))
         return await asyncio.to_thread(self.runtime.load_adapter, path_or_id, adapter_name, **options)
 
     async def replace_adapter(self, adapter_name: str, source: str | Path | Adapter, **options: Any) -> AdapterInfo:
         """`Runtime.replace_adapter`, off the event loop: requests that run, or whose adapters are pinned already,
         finish with the old content, others get the new."""
+        if self._lead is not None:
+            return await asyncio.wrap_future(self._lead.ask("replace", adapter_name, source, options))
         return await asyncio.to_thread(self.runtime.replace_adapter, adapter_name, source, **options)
 
     async def delete_adapter(self, adapter_name: str) -> None:
@@ -194,6 +201,9 @@ class Engine:
         Raises:
             UnknownAdapterError: there is none of that name.
         """
+        if self._lead is not None:
+            await asyncio.wrap_future(self._lead.ask("delete", adapter_name))
+            return
         await asyncio.to_thread(self.runtime.delete_adapter, adapter_name, when_unused=True)
 
     def register(self, adapter_name: str, path_or_id: str | Path, **options: Any) -> None:
@@ -232,6 +242,15 @@ class Engine:
             self._cancel(request)
         self._runner.close()
         self._admission.close()
+
+    @property
+    def broken(self) -> Exception | None:
+        """Why it serves nothing any more; None as long as it does."""
+        return self._runner.broken
+
+    def join(self) -> None:
+        """Until it is closed, or broken."""
+        self._runner.join()
 
     async def __aenter__(self) -> Engine:
         return self

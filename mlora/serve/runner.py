@@ -15,6 +15,7 @@ from . import attention
 from .answers import CANCELLED, ERROR, STOP
 from .batching import Memory, Worker
 from .request import RUNNING, Event, Request, SequenceState
+from .together import Lead
 
 _RERUNS = 3  # of a sequence, after failures that it is not known to have caused
 _PATIENCE = 60.0  # seconds for a step to end
@@ -32,6 +33,7 @@ class Runner:
     Args:
         ended: called with a request none of whose sequences is in the batches any more, under `lock`.
         broke: called with an error when no worker comes up any more, for requests that are not here yet.
+        lead: of a model that is split over processes: what asks all of them. There a worker that dies is the last.
     """
 
     def __init__(
@@ -41,7 +43,9 @@ class Runner:
         ended: Callable[[Request], None],
         broke: Callable[[Exception], None],
         lock: threading.RLock,
+        lead: Lead | None = None,
     ) -> None:
+        self._lead = lead
         self._runtime = runtime
         self._memory = memory
         self._ended = ended
@@ -152,6 +156,12 @@ class Runner:
         with self._lock:
             for sequence in list(self._running.values()):
                 self._leave(sequence)
+        if self._lead is not None:
+            self._lead.close()
+
+    def join(self) -> None:
+        """Until it is closed, or broken."""
+        self._supervisor.join()
 
     # Of the worker's thread
 
@@ -206,7 +216,8 @@ class Runner:
         failures = 0
         while not self._closing:
             try:
-                worker = Worker(self._runtime, self._memory, self._told, self._gone)
+                orders = None if self._lead is None else self._lead.orders
+                worker = Worker(self._runtime, self._memory, self._told, self._gone, orders)
                 worker.start()
                 while not worker.ready.wait(0.05) and worker.is_running():
                     pass
@@ -219,6 +230,8 @@ class Runner:
                     return
                 continue
             failures = 0
+            if self._lead is not None:
+                self._lead.send_by(worker.send)
             with self._lock:
                 self.capacity = worker.capacity
                 self._worker = worker
@@ -229,6 +242,9 @@ class Runner:
             if closing:  # while there was no worker
                 worker.stop(block=True, timeout=_PATIENCE, hard_stop=True)
             worker.wait()
+            if not self._closing and self._lead is not None:
+                self._give_up(worker.background_thread_status.fatal_error or errors.ServeError("the worker has ended"))
+                return
             if not self._closing:
                 self._recover(worker)
 
@@ -257,9 +273,12 @@ class Runner:
         worker.stop(block=True, timeout=_PATIENCE, hard_stop=True)  # gives back the model's attention
 
     def _give_up(self, error: Exception) -> None:
-        broken = errors.ServeError(f"the worker does not start: {error!r}")
+        what = "does not start" if self._lead is None or not self._up.is_set() else "has died, and with it the engine"
+        broken = errors.ServeError(f"the worker {what}: {error!r}")
         broken.__cause__ = error
         self.broken = broken
+        if self._lead is not None:
+            self._lead.close()
         if self._up.is_set():
             self._broke(broken)
             self._fail_all(broken)

@@ -159,12 +159,6 @@ def test_wrong_options(folder: Path, options: list[str], said: str) -> None:
     assert result.exit_code == 2 and said in result.output and "loading" not in result.output
 
 
-def test_in_several_processes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    result = CliRunner().invoke(app, ["serve", str(folder / "model")])
-    assert result.exit_code == 2 and "without torchrun" in result.output
-
-
 def test_a_port_that_is_taken(folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
