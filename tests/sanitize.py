@@ -18,14 +18,15 @@ from pathlib import Path
 import emulation
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = tuple(f"tests/ops/test_{name}.py" for name in ("ops", "direct", "attend", "gradients", "row_norms", "wide"))
+OPERATORS = ("ops", "direct", "along", "attend", "gradients", "phases", "row_norms", "wide")
+TESTS = (*(f"tests/ops/test_{name}.py" for name in OPERATORS), "tests/layers/test_pointwise.py")
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1"
 # Strided views with sentinels, every shape of tile, wrong plans; once more with the lowest instruction set. Left out:
 # what starts processes or traces, which tells nothing about memory.
 SELECT = (
     "fp64 and not 855x2049 and not softcap or see_its_batch and 576 or delta_of_apply or scale_input or merge"
     " or refused or strides or subnormals or test_direct and not traces or ring or no_number or nothing_to_do"
-    " or gradient"
+    " or gradient or phases or torchs_bits or left_alone"
 )
 
 
