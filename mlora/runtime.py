@@ -93,6 +93,7 @@ class Runtime(Trains):
                 base,
                 weight=partial(_read, base.weight, lock, name, "weight"),
                 bias=partial(_read, base.bias, lock, name, "bias"),
+                held=partial(_read, base.held, lock, name, "weight"),
                 cut=shards[name].cut if name in shards else base.cut,
             )
             for name, base in bases.items()

@@ -215,7 +215,8 @@ class BaseLinear:
             `UnsupportedAdapterError` where there is none (a quantized or offloaded base).
         bias: returns the (out,) bias in fp32 on the CPU, or None.
         held: returns the (out, in) weight in the model's own dtype and memory, not to be written to, of a linear where
-            it is a plain tensor; None elsewhere.
+            it is a plain tensor; None elsewhere. For training: lowerings, during which something may be folded in,
+            read the copy.
         embed_scale: the factor of an embedding that scales what it looks up, 1 of others; None of a linear.
         dtype: of the weight in the model, to which a file's copy of it is rounded before they are compared.
         device: where it is, and where what depends on the library that decomposes it is computed.

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from .. import errors
+from ..ops import dispatch
 from .delta import Delta, spread
 from .module import TOKENS, Format, Lowering, Module, scaling
 from .parameters import parameter_delta
@@ -150,7 +151,7 @@ def _gain(module: Module, norm: Tensor) -> Tensor:
 def _dora(module: Module, a: Tensor, b: Tensor, scale: float) -> Delta:
     """y = base + (g-1)(base - bias) + g s B A x with g = m / |W + s B A|, as PEFT computes it."""
     base = module.base
-    gain = _gain(module, base.row_norms(b, a, scale))
+    gain = _gain(module, dispatch.row_norms(base.weight(), b, a, scale))
     bias = base.bias()
     shift = None if bias is None else (1 - gain) * bias
     return Delta(a, (b * gain[:, None]).t(), scale, gain=gain - 1, shift=shift)

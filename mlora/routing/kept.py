@@ -109,7 +109,7 @@ def _state(model: nn.Module, path: str) -> list[tuple[int, int]]:
 
 def _layout(model: nn.Module, bases: Mapping[str, BaseLinear], indices: Mapping[str, int], store: Store) -> str:
     """Of all that a blob and its rows depend on beside the files, and the base's weights."""
-    plain = [field.name for field in fields(BaseLinear) if field.name not in ("weight", "bias")]
+    plain = [field.name for field in fields(BaseLinear) if field.name not in ("weight", "bias", "held")]
     lines = [_code(), *(f"{name} {version(name)}" for name in ("torch", "transformers", "mlora-runtime"))]
     lines += [f"{type(model).__module__}.{type(model).__qualname__}", store.form]
     lines += [f"{indices[path]} {[getattr(base, name) for name in plain]}" for path, base in bases.items()]

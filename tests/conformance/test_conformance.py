@@ -194,6 +194,7 @@ def test_weighted(worlds: Any, verdicts: Any, spec: Spec, kind: str) -> None:
 FORMED = {
     "LoRA", "rsLoRA", "LoRA with rank and alpha patterns", "MiCA", "LoRA, orthogonal init", "EVA", "aLoRA",
     "PiSSA, converted", "PiSSA with rsLoRA, converted", "OLoRA, converted",
+    "LoRA with linears' weights as target parameters",
     "LoRA with a trained classifier",  # which Llama here does not have
 }  # fmt: skip
 ONES = [(spec, model) for spec, model in CASES if model == "llama" or spec.name == "LoRA"]
