@@ -32,7 +32,7 @@ from .plan.shared import Shared
 from .routing.axes import learn_axes
 from .routing.bridges import Bridges
 from .routing.entries import Entries, Entry, check_lengths, is_single
-from .routing.files import Files, files_of, in_folder
+from .routing.files import Files, default_name, files_of, in_folder
 from .routing.info import AdapterInfo, HostUse
 from .routing.kept import Kept
 from .routing.merge_cache import MergeCache
@@ -169,7 +169,7 @@ class Runtime(Trains):
             AdapterError, UnsupportedAdapterError: it is damaged, does not fit, or cannot be served or trained exactly.
             CapacityError: it is larger than the whole arena.
         """
-        name = adapter_name if adapter_name is not None else Path(subfolder or path_or_id).name
+        name = adapter_name if adapter_name is not None else default_name(path_or_id, subfolder)
         if is_trainable or self._ranks is not None:
             with self._registry.together(f"load adapter {name!r}"):
                 self._registry.check_new(name)
@@ -210,7 +210,7 @@ class Runtime(Trains):
         """
         self._refuse_split("registers adapters by their files", errors.UnsupportedAdapterError)
         files = _files(path_or_id, revision, token, subfolder, allow_pickle, approximate, dense, strict, ignore)
-        name = adapter_name if adapter_name is not None else Path(subfolder or path_or_id).name
+        name = adapter_name if adapter_name is not None else default_name(path_or_id, subfolder)
         self._registry.register({name: files})
 
     def register_adapters(
@@ -402,7 +402,8 @@ class Runtime(Trains):
 
     def adapter(self, adapter_name: str) -> AdapterInfo | None:
         """What is known of one adapter; None where there is none of that name."""
-        return self._registry.info(adapter_name) if adapter_name in self._registry else None
+        with self._lock:
+            return self._registry.info(adapter_name) if adapter_name in self._registry else None
 
     @property
     def slots(self) -> int:

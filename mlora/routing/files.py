@@ -97,6 +97,11 @@ class Files:
         return Read(found, source, path, marked)
 
 
+def default_name(path_or_id: str | Path, subfolder: str | None = None) -> str:
+    """That of an adapter whose files are there, where none is given."""
+    return Path(subfolder or path_or_id).name
+
+
 def files_of(path_or_id: str | Path, options: Mapping[str, Any]) -> Files:
     """Raises `AdapterError` where it is neither a path nor a name."""
     check_source(path_or_id)

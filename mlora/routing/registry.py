@@ -145,16 +145,18 @@ class Registry:
 
     def packed(self, name: str) -> Packed | None:
         """What the store has of it, if it is on the host; raises as `[]`."""
-        one = self[name]
-        return self._store[one.key] if isinstance(one, Loaded) else None
+        with self._lock:
+            one = self[name]
+            return self._store[one.key] if isinstance(one, Loaded) else None
 
     def info(self, name: str) -> AdapterInfo:
         """What is known of it now."""
-        one = self[name]
-        if isinstance(one, Files):
-            seen = one.seen
-            return AdapterInfo(name, one.source, "", "", 0, (), (), 0, "files") if seen is None else seen.info
-        info, packed = one.info, self._store[one.key]
+        with self._lock:
+            one = self[name]
+            if isinstance(one, Files):
+                seen = one.seen
+                return AdapterInfo(name, one.source, "", "", 0, (), (), 0, "files") if seen is None else seen.info
+            info, packed = one.info, self._store[one.key]
         zero = info.zero if not isinstance(packed.source, Trained) else packed.source.is_zero
         return replace(info, zero=zero, location="device" if packed.resident else "host")
 
@@ -316,8 +318,8 @@ class Registry:
             if content.adapter is not None and self._store.host.most is not None:
                 self._store.keep(packed, beside(packed, content.adapter.tensors), f"adapter {name!r}")
             if replaces:
-                self.remove(name, when_unused=True)
-            if not known:
+                self.remove(name, when_unused=True, replaced=True)
+            elif not known:
                 self.check_new(name)  # another thread may have taken the name meanwhile
             self._note(packed)
             key = name if before is None else before.key
@@ -354,9 +356,10 @@ class Registry:
             own = Lowered(own_parts(deltas, self.bases))
         return self.add(name, adapter, own, sources=() if group is None else how.adapters, group=group)
 
-    def remove(self, name: str, *, when_unused: bool = False) -> None:
+    def remove(self, name: str, *, when_unused: bool = False, replaced: bool = False) -> None:
         """Forget an adapter, and those that were made of it: with `when_unused` the name of one that calls or pins use,
-        and the rest with the last of them.
+        and the rest with the last of them. The name of one that is `replaced` is never gone to those who look without
+        the lock: the caller, who holds it, gives it another content.
 
         Raises:
             UnknownAdapterError: there is none of that name. AdapterInUseError: it is used, or is the default.
@@ -366,7 +369,7 @@ class Registry:
             for one in going:
                 self._check_unused(one, name, when_unused)
             for one in going:
-                loaded = self._adapters.pop(one)
+                loaded = self._adapters[one] if replaced and one == name else self._adapters.pop(one)
                 self._made.pop(one, None)
                 if isinstance(loaded, Files):
                     continue

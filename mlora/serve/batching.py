@@ -354,6 +354,7 @@ class _Scheduler(FIFOScheduler):
         self._gone = gone
         self._obey = obey
         self._came: set[str] = set()
+        self._cancellation_lock: Any = threading.RLock()
 
     def add_waiting_request(self, state: Any) -> None:
         if isinstance(state, Order):
@@ -364,12 +365,12 @@ class _Scheduler(FIFOScheduler):
         super().add_waiting_request(state)
 
     def clear_cancelled_requests(self) -> list[Any]:
-        with self._cancellation_lock:
-            wanted = set(self._requests_to_cancel)
         states = []
-        for id in sorted(wanted):  # in the order of all processes, as their blocks are free in that order
-            self._requests_to_cancel = {id}
-            states += super().clear_cancelled_requests()
+        with self._cancellation_lock:  # from other threads more may come at any time
+            wanted = set(self._requests_to_cancel)
+            for id in sorted(wanted):  # in the order of all processes, as their blocks are free in that order
+                self._requests_to_cancel = {id}
+                states += super().clear_cancelled_requests()
         self._came &= self._sequences.keys()
         gone = wanted & self._came
         for id in wanted - gone:

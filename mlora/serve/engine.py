@@ -15,6 +15,7 @@ from typing import Any
 from .. import errors
 from ..adapters.adapter import Adapter
 from ..routing.entries import Entry
+from ..routing.files import default_name
 from ..routing.info import AdapterInfo
 from ..runtime import Runtime
 from .admission import Admission, Limits
@@ -102,8 +103,10 @@ class Engine:
         )
         self.limits = limits
         vocabulary = Vocabulary(runtime.model)
-        adapters = self._lead or Alone(runtime)
-        self._admission = Admission(adapters, vocabulary, limits, self._runner.start, self._runner.fail, self._lock)
+        self._adapters = self._lead or Alone(runtime)
+        self._admission = Admission(
+            self._adapters, vocabulary, limits, self._runner.start, self._runner.fail, self._lock
+        )
         self._intake = Intake(runtime, vocabulary, tokenizer, limits, page)
 
     # Requests
@@ -183,17 +186,15 @@ class Engine:
     async def load_adapter(
         self, path_or_id: str | Path, adapter_name: str | None = None, **options: Any
     ) -> AdapterInfo:
-        """`Runtime.load_adapter`, off the event loop, under traffic."""
-        if self._lead is not None:
-            return await asyncio.wrap_future(self._lead.ask("load", path_or_id, adapter_name, options))
-        return await asyncio.to_thread(self.runtime.load_adapter, path_or_id, adapter_name, **options)
+        """`Runtime.load_adapter`, off the event loop, under traffic. What is asked of one name, here and by the next
+        two, is done in the order in which it is asked."""
+        name = adapter_name if adapter_name is not None else default_name(path_or_id, options.get("subfolder"))
+        return await asyncio.wrap_future(self._adapters.ask("load", name, path_or_id, options))
 
     async def replace_adapter(self, adapter_name: str, source: str | Path | Adapter, **options: Any) -> AdapterInfo:
         """`Runtime.replace_adapter`, off the event loop: requests that run, or whose adapters are pinned already,
         finish with the old content, others get the new."""
-        if self._lead is not None:
-            return await asyncio.wrap_future(self._lead.ask("replace", adapter_name, source, options))
-        return await asyncio.to_thread(self.runtime.replace_adapter, adapter_name, source, **options)
+        return await asyncio.wrap_future(self._adapters.ask("replace", adapter_name, source, options))
 
     async def delete_adapter(self, adapter_name: str) -> None:
         """The name is free at once; requests that run finish. Those that wait for it fail.
@@ -201,10 +202,7 @@ class Engine:
         Raises:
             UnknownAdapterError: there is none of that name.
         """
-        if self._lead is not None:
-            await asyncio.wrap_future(self._lead.ask("delete", adapter_name))
-            return
-        await asyncio.to_thread(self.runtime.delete_adapter, adapter_name, when_unused=True)
+        await asyncio.wrap_future(self._adapters.ask("delete", adapter_name))
 
     def register(self, adapter_name: str, path_or_id: str | Path, **options: Any) -> None:
         """`Runtime.register_adapter`: it is read when a request first asks for it."""
@@ -242,6 +240,7 @@ class Engine:
             self._cancel(request)
         self._runner.close()
         self._admission.close()
+        self._adapters.close()
 
     @property
     def broken(self) -> Exception | None:

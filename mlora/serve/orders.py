@@ -71,7 +71,7 @@ class Orders:
 
     # What can be ordered
 
-    def load(self, source: Any, name: str | None, options: Mapping[str, Any]) -> Any:
+    def load(self, name: str, source: Any, options: Mapping[str, Any]) -> Any:
         return self._runtime.load_adapter(source, name, **options)
 
     def replace(self, name: str, source: Any, options: Mapping[str, Any]) -> Any:

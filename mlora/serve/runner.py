@@ -156,8 +156,6 @@ class Runner:
         with self._lock:
             for sequence in list(self._running.values()):
                 self._leave(sequence)
-        if self._lead is not None:
-            self._lead.close()
 
     def join(self) -> None:
         """Until it is closed, or broken."""

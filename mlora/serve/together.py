@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from .. import errors
@@ -20,6 +20,8 @@ from ..runtime import Runtime
 from . import attention
 from .batching import Worker
 from .orders import Order, Orders
+
+_THREADS = 8  # that load adapters and delete them, each begun when it is first needed
 
 
 class Share:
@@ -128,10 +130,31 @@ class Lead:
 
 
 class Alone:
-    """What admission asks of the runtime of a model in one process."""
+    """What the engine asks of the runtime of a model in one process.
+
+    What is asked of one adapter is done in the order in which it is asked, so that of two contents for a name the later
+    stays: all of it runs on one thread. A file that is slow to come keeps few others waiting, as there are several.
+    """
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
+        self._orders = Orders(runtime)
+        self._threads = [ThreadPoolExecutor(1, f"mlora-adapters-{number}") for number in range(_THREADS)]
+
+    def ask(self, kind: str, name: str, *arguments: Any) -> Future[Any]:
+        """As `Lead`'s, of an order about one adapter."""
+        thread = self._threads[hash(str(name)) % _THREADS]
+        try:
+            return thread.submit(getattr(self._orders, kind), name, *arguments)
+        except RuntimeError:
+            raise errors.ServeError("the engine is closed") from None
+
+    def close(self) -> None:
+        """What was asked is done, and nothing more can be."""
+        for thread in self._threads:
+            thread.shutdown(wait=False)
+
+    # For admission
 
     def ready(self, names: Sequence[str]) -> bool:
         """Whether adapters are on the device, so that to pin them is a matter of microseconds."""

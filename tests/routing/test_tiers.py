@@ -399,6 +399,29 @@ def test_one_that_is_deleted_or_replaced_while_it_is_read(world: World, monkeypa
     assert runtime.host.used == runtime._store["b"].held
 
 
+def test_a_name_that_is_replaced_is_known_all_the_time(world: World) -> None:
+    runtime = world.runtime(3)
+    sources = [mlora.Adapter.from_pretrained(world.folders[name]) for name in "bc"]
+    seen: list[Any] = []
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            try:
+                seen.append(runtime.adapter("a"))
+            except KeyError as error:
+                seen.append(error)
+                return
+
+    with ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(look)
+        for turn in range(200):
+            runtime.replace_adapter("a", sources[turn % 2])
+        done.set()
+        looking.result(60)
+    assert len(seen) > 200 and all(isinstance(info, mlora.AdapterInfo) and info.name == "a" for info in seen)
+
+
 def test_threads_that_call_prefetch_drop_replace_and_delete(world: World) -> None:
     """Each answer is that of a content that its name had while it was asked for; nothing is left behind."""
     runtime = world.runtime(7, max_adapters=7)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import mlora
 from mlora import errors
 from mlora.routing.entries import key_of, names_of
 from mlora.routing.files import Files
-from mlora.serve import Sampling
+from mlora.serve import Engine, Sampling
 
 SAMPLING = Sampling(max_new_tokens=12)
 LONG = Sampling(max_new_tokens=40)
@@ -61,6 +62,46 @@ def test_replace_under_traffic(
     wanted = ["a", mix, "c", {"c": 0.5, "b": 0.5}]
     assert got == [alone(oracle, prompt(1), entry, LONG) for entry in wanted]
     assert len(runtime._store._adapters) == 2  # the old content is gone with its last request
+
+
+def test_what_is_asked_of_one_name_keeps_its_order(
+    base: Any, folders: dict[str, Path], oracle: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the files of the first take longer; other names do not wait for them."""
+    read, order = Files.read, []
+
+    def slowly(files: Files, name: str, again: bool = True) -> Any:
+        if files.source == str(folders["b"]):
+            time.sleep(0.3)
+        order.append(Path(files.source).name)
+        return read(files, name, again)
+
+    monkeypatch.setattr(Files, "read", slowly)
+    runtime = patched(base, some(folders, "a"))
+    order.clear()
+
+    async def run() -> list[int]:
+        async with engine(runtime) as served:
+            loads = [served.load_adapter(folders[name], name) for name in "defgh"]
+            await asyncio.gather(
+                served.replace_adapter("a", folders["b"]),
+                served.replace_adapter("a", folders["d"]),
+                served.delete_adapter("a"),
+                served.load_adapter(folders["c"], "a"),
+                *loads,
+            )
+            return await ids(served, prompt(1), "a", LONG)
+
+    assert asyncio.run(run()) == alone(oracle, prompt(1), "c", LONG)
+    assert order.index("b") > 0
+    assert [name for name in order if name in "bc"] == ["b", "c"]
+    with pytest.raises(errors.ServeError, match="closed"):
+        asyncio.run(closed(runtime).load_adapter(folders["c"], "z"))
+
+
+def closed(runtime: mlora.Runtime) -> Engine:
+    with engine(runtime) as served:
+        return served
 
 
 def test_delete_under_traffic(

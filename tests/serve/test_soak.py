@@ -44,6 +44,7 @@ class Traffic:
         self.random = random.Random(5)
         # Name -> its contents, oldest first: "x" and "y" are replaced, "z" comes and goes, others are known by path.
         self.contents: dict[str, list[str]] = {"x": ["a"], "y": ["b"], "z": ["c"]}
+        self.settled = Counter[str]()  # which of them it had when the last change that is through was made
         self.answers: list[tuple[int, int, list[str | None], list[int]]] = []  # with what they may be of
 
     async def client(self) -> None:
@@ -55,22 +56,25 @@ class Traffic:
 
     async def change(self) -> None:
         name, content = self.random.choice("xyz"), self.random.choice(CONTENTS)
-        if name != "z":
-            self.contents[name].append(content)
-            await self.served.replace_adapter(name, self.folders[content])
-            return
         try:
-            await self.served.delete_adapter("z")
-            self.contents["z"].append(content)
-            await self.served.load_adapter(self.folders[content], "z")
+            if name == "z":
+                await self.served.delete_adapter("z")
+            own = len(self.contents[name])
+            self.contents[name].append(content)  # first, or a request could see it before
+            if name == "z":
+                await self.served.load_adapter(self.folders[content], "z")
+            else:
+                await self.served.replace_adapter(name, self.folders[content])
+            self.settled[name] = max(own, self.settled[name])
         except (errors.UnknownAdapterError, errors.DuplicateAdapterError):  # another client is at it
+            assert name == "z"
             self.ends["raced"] += 1
 
     async def ask(self) -> None:
         pick, seed, kind = self.random, self.random.randrange(9), self.random.randrange(3)
         name = pick.choice(["x", "y", "z", None, *(f"path-{content}" for content in CONTENTS)])
         leave = pick.randrange(8) if pick.random() < 0.2 else None
-        since = len(self.contents[name]) - 1 if name in self.contents else 0
+        since = self.settled[name] if name in self.contents else 0
         got: list[int] = []
         upto = None
         try:
