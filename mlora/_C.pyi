@@ -37,3 +37,7 @@ def rotate(y: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> bool:
 
 def gate(y: Tensor, gate: Tensor, up: Tensor) -> bool:
     """y = silu(gate) * up, of 16 bits and contiguous, with the bits of torch's operators. False as for `rms_norm`."""
+
+def release_threads() -> bool:
+    """End the threads that OpenMP keeps for the calling thread, which its next parallel work starts anew. False where
+    torch's threads are not OpenMP's, or inside such work."""

@@ -5,6 +5,9 @@
 
 #include "ops.h"
 
+// Of OpenMP 5, where torch's threads are OpenMP's: in one of the libraries that torch itself needs.
+extern "C" int omp_pause_resource_all(int kind) __attribute__((weak));
+
 namespace mlora {
 
 const dlpack::Api* api = nullptr;
@@ -125,6 +128,12 @@ PyObject* linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return run([&] { linear_rows(routing, p, types); });
 }
 
+PyObject* release_threads(PyObject*, PyObject* const*, Py_ssize_t count) {
+  constexpr int kSoft = 1;  // settings stay
+  if (!counts(count, 0)) return nullptr;
+  return PyBool_FromLong(omp_pause_resource_all && omp_pause_resource_all(kSoft) == 0);
+}
+
 template <PyObject* (*F)(PyObject*, PyObject* const*, Py_ssize_t)>
 PyMethodDef method(const char* name, const char* doc) {
   return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(F)), METH_FASTCALL, doc};
@@ -138,6 +147,7 @@ PyMethodDef methods[] = {
     method<rms_norm>("rms_norm", "rms_norm(y, x, weight, eps) -> whether it was done"),
     method<rotate>("rotate", "rotate(y, x, cos, sin) -> whether it was done"),
     method<gate>("gate", "gate(y, gate, up) -> whether it was done"),
+    method<release_threads>("release_threads", "release_threads() -> whether it was done"),
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from ..ops import threads
 from .entries import Entry
 
 _THREADS = 2  # more would only take the calls' cores
@@ -51,10 +52,16 @@ class Prefetcher:
         with self._lock:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="mlora-prefetch")
-            tasks = [self._pool.submit(self._bring, entry) for entry in entries]
+            tasks = [self._pool.submit(self._run, entry) for entry in entries]
         for task in tasks:
             task.add_done_callback(done)
         return whole
+
+    def _run(self, entry: Entry) -> None:
+        try:
+            self._bring(entry)
+        finally:
+            threads.let_go()
 
     def close(self) -> None:
         """Nothing more is brought."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from .. import errors
 from ..adapters.adapter import Adapter
+from ..ops import threads
 from ..routing.entries import Entry
 from ..routing.files import default_name
 from ..routing.info import AdapterInfo
@@ -108,6 +109,7 @@ class Engine:
             self._adapters, vocabulary, limits, self._runner.start, self._runner.fail, self._lock
         )
         self._intake = Intake(runtime, vocabulary, tokenizer, limits, page)
+        threads.let_go()  # the model's threads are the worker's now
 
     # Requests
 

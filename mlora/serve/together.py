@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from .. import errors
+from ..ops import threads
 from ..routing.entries import Entry
 from ..routing.pin import Pin
 from ..runtime import Runtime
@@ -145,9 +146,15 @@ class Alone:
         """As `Lead`'s, of an order about one adapter."""
         thread = self._threads[hash(str(name)) % _THREADS]
         try:
-            return thread.submit(getattr(self._orders, kind), name, *arguments)
+            return thread.submit(self._obey, kind, name, arguments)
         except RuntimeError:
             raise errors.ServeError("the engine is closed") from None
+
+    def _obey(self, kind: str, name: str, arguments: Sequence[Any]) -> Any:
+        try:
+            return getattr(self._orders, kind)(name, *arguments)
+        finally:
+            threads.let_go()
 
     def close(self) -> None:
         """What was asked is done, and nothing more can be."""
