@@ -72,7 +72,7 @@ class Bench:
     def generate(self, prompts: Sequence[Sequence[int]], names: Any, new: int | None = None) -> torch.Tensor:
         """All rows in one batch."""
         ids, new = torch.tensor(prompts), new or self.args.new
-        fixed = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+        fixed = {"max_new_tokens": new, "eos_token_id": self.vocabulary, "do_sample": False}  # no token ends it
         with torch.inference_mode():
             out = self.served.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), adapter_names=names, pad_token_id=0, **fixed
