@@ -58,6 +58,11 @@ class DataError(MloraError, ValueError):
     """A data set that cannot be trained on or judged by; the message names the file, the row and the column."""
 
 
+class MetricError(MloraError, ValueError):
+    """A metric that is none, or a function of an answer and its reference that gave no number; the message names the
+    function, the task and the row."""
+
+
 class TrainError(MloraError, RuntimeError):
     """A run that cannot be trained as asked, or does not fit its checkpoint; the message names the run."""
 

@@ -154,7 +154,7 @@ A = {"target_modules": ["q_proj"]}
         ({"adapter": {"target_modules": ["nothing"]}}, "name no linear"),
         ({"adapter": {**A, "init_lora_weights": "pissa"}}, "'pissa', which rewrites"),
         ({"adapter": {**A, "use_dora": "no"}}, "use_dora is 'no'; it must be true or false"),
-        ({"adapter": {**A, "alpha": "16"}}, "alpha is '16'; it must be a number"),
+        ({"adapter": {**A, "alpha": "16"}}, "alpha is '16'; it must be a finite number"),
         ({"adapter": {**A, "r": "8"}}, "r is '8'"),
         ({"adapter": {"target_modules": [0]}}, "target_modules is .0.; .*in quotes"),
         ({"adapter": {**A, "rank_pattern": {0: 4}}}, "rank_pattern is .0: 4.; .*in quotes"),

@@ -25,10 +25,12 @@ from .options import (
     PickleOption,
     StrictOption,
 )
+from .output import make_folder
 from .progress import Progress, counted
 from .served import choose
 
 BASE = "base"
+SCORES, ANSWERS, PICTURE = WRITTEN = ("scores.jsonl", "answers.jsonl", "scores.png")
 
 
 def evaluate(
@@ -118,37 +120,53 @@ def evaluate(
     with one_line_errors():
         check_device(device, dtype)
         files = _tasks(data)
-        if output is not None and (output / "scores.jsonl").exists() and not force:
-            raise InputError(f"{output} has scores already; --force replaces them")
+        if output is not None and not force and (there := [name for name in WRITTEN if (output / name).exists()]):
+            raise InputError(f"--output {output} has {there[0]} already; --force replaces what is there")
         if not (strategy or merge) and (unused := _given(density=density, weight=weight, rank=rank)):
             raise InputError(f"--{unused[0]} is of merges, and there are none; --strategy or --merge makes some")
         served = choose(config, model, "--model", adapter, approximate, dense, strict, ignore, allow_pickle)
-        metrics = [_metric(one) for one in metric or ["loss"]]
+        if BASE in served.names:
+            raise InputError(f"an adapter has the name {BASE!r}, which is the bare model's here; give it another")
+        if fresh := [name for name in served.names if name not in (*served.sources, *served.merges)]:
+            raise InputError(f"--config: adapter {fresh[0]!r} has no weights yet; `mlora train {config}` makes them")
+        metrics = [_metric(one) for one in dict.fromkeys(metric or ["loss"])]
         entries: dict[str, Any] = {BASE: None, **{name: name for name in served.sources}}
         entries.update(served.merges)
         from mlora.data import Form, check_rows, read_rows
-        from mlora.evaluation import grid
+        from mlora.evaluation import check_metrics, check_texts, grid
 
         form = Form(template=template, completion=completion, chat=chat)
         with as_input_errors():
             tasks = {task: read_rows(file) for task, file in files.items()}
-            for task, rows in tasks.items():
-                check_rows(rows, form, str(files[task]))
+            pairs = {task: check_rows(rows, form, str(files[task])) for task, rows in tasks.items()}
             for text in entry or ():
                 entries[text] = _entry(text, served.names)
             if strategy or merge:
+                if not served.names:
+                    raise InputError("there are no adapters to merge; --adapter gives them")
                 groups = [one.split(",") for one in merge or [",".join(served.sources)]]
                 for names in groups:
                     _check_names(names, served.names)
+                    if len(set(names)) < len(names):
+                        raise InputError(f"a merge of {', '.join(names)} has an adapter twice")
                     found = grid(names, strategy or ["linear"], density or [0.5], weight or [1.0], rank)
                     entries.update(found)
+                if density and not any(one.prunes for one in found.values()):
+                    raise InputError(
+                        f"--density is of strategies that prune; {', '.join(strategy or ['linear'])} does not"
+                    )
+            check_metrics(metrics, pairs)
+        if output is not None:
+            make_folder(output, "--output")
         progress = Progress()
         with progress.step("reading adapters"):
             served.read()
-        from .models import load_tokenizer
+        from .models import load_tokenizer, positions_of
 
         with progress.step("loading the model"):
             tokenizer = load_tokenizer(served.model)
+            with as_input_errors():
+                check_texts(tokenizer, pairs, metrics, form, max_new_tokens, positions_of(served.model))
             loaded = served.load(device, dtype)
             served.patch(loaded)
         _judge(loaded, tokenizer, tasks, entries, metrics, form, max_new_tokens, max_tokens, output, progress)
@@ -172,7 +190,7 @@ def _judge(
 
     what = "the base" if len(entries) == 1 else f"{len(entries)} entries"
     progress.note(f"judging {what} on {counted(sum(map(len, tasks.values())), 'row')}")
-    with progress.counting("judged", 0, size(tasks, entries, metrics)) as told:
+    with as_input_errors(), progress.counting("judged", 0, size(tasks, entries, metrics)) as told:
         scores = evaluate(
             model.mlora,
             tokenizer,
@@ -185,22 +203,29 @@ def _judge(
             told=told,
         )
     show = Console(soft_wrap=True, highlight=False, markup=False)
+    for score in scores[: len(tasks)]:  # of the first entry: what is left out is the same for all
+        if score.truncated:
+            progress.note(
+                f"{score.task}: {counted(score.truncated, 'row')} cut off at the model's positions, "
+                f"{len(score.dropped)} left out without a target within them"
+            )
     show.print(table_of(scores, BASE))
     if output is None:
         return
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / "scores.jsonl").open("w", encoding="utf-8") as file:
+    for name in WRITTEN:
+        (output / name).unlink(missing_ok=True)
+    with (output / SCORES).open("w", encoding="utf-8") as file:
         for score in scores:
             file.write(json.dumps({"entry": score.entry, "task": score.task, **score.values}) + "\n")
     if any(score.answers for score in scores):
-        with (output / "answers.jsonl").open("w", encoding="utf-8") as file:
+        with (output / ANSWERS).open("w", encoding="utf-8") as file:
             for score in scores:
                 for row, answer in zip(tasks[score.task], score.answers, strict=True):
-                    record = {"entry": score.entry, "task": score.task, **row, "answer": answer}
+                    record = {"entry": score.entry, "task": score.task, "row": row, "answer": answer}
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
     first = next(iter(scores[0].values))
     try:
-        draw(scores, first, output / "scores.png")
+        draw(scores, first, output / PICTURE)
     except ImportError:
         progress.note("pip install matplotlib for a picture")
     show.print(f"\nout  {output}")
@@ -216,6 +241,8 @@ def _tasks(data: Sequence[str]) -> dict[str, Path]:
         name, equals, path = option.partition("=")
         file = Path(path if equals else option).expanduser()
         name = name if equals else file.stem
+        if equals and not (name and path):
+            raise InputError(f"--data {option!r}: wanted [TASK=]FILE")
         if not file.is_file():
             raise InputError(f"--data {option!r}: there is no file {file}")
         if name in found:
@@ -226,7 +253,7 @@ def _tasks(data: Sequence[str]) -> dict[str, Path]:
 
 def _entry(text: str, names: Sequence[str]) -> Any:
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_once)
     except ValueError as error:
         if text.lstrip().startswith("{"):
             raise InputError(f"--entry {text!r} is no JSON: {error}") from None
@@ -244,6 +271,13 @@ def _entry(text: str, names: Sequence[str]) -> Any:
     if merge is None and (wrong := [weight for weight in value.values() if not is_weight(weight)]):
         raise InputError(f"--entry {text!r}: the weight {wrong[0]!r} is no finite number")
     return merge if merge is not None else value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"a name comes twice in {', '.join(name for name, _ in pairs)}")
+    return found
 
 
 def _check_names(wanted: Sequence[str], names: Sequence[str]) -> None:
@@ -265,7 +299,7 @@ def _metric(text: str) -> str | Callable[[str, str], float]:
     sys.modules[spec.name] = module  # where dataclasses look for it
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"--metric {text!r}: {path} cannot be run: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):

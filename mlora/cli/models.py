@@ -73,6 +73,18 @@ def load_tokenizer(model: str | None) -> Any:
     return tokenizer
 
 
+def positions_of(model: str | None) -> int | None:
+    """How many tokens `load_model`'s model has positions for, from its config alone; None where that does not say.
+    Raises as that does."""
+    from transformers import AutoConfig
+
+    from .demo_model import resolve_model
+
+    with _named(model):
+        config = AutoConfig.from_pretrained(str(resolve_model(model)))
+    return getattr(config, "max_position_embeddings", None)
+
+
 def load_model(model: str | None, device: str | None = None, dtype: str = "auto", split: bool = False) -> Any:
     """The causal language model.
 

@@ -1,10 +1,11 @@
-"""The answers of `mlora generate`: in `OUTPUT.part` until all are there, then renamed. `OUTPUT.part.options` has the
-options that they depend on meanwhile."""
+"""Where commands write to. The answers of `mlora generate` are in `OUTPUT.part` until all are there, then renamed.
+`OUTPUT.part.options` has the options that they depend on meanwhile."""
 
 from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,6 +102,18 @@ def open_output(
         out.write(())
     part.replace(target)
     told.unlink()
+
+
+def make_folder(folder: Path, what: str) -> None:
+    """Make a folder to write into. Raises InputError, in which `what` names it, where that cannot be."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{what} {folder} is a file; wanted a folder to write into")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{what} {folder}: nothing can be written there: {error.strerror}") from None
 
 
 def _check_options(told: Path, options: Mapping[str, Any]) -> None:

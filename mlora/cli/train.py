@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import InputError, one_line_errors
+from .errors import InputError, as_input_errors, one_line_errors
 from .models import check_device, check_model
 from .options import DeviceOption, DtypeOption
+from .output import make_folder
 from .progress import Progress, counted
 
 
@@ -41,15 +42,17 @@ def train(
         check_device(device, dtype)
         from mlora.config import parse
         from mlora.errors import MloraError
-        from mlora.trainer.from_config import runs_of
+        from mlora.trainer.from_config import check_folders, runs_of
 
         try:
             parsed = parse(config)
             runs = runs_of(parsed)
             source = check_model(parsed.model_source())
+            check_folders(parsed, runs, resume=not restart)
         except MloraError as error:
-            told = str(error)
+            told = str(error).replace("resume=False", "--restart")
             raise InputError(told if told.startswith(str(config)) else f"{config}: {told}") from None
+        make_folder(parsed.output, f"{config}: output_directory")
         _train(parsed, runs, source, max_tokens, restart, device, dtype)
 
 
@@ -61,28 +64,31 @@ def _train(
 
     import mlora
     from mlora.config import LOADING, training_of
-    from mlora.errors import TrainError
+    from mlora.errors import MloraError
+    from mlora.trainer.from_config import check_texts
 
-    from .models import load_model, load_tokenizer
+    from .models import load_model, load_tokenizer, positions_of
 
     progress, show = Progress(), Console(soft_wrap=True, highlight=False)
     with progress.step("loading the model"):
         tokenizer = load_tokenizer(source)
+        with as_input_errors():
+            check_texts(runs, tokenizer, positions_of(source))
         model = load_model(source, device, dtype)
-    runtime = mlora.patch(model)
-    for name, entry in parsed.adapters.items():
-        if (weights := parsed.weights(name)) is not None:
-            loading = {key: entry[key] for key in LOADING if key in entry}
-            runtime.load_adapter(weights, name, is_trainable=name in runs, **loading)
-    checkpointing = any(one.gradient_checkpointing for one in training_of(parsed).values())
-    trainer = mlora.Trainer(
-        runtime, tokenizer, runs, parsed.output, max_tokens=max_tokens, gradient_checkpointing=checkpointing
-    )
-    _tell(trainer, progress)
     try:
+        runtime = mlora.patch(model)
+        for name, entry in parsed.adapters.items():
+            if (weights := parsed.weights(name)) is not None:
+                loading = {key: entry[key] for key in LOADING if key in entry}
+                runtime.load_adapter(weights, name, is_trainable=name in runs, **loading)
+        checkpointing = any(one.gradient_checkpointing for one in training_of(parsed).values())
+        trainer = mlora.Trainer(
+            runtime, tokenizer, runs, parsed.output, max_tokens=max_tokens, gradient_checkpointing=checkpointing
+        )
+        _tell(trainer, progress)
         results = trainer.train(resume=not restart)
-    except TrainError as error:
-        raise RuntimeError(str(error).replace("resume=False", "--restart")) from None
+    except MloraError as error:
+        raise InputError(str(error).replace("resume=False", "--restart")) from None
     merged = {}
     for name, how in parsed.merges:
         with progress.step(f"merging {name}"):
@@ -114,7 +120,8 @@ def _tell(trainer: Any, progress: Progress) -> None:
             text += f", {found.truncated} cut off"
         if found.dropped:
             text += f", {len(found.dropped)} left out without a target within the limit"
-        progress.note(f"{text}; {counted(trainer.steps(name), 'step')} of {counted(run.rows_per_step, 'row')}")
+        rows = min(run.rows_per_step, len(found.examples))
+        progress.note(f"{text}; {counted(trainer.steps(name), 'step')} of {counted(rows, 'row')}")
 
 
 def _figure(value: float | None) -> str:

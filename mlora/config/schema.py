@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from .. import errors
 from ..merge import ALIASES, Merge
+from ..routing.entries import BASE
 from .check import check_keys, given, is_number, mapping, nearest
 from .read import read
 
@@ -143,9 +145,12 @@ def parse(config: str | Path | Mapping[str, Any]) -> Config:
     for name in ([active] if active is not None else []) + [n for _, how in wanted for n in how.adapters]:
         if name not in known:
             raise errors.ConfigError(f"the config names an adapter {name!r}{nearest(name, known)}; it has: {known}")
+    for at, (name, how) in enumerate(wanted):
+        if later := [source for source in how.adapters if source in known[len(entries) + at :]]:
+            raise errors.ConfigError(f"merge {name!r} has the source {later[0]!r}, which is made no earlier than it")
     output = config.get("output_directory", _OUTPUT)
-    if not isinstance(output, str):
-        raise errors.ConfigError(f"output_directory is {output!r}; it must be {_QUOTED}")
+    if not isinstance(output, str) or not output:
+        raise errors.ConfigError(f"output_directory is {output!r}; it must be a folder's name, {_QUOTED}")
     return Config(
         base_model=config.get("base_model"),
         adapters=entries,
@@ -180,6 +185,8 @@ def _loading(config: Mapping[str, Any], ignored: list[str]) -> dict[str, Any]:
 
 def _name(value: Any, where: str) -> str:
     """`value` if it can name an adapter. YAML reads 1, yes, null and 2024-01-01 as no strings."""
+    if value in ("", BASE):
+        raise errors.ConfigError(f"{where} {value!r}; it must have another name")
     if not isinstance(value, str):
         raise errors.ConfigError(
             f'{where} {value!r}, which is no string but of type {type(value).__name__}; quote the name, as "1" or "yes"'
@@ -224,11 +231,16 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_names(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value))
+    names = [value] if isinstance(value, str) else value
+    return isinstance(names, (list, tuple)) and bool(names) and all(isinstance(one, str) and one for one in names)
 
 
-def _is_table(values: Any) -> bool:
-    return isinstance(values, Mapping) and all(isinstance(key, str) and is_number(v) for key, v in values.items())
+def _is_finite(value: Any) -> bool:
+    return is_number(value) and math.isfinite(value)
+
+
+def _is_table_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda values: isinstance(values, Mapping) and all(isinstance(k, str) and fits(v) for k, v in values.items())
 
 
 _QUOTED = "a string, in quotes where YAML reads it as none"
@@ -237,9 +249,10 @@ _KINDS: tuple[tuple[Any, str, Iterable[str]], ...] = (
     (lambda value: isinstance(value, str), _QUOTED, ("type", "revision", "token", "bias_type")),
     (lambda value: isinstance(value, bool), "true or false", ("allow_pickle", "dense", "use_rslora", "use_dora")),
     (_is_rank, "a positive integer", ("r",)),
-    (is_number, "a number", ("alpha", "dropout")),
+    (_is_finite, "a finite number", ("alpha", "dropout")),
     (_is_names, f"a pattern or a list of names, each {_QUOTED}", ("target_modules",)),
-    (_is_table, f"a mapping of names, each {_QUOTED}, to numbers", ("rank_pattern", "alpha_pattern")),
+    (_is_table_of(_is_rank), f"a mapping of names, each {_QUOTED}, to positive integers", ("rank_pattern",)),
+    (_is_table_of(_is_finite), f"a mapping of names, each {_QUOTED}, to finite numbers", ("alpha_pattern",)),
 )
 
 

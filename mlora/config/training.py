@@ -28,6 +28,7 @@ _TRAINER = (
     "seed", *_LEFT_ALONE,
 )  # fmt: skip
 _NOT_TRAINED = ("eva_config", "loftq_config", "corda_config", "loraplus_lr_ratio", "postprocessor")
+_NOT_DONE = ("hyperopt", "defaults")  # sections that say what is trained, and how
 _OPTIMIZERS = ("adam", "adamw", "sgd")
 _DECAYS = {
     "linear": "linear",
@@ -90,6 +91,8 @@ def training_of(config: Config) -> dict[str, Training]:
     Raises:
         ConfigError: one has no data set, or a section has a key or value that it cannot have; the message names it.
     """
+    if left := [key for key in _NOT_DONE if key in config.ignored]:
+        raise errors.ConfigError(f"the config has {left[0]!r}, which mlora does not train by; leave it out")
     found = {}
     for name in config.adapters:
         own = config.sections.get(name, {})
@@ -100,6 +103,8 @@ def training_of(config: Config) -> dict[str, Training]:
                     f"is; pretrained_adapter_weights starts training from it"
                 )
             continue
+        if config.adapters[name].get("layer_replication"):
+            raise errors.ConfigError(f"adapter {name!r} has layer_replication, which mlora does not train with")
         found[name] = _training(f"adapter {name!r}", own, config.shared, config.folder)
     if not found:
         raise errors.ConfigError(
@@ -152,7 +157,12 @@ def _training(where: str, own: Mapping[str, Any], shared: Mapping[str, Any], fol
         prompt=None if template is not None else features["input_features"],
         completion=features["output_features"],
         max_length=_value(
-            preprocessing, "global_max_sequence_length", None, _count, "a positive integer", f"{where}: preprocessing"
+            preprocessing,
+            "global_max_sequence_length",
+            None,
+            lambda v: _whole(v) and v >= 2,
+            "an integer of at least 2",
+            f"{where}: preprocessing",
         ),
         **_trainer(section("trainer"), f"{where}: trainer"),
     )
@@ -162,10 +172,17 @@ def _lora(own: Mapping[str, Any], where: str) -> dict[str, Any]:
     for key in _NOT_TRAINED:
         if own.get(key):
             raise errors.ConfigError(f"{where} has {key}: {own[key]!r}, which mlora does not train with; leave it out")
-    init = own.get("init_lora_weights") or "default"
+    init, bias = own.get("init_lora_weights") or "default", own.get("bias_type") or "none"
+    if init == "eva":
+        raise errors.ConfigError(
+            f"{where} has init_lora_weights: 'eva', which starts from data; in Python Runtime.add_adapter takes an "
+            f"eva_state_dict"
+        )
+    if bias != "none":
+        raise errors.ConfigError(f"{where} has bias_type: {bias!r}; mlora trains with 'none'")
     return {
         "lora_dropout": _value(own, "dropout", 0.05, lambda v: _least_0(v) and v < 1, "a share below 1", where),
-        "bias": own.get("bias_type") or "none",
+        "bias": bias,
         "init_lora_weights": True if init == "default" else init,
     }
 
@@ -196,7 +213,7 @@ def _trainer(trainer: Mapping[str, Any], where: str) -> dict[str, Any]:
         "gradient_checkpointing": value(
             "enable_gradient_checkpointing", False, lambda v: isinstance(v, bool), "true or false"
         ),
-        "seed": value("seed", 42, _natural, natural),
+        "seed": value("seed", 42, lambda v: _natural(v) and v < 2**64, "an integer from 0 to 2**64 - 1"),
         "max_grad_norm": _clipping(trainer.get("gradient_clipping", {}), f"{where}.gradient_clipping"),
         **_optimizer(trainer.get("optimizer", {}), f"{where}.optimizer"),
         **_schedule(trainer.get("learning_rate_scheduler", {}), f"{where}.learning_rate_scheduler"),
@@ -273,7 +290,7 @@ def _dataset(value: Any, where: str, folder: Path) -> tuple[Any, Any]:
     """Training and validation. Paths start from the config's folder."""
 
     def found(source: Any) -> Any:
-        if not isinstance(source, str):
+        if not isinstance(source, str) or not source:
             raise errors.ConfigError(
                 f"{where}: dataset is {value!r}; it must be a file or a hub id, or training: and validation:"
             )

@@ -15,8 +15,9 @@ is beyond `max_length` is cut off at the end. Messages are written by the tokeni
 from __future__ import annotations
 
 import difflib
+import math
 import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -93,6 +94,11 @@ def check_rows(rows: Sequence[Row], form: Form = Form(), name: str = "the data s
     Raises:
         DataError: a row has not the columns, or no target; the message names the row and the nearest column.
     """
+    if form.template is not None and not fields_of(form.template):
+        raise errors.DataError(
+            f"the template {form.template!r} names no column, so that every prompt would be the same; wanted one in "
+            f"braces, as in 'Translate: {{english}}'"
+        )
     pairs = []
     for number, row in enumerate(rows, start=1):
         try:
@@ -102,27 +108,42 @@ def check_rows(rows: Sequence[Row], form: Form = Form(), name: str = "the data s
     return pairs
 
 
-def encode(pairs: Iterable[Pair], tokenizer: Any, form: Form = Form(), max_length: int | None = None) -> Encoded:
+def encode(
+    pairs: Iterable[Pair],
+    tokenizer: Any,
+    form: Form = Form(),
+    max_length: int | None = None,
+    name: str = "the data set",
+) -> Encoded:
     """The examples of texts.
 
     Args:
-        tokenizer: of transformers. `max_length`: of an example, in tokens.
+        tokenizer: of transformers. `max_length`: of an example, in tokens. `name`: as `check_rows` has it.
 
     Raises:
         DataError: the tokenizer has no chat template and there are messages, or the template refuses them.
     """
     found = Encoded()
-    for number, pair in enumerate(pairs, start=1):
-        ids, labels = _tokens(pair, tokenizer, form)
-        if max_length is not None and len(ids) > max_length:
-            ids, labels = ids[:max_length], labels[:max_length]
-            found.truncated += 1
-        example = Example(ids, labels)
+    for number, example, cut in _examples(pairs, tokenizer, form, max_length, name):
+        found.truncated += cut
         if example.targets:
             found.examples.append(example)
         else:
             found.dropped.append(number)
     return found
+
+
+def find_target(
+    pairs: Iterable[Pair],
+    tokenizer: Any,
+    form: Form = Form(),
+    max_length: int | None = None,
+    name: str = "the data set",
+) -> None:
+    """Raise DataError where no row has a target within `max_length`, or `encode` raises for one before the first that
+    has."""
+    if not any(example.targets for _, example, _ in _examples(pairs, tokenizer, form, max_length, name)):
+        raise errors.DataError(f"{name}: no row of it has a target within {max_length} tokens")
 
 
 def prompt_ids(pair: Pair, tokenizer: Any) -> list[int]:
@@ -156,6 +177,8 @@ def _pair(row: Row, form: Form) -> Pair:
             template = _ALPACA_INPUT if row.get("input") else _ALPACA
             return _asked(_fill(template, row), _target(row, "output"), form)
     prompt = _fill(form.template, row) if form.template is not None else _column(row, form.prompt or "prompt")
+    if prompt is None:
+        raise errors.DataError(f"its column {form.prompt or 'prompt'!r} is null; wanted text or messages")
     return _asked(prompt, _target(row, form.completion or "completion"), form)
 
 
@@ -174,6 +197,8 @@ def _conversation(value: Any) -> Pair:
     messages = _messages(value)
     if not messages or messages[-1]["role"] != "assistant":
         raise errors.DataError("its 'messages' do not end with one of the role 'assistant', which would be the target")
+    if not messages[-1]["content"]:
+        raise errors.DataError("its last message is empty: there is no target")
     return Pair(messages[:-1], messages[-1:])
 
 
@@ -184,7 +209,17 @@ def _messages(value: Any) -> Messages:
         parts = [message.get(key) for key in ("role", "content")] if isinstance(message, Mapping) else [None]
         if not all(isinstance(part, str) for part in parts):
             raise errors.DataError(f'it has the message {message!r}; wanted {{"role": TEXT, "content": TEXT}}')
-    return [dict(message) for message in value]
+    return [{**message, "content": _whole(message["content"])} for message in value]
+
+
+def _whole(text: str) -> str:
+    """JSON may have half of a character, as \\ud83d, which tokenizers do not take."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise errors.DataError(f"it has {half!r}, which is half of a surrogate pair and no character") from None
+    return text
 
 
 def _target(row: Row, column: str) -> Any:
@@ -200,9 +235,11 @@ def _column(row: Row, column: str) -> Any:
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise errors.DataError(f"it has no column {column!r}{hint}; it has {', '.join(map(repr, row))}")
     value = row[column]
-    if value is None or isinstance(value, (str, Sequence)):
+    if isinstance(value, str):
+        return _whole(value)
+    if value is None or isinstance(value, Sequence):
         return value
-    if isinstance(value, (int, float)):
+    if isinstance(value, (int, float)) and math.isfinite(value):
         return str(value)
     raise errors.DataError(f"its column {column!r} is {value!r}; wanted text or messages")
 
@@ -210,17 +247,38 @@ def _column(row: Row, column: str) -> Any:
 def fields_of(template: str) -> list[str]:
     """The columns that a template names. Raises DataError if it is none."""
     try:
-        return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        fields = [parts[1:] for parts in string.Formatter().parse(template) if parts[1] is not None]
     except ValueError as error:
-        raise errors.DataError(f"the template {template!r} cannot be read: {error}") from None
+        raise errors.DataError(f"the template {template!r} cannot be read: {error}; {{{{ and }}}} are braces") from None
+    for name, form, conversion in fields:
+        if form or conversion:
+            raise errors.DataError(f"the template {template!r} has a format for {name!r}; wanted a column's name alone")
+    return [str(name) for name, _, _ in fields]
 
 
 def _fill(template: str, row: Row) -> str:
-    values = {}
-    for name in fields_of(template):
-        value = _column(row, name)
-        values[name] = "" if value is None else value
-    return template.format_map(values)
+    filled = []
+    for text, name, _, _ in string.Formatter().parse(template):
+        filled.append(text)
+        if name is not None:
+            value = _column(row, name)
+            if not isinstance(value, (str, type(None))):
+                raise errors.DataError(f"its column {name!r} is {value!r}; wanted text, which the template takes")
+            filled.append(value or "")
+    return "".join(filled)
+
+
+def _examples(
+    pairs: Iterable[Pair], tokenizer: Any, form: Form, max_length: int | None, name: str
+) -> Iterator[tuple[int, Example, bool]]:
+    """The number of each row, its example, and whether that was cut off."""
+    for number, pair in enumerate(pairs, start=1):
+        try:
+            ids, labels = _tokens(pair, tokenizer, form)
+        except errors.DataError as error:
+            raise errors.DataError(f"{name} row {number}: {error}") from None
+        cut = max_length is not None and len(ids) > max_length
+        yield number, Example(ids[:max_length], labels[:max_length]), cut
 
 
 def _tokens(pair: Pair, tokenizer: Any, form: Form) -> tuple[list[int], list[int]]:

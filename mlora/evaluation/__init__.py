@@ -2,6 +2,6 @@
 
 from .grid import grid
 from .report import draw, kept, table_of
-from .scores import METRICS, Score, evaluate, size
+from .scores import METRICS, Score, check_metrics, check_texts, evaluate, size
 
-__all__ = ["METRICS", "Score", "draw", "evaluate", "grid", "kept", "size", "table_of"]
+__all__ = ["METRICS", "Score", "check_metrics", "check_texts", "draw", "evaluate", "grid", "kept", "size", "table_of"]

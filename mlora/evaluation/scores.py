@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 
 from .. import errors
-from ..data import Form, Pair, Rows, check_rows, encode, prompt_ids, read_rows, reference_of
+from ..data import Encoded, Form, Pair, Rows, check_rows, encode, find_target, prompt_ids, read_rows, reference_of
 from ..merge import Merge, as_merge
 from ..passes import Passes, Wanted, calls_of
 from ..runtime import Runtime
@@ -28,12 +28,16 @@ class Score:
     Args:
         entry: its label. `values`: metric -> its mean: of "loss" over all targets, of others over the rows;
             "perplexity" is the exponential of the loss. `answers`: of the rows, where a metric reads them.
+        truncated: how many rows are longer than the model's positions, so that their losses leave out the end.
+        dropped: the numbers of those rows, from 1, of which no target is left, and no loss.
     """
 
     entry: str
     task: str
     values: Mapping[str, float]
     answers: Sequence[str] = ()
+    truncated: int = 0
+    dropped: Sequence[int] = ()
 
 
 def evaluate(
@@ -58,7 +62,8 @@ def evaluate(
         tasks: name -> rows of prompts and references, as `mlora.data.read_rows` takes them.
         entries: label -> an entry of `adapter_names`: an adapter's name, None, a mix, a `Merge`.
         metrics: "loss", "perplexity", "exact_match" (of the answer and the reference without white space around them),
-            or functions of an answer and its reference that give a number.
+            or functions of an answer and its reference that give a number. A function is tried before anything is
+            computed, on the first row of each task with the reference as the answer.
         form: how rows are read, for all tasks or for each.
         max_new_tokens: of an answer. `max_running`: how many answers are written at once.
         max_tokens: of a call that computes losses, with padding.
@@ -68,19 +73,28 @@ def evaluate(
         A score for each entry and task, in their order.
 
     Raises:
-        DataError: a data set cannot be read, or a row has not what its form wants. ValueError: a metric is none.
+        DataError: a data set cannot be read, a row has not what its form wants, or a prompt with its answer is longer
+            than the model's positions. MetricError: a metric is none, or gave no number.
         UnknownAdapterError, EntryError, MergeError: an entry is none.
     """
     named = _named(metrics)
     forms = {task: form if isinstance(form, Form) else (form or {}).get(task, Form()) for task in tasks}
     pairs = {task: check_rows(read_rows(rows), forms[task], f"task {task!r}") for task, rows in tasks.items()}
+    check_metrics(metrics, pairs)
     losses: dict[tuple[str, str], float] = {}
     answers: dict[tuple[str, str], list[str]] = {}
+    encoded: dict[str, Encoded] = {}
+    prompts: dict[str, list[list[int]]] = {}
+    limit = getattr(runtime.model.config, "max_position_embeddings", None)
+    if any(function is None for function in named.values()):
+        encoded = _encoded(tokenizer, pairs, forms, limit)
+    if any(function is not None for function in named.values()):
+        prompts = _prompts(tokenizer, pairs, max_new_tokens, limit)
     done = _Done(told)
-    if any(name in _OF_LOSSES for name in named):
-        losses = _losses(runtime, tokenizer, pairs, forms, entries, max_tokens, done)
-    if any(name not in _OF_LOSSES for name in named):
-        answers = _answers(runtime, tokenizer, pairs, entries, max_new_tokens, max_running, done)
+    if encoded:
+        losses = _losses(runtime, tokenizer, encoded, entries, max_tokens, done)
+    if prompts:
+        answers = _answers(runtime, tokenizer, prompts, entries, max_new_tokens, max_running, done)
     scores = []
     for label in entries:
         for task in tasks:
@@ -90,10 +104,39 @@ def evaluate(
                 if function is None:
                     values[name] = losses[key] if name == "loss" else _exp(losses[key])
                 else:
-                    judged = zip(answers[key], pairs[task], strict=True)
-                    values[name] = sum(float(function(a, reference_of(pair))) for a, pair in judged) / len(pairs[task])
-            scores.append(Score(label, task, values, answers.get(key, ())))
+                    values[name] = _mean(name, function, answers[key], pairs[task], f"task {task!r}")
+            cut = encoded.get(task, Encoded())
+            scores.append(Score(label, task, values, answers.get(key, ()), cut.truncated, tuple(cut.dropped)))
     return scores
+
+
+def check_metrics(metrics: Sequence[Metric], tasks: Mapping[str, Sequence[Pair]]) -> None:
+    """Raise MetricError where a metric is none, or a function gives no number of the first row of a task, with the
+    reference as the answer."""
+    for name, function in _named(metrics).items():
+        if function is not None:
+            for task, pairs in tasks.items():
+                _mean(name, function, [reference_of(pairs[0])], pairs[:1], f"task {task!r}")
+
+
+def check_texts(
+    tokenizer: Any,
+    tasks: Mapping[str, Sequence[Pair]],
+    metrics: Sequence[Metric],
+    form: Form,
+    max_new_tokens: int,
+    limit: int | None,
+) -> None:
+    """Raise DataError where `evaluate` does for what the tokenizer makes of the rows; no model is needed.
+
+    Args:
+        limit: the model's positions.
+    """
+    named = _named(metrics)
+    for task, pairs in tasks.items() if None in named.values() else ():
+        find_target(pairs, tokenizer, form, limit, f"task {task!r}")
+    if any(function is not None for function in named.values()):
+        _prompts(tokenizer, tasks, max_new_tokens, limit)
 
 
 def size(tasks: Mapping[str, Sequence[Any]], entries: Mapping[str, Any], metrics: Sequence[Metric]) -> int:
@@ -118,16 +161,35 @@ class _Done:
 def _named(metrics: Sequence[Metric]) -> dict[str, Callable[[str, str], float] | None]:
     """Name -> its function; None of those that are made of losses."""
     found: dict[str, Callable[[str, str], float] | None] = {}
+    function: Callable[[str, str], float] | None
     for metric in metrics:
         if callable(metric):
-            found[getattr(metric, "__name__", "metric")] = metric
+            name, function = getattr(metric, "__name__", "metric"), metric
         elif metric in METRICS:
-            found[metric] = None if metric in _OF_LOSSES else _exact_match
+            name, function = metric, None if metric in _OF_LOSSES else _exact_match
         else:
-            raise ValueError(f"metric {metric!r} is none; there are {', '.join(METRICS)}, and functions")
+            raise errors.MetricError(f"metric {metric!r} is none; there are {', '.join(METRICS)}, and functions")
+        if name in found:
+            raise errors.MetricError(f"the metric {name!r} is there twice; give each function a name of its own")
+        found[name] = function
     if not found:
-        raise ValueError("there is no metric to judge by")
+        raise errors.MetricError("there is no metric to judge by")
     return found
+
+
+def _mean(
+    name: str, function: Callable[[str, str], float], answers: Sequence[str], pairs: Sequence[Pair], where: str
+) -> float:
+    total = 0.0
+    for row, (answer, pair) in enumerate(zip(answers, pairs, strict=True), start=1):
+        try:
+            total += float(function(answer, reference_of(pair)))
+        except (Exception, SystemExit) as error:
+            raise errors.MetricError(
+                f"metric {name!r} of {where} row {row}, answer {answer!r} and reference {reference_of(pair)!r}: "
+                f"{type(error).__name__}: {error}; wanted a number"
+            ) from error
+    return total / len(pairs)
 
 
 def _exact_match(answer: str, reference: str) -> float:
@@ -138,21 +200,40 @@ def _exp(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
+def _encoded(
+    tokenizer: Any, pairs: Mapping[str, Sequence[Pair]], forms: Mapping[str, Form], limit: int | None
+) -> dict[str, Encoded]:
+    found = {}
+    for task, own in pairs.items():
+        find_target(own, tokenizer, forms[task], limit, f"task {task!r}")
+        found[task] = encode(own, tokenizer, forms[task], limit, f"task {task!r}")
+    return found
+
+
+def _prompts(
+    tokenizer: Any, pairs: Mapping[str, Sequence[Pair]], max_new_tokens: int, limit: int | None
+) -> dict[str, list[list[int]]]:
+    found = {task: [prompt_ids(pair, tokenizer) for pair in own] for task, own in pairs.items()}
+    for task, prompts in found.items():
+        for row, ids in enumerate(prompts, start=1):
+            if not ids:
+                raise errors.DataError(f"task {task!r} row {row}: its prompt is empty, and cannot be answered")
+            if limit is not None and len(ids) + max_new_tokens > limit:
+                raise errors.DataError(
+                    f"task {task!r} row {row}: its prompt of {len(ids)} tokens and max_new_tokens {max_new_tokens} are "
+                    f"more than the model's {limit} positions"
+                )
+    return found
+
+
 def _losses(
     runtime: Runtime,
     tokenizer: Any,
-    pairs: Mapping[str, Sequence[Pair]],
-    forms: Mapping[str, Form],
+    tasks: Mapping[str, Encoded],
     entries: Mapping[str, Any],
     max_tokens: int,
     done: _Done,
 ) -> dict[tuple[str, str], float]:
-    examples = {}
-    limit = getattr(runtime.model.config, "max_position_embeddings", None)
-    for task, own in pairs.items():
-        examples[task] = encode(own, tokenizer, forms[task], limit).examples
-        if not examples[task]:
-            raise errors.DataError(f"task {task!r}: no row of it has a target within {limit} tokens")
     passes = Passes(runtime, tokenizer.pad_token_id or 0, max_tokens)
     found: dict[tuple[str, str], float] = {}
 
@@ -162,8 +243,8 @@ def _losses(
             rows = [
                 Wanted(entry, (label, task), example)
                 for label, entry in loaded.items()
-                for task in pairs
-                for example in examples[task]
+                for task, encoded in tasks.items()
+                for example in encoded.examples
             ]
             for call, losses in zip(calls_of(rows, max_tokens), passes.losses(rows), strict=True):
                 for group, loss in losses.items():
@@ -179,7 +260,7 @@ def _losses(
 def _answers(
     runtime: Runtime,
     tokenizer: Any,
-    pairs: Mapping[str, Sequence[Pair]],
+    prompts: Mapping[str, Sequence[list[int]]],
     entries: Mapping[str, Any],
     max_new_tokens: int,
     max_running: int,
@@ -187,10 +268,9 @@ def _answers(
 ) -> dict[tuple[str, str], list[str]]:
     from ..serve import Engine, Sampling  # which imports what generates, half of transformers
 
-    prompts = {task: [prompt_ids(pair, tokenizer) for pair in own] for task, own in pairs.items()}
     sampling = Sampling.like_generate(runtime.model, do_sample=False, max_new_tokens=max_new_tokens)
     found: dict[tuple[str, str], list[str]] = {
-        (label, task): [""] * len(own) for label in entries for task, own in pairs.items()
+        (label, task): [""] * len(own) for label in entries for task, own in prompts.items()
     }
 
     def answer(labels: Sequence[str]) -> None:

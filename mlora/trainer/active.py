@@ -21,13 +21,15 @@ from .checkpoint import State
 from .order import rows_of, steps_per_epoch, total_steps
 from .run import Run
 
+_OF_EXAMPLES = ("data", "eval_data")  # of a run's settings, those that digest its examples
+
 
 class Active:
     """Args:
     examples, judged: of its data and its evaluation data. `folder`: its own. `resume`: go on from what is there.
 
     Raises:
-        TrainError: what is there was made with other settings.
+        TrainError: what is there was made with other settings, or by no run.
     """
 
     def __init__(
@@ -44,21 +46,23 @@ class Active:
         self._runtime = runtime
         self.total = total_steps(len(examples), run.rows_per_step, run.num_train_epochs, run.max_steps)
         self.per_epoch = steps_per_epoch(len(examples), run.rows_per_step)
-        data = {"data": _digest(examples), "eval_data": _digest(judged)}
+        data = dict(zip(_OF_EXAMPLES, map(_digest, (examples, judged)), strict=True))
         self.state = State(rows=len(examples), settings={**run.settings(), **data})
         self._kept: Mapping[str, Any] | None = None
+        checkpoint.check_own(folder)
         if not resume:
             checkpoint.clear(folder)
-        if (done := checkpoint.ended(folder)) is not None:
-            self._same(done, folder)
-            self.state = done
-            self._load(folder)
-        elif there := checkpoint.checkpoints(folder):
-            self.state, self._kept = checkpoint.read(there[-1])
-            self._same(self.state, there[-1])
-            self._load(there[-1])
+        if (found := checkpoint.newest(folder)) is not None:
+            now, (self.state, where) = self.state, found
+            _check_same(name, now, *found)
+            self._kept = checkpoint.read_optimizer(where) if where != folder else None
+            self._load(where)
         elif run.config is not None:
-            runtime.add_adapter(name, run.config, seed=run.seed)
+            try:
+                runtime.add_adapter(name, run.config, seed=run.seed)
+            except errors.MloraError as error:
+                error.args = (f"run {name!r}: {error}",)
+                raise
         self.rounds = self.state.step  # that it took part in; its steps, while it is active
         self.parameters: list[torch.nn.Parameter] = []
         if self.active:
@@ -187,15 +191,25 @@ class Active:
             self._runtime.delete_adapter(self.name)
         self._runtime.load_adapter(folder, self.name, is_trainable=True)
 
-    def _same(self, state: State, where: Path) -> None:
-        now = {"rows": self.state.rows, **self.state.settings}
-        then = {"rows": state.rows, **state.settings}
-        for key in dict.fromkeys((*now, *then)):
-            if now.get(key) != then.get(key):
-                was = f"was {then.get(key)!r} in {where}, and is {now.get(key)!r}"
-                if key in ("data", "eval_data"):
-                    was = f"has other examples than in {where}"
-                raise errors.TrainError(f"run {self.name!r}: {key} {was}; resume=False starts anew")
+
+def check_folder(name: str, run: Run, folder: Path, *, resume: bool) -> None:
+    """Raise TrainError where what is in the folder of a run is not its own, as far as that can be told without its
+    examples."""
+    checkpoint.check_own(folder)
+    if resume and (found := checkpoint.newest(folder)) is not None:
+        then = found[0]
+        examples = {key: then.settings[key] for key in _OF_EXAMPLES if key in then.settings}
+        _check_same(name, State(rows=then.rows, settings={**run.settings(), **examples}), *found)
+
+
+def _check_same(name: str, now: State, then: State, where: Path) -> None:
+    is_, was = ({"rows": state.rows, **state.settings} for state in (now, then))
+    for key in dict.fromkeys((*is_, *was)):
+        if is_.get(key) != was.get(key):
+            told = f"was {was.get(key)!r} in {where}, and is {is_.get(key)!r}"
+            if key in _OF_EXAMPLES:
+                told = f"has other examples than in {where}"
+            raise errors.TrainError(f"run {name!r}: {key} {told}; resume=False starts anew")
 
 
 def _digest(examples: Sequence[Example]) -> str:

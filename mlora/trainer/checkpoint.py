@@ -86,9 +86,25 @@ def finish(folder: Path, name: str, runtime: Runtime, state: State) -> None:
     part.rmdir()
 
 
-def ended(folder: Path) -> State | None:
-    """How the run that wrote to `folder` ended; None where none has."""
-    return _read(folder) if (folder / STATE).is_file() and (folder / _ADAPTER[1]).is_file() else None
+def newest(folder: Path) -> tuple[State, Path] | None:
+    """Where the run that wrote to `folder` stood, and its adapter: in `folder` itself where it has ended, else in its
+    last checkpoint; None where there is none.
+
+    Raises:
+        TrainError: what is there is damaged.
+    """
+    if (folder / STATE).is_file() and (folder / _ADAPTER[1]).is_file():
+        return _read(folder), folder
+    there = checkpoints(folder)
+    return (_read(there[-1]), there[-1]) if there else None
+
+
+def check_own(folder: Path) -> None:
+    """Raise TrainError where an adapter is in `folder` that no run has put there."""
+    if (folder / _ADAPTER[1]).is_file() and not (folder / STATE).is_file() and not checkpoints(folder):
+        raise errors.TrainError(
+            f"{folder} has an adapter that no run has trained; move it away, or give the run another name or folder"
+        )
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -101,10 +117,11 @@ def at(folder: Path, step: int) -> Path:
     return folder / f"checkpoint-{step}"
 
 
-def read(path: Path) -> tuple[State, Mapping[str, Any]]:
-    """Of a checkpoint: where it stood, and what its optimizer and schedule held. Raises TrainError if it is damaged."""
+def read_optimizer(path: Path) -> Mapping[str, Any]:
+    """What the optimizer and schedule of a checkpoint held. Raises TrainError if it is damaged."""
     try:
-        return _read(path), torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True)
+        kept: Mapping[str, Any] = torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True)
+        return kept
     except (OSError, RuntimeError, ValueError, EOFError) as error:
         raise errors.TrainError(f"checkpoint {path} cannot be read: {error}; remove it to go on without") from None
 
@@ -121,7 +138,7 @@ def _read(folder: Path) -> State:
     try:
         return State(**json.loads((folder / STATE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise errors.TrainError(f"{folder / STATE} cannot be read: {error}") from None
+        raise errors.TrainError(f"{folder / STATE} cannot be read: {error}; remove {folder} to go on without") from None
 
 
 def _step(path: Path) -> int:

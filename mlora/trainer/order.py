@@ -29,5 +29,5 @@ def rows_of(step: int, rows: int, rows_per_step: int, seed: int | None) -> list[
 
 @lru_cache(maxsize=256)
 def _order(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**64)
     return tuple(torch.randperm(rows, generator=generator).tolist())

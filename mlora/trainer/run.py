@@ -14,12 +14,14 @@ import torch
 
 from .. import errors
 from ..data import Form, Rows
+from .curves import PICTURE
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
 SCHEDULES = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
 )  # fmt: skip
 _NAME = re.compile(r"[^/\\\0]+")
+_LONGEST = 255  # bytes of a folder's name
 MakesOptimizer: TypeAlias = Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -136,9 +138,11 @@ class Result:
 
 
 def check_name(name: Any) -> None:
-    """Raise `TrainError` unless a folder can have the name."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or name in (".", ".."):
+    """Raise `TrainError` unless a folder beside the picture can have the name."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name in (".", "..", PICTURE):
         raise errors.TrainError(f"the name of a run is {name!r}; it must be text that can name a folder")
+    if len(name.encode()) > _LONGEST:
+        raise errors.TrainError(f"the name of a run is {name!r}; a folder's takes at most {_LONGEST} bytes")
 
 
 def _plain_config(config: Any) -> dict[str, Any]:
@@ -173,7 +177,11 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         lambda v: isinstance(v, (tuple, list)) and len(v) == 2 and all(_finite(b) and 0 <= b < 1 for b in v),
         "two numbers from 0 to below 1",
     ),
-    (("seed",), lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0, "an integer, at least 0"),
+    (
+        ("seed",),
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**64,
+        "an integer from 0 to 2**64 - 1",
+    ),
     (("config",), lambda v: v is None or isinstance(v, Mapping) or hasattr(v, "to_dict"), "a LoraConfig or its fields"),
     (("form",), lambda v: isinstance(v, Form), "an mlora.data.Form"),
 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import errors
-from ..data import Encoded, check_rows, encode, read_rows
+from ..data import Encoded, check_rows, encode, find_target, read_rows
 from ..passes import Passes, Wanted
 from ..runtime import Runtime
 from .active import Active
@@ -171,10 +171,9 @@ class Trainer:
 
 def _examples(data: Any, run: Run, tokenizer: Any, positions: int | None, what: str) -> Encoded:
     pairs = check_rows(read_rows(data), run.form, what)
-    found = encode(pairs, tokenizer, run.form, run.max_length or positions)
-    if not found.examples:
-        raise errors.DataError(f"{what}: no row of it has a target within {run.max_length or positions} tokens")
-    return found
+    limit = run.max_length or positions
+    find_target(pairs, tokenizer, run.form, limit, what)
+    return encode(pairs, tokenizer, run.form, limit, what)
 
 
 def _result(run: Active) -> Result:

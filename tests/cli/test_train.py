@@ -11,6 +11,7 @@ import pytest
 import yaml
 from chat_model import save
 from conftest import peft_alone
+from serving import adapters
 from typer.testing import CliRunner
 
 import mlora
@@ -66,7 +67,9 @@ def run(folder: Path, whole: Any, *options: str) -> tuple[int, str]:
     return result.exit_code, " ".join(result.output.split())
 
 
-def test_one_file_trains_merges_and_serves(base: str, tmp_path: Path, llama: Any, batch: Any) -> None:
+def test_one_file_trains_merges_and_serves(
+    base: str, tmp_path: Path, llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = config(base, tmp_path)
     code, output = run(tmp_path, whole)
     assert code == 0, output
@@ -93,8 +96,10 @@ def test_one_file_trains_merges_and_serves(base: str, tmp_path: Path, llama: Any
     code, output = run(tmp_path, whole)
     assert code == 0 and "step 1 of" not in output, output
     whole["trainer"]["learning_rate"] = 0.5
-    code, output = run(tmp_path, whole)
-    assert code == 1 and "learning_rate was 0.01" in output and "--restart" in output, output
+    with monkeypatch.context() as patched:
+        patched.setattr(mlora.cli.models, "load_model", lambda *_: pytest.fail("a model was loaded"))
+        code, output = run(tmp_path, whole)
+    assert code == 2 and "learning_rate was 0.01" in output and "--restart" in output, output
     code, output = run(tmp_path, whole, "--restart")
     assert code == 0, output
 
@@ -104,6 +109,7 @@ def test_one_file_trains_merges_and_serves(base: str, tmp_path: Path, llama: Any
     [
         (("dataset",), "c.jsonl", "cannot read"),
         (("dataset",), None, "adapter 'a' has no dataset"),
+        (("dataset",), "", "dataset is ''; it must be a file or a hub id"),
         (("trainer", "learning_rate"), "fast", "trainer.learning_rate is 'fast'; it must be a finite number"),
         (("trainer", "learning_rate"), float("nan"), "trainer.learning_rate is nan"),
         (("trainer", "learning_rat"), 1, "no key 'learning_rat' (did you mean 'learning_rate'?)"),
@@ -133,6 +139,37 @@ def test_one_file_trains_merges_and_serves(base: str, tmp_path: Path, llama: Any
         (("adapters", "adapters", "a", "loraplus_lr_ratio"), 4, "loraplus_lr_ratio"),
         (("output_directory",), 3, "output_directory is 3"),
         (("quantization",), {"bits": 4}, "quantization"),
+        (("trainer", "seed"), 2**64, "trainer.seed is 18446744073709551616; it must be an integer from 0 to"),
+        (("trainer", "train_steps"), -3, "trainer.train_steps is -3; it must be a positive integer"),
+        (("hyperopt",), {"goal": "minimize"}, "the config has 'hyperopt', which mlora does not train by"),
+        (("prompt", "template"), "Answer:", "the template 'Answer:' names no column"),
+        (("prompt", "template"), "{instruction:d}", "has a format for 'instruction'"),
+        (
+            ("preprocessing", "global_max_sequence_length"),
+            1,
+            "global_max_sequence_length is 1; it must be an integer of",
+        ),
+        (
+            ("preprocessing", "split"),
+            {"type": "fixed", "column": "output"},
+            "no row has 0, to be trained on",
+        ),
+        (("adapters", "adapters", "a", "alpha"), float("nan"), "adapter 'a': alpha is nan; it must be a finite number"),
+        (("adapters", "adapters", "a", "target_modules"), [], "adapter 'a': target_modules is []"),
+        (("adapters", "adapters", "a", "rank_pattern"), {"q_proj": 0}, "adapter 'a': rank_pattern is {'q_proj': 0}"),
+        (("adapters", "adapters", "a", "bias_type"), "all", "adapter 'a' has bias_type: 'all'"),
+        (("adapters", "adapters", "a", "init_lora_weights"), "eva", "adapter 'a' has init_lora_weights: 'eva'"),
+        (("adapters", "adapters", "a", "layer_replication"), [[0, 1]], "adapter 'a' has layer_replication"),
+        (("adapters", "adapters", "__base__"), {"type": "lora"}, "an adapter '__base__'; it must have another name"),
+        (("adapters",), {"adapters": {"losses.png": {"type": "lora"}}}, "the name of a run is 'losses.png'"),
+        (("adapters",), {"adapters": {"a" * 256: {"type": "lora"}}}, "takes at most 255 bytes"),
+        (("adapters", "merge", "sources"), ["a", "z"], "the config names an adapter 'z'"),
+        (("adapters", "merge", "sources"), ["a", "both"], "merge 'both' has the source 'both'"),
+        (("adapters", "merge", "weights"), [1], "1 weights for 2 adapters"),
+        (("output_directory",), "", "output_directory is ''"),
+        (("output_directory",), "a.jsonl", "a.jsonl is a file; wanted a folder"),
+        (("output_directory",), "/proc/mlora", "output_directory /proc/mlora: nothing can be written there"),
+        (("base_model",), "/no/such/model", "there is no such folder"),
     ],
 )
 def test_what_is_wrong_is_told_before_a_model_is_loaded(
@@ -153,11 +190,59 @@ def test_a_row_without_a_target_and_an_adapter_twice(base: str, tmp_path: Path) 
     with (tmp_path / "a.jsonl").open("a") as file:
         file.write('{"instruction": "x", "output": ""}\n')
     code, output = run(tmp_path, whole)
-    assert code == 2 and "its column 'output' is empty" in output
+    assert code == 2 and "dataset of adapter 'a' row 13: its column 'output' is empty" in output
     file_ = tmp_path / "config.yaml"
     file_.write_text("base_model: x\nadapters:\n  adapters:\n    a: {r: 2}\n    a: {r: 3}\n")
     result = CliRunner().invoke(app, ["train", str(file_)])
     assert result.exit_code == 2 and "'a'" in result.output
+
+
+def test_what_no_run_has_trained_is_not_replaced(
+    base: str, tmp_path: Path, llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = config(base, tmp_path)
+    (folder,) = adapters(tmp_path / "results", llama, ("a",)).values()
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    monkeypatch.setattr(mlora.cli.models, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    for options in ((), ("--restart",)):
+        code, output = run(tmp_path, whole, *options)
+        assert code == 2 and f"{folder} has an adapter that no run has trained" in output, output
+    assert (folder / "adapter_model.safetensors").read_bytes() == weights
+
+
+def test_a_merge_does_not_replace_a_run(base: str, tmp_path: Path) -> None:
+    whole = config(base, tmp_path)
+    del whole["adapters"]["merge"], whole["adapters"]["active"]
+    code, output = run(tmp_path, whole)
+    assert code == 0, output
+    both = {"name": "b", "sources": ["a", "c"]}
+    whole["adapters"] = {"adapters": dict.fromkeys("ac", whole["adapters"]["adapters"]["a"]), "merge": both}
+    code, output = run(tmp_path, whole)
+    assert code == 2 and "results/b has a run's adapter" in output, output
+
+
+def test_a_chat_needs_a_template_before_a_model_is_loaded(
+    llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = config(str(save(llama, tmp_path / "base", template=None)), tmp_path)
+    monkeypatch.setattr(mlora.cli.models, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    whole["prompt"]["chat"] = True
+    code, output = run(tmp_path, whole)
+    assert code == 2 and "the tokenizer has no chat template" in output, output
+
+
+def test_what_the_model_lacks_is_told_with_the_run(base: str, tmp_path: Path) -> None:
+    whole = config(base, tmp_path)
+    whole["adapters"]["adapters"]["b"]["target_modules"] = ["no_proj"]
+    code, output = run(tmp_path, whole)
+    assert code == 2 and "run 'b': " in output and "['no_proj'] name no module" in output, output
+
+
+def test_seeds_may_be_large(base: str, tmp_path: Path) -> None:
+    whole = config(base, tmp_path)
+    whole["trainer"].update(seed=2**64 - 1, train_steps=1)
+    code, output = run(tmp_path, whole)
+    assert code == 0, output
 
 
 def test_ludwigs_defaults_with_dora(base: str, tmp_path: Path, llama: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def test_files_are_read_alike(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("x.jsonl", '{"a": 1}\n{"a": \n', "line 2: Expecting value"),
+        ("x.jsonl", '{"a": 1}\n{"a": \n', "line 2 column 7: Expecting value"),
         ("x.jsonl", '{"a": 1}\n[1]\n', r"line 2 is \[1\]; wanted an object"),
         ("x.json", "[1, 2", "wanted a list of objects"),
         ("x.json", '[{"a": 1}, 2]', "row 2 is 2"),
@@ -56,6 +57,12 @@ def test_files_are_read_alike(tmp_path: Path) -> None:
         ("x.csv", "a,b\n1,2,3\n", "line 2 has another number of columns"),
         ("x.csv", "a,a\n1,2\n", "has a column twice"),
         ("x.csv", "a,b\n", "has no rows"),
+        ("x.csv", "", "has no rows"),
+        ("x.txt", "a", r"x.txt is none of the files that are read: .jsonl"),
+        ("x.csv", "a;b\n1;2\n", "its header 'a;b' is one column with a ';' in it"),
+        ("x.tsv", "a,b\n1,2\n", "its header 'a,b' is one column with a ',' in it"),
+        ("x.jsonl", '{"a": 1}\n{"a": 1, "a": 2}\n', "line 2: the key 'a' comes twice"),
+        ("x.json", "[" * 100000, "wanted a list of objects"),
         ("x.jsonl", "\n", "has no rows"),
     ],
 )
@@ -63,6 +70,23 @@ def test_damaged_files_are_refused_by_line(tmp_path: Path, name: str, text: str,
     (tmp_path / name).write_text(text)
     with pytest.raises(errors.DataError, match=words):
         read_rows(tmp_path / name)
+
+
+def test_text_is_utf_8(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b'{"a": 1}\n{"a": "\xe9"}\n')
+    with pytest.raises(errors.DataError, match="its line 2 is not UTF-8"):
+        read_rows(tmp_path / "x.jsonl")
+    rows = [{"a": "\u00e9"}, {"a": "b"}]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
+    (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert list(read_rows(tmp_path / "x.jsonl")) == rows
+
+
+def test_a_field_of_a_table_may_be_long(tmp_path: Path) -> None:
+    limit = csv.field_size_limit()
+    (tmp_path / "x.csv").write_text("a,b\n1," + "2" * 200_000 + "\n")
+    assert len(read_rows(tmp_path / "x.csv")[0]["b"]) == 200_000
+    assert csv.field_size_limit() == limit
 
 
 def test_what_is_no_data_is_refused(tmp_path: Path) -> None:
@@ -102,6 +126,7 @@ def test_a_template_and_columns() -> None:
         "cats<end>",
     )
     assert check_rows([{"q": "x", "n": 3, "a": "y"}], form)[0].prompt == "{q} x, 3 times: "
+    assert check_rows([{"q.x": "1", "a": "y"}], Form(template="{q.x}", completion="a"))[0].prompt == "1"
     assert one({"ask": "cat ", "say": "dog"}, Form("ask", "say")) == ("cat dog<end>", "dog<end>")
 
 
@@ -169,6 +194,16 @@ def test_what_is_cut_off_is_told() -> None:
         ),
         ({"q": "x", "a": "y"}, Form(template="{q} {w}", completion="a"), "no column 'w'"),
         ({"q": "x", "a": "y"}, Form(template="{q", completion="a"), "the template '{q' cannot be read"),
+        ({"q": "x", "a": "y"}, Form(template="q", completion="a"), "the template 'q' names no column"),
+        ({"q": "x", "a": "y"}, Form(template="{{q}}", completion="a"), "names no column"),
+        ({"q": "x", "a": "y"}, Form(template="{q:d}", completion="a"), "has a format for 'q'"),
+        ({"q": "x", "a": "y"}, Form(template="{q!r}", completion="a"), "has a format for 'q'"),
+        ({"q": ["x"], "a": "y"}, Form(template="{q}", completion="a"), r"its column 'q' is \['x'\]; wanted text"),
+        ({"prompt": float("nan"), "completion": "y"}, Form(), "its column 'prompt' is nan; wanted text"),
+        ({"prompt": None, "completion": "y"}, Form(), "row 1: its column 'prompt' is null; wanted text or messages"),
+        ({"prompt": "\ud83d", "completion": "y"}, Form(), "half of a surrogate pair"),
+        ({"messages": [{"role": "assistant", "content": "\ud83d"}]}, Form(), "half of a surrogate pair"),
+        ({"messages": [{"role": "assistant", "content": ""}]}, Form(), "its last message is empty: there is no target"),
         ({"prompt": {"x": 1}, "completion": "y"}, Form(), "its column 'prompt' is {'x': 1}"),
         ("x", Form(), "it is 'x'; wanted a mapping"),
     ],
@@ -180,8 +215,8 @@ def test_rows_are_refused_by_name(row: Any, form: Form, words: str) -> None:
 
 def test_messages_need_a_template() -> None:
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-    with pytest.raises(errors.DataError, match="the tokenizer has no chat template"):
-        encode(check_rows([row]), letters())
+    with pytest.raises(errors.DataError, match="rows row 2: the tokenizer has no chat template"):
+        encode(check_rows([{"text": "a"}, row]), letters(), name="rows")
 
 
 def test_batches_are_padded_on_the_right() -> None:

@@ -17,6 +17,7 @@ from serving import adapters
 from typer.testing import CliRunner
 
 import mlora
+import mlora.cli.models
 from mlora import Merge, errors
 from mlora.cli import app
 from mlora.data import batch_of, check_rows, encode
@@ -158,7 +159,7 @@ def test_what_is_none_is_refused(runtime: mlora.Runtime, tokenizer: Any) -> None
         evaluate(runtime, tokenizer, {"x": [{"prompt": "3"}]}, {"a": "a"})
 
 
-def test_the_command(llama: Any, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_command(llama: Any, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = save(llama, tmp_path / "base")
     for task, rows in TASKS.items():
         (tmp_path / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -166,8 +167,15 @@ def test_the_command(llama: Any, folders: dict[str, Path], tmp_path: Path) -> No
         "from __future__ import annotations\nfrom dataclasses import dataclass\n\n@dataclass\nclass Judge:\n"
         "    length: int\n\ndef starts(answer, reference):\n    return answer[:1] == reference.strip()[:1]\n"
     )
-    broken = tmp_path / "broken.py"
-    broken.write_text("import no_such_module\n")
+    (tmp_path / "broken.py").write_text("import no_such_module\n")
+    (tmp_path / "exits.py").write_text("import sys\nsys.exit(3)\n")
+    (tmp_path / "wrong.py").write_text(
+        "def raises(answer, reference):\n    return reference['x']\n\n"
+        "def starts(answer, reference):\n    return 'well'\n"
+        "\ndef exits(answer, reference):\n    raise SystemExit(3)\n"
+    )
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "3 " * 5000, "completion": " 4"}) + "\n")
+    (tmp_path / "table.csv").write_text("prompt;completion\n3;4\n")
     given = ["evaluate", "--model", base, *(f"--adapter={name}={folders[name]}" for name in "ab")]
     given += [f"--data={tmp_path / task}.jsonl" for task in TASKS]
 
@@ -189,17 +197,67 @@ def test_the_command(llama: Any, folders: dict[str, Path], tmp_path: Path) -> No
     assert records[0].keys() == {"entry", "task", "loss", "starts"}
     assert (out / "scores.png").stat().st_size > 1000
     assert len((out / "answers.jsonl").read_text().splitlines()) == 7 * 10
+    assert json.loads((out / "answers.jsonl").read_text().splitlines()[0])["row"] == TASKS["count"][0]
+    code, output = run("--output", out, "--force")
+    assert code == 0 and not (out / "answers.jsonl").exists(), output  # those of before are of other metrics
+    monkeypatch.setattr(mlora.cli.models, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    wrong = tmp_path / "wrong.py"
     for options, words in (
-        (("--output", out), "has scores already; --force replaces them"),
+        (("--output", out), "has scores.jsonl already; --force replaces what is there"),
+        (("--output", tmp_path / "judge.py"), "judge.py is a file; wanted a folder"),
+        (("--output", "/proc/mlora"), "--output /proc/mlora: nothing can be written there"),
         (("--metric", "bleu"), "--metric 'bleu'"),
+        (("--metric", f"{tmp_path / 'broken.py'}:f"), "broken.py cannot be run: ModuleNotFoundError"),
+        (("--metric", f"{tmp_path / 'exits.py'}:f"), "exits.py cannot be run: SystemExit"),
+        (("--metric", f"{wrong}:raises"), "metric 'raises' of task 'count' row 1"),
+        (("--metric", f"{wrong}:starts"), "could not convert string to float: 'well'; wanted a number"),
+        (("--metric", f"{wrong}:exits"), "SystemExit: 3"),
+        (("--metric", f"{wrong}:starts", "--metric", f"{tmp_path / 'judge.py'}:starts"), "'starts' is there twice"),
+        (("--metric", "exact_match", "--max-new-tokens", 5000), "max_new_tokens 5000 are more than the model's"),
         (("--entry", "z"), "unknown adapter 'z'"),
         (("--entry", '{"a": "much"}'), "the weight 'much' is no finite number"),
         (("--entry", '{"a": 1'), "is no JSON"),
+        (("--entry", '{"a": 1, "a": 2}'), "a name comes twice"),
         (("--density", 0.5), "--density is of merges, and there are none"),
-        (("--metric", f"{broken}:f"), "broken.py cannot be run: ModuleNotFoundError"),
-        (("--data", tmp_path / "none.jsonl"), "there is no file"),
-        (("--completion", "answer"), "no column 'answer'"),
+        (("--strategy", "linear", "--density", 0.5), "--density is of strategies that prune"),
+        (("--strategy", "ties", "--density", 0), "density is 0.0; ties needs the share of values to keep"),
         (("--strategy", "best"), "combination_type"),
+        (("--merge", "a,z"), "unknown adapter 'z'"),
+        (("--merge", "a,a"), "has an adapter twice"),
+        (("--adapter", f"base={folders['c']}"), "the name 'base', which is the bare model's"),
+        (("--data", tmp_path / "none.jsonl"), "there is no file"),
+        (("--data", f"={tmp_path / 'count.jsonl'}"), "wanted [TASK=]FILE"),
+        (("--data", tmp_path / "long.jsonl"), "task 'long': no row of it has a target within"),
+        (("--data", tmp_path / "table.csv"), "is one column with a ';' in it"),
+        (("--completion", "answer"), "no column 'answer'"),
+        (("--template", "Answer:"), "names no column"),
     ):
         code, output = run(*options)
         assert code == 2 and words in output, (options, output)
+
+
+def test_the_command_does_not_judge_what_is_not_trained(llama: Any, tmp_path: Path) -> None:
+    base = save(llama, tmp_path / "base")
+    data, config = tmp_path / "data.jsonl", tmp_path / "config.yaml"
+    data.write_text(json.dumps(TASKS["count"][0]) + "\n")
+    fresh = {"base_model": str(base), "dataset": "data.jsonl", "adapters": {"adapters": {"x": {"type": "lora"}}}}
+    config.write_text(json.dumps(fresh))
+    result = CliRunner().invoke(app, ["evaluate", "--config", str(config), "--data", str(data)])
+    assert result.exit_code == 2 and "adapter 'x' has no weights yet" in " ".join(result.output.split())
+
+
+def test_what_is_cut_off_is_told(runtime: mlora.Runtime, tokenizer: Any) -> None:
+    most = runtime.model.config.max_position_embeddings
+    rows = [TASKS["count"][0], {"prompt": "3 " * most, "completion": " 4"}, {"prompt": "3", "completion": " 4" * most}]
+    (score,) = evaluate(runtime, tokenizer, {"x": rows}, {"a": "a"})
+    assert (score.truncated, score.dropped) == (2, (2,))
+
+
+def test_a_metric_that_fails_later_is_named(runtime: mlora.Runtime, tokenizer: Any) -> None:
+    references = [row["completion"] for rows in TASKS.values() for row in rows]
+
+    def fussy(answer: str, reference: str) -> float:
+        return 1.0 / references.count(answer)
+
+    with pytest.raises(errors.MetricError, match=r"'fussy' of task 'count' row 1, answer .*: ZeroDivisionError"):
+        evaluate(runtime, tokenizer, TASKS, {"a": "a"}, metrics=[fussy], max_new_tokens=2)
