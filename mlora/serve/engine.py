@@ -109,7 +109,6 @@ class Engine:
             self._adapters, vocabulary, limits, self._runner.start, self._runner.fail, self._lock
         )
         self._intake = Intake(runtime, vocabulary, tokenizer, limits, page)
-        threads.let_go()  # the model's threads are the worker's now
 
     # Requests
 
@@ -282,6 +281,7 @@ class Engine:
         return Reader(request, self.tokenizer, self._runner.stop)
 
     def _submit(self, request: Request) -> None:
+        threads.let_go()  # who asks has computed, and waits now
         with self._lock:
             if self._closed or self._runner.broken is not None:
                 raise errors.ServeError("the engine is closed") from self._runner.broken

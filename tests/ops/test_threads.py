@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from serving import adapters, base_model, engine, patched
+from serving import adapters, base_model, engine, patched, prompt
 
 from mlora.ops import threads
+from mlora.serve import Sampling
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads as Linux tells them")
 
@@ -65,6 +66,8 @@ def test_loads_and_prefetches_keep_none(tmp_path: Path, monkeypatch: pytest.Monk
     assert computing() == before
     work()
     with engine(runtime) as served:
+        (answer,) = served.generate_many([(prompt(1), "a")], Sampling(max_new_tokens=4))
+        assert answer.error is None
         assert computing() <= before + 1  # the worker's own team, if it has computed
         held = computing()
         load = type(runtime).load_adapter
