@@ -80,16 +80,28 @@ void pack_along(const Problem& p, T* x, int64_t from, int64_t to) {
   }
 }
 
+// Asks for lines of kLinearColumns rows, `pitch` bytes apart, from each row in turn: memory gives more to who reads many
+// pages at a time than one after the other.
+struct Asked {
+  uintptr_t at, stop, pitch;
+
+  MLORA_INLINE void line() {
+    __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);
+    at += pitch;
+    if (at >= stop) {
+      at -= kLinearColumns * pitch - 64;
+      stop += 64;
+    }
+  }
+};
+
 template <class T, int Rows, int Tokens, bool Fetch, bool Tail>
-MLORA_INLINE void along_step(const T* x, const T* rows, int64_t in, int64_t ahead, int64_t left, vf (&acc)[Rows][Tokens]) {
+MLORA_INLINE void along_step(const T* x, const T* rows, int64_t in, Asked& asked, int64_t left, vf (&acc)[Rows][Tokens]) {
   constexpr int64_t step = Along<T>::step;
   Operand<T> ws[Rows];
   MLORA_UNROLL for (int r = 0; r < Rows; ++r) {
     ws[r] = load_operand<T, Tail>(rows + r * in, left);
-    const uintptr_t at = reinterpret_cast<uintptr_t>(rows) + (r * in + ahead) * static_cast<int64_t>(sizeof(T));
-    MLORA_UNROLL for (int64_t line = 0; Fetch && line < kPairBytes<T>; line += 64) {
-      __builtin_prefetch(reinterpret_cast<const void*>(at + line), 0, 1);
-    }
+    MLORA_UNROLL for (int64_t line = 0; Fetch && line < kPairBytes<T>; line += 64) asked.line();
   }
   MLORA_UNROLL for (int t = 0; t < Tokens; ++t) {
     const Operand<T> own = load_operand<T, false>(x + t * step, step);
@@ -109,29 +121,31 @@ MLORA_INLINE __m128 reduce(const vf (&v)[4]) {
 }
 
 // sums[t * kLinearColumns + r] of Rows adjoining rows of the weight over `count` steps, of which the last may be cut to
-// `left` inputs. During steps [from, to) it asks for what lies `ahead` elements on. Not inlined, so that its loops have the
-// registers for themselves.
+// `left` inputs. During steps [from, to) it asks for as much as it reads. Not inlined, so that its loops have the registers
+// for themselves.
 template <class T, int Rows, int Tokens>
 __attribute__((noinline)) void along_tile(const T* x, const T* rows, int64_t in, int64_t count, int64_t left, int64_t from,
-                                          int64_t to, int64_t ahead, bool started, float* sums) {
+                                          int64_t to, Asked& asked, bool started, float* sums) {
   constexpr int64_t step = Along<T>::step;
   vf acc[Rows][Tokens];
   MLORA_UNROLL for (int r = 0; r < Rows; ++r) {
     MLORA_UNROLL for (int t = 0; t < Tokens; ++t) acc[r][t] = zero();
   }
+  Asked own = asked;  // in registers
   const int64_t whole = left < step ? count - 1 : count;
   to = to < whole ? to : whole;
   int64_t s = 0;
   for (; s < from; ++s, x += Tokens * step, rows += step) {
-    along_step<T, Rows, Tokens, false, false>(x, rows, in, ahead, step, acc);
+    along_step<T, Rows, Tokens, false, false>(x, rows, in, own, step, acc);
   }
   for (; s < to; ++s, x += Tokens * step, rows += step) {
-    along_step<T, Rows, Tokens, true, false>(x, rows, in, ahead, step, acc);
+    along_step<T, Rows, Tokens, true, false>(x, rows, in, own, step, acc);
   }
   for (; s < whole; ++s, x += Tokens * step, rows += step) {
-    along_step<T, Rows, Tokens, false, false>(x, rows, in, ahead, step, acc);
+    along_step<T, Rows, Tokens, false, false>(x, rows, in, own, step, acc);
   }
-  if (s < count) along_step<T, Rows, Tokens, false, true>(x, rows, in, ahead, left, acc);
+  if (s < count) along_step<T, Rows, Tokens, false, true>(x, rows, in, own, left, acc);
+  asked = own;
   constexpr int kOutputs = Rows * Tokens;
   MLORA_UNROLL for (int i = 0; i < kOutputs; i += 4) {
     vf of[4];
@@ -139,12 +153,12 @@ __attribute__((noinline)) void along_tile(const T* x, const T* rows, int64_t in,
       const int o = i + j < kOutputs ? i + j : kOutputs - 1;
       of[j] = acc[o % Rows][o / Rows];
     }
-    alignas(16) float own[4];
-    _mm_store_ps(own, reduce(of));
+    alignas(16) float four[4];
+    _mm_store_ps(four, reduce(of));
     MLORA_UNROLL for (int j = 0; j < 4; ++j) {
       if (i + j >= kOutputs) continue;
       float* sum = sums + (i + j) / Rows * kLinearColumns + (i + j) % Rows;
-      *sum = started ? *sum + own[j] : own[j];
+      *sum = started ? *sum + four[j] : four[j];
     }
   }
 }
@@ -159,13 +173,15 @@ MLORA_INLINE void along(const Problem& p, const T* x, int64_t n, int64_t end, bo
   for (int64_t first = 0; first < cut.steps; first += cut.block) {
     const int64_t count = cut.block_steps(first), from = first * cut.step, left = p.in - from - (count - 1) * cut.step;
     const bool last = first + count == cut.steps;
-    const int64_t ahead = last ? kLinearColumns * p.in - from : count * cut.step;
+    const T* next = weight + (last ? kLinearColumns * p.in : from + count * cut.step);
+    const uintptr_t pitch = p.in * sizeof(T);
+    Asked asked = {reinterpret_cast<uintptr_t>(next), reinterpret_cast<uintptr_t>(next) + kLinearColumns * pitch, pitch};
     for (int64_t q = 0; q < cut.tiles; ++q) {
       const T* tokens = cut.at(x, first, q);
       float* own = sums + q * cut.tile * kLinearColumns;
       const int64_t asks = last && !more ? 0 : count, begin = q * asks / cut.tiles, stop = (q + 1) * asks / cut.tiles;
       const auto columns = [&](auto rows, auto tile, int64_t c) __attribute__((always_inline)) {
-        along_tile<T, rows, tile>(tokens, weight + c * p.in + from, p.in, count, left, begin, stop, ahead, first > 0, own + c);
+        along_tile<T, rows, tile>(tokens, weight + c * p.in + from, p.in, count, left, begin, stop, asked, first > 0, own + c);
       };
       with_tokens(cut.tile_tokens(q), [&](auto tile) __attribute__((always_inline)) {
         constexpr int kRows = tile <= 2 ? 8 : tile == 3 ? 4 : 2;  // whose sums fit the registers

@@ -206,7 +206,11 @@ __attribute__((noinline)) void shrink_four(const T* const* x, const P* a, int64_
     }
   }
   MLORA_UNROLL for (int t = 0; t < 4; ++t) {
-    MLORA_UNROLL for (int r = 0; r < Ranks; ++r) v[t * stride + r] = scale * reduce(total[t][r]);
+    if constexpr (Ranks == 4) {
+      reduce_four(total[t], scale, v + t * stride);
+    } else {
+      MLORA_UNROLL for (int r = 0; r < Ranks; ++r) v[t * stride + r] = scale * reduce(total[t][r]);
+    }
   }
   ahead.at = at;
 }

@@ -78,6 +78,7 @@ constexpr int32_t kFewTokens = 2;       // up to which expand reads all of a ran
 constexpr int64_t kFewColumns = 2048;   // most columns of an expand of few tokens
 constexpr int64_t kLinearColumns = 32;  // output columns that linear computes at a time
 constexpr int64_t kLinearTokens = 16;   // tokens that linear computes at a time
+constexpr int64_t kPanelUnits = 128;    // that linear computes with at a time for more tokens than that
 constexpr int64_t kAlongTokens = 8;     // and with kAlong
 constexpr int64_t kAlongStep = 32;      // inputs of a step there
 constexpr int64_t kAlong = -2;          // in place of a kblock: dot products along the input
@@ -273,8 +274,8 @@ struct Kernels {
   // adjoin. Of all tiles' groups of 16 units, one after the other, [from, to).
   using Pack = void (*)(const Problem&, uint32_t* xt, int64_t from, int64_t to);
   // y = x weight^T + bias, then expand on the unrounded sum, for columns [from, to) and segments covering all tokens.
-  // The thread's own: sums [tokens rounded up to kLinearTokens, kLinearColumns], and without kAlong panel, kLinearColumns
-  // units for each input of a block, rounded up to 16.
+  // The thread's own: sums [tokens rounded up to kLinearTokens, kLinearColumns], and without kAlong as much again for
+  // chains that go on, and panel [kPanelUnits, kLinearColumns].
   using Linear = void (*)(const Problem&, const uint32_t* xt, const Segment*, int64_t segments, uint32_t* panel,
                           float* sums, int64_t from, int64_t to);
 

@@ -122,9 +122,8 @@ void linear_rows(const Routing& routing, const Problem& p, Types types) {
   const auto columns = [&](const uint32_t* xt, int64_t task, int64_t tasks) {
     const int64_t begin = task * units / tasks * kLinearColumns, end = (task + 1) * units / tasks * kLinearColumns;
     if (begin == end) return;
-    const int64_t block = p.kblock < p.in ? p.kblock : p.in;
-    float* sums = thread_block.sums.get<float>(tiles * kLinearTokens * kLinearColumns);
-    uint32_t* panel = along ? nullptr : thread_block.panel.get<uint32_t>(ceil_div(block, 16) * 16 * kLinearColumns);
+    float* sums = thread_block.sums.get<float>((along ? 1 : 2) * tiles * kLinearTokens * kLinearColumns);
+    uint32_t* panel = along ? nullptr : thread_block.panel.get<uint32_t>(kPanelUnits * kLinearColumns);
     k.linear[types](p, xt, work.segments.data(), static_cast<int64_t>(work.segments.size()), panel, sums, begin,
                    end < p.out ? end : p.out);
   };

@@ -18,7 +18,7 @@ namespace {
 
 // Asks for what the next columns read: into the second-level cache, since so much does not fit the first one, which waits
 // for a few lines at a time only.
-MLORA_INLINE void prefetch_far(const void* at) { __builtin_prefetch(at, 0, 1); }
+MLORA_INLINE void prefetch_far(const void* at) { __builtin_prefetch(at, 0, 2); }
 
 // 16 x 16 transpose of units: to[Stride * k][n] = rows[n][k] for k < count.
 template <bool Tail, int Stride = 1>
@@ -155,20 +155,49 @@ void base_lanes(const uint32_t* xt, const uint32_t* const* rows, int64_t units, 
   transpose<false, kLinearColumns / 16>(of, 0, 16, reinterpret_cast<__m512i*>(sums));
 }
 
-// As base_tile, from a panel, kLinearColumns columns of the units [count] of one block, for several tiles of tokens.
-template <class T, int Tokens>
-void panel_tile(const uint32_t* xt, const __m512i* panel, int64_t count, bool first_block, float* sums) {
-  vf acc[2][Tokens];
-  MLORA_UNROLL for (int t = 0; t < Tokens; ++t) acc[0][t] = acc[1][t] = zero();
-  for (int64_t i = 0; i < count; ++i, xt += kLinearTokens) {
-    MLORA_UNROLL for (int t = 0; t < Tokens; ++t) {
-      MLORA_UNROLL for (int g = 0; g < 2; ++g) acc[g][t] = chain<T>(acc[g][t], panel[2 * i + g], xt + t);
+// Asks for the units of the weight that the next panel is made of, line by line from each of its rows in turn, while this
+// panel is computed with: asked for all at once they would be waited for.
+class NextPanel {
+ public:
+  // `rows` and what lies `ahead` of them, `units` of it, asked for in `times` calls.
+  MLORA_INLINE NextPanel(const uint32_t* const* rows, int64_t ahead, int64_t units, int64_t times)
+      : rows_(rows), ahead_(ahead), lines_((units + 15) / 16 * kLinearColumns), each_((lines_ + times - 1) / times) {}
+
+  MLORA_INLINE void ask() {
+    const int64_t stop = line_ + each_ < lines_ ? line_ + each_ : lines_;
+    for (; line_ < stop; ++line_) {
+      __builtin_prefetch(rows_[line_ % kLinearColumns] + ahead_ + line_ / kLinearColumns * 16, 0, 2);
     }
   }
-  MLORA_UNROLL for (int g = 0; g < 2; ++g) {
-    MLORA_UNROLL for (int t = 0; t < Tokens; ++t) {
-      float* to = sums + t * kLinearColumns + 16 * g;
-      _mm512_storeu_ps(to, first_block ? acc[g][t] : _mm512_add_ps(_mm512_loadu_ps(to), acc[g][t]));
+
+ private:
+  const uint32_t* const* rows_;
+  int64_t ahead_, lines_, each_, line_ = 0;
+};
+
+// As base_tile, from a panel, kLinearColumns columns of `count` units, for several tiles of tokens. The chains start from
+// what `from` holds, or from zero, and go to `to`, with what `plus` holds added; both may be null.
+template <class T, int Tokens>
+void panel_tile(const uint32_t* xt, const __m512i* panel, int64_t count, const float* from, const float* plus, float* to,
+                NextPanel& next) {
+  vf acc[2][Tokens];
+  MLORA_UNROLL for (int t = 0; t < Tokens; ++t) {
+    MLORA_UNROLL for (int g = 0; g < 2; ++g) {
+      acc[g][t] = from ? _mm512_loadu_ps(from + t * kLinearColumns + 16 * g) : zero();
+    }
+  }
+  for (int64_t i = 0; i < count;) {
+    next.ask();
+    for (const int64_t stop = i + 16 < count ? i + 16 : count; i < stop; ++i, xt += kLinearTokens) {
+      MLORA_UNROLL for (int t = 0; t < Tokens; ++t) {
+        MLORA_UNROLL for (int g = 0; g < 2; ++g) acc[g][t] = chain<T>(acc[g][t], panel[2 * i + g], xt + t);
+      }
+    }
+  }
+  MLORA_UNROLL for (int t = 0; t < Tokens; ++t) {
+    MLORA_UNROLL for (int g = 0; g < 2; ++g) {
+      const int64_t at = t * kLinearColumns + 16 * g;
+      _mm512_storeu_ps(to + at, plus ? add(_mm512_loadu_ps(plus + at), acc[g][t]) : acc[g][t]);
     }
   }
 }
@@ -263,12 +292,13 @@ MLORA_INLINE void base(const Problem& p, const uint32_t* xt, int64_t n, __m512i*
     }
     return;
   }
-  for (int64_t k = 0; k < units; k += block) {
-    const int64_t count = units - k < block ? units - k : block;
+  float* chains = sums + (p.tokens + kLinearTokens - 1) / kLinearTokens * kLinearTokens * kLinearColumns;
+  for (int64_t k = 0; k < units;) {
+    const int64_t first = k / block * block, stop = first + block < units ? first + block : units;
+    const int64_t count = stop - k < kPanelUnits ? stop - k : kPanelUnits;
     for (int64_t i = 0; i < count; i += 16) {
       MLORA_UNROLL for (int g = 0; g < 2; ++g) {
         const uint32_t* const* of = unit_rows + 16 * g;
-        for (int r = 0; r < 16; ++r) prefetch_far(of[r] + k + i + kLinearColumns * units);
         if (count - i >= 16) {
           transpose<false, 2>(of, k + i, 16, panel + 2 * i + g);
         } else {
@@ -276,12 +306,20 @@ MLORA_INLINE void base(const Problem& p, const uint32_t* xt, int64_t n, __m512i*
         }
       }
     }
+    const bool goes_on = k > first, ends = k + count == stop;
+    const int64_t after = k + count < units ? k + count : kLinearColumns * units, wanted = units - k - count;
+    NextPanel next(unit_rows, after, 0 < wanted && wanted < kPanelUnits ? wanted : kPanelUnits,
+                   (p.tokens + half - 1) / half * ((count + 15) / 16));
     for (int64_t t = 0; t < p.tokens; t += half) {
       const uint32_t* x = xt + t / kLinearTokens * kLinearTokens * units + k * kLinearTokens + t % kLinearTokens;
+      float* own = chains + t * kLinearColumns;
+      float* total = sums + t * kLinearColumns;
       with_tokens(p.tokens - t, [&](auto tokens) {
-        panel_tile<T, tokens>(x, panel, count, k == 0 && !started, sums + t * kLinearColumns);
+        panel_tile<T, tokens>(x, panel, count, goes_on ? own : nullptr, ends && (first || started) ? total : nullptr,
+                              ends ? total : own, next);
       });
     }
+    k += count;
   }
 }
 

@@ -34,6 +34,16 @@ MLORA_INLINE float reduce(vf v) {
   q = _mm_add_ps(q, _mm_movehdup_ps(q));
   return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehl_ps(q, q)));
 }
+// The same of four vectors at a time, to the same bits: to[i] = scale * reduce(v[i]).
+MLORA_INLINE void reduce_four(const vf (&v)[4], float scale, float* to) {
+  const vf ab = _mm512_add_ps(_mm512_shuffle_f32x4(v[0], v[1], 0x44), _mm512_shuffle_f32x4(v[0], v[1], 0xee));
+  const vf cd = _mm512_add_ps(_mm512_shuffle_f32x4(v[2], v[3], 0x44), _mm512_shuffle_f32x4(v[2], v[3], 0xee));
+  vf q = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+  q = _mm512_add_ps(q, _mm512_movehdup_ps(q));
+  q = _mm512_add_ps(q, _mm512_shuffle_ps(q, q, 0xee));
+  const __m512i lanes = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+  _mm_storeu_ps(to, _mm_mul_ps(_mm_set1_ps(scale), _mm512_castps512_ps128(_mm512_permutexvar_ps(lanes, q))));
+}
 
 #elif MLORA_HAVE_AVX2
 
@@ -410,6 +420,12 @@ MLORA_INLINE Operand<P> load_beside(const T* x, int64_t n) {
     return {load<Tail>(x, n)};
   }
 }
+
+#if !MLORA_HAVE_AVX512
+MLORA_INLINE void reduce_four(const vf (&v)[4], float scale, float* to) {
+  for (int i = 0; i < 4; ++i) to[i] = scale * reduce(v[i]);
+}
+#endif
 
 }  // namespace
 }  // namespace MLORA_ISA
