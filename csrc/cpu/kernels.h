@@ -78,10 +78,13 @@ constexpr int32_t kFewTokens = 2;       // up to which expand reads all of a ran
 constexpr int64_t kFewColumns = 2048;   // most columns of an expand of few tokens
 constexpr int64_t kLinearColumns = 32;  // output columns that linear computes at a time
 constexpr int64_t kLinearTokens = 16;   // tokens that linear computes at a time
-constexpr int64_t kPanelUnits = 128;    // that linear computes with at a time for more tokens than that
 constexpr int64_t kAlongTokens = 8;     // and with kAlong
 constexpr int64_t kAlongStep = 32;      // inputs of a step there
 constexpr int64_t kAlong = -2;          // in place of a kblock: dot products along the input
+
+// Units that linear computes with at a time, for more tokens than kLinearTokens. A panel of 128 fits the first-level cache;
+// the sums of many tokens do not, and are read anew for each panel, so that few larger ones are faster there.
+inline int64_t panel_units(int64_t tokens) { return tokens <= 128 ? 128 : 512; }
 
 // Rows of x, y and base are `*_stride` elements apart.
 struct Problem {
@@ -275,7 +278,7 @@ struct Kernels {
   using Pack = void (*)(const Problem&, uint32_t* xt, int64_t from, int64_t to);
   // y = x weight^T + bias, then expand on the unrounded sum, for columns [from, to) and segments covering all tokens.
   // The thread's own: sums [tokens rounded up to kLinearTokens, kLinearColumns], and without kAlong as much again for
-  // chains that go on, and panel [kPanelUnits, kLinearColumns].
+  // chains that go on, and panel [panel_units, kLinearColumns].
   using Linear = void (*)(const Problem&, const uint32_t* xt, const Segment*, int64_t segments, uint32_t* panel,
                           float* sums, int64_t from, int64_t to);
 

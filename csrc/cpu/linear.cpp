@@ -123,7 +123,7 @@ void linear_rows(const Routing& routing, const Problem& p, Types types) {
     const int64_t begin = task * units / tasks * kLinearColumns, end = (task + 1) * units / tasks * kLinearColumns;
     if (begin == end) return;
     float* sums = thread_block.sums.get<float>((along ? 1 : 2) * tiles * kLinearTokens * kLinearColumns);
-    uint32_t* panel = along ? nullptr : thread_block.panel.get<uint32_t>(kPanelUnits * kLinearColumns);
+    uint32_t* panel = along ? nullptr : thread_block.panel.get<uint32_t>(panel_units(p.tokens) * kLinearColumns);
     k.linear[types](p, xt, work.segments.data(), static_cast<int64_t>(work.segments.size()), panel, sums, begin,
                    end < p.out ? end : p.out);
   };

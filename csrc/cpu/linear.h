@@ -293,9 +293,10 @@ MLORA_INLINE void base(const Problem& p, const uint32_t* xt, int64_t n, __m512i*
     return;
   }
   float* chains = sums + (p.tokens + kLinearTokens - 1) / kLinearTokens * kLinearTokens * kLinearColumns;
+  const int64_t most = panel_units(p.tokens);
   for (int64_t k = 0; k < units;) {
     const int64_t first = k / block * block, stop = first + block < units ? first + block : units;
-    const int64_t count = stop - k < kPanelUnits ? stop - k : kPanelUnits;
+    const int64_t count = stop - k < most ? stop - k : most;
     for (int64_t i = 0; i < count; i += 16) {
       MLORA_UNROLL for (int g = 0; g < 2; ++g) {
         const uint32_t* const* of = unit_rows + 16 * g;
@@ -308,7 +309,7 @@ MLORA_INLINE void base(const Problem& p, const uint32_t* xt, int64_t n, __m512i*
     }
     const bool goes_on = k > first, ends = k + count == stop;
     const int64_t after = k + count < units ? k + count : kLinearColumns * units, wanted = units - k - count;
-    NextPanel next(unit_rows, after, 0 < wanted && wanted < kPanelUnits ? wanted : kPanelUnits,
+    NextPanel next(unit_rows, after, 0 < wanted && wanted < most ? wanted : most,
                    (p.tokens + half - 1) / half * ((count + 15) / 16));
     for (int64_t t = 0; t < p.tokens; t += half) {
       const uint32_t* x = xt + t / kLinearTokens * kLinearTokens * units + k * kLinearTokens + t % kLinearTokens;
