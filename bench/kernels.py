@@ -4,9 +4,10 @@ Every workload is checked against an fp64 oracle first; on a mismatch nothing is
 weights rotate through a working set that fits the last-level cache, or through one that does not; the input
 and the output are the same in every call, since a model's layers find theirs where they have just been written.
 The byte bound is the compulsory traffic (each distinct adapter once, x once, y read and written) at
-the streaming read that torch reaches on as many bytes, with the same threads, before or after the workload. `of stream`
-compares the bytes of adapters and weights with that reading in one go; `of reads` with torch reading each call's
-adapters, call by call (the better of a sum and a dot product), timed in turns with the calls.
+the streaming read that torch reaches on as many bytes, with the same threads, before or after the workload. Base
+products are bound by their multiply-adds too, at the rate of the library's products of matrices in the caches. `of
+stream` compares the bytes of adapters and weights with that reading in one go; `of reads` with torch reading each
+call's adapters, call by call (the better of a sum and a dot product), timed in turns with the calls.
 
     python bench/kernels.py --out bench/results/kernels.jsonl
     python bench/kernels.py --device cuda --out bench/results/gpu_kernels.jsonl
@@ -26,7 +27,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from common import Log, add_arguments, llc_bytes, machine, quantiles, seconds, set_up, streaming_read
+from common import Log, add_arguments, llc_bytes, machine, multiply_adds, quantiles, seconds, set_up, streaming_read
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -78,6 +79,11 @@ class Workload:
         if self.op != "apply":
             return self.set_bytes + self.tokens * (self.inputs + self.outputs) * self.dtype.itemsize
         return self.set_bytes + busy * (self.inputs + 2 * self.outputs) * self.dtype.itemsize
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of the base product."""
+        return 0 if self.op == "apply" else self.tokens * self.inputs * self.outputs
 
 
 class Buffers:
@@ -330,10 +336,22 @@ def main() -> None:
     streamed: dict[int, list[float]] = {inside: [], beyond: []}  # bytes a second
 
     table = Table(title="One call, bf16 (median, 20-80 % quantiles)")
-    columns = ("group", "in x out", "workload", "us", "20-80 %", "bound us", "GB/s", "of stream", "of reads")
+    columns = (
+        "group",
+        "in x out",
+        "workload",
+        "us",
+        "20-80 %",
+        "bound us",
+        "of bound",
+        "GB/s",
+        "of stream",
+        "of reads",
+    )
     for column in columns:
         table.add_column(column, justify="left" if column in ("group", "workload") else "right")
     medians: dict[str, float] = {}
+    peak = multiply_adds() if any(load.multiply_adds for load in loads) else math.inf
     for load in track(loads, "Kernels", console=Console(stderr=True), transient=True):
         size = beyond if load.beyond else inside
         if load.group == "bandwidth" and not load.beyond and load.bytes > llc:
@@ -354,6 +372,7 @@ def main() -> None:
         rate = max(before, streaming_read(size, device=args.device))  # on a shared machine it changes within seconds
         streamed[size].append(rate)
         achieved = load.set_bytes / median
+        bound = max(load.bytes / rate, load.multiply_adds / peak)
         medians[load.label] = median
         log.write(
             **{k: v for k, v in asdict(load).items() if k not in ("route", "ranks", "dtype")},
@@ -362,7 +381,7 @@ def main() -> None:
             distinct=len(load.used),
             ranks=sorted(set(load.ranks)),
             seconds=(median, low, high),
-            bound_seconds=load.bytes / rate,
+            bound_seconds=bound,
             adapter_bytes=load.adapter_bytes,
             bytes=load.bytes,
             stream_bytes_per_s=rate,
@@ -375,7 +394,8 @@ def main() -> None:
             load.label,
             f"{median * 1e6:.1f}",
             f"{low * 1e6:.1f}-{high * 1e6:.1f}",
-            f"{load.bytes / rate * 1e6:.1f}",
+            f"{bound * 1e6:.1f}",
+            f"{bound / median:.2f}",
             f"{achieved / 1e9:.1f}" if load.set_bytes else "-",
             f"{achieved / rate:.2f}" if load.set_bytes else "-",
             "-" if math.isnan(reading) else f"{reading / median:.2f}",
@@ -385,6 +405,8 @@ def main() -> None:
         if rates:
             rate, low, high = (value / 1e9 for value in quantiles(rates))
             console.print(f"streaming read of {size >> 20} MiB: {rate:.1f} GB/s ({low:.1f} to {high:.1f}; {reader})")
+    if peak < math.inf:
+        console.print(f"matrix products in the caches: {peak / 1e9:.0f} G multiply-adds a second ({reader})")
     report_ranks(console, medians)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Log, add_arguments, machine, quantiles, seconds, set_up
+from common import Log, add_arguments, machine, multiply_adds, quantiles, seconds, set_up
 from generate import load, make_adapter, rms, tiny_llama, twin
 from rich.console import Console
 from rich.progress import track
@@ -140,21 +140,6 @@ class Layer:
         self.merge_peft()
         moved = rms(exact - self.original[picks])
         refuse("PEFT's merge", rms(self.peft.base_layer.weight[picks] - exact), moved / 2)
-
-
-def multiply_adds(repeats: int = 9) -> float:
-    """Multiply-adds of bf16 with fp32 sums that torch's threads do in a second: the best of products whose operands
-    stay in the caches."""
-    best = 0.0
-    for size in (256, 384, 512, 768):
-        left, right = (torch.ones(size, size, dtype=torch.bfloat16) for _ in range(2))
-        product = torch.empty_like(left)
-        torch.mm(left, right, out=product)
-        best = max(
-            best,
-            size**3 / min(seconds(lambda a=left, b=right, c=product: torch.mm(a, b, out=c)) for _ in range(repeats)),
-        )
-    return best
 
 
 def measure_in_place(console: Console, log: Log, args: argparse.Namespace) -> None:
