@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import time
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -68,17 +68,20 @@ def test_what_is_asked_of_one_name_keeps_its_order(
     base: Any, folders: dict[str, Path], oracle: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the files of the first take longer; other names do not wait for them."""
-    read, order = Files.read, []
+    read, order, others = Files.read, [], threading.Event()
 
     def slowly(files: Files, name: str, again: bool = True) -> Any:
         if files.source == str(folders["b"]):
-            time.sleep(0.3)
+            assert others.wait(60)
         order.append(Path(files.source).name)
+        if name != "a":
+            others.set()
         return read(files, name, again)
 
     monkeypatch.setattr(Files, "read", slowly)
     runtime = patched(base, some(folders, "a"))
     order.clear()
+    others.clear()
 
     async def run() -> list[int]:
         async with engine(runtime) as served:
