@@ -5,7 +5,7 @@
     sft        TRL's SFTTrainer on a PeftModel that mlora computes (`mlora.attach`), against the same without
     evaluate   losses of 24 entries (adapters, mixes, merges) on a task in shared batches, against one entry after
                another: by mlora at the same tokens a call, and by PEFT as its users do it (`add_weighted_adapter`,
-               `set_adapter`, batches of 8 rows)
+               `set_adapter`, batches of 8 rows), with the time of its `add_weighted_adapter` and without
 
 bf16, rank 8 on all seven linears. Kinds take turns in one process; figures are medians of the ratios within a turn.
 Before a figure is told, the losses of both kinds are compared.
@@ -203,10 +203,14 @@ class Bench:
                 (score,) = mlora.evaluate(runtime, self.tokenizer, {"task": tasks[:count]}, {label: entry})
                 losses["turns"][label] = score.values["loss"]
 
+        merging: list[float] = []  # seconds of PEFT's merges, a turn
+
         def with_peft(count: int) -> None:
-            rows = tasks[:count]
+            rows, spent = tasks[:count], 0.0
             losses["peft"] = {}
             for label, entry in entries.items():
+                if count < len(tasks) and isinstance(entry, mlora.Merge):
+                    continue  # its merges take minutes, and warm nothing up
                 if entry is None:
                     with peft.disable_adapter():
                         losses["peft"][label] = self._loss(peft, rows)
@@ -221,12 +225,15 @@ class Bench:
                         if entry.combination_type != "linear":
                             kind, options = "ties_svd", {"density": entry.density, "svd_rank": 16}
                     weights = {name: weight for name, weight in weights.items() if weight} or {"a": 0.0}
-                    peft.add_weighted_adapter(list(weights), list(weights.values()), "merged", kind, **options)
+                    called = (list(weights), list(weights.values()), "merged", kind)
+                    spent += seconds(lambda: peft.add_weighted_adapter(*called, **options))  # noqa: B023
                     peft.set_adapter("merged")
                 losses["peft"][label] = self._loss(peft, rows)
                 if not isinstance(entry, str):
                     peft.set_adapter("a")
                     peft.delete_adapter("merged")
+            if count == len(tasks):
+                merging.append(spent)
 
         times = self._alternate({"shared": shared, "turns": turns, "peft": with_peft}, len(tasks), 2)
         for label in ("bare", "a", "b"):
@@ -234,7 +241,10 @@ class Bench:
                 raise SystemExit(f"refused to report: the loss of {label} is {losses['shared'][label]}, of PEFT's "
                                  f"{losses['peft'][label]}")  # fmt: skip
         case = f"{len(entries)} entries on {len(tasks)} prompts"
-        return [_ratio(times, case, "peft", "shared"), _ratio(times, f"{case}, by mlora in turn", "turns", "shared")]
+        times["peft, merges made before"] = [
+            whole - merges for whole, merges in zip(times["peft"], merging, strict=True)
+        ]
+        return [_ratio(times, case, theirs, "shared") for theirs in times if theirs != "shared"]
 
     def _alternate(self, kinds: dict[str, Callable[[int], None]], size: int, few: int) -> dict[str, list[float]]:
         """Times of kinds at their full size, after one turn of a few, which warms up."""

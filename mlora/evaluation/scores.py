@@ -91,10 +91,16 @@ def evaluate(
     if any(function is not None for function in named.values()):
         prompts = _prompts(tokenizer, pairs, max_new_tokens, limit)
     done = _Done(told)
-    if encoded:
-        losses = _losses(runtime, tokenizer, encoded, entries, max_tokens, done)
-    if prompts:
-        answers = _answers(runtime, tokenizer, prompts, entries, max_new_tokens, max_running, done)
+
+    def judge(labels: Sequence[str]) -> None:
+        with _merged(runtime, {label: entries[label] for label in labels}) as loaded:
+            if encoded:
+                losses.update(_losses(runtime, tokenizer, encoded, loaded, max_tokens, done))
+            if prompts:
+                answers.update(_answers(runtime, tokenizer, prompts, loaded, max_new_tokens, max_running, done))
+
+    with _as_it_is(runtime.model):
+        _in_parts(judge, list(entries))
     scores = []
     for label in entries:
         for task in tasks:
@@ -235,26 +241,19 @@ def _losses(
     done: _Done,
 ) -> dict[tuple[str, str], float]:
     passes = Passes(runtime, tokenizer.pad_token_id or 0, max_tokens)
-    found: dict[tuple[str, str], float] = {}
-
-    def judge(labels: Sequence[str]) -> None:
-        sums: dict[Any, float] = {}
-        with _merged(runtime, {label: entries[label] for label in labels}) as loaded:
-            rows = [
-                Wanted(entry, (label, task), example)
-                for label, entry in loaded.items()
-                for task, encoded in tasks.items()
-                for example in encoded.examples
-            ]
-            for call, losses in zip(calls_of(rows, max_tokens), passes.losses(rows), strict=True):
-                for group, loss in losses.items():
-                    sums[group] = sums.get(group, 0.0) + float(loss)
-                done.more(len(call))
-        found.update(sums)
-
-    with _as_it_is(runtime.model), torch.inference_mode():
-        _in_parts(judge, list(entries))
-    return found
+    sums: dict[Any, float] = {}
+    rows = [
+        Wanted(entry, (label, task), example)
+        for label, entry in entries.items()
+        for task, encoded in tasks.items()
+        for example in encoded.examples
+    ]
+    with torch.inference_mode():
+        for call, losses in zip(calls_of(rows, max_tokens), passes.losses(rows), strict=True):
+            for group, loss in losses.items():
+                sums[group] = sums.get(group, 0.0) + float(loss)
+            done.more(len(call))
+    return sums
 
 
 def _answers(
@@ -272,25 +271,17 @@ def _answers(
     found: dict[tuple[str, str], list[str]] = {
         (label, task): [""] * len(own) for label in entries for task, own in prompts.items()
     }
-
-    def answer(labels: Sequence[str]) -> None:
-        with _merged(runtime, {label: entries[label] for label in labels}) as loaded:
-            places = [
-                (label, task, row) for task, own in prompts.items() for row in range(len(own)) for label in labels
-            ]
-            requests = ((prompts[task][row], loaded[label], sampling) for label, task, row in places)
-            with Engine(runtime, max_running=max_running) as engine:
-                for one in engine.generate_many(requests):
-                    if one.error is not None:
-                        raise one.error
-                    label, task, row = places[one.request]
-                    ids = [token.id for token in one.tokens]
-                    ids = ids[:-1] if one.finish_reason == "stop" else ids
-                    found[label, task][row] = tokenizer.decode(ids, skip_special_tokens=True)
-                    done.more(1)
-
-    with _as_it_is(runtime.model):
-        _in_parts(answer, list(entries))
+    places = [(label, task, row) for task, own in prompts.items() for row in range(len(own)) for label in entries]
+    requests = ((prompts[task][row], entries[label], sampling) for label, task, row in places)
+    with Engine(runtime, max_running=max_running) as engine:
+        for one in engine.generate_many(requests):
+            if one.error is not None:
+                raise one.error
+            label, task, row = places[one.request]
+            ids = [token.id for token in one.tokens]
+            ids = ids[:-1] if one.finish_reason == "stop" else ids
+            found[label, task][row] = tokenizer.decode(ids, skip_special_tokens=True)
+            done.more(1)
     return found
 
 

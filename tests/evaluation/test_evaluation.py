@@ -121,6 +121,14 @@ def test_entries_that_do_not_fit_together_take_turns(llama: Any, folders: dict[s
         assert mine.values["loss"] == pytest.approx(theirs.values["loss"], abs=1e-4)
 
 
+def test_a_merge_is_computed_once(runtime: mlora.Runtime, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    add_merge = runtime.add_merge
+    monkeypatch.setattr(runtime, "add_merge", lambda name, merge: made.append(name) or add_merge(name, merge))
+    evaluate(runtime, tokenizer, TASKS, ENTRIES, metrics=("loss", "exact_match"), max_new_tokens=2)
+    assert len(made) == 1
+
+
 def test_a_grid() -> None:
     found = grid(["a", "b"], ["linear", "ties"], [0.3, 0.6], [0.5, 1.0], 4)
     assert list(found) == [
