@@ -56,7 +56,7 @@ def steps(args: argparse.Namespace, temp: Path) -> list[Step]:
         Step("graph", 40, ("examples/cuda_graph.py", str(temp / "model"), str(temp / "a0"), str(temp / "a1"))),
         Step("layer", 150, ("bench/gpu_layer.py", "--out", str(args.out / "gpu_layer.jsonl"), *smoke)),
         Step("peers", 45, ("bench/gpu_peers.py", "--out", str(args.out / "gpu_peers.jsonl"), *smoke)),
-        Step("kernels", 100, ("bench/kernels.py", "--out", str(args.out / "gpu_kernels.jsonl"), *device, *smoke)),
+        Step("operators", 100, ("bench/operators.py", "--out", str(args.out / "gpu_operators.jsonl"), *device, *smoke)),
     ]
     return [step for step in planned if args.build or step.name != "build"]
 

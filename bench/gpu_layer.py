@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from common import Log, gpu_arguments, machine, set_up
 from generate import Case, made, make_adapter, patched, peft_model, rms
-from kernels import time_sweeps
+from operators import time_sweeps
 from torch import Tensor
 
 from mlora.layers.warmup import warmup

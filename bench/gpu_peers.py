@@ -6,7 +6,7 @@ A system is taken from build/peers, where bench/peers.py puts it, or from where 
 reason where it is in neither. Its launchers run as that script calls them, by their default configuration and with 64
 slots. All calls of a workload are one CUDA graph, each with adapters of its own (64 in all), and run in turns with
 mlora's. Before it is timed a system must agree with an fp64 loop to 5% of the delta (PolyLoRA is 2.5% away), and mlora
-as in bench/kernels.py.
+as in bench/operators.py.
 `--smoke` is one tiny workload on the CPU: mlora's C++ beside the others in Triton's interpreter.
 """
 
@@ -27,7 +27,7 @@ from typing import Any  # noqa: E402
 import peers  # noqa: E402
 import torch  # noqa: E402
 from common import Log, gpu_arguments, machine, set_up  # noqa: E402
-from kernels import SCALE, Buffers, Workload, captured, time_sweeps  # noqa: E402
+from operators import SCALE, Buffers, Workload, captured, time_sweeps  # noqa: E402
 
 from mlora import layout  # noqa: E402
 

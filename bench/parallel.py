@@ -10,6 +10,8 @@ bit, and adapters' rows be no further from those of one process than twice what 
     decode step    one call of the model with a cache of 64 tokens and 16 names, each of which the processes agree on
     generate       16 new tokens, which they agree on once
     bytes          of an adapter that a process holds, over those of the whole
+    exchanges      what processes exchange in a decode step of the bare model, once more and alone: no adapter can make
+                   that faster. "Bound" is the ratio of one process on all else of the bare model's step, and these
 
     python bench/parallel.py --out bench/results/parallel.jsonl    # 2 minutes
     python bench/parallel.py --smoke                               # a tiny model, whether it runs
@@ -29,9 +31,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Log, add_arguments, machine, quantiles, set_up
+from common import Log, add_arguments, machine, quantiles, seconds, set_up
 from generate import Case, alternate, decoder, generation, make_adapter, rms
 from rich.table import Table
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlora
 
@@ -87,6 +90,14 @@ def main() -> None:
             log.write(phase=phase, in_processes=their["processes"], fully_sharded=their["fully_sharded"],
                       threads_each=each, **their[phase])  # fmt: skip
         table.add_row(phase, *cells, f"≤ {one[phase]['ratio'][0] + 0.05:.3f}" if phase == "decode step" else "")
+    cells = ["0 ms"]
+    for their in found[1:]:
+        bare, rest = their["decode step"]["bare_seconds"], their["exchange_seconds"]
+        bound = (one["decode step"]["ratio"][0] * (bare - rest) + rest) / bare
+        cells.append(f"{rest * 1e3:.1f} ms, bound {bound:.3f}")
+        log.write(phase="exchanges", in_processes=their["processes"], fully_sharded=their["fully_sharded"],
+                  seconds=rest, bound=bound)  # fmt: skip
+    table.add_row("exchanges of a decode step", *cells, "")
     held = [their["bytes"] / one["bytes"] for their in found]
     for their, ratio in zip(found, held, strict=True):
         log.write(phase="bytes", fully_sharded=their["fully_sharded"], held=their["bytes"], whole=one["bytes"],
@@ -166,6 +177,7 @@ def run(args: argparse.Namespace) -> None:
     }  # fmt: skip
     with torch.inference_mode():
         check(bare, served, ids, names, folder, world)
+        found["exchange_seconds"] = exchanges(bare, ids, args.repeats)
         cases = Case("bare", bare), Case("mlora", served, {"adapter_names": names})
         for phase, make, repeats in (
             ("decode step", lambda case: decoder(case, ids), args.repeats),
@@ -179,6 +191,37 @@ def run(args: argparse.Namespace) -> None:
         (folder / file_name(world, args.fully_sharded)).write_text(json.dumps(found))
     if world > 1:
         torch.distributed.destroy_process_group()
+
+
+class Collectives(TorchDispatchMode):
+    """Keeps the calls by which processes exchange."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def exchanges(model: Any, ids: torch.Tensor, repeats: int) -> float:
+    """Seconds of the exchanges of a decode step, by themselves."""
+    step = decoder(Case("bare", model), ids)
+    step()
+    with Collectives() as kept:
+        step()
+
+    def again() -> None:
+        for func, args, kwargs in kept.calls:
+            out = func(*args, **kwargs)
+            for part in out if isinstance(out, tuple | list) else [out]:
+                if hasattr(part, "wait"):
+                    part.wait()
+
+    again()
+    return quantiles([seconds(again) for _ in range(repeats)])[0]
 
 
 def check(bare: Any, served: Any, ids: torch.Tensor, names: list[Any], folder: Path, world: int) -> None:

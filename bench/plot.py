@@ -22,7 +22,7 @@ MINE, PEER, BOUND = "#2a6f97", "#b5838d", "#333333"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "files", type=Path, nargs="+", help="JSON lines of kernels.py, generate.py and examples/merging.py"
+        "files", type=Path, nargs="+", help="JSON lines of operators.py, generate.py and examples/merging.py"
     )
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for the PNG files")
     args = parser.parse_args()
@@ -33,7 +33,7 @@ def main() -> None:
         drawn.append(draw_generate(generate, args.out / "generate.png"))
     if batches := [r for r in records if r.get("bench") == "batches"]:
         drawn.append(draw_batches(batches, args.out / "batches.png"))
-    if bandwidth := [r for r in records if r.get("bench") == "kernels" and r["group"] == "bandwidth"]:
+    if bandwidth := [r for r in records if r.get("bench") == "operators" and r["group"] == "bandwidth"]:
         drawn.append(draw_bandwidth(bandwidth, args.out / "bandwidth.png"))
     if merging := [r for r in records if r.get("bench") == "merging"]:
         drawn.append(draw_merging(merging, args.out / "merging.png"))

@@ -41,7 +41,7 @@ WORDS = (
 )  # fmt: skip
 LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": LINEARS}
 
-Figure = tuple[str, str, list[float], float]
+Figure = tuple[str, str, str, list[float], float]  # case, of what, over what, ratios, seconds of the latter
 
 
 def main() -> None:
@@ -59,13 +59,13 @@ def main() -> None:
     bench = Bench(args)
     log = Log(args.out, benchmark="runs", rank=8, **machine())
     table = Table(title="Whole runs: how many times as fast (sft: ratio of times)")
-    for column in ("figure", "case", "ratio", "20 % to 80 %", "seconds"):
+    for column in ("figure", "case", "times of", "ratio", "20 % to 80 %", "seconds"):
         table.add_column(column, justify="right" if column == "ratio" else "left")
     for name in args.only:
-        for case, over, values, spent in getattr(bench, name)():
+        for case, of, over, values, spent in getattr(bench, name)():
             middle, low, high = quantiles(values)
-            log.write(figure=name, case=case, over=over, ratio=[middle, low, high], seconds=spent)
-            table.add_row(name, f"{case} / {over}", f"{middle:.3f}", f"{low:.3f} to {high:.3f}", f"{spent:.2f}")
+            log.write(figure=name, case=case, of=of, over=over, ratio=[middle, low, high], seconds=spent)
+            table.add_row(name, case, f"{of} / {over}", f"{middle:.3f}", f"{low:.3f} to {high:.3f}", f"{spent:.2f}")
     console.print(table)
 
 
@@ -279,9 +279,9 @@ class Bench:
         return folder
 
 
-def _ratio(times: dict[str, list[float]], case: str, mine: str, theirs: str) -> Figure:
-    values = [a / b for a, b in zip(times[mine], times[theirs], strict=True)]
-    return case, theirs, values, quantiles(times[theirs])[0]
+def _ratio(times: dict[str, list[float]], case: str, of: str, over: str) -> Figure:
+    values = [a / b for a, b in zip(times[of], times[over], strict=True)]
+    return case, of, over, values, quantiles(times[over])[0]
 
 
 def _letters() -> Any:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# Its kernels.py is none of the packages that they look for.
+# The scripts beside this one are none of the packages that vLLM looks for.
 sys.path[:] = [path for path in sys.path if Path(path) != Path(__file__).parent]
 
 

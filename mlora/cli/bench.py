@@ -12,7 +12,7 @@ import typer
 from .errors import InputError, one_line_errors
 
 EVERY = (
-    "kernels", "attention", "generate", "train", "runs", "merge", "kinds", "load", "tiers", "serve", "loopback",
+    "operators", "attention", "generate", "train", "runs", "merge", "kinds", "load", "tiers", "serve", "loopback",
     "parallel", "plot",
 )  # fmt: skip
 
@@ -31,7 +31,7 @@ def bench(
         steps = EVERY if what == "all" else (what,)
         if not set(steps) <= set(EVERY):
             raise InputError(f"bench {what!r}: wanted {', '.join(EVERY)} or all")
-        if not (folder / "kernels.py").is_file():
+        if not (folder / "operators.py").is_file():
             raise InputError(f"{folder} is not there: benchmarks need a source checkout (git clone, pip install -e .)")
         out.mkdir(parents=True, exist_ok=True)
         for number, step in enumerate(steps, start=1):

@@ -12,7 +12,7 @@ import torch
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 sys.path.insert(0, str(BENCH))
-import kernels  # noqa: E402
+import operators  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from mlora.cli import app  # noqa: E402
@@ -31,16 +31,16 @@ def test_all_figures_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("command", ["kernels.py --device cuda", "gpu.py", "gpu_layer.py", "gpu_peers.py"])
+@pytest.mark.parametrize("command", ["operators.py --device cuda", "gpu.py", "gpu_layer.py", "gpu_peers.py"])
 def test_a_missing_gpu_is_said(command: str) -> None:
     script, *options = command.split()
     done = subprocess.run([sys.executable, str(BENCH / script), *options], capture_output=True, text=True)
     assert done.returncode == 2 and "torch sees no GPU" in done.stderr
 
 
-@pytest.mark.parametrize("load", list(kernels.gpu_workloads(True)), ids=lambda load: load.label)
+@pytest.mark.parametrize("load", list(operators.gpu_workloads(True)), ids=lambda load: load.label)
 def test_gpu_workloads_are_checked_against_fp64(load, monkeypatch):
-    buffers = kernels.Buffers(load, 1)
+    buffers = operators.Buffers(load, 1)
     buffers.check()
     monkeypatch.setattr(buffers, "call", lambda i: buffers.y)  # does nothing
     with pytest.raises(SystemExit, match="refused to report"):

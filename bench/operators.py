@@ -9,8 +9,8 @@ products are bound by their multiply-adds too, at the rate of the library's prod
 stream` compares the bytes of adapters and weights with that reading in one go; `of reads` with torch reading each
 call's adapters, call by call (the better of a sum and a dot product), timed in turns with the calls.
 
-    python bench/kernels.py --out bench/results/kernels.jsonl
-    python bench/kernels.py --device cuda --out bench/results/gpu_kernels.jsonl
+    python bench/operators.py --out bench/results/operators.jsonl
+    python bench/operators.py --device cuda --out bench/results/gpu_operators.jsonl
 
 On a GPU the workloads are those that bench/gpu_static.py counts, and a sweep through the working set is one CUDA graph,
 so that launching costs next to nothing.
@@ -329,7 +329,7 @@ def main() -> None:
         parser.error(f"--only {args.only!r}: no such group")
 
     console = set_up(args)
-    log = Log(args.out, bench="kernels", **machine(args.device))
+    log = Log(args.out, bench="operators", **machine(args.device))
     llc = llc_bytes(args.device)
     inside, beyond = (1 << 20, 4 << 20) if args.smoke else (min(llc // 8, 32 << 20), 3 * llc)
     reader = f"{torch.get_num_threads()} threads" if args.device == "cpu" else torch.cuda.get_device_name()
