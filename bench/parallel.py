@@ -193,6 +193,9 @@ def run(args: argparse.Namespace) -> None:
         torch.distributed.destroy_process_group()
 
 
+WAIT = torch.ops._c10d_functional.wait_tensor.default
+
+
 class Collectives(TorchDispatchMode):
     """Keeps the calls by which processes exchange."""
 
@@ -201,7 +204,7 @@ class Collectives(TorchDispatchMode):
         self.calls: list[tuple[Any, Any, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace in ("c10d", "_c10d_functional"):
+        if func.namespace in ("c10d", "_c10d_functional") and func is not WAIT:
             self.calls.append((func, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -216,9 +219,10 @@ def exchanges(model: Any, ids: torch.Tensor, repeats: int) -> float:
     def again() -> None:
         for func, args, kwargs in kept.calls:
             out = func(*args, **kwargs)
-            for part in out if isinstance(out, tuple | list) else [out]:
-                if hasattr(part, "wait"):
-                    part.wait()
+            if func.namespace == "c10d":
+                out[-1].wait()
+            else:
+                WAIT(out)
 
     again()
     return quantiles([seconds(again) for _ in range(repeats)])[0]
