@@ -98,12 +98,14 @@ LINES = {  # of a sweep over batch sizes: colour, marker, line
 
 
 def draw_batches(records: list[dict[str, Any]], file: Path) -> Path:
-    """Ratio to the bare model over the rows of a batch, one panel a model and phase; whiskers are 20-80 % quantiles."""
-    panels = list(dict.fromkeys((r["model"], r["phase"]) for r in records))
+    """Ratio to the bare model over the rows of a batch, one panel a model, `fused` and phase; whiskers are 20-80 %
+    quantiles."""
+    panels = list(dict.fromkeys((r["model"], r["fused"], r["phase"]) for r in records))
     figure, axes = plt.subplots(1, len(panels), figsize=(1 + 4.6 * len(panels), 3.8), sharey=True, squeeze=False)
-    for axis, (model, phase) in zip(axes[0], panels, strict=True):
+    for axis, (model, fused, phase) in zip(axes[0], panels, strict=True):
         for case, (color, marker, line) in LINES.items():
-            found = [r for r in records if (r["model"], r["phase"], r["case"]) == (model, phase, case)]
+            wanted = (model, fused, phase, case)
+            found = [r for r in records if (r["model"], r["fused"], r["phase"], r["case"]) == wanted]
             found.sort(key=lambda r: r["batch"])
             if not found:
                 continue
@@ -122,7 +124,8 @@ def draw_batches(records: list[dict[str, Any]], file: Path) -> Path:
         axis.set_xticks(rows, [str(n) for n in rows])
         axis.minorticks_off()
         axis.set_xlabel("rows of the batch")
-        axis.set_title(f"{model}, {phase}", fontsize=10)
+        how = ', fused="always"' if fused == "always" else ""
+        axis.set_title(f"{model}{how}, {phase}", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("time / bare model's")
     axes[0][0].set_ylim(bottom=0)
