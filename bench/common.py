@@ -114,12 +114,12 @@ def streaming_read(size: int, repeats: int = 9, device: str = "cpu") -> float:
     return best
 
 
-def multiply_adds(repeats: int = 9) -> float:
-    """Multiply-adds of bf16 with fp32 sums that torch's threads do in a second: the best of products whose operands
+def multiply_adds(repeats: int = 9, dtype: torch.dtype = torch.bfloat16) -> float:
+    """Multiply-adds of a dtype with fp32 sums that torch's threads do in a second: the best of products whose operands
     stay in the caches."""
     best = 0.0
     for size in (256, 384, 512, 768):
-        left, right = (torch.ones(size, size, dtype=torch.bfloat16) for _ in range(2))
+        left, right = (torch.ones(size, size, dtype=dtype) for _ in range(2))
         product = torch.empty_like(left)
         torch.mm(left, right, out=product)
         best = max(

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Log, add_arguments, machine, quantiles, seconds, set_up, streaming_read
+from common import Log, add_arguments, machine, multiply_adds, quantiles, seconds, set_up, streaming_read
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
@@ -379,13 +379,56 @@ def generation(case: Case, ids: Tensor, new: int) -> Callable[[], object]:
     return lambda: case.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options, **case.routing)
 
 
+class Linears:
+    """The linears of a model by themselves: the library's time, and the least of any way.
+
+    Args:
+        stream: bytes a second of a streaming read.
+    """
+
+    def __init__(self, model: Any, stream: float) -> None:
+        self.weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+        self.head = model.get_output_embeddings().weight
+        self.stream, self.peak = stream, multiply_adds(dtype=self.head.dtype)
+
+    def calls(self, phase: str, ids: Tensor, new: int) -> dict[tuple[int, int], int]:
+        """(tokens, tokens of the head) -> how many such calls of the model a phase makes."""
+        rows = len(ids)
+        prompt, step = (ids.numel(), rows), (rows, rows)
+        return {"decode step": {step: 1}, "prefill": {prompt: 1}, "generate": {prompt: 1, step: new - 1}}[phase]
+
+    def seconds(self, tokens: int, last: int) -> float:
+        """Of the library's products."""
+        width = max(weight.shape[1] for weight in self.weights)
+        x = torch.randn(tokens, width).to(self.head.dtype)
+        read = {weight.shape[1]: x[:, : weight.shape[1]].contiguous() for weight in self.weights}
+
+        def products() -> None:
+            for weight in self.weights:
+                own = read[weight.shape[1]]
+                nn.functional.linear(own[:last] if weight is self.head else own, weight)
+
+        products()
+        return min(seconds(products) for _ in range(3))
+
+    def least(self, tokens: int, last: int, rank: int, adapter_bytes: int) -> float:
+        """What of two takes longer, for each weight: to read it once, or to multiply; and so for all adapters."""
+        spent, added = 0.0, 0
+        for weight in self.weights:
+            count = last if weight is self.head else tokens
+            spent += max(weight.nbytes / self.stream, count * weight.numel() / self.peak)
+            added += 0 if weight is self.head else count * rank * sum(weight.shape)
+        return spent + max(adapter_bytes / self.stream, added / self.peak)
+
+
 def measure(
     console: Console, args: argparse.Namespace, log: Log, bare: Any, cases: list[Case], ids: Tensor, adapter_bytes: int
 ) -> None:
     """Time each case in turns with the bare model, or what it is beside, print a table and write the lines.
 
     `bound` is what no serving can beat that leaves the base as it is: 1 + the time to stream the batch's
-    adapters once, or what of them is more, over the time of the bare model or the other case.
+    adapters once, or what of them is more, over the time of the bare model or the other case. `least` is what none can
+    beat that computes nothing but the linears in another way: at the bounds of `Linears`, adapters included.
     """
     weights = sum(p.nbytes for p in bare.parameters())
     stream = streaming_read(min(weights + adapter_bytes * max(case.adapters for case in cases), 2**30))
@@ -393,6 +436,7 @@ def measure(
         f"weights {weights / 2**20:.0f} MiB, an adapter {adapter_bytes / 2**20:.1f} MiB; streaming read "
         f"of all of it {stream / 1e9:.1f} GB/s, {torch.get_num_threads()} threads"
     )
+    linears = Linears(bare, stream)
     phases: dict[str, tuple[Callable[[Case], Callable[[], object]], int]] = {
         "decode step": (lambda case: decoder(case, ids), 4 * args.repeats),
         "prefill": (lambda case: prefill(case, ids), args.repeats),
@@ -406,6 +450,8 @@ def measure(
     rows: dict[str, list[str]] = {case.name: [] for case in cases}
     with torch.inference_mode():
         for phase, (make, repeats) in phases.items():
+            calls = linears.calls(phase, ids, args.new)
+            library = sum(count * linears.seconds(*tokens) for tokens, count in calls.items())
             for case in cases:
                 if phase == "generate" and not case.generates:
                     rows[case.name].append("-")
@@ -415,8 +461,17 @@ def measure(
                 ratio, low, high = quantiles([mine / its for mine, its in zip(times, bare_times, strict=True)])
                 reads = args.new if phase == "generate" else 1
                 bound = 1 + case.adapters * adapter_bytes * reads / stream / quantiles(bare_times)[0]
-                milliseconds = quantiles(times)[0] * 1e3
-                rows[case.name].append(f"{ratio:.2f} ({low:.2f}-{high:.2f}), {milliseconds:.0f} ms, bound {bound:.2f}")
+                rank = args.rank if case.adapters else 0
+                spent = sum(
+                    count * linears.least(*tokens, rank, case.adapters * adapter_bytes)
+                    for tokens, count in calls.items()
+                )
+                its = quantiles(bare_times)[0]
+                least = max(its - library + spent, spent) / its if case.beside is None else None
+                told = f", least {least:.2f}" if least is not None else ""
+                rows[case.name].append(
+                    f"{ratio:.2f} ({low:.2f}-{high:.2f}), {quantiles(times)[0] * 1e3:.0f} ms, bound {bound:.2f}{told}"
+                )
                 log.write(
                     batch=len(ids),
                     case=case.name,
@@ -428,6 +483,9 @@ def measure(
                     seconds=quantiles(times),
                     bare_seconds=quantiles(bare_times),
                     byte_bound_ratio=bound,
+                    least_ratio=least,
+                    linears_seconds=library,
+                    multiply_adds_per_s=linears.peak,
                     adapter_bytes=case.adapters * adapter_bytes,
                     weight_bytes=weights,
                     stream_bytes_per_s=stream,
