@@ -28,7 +28,7 @@ def run(code: str, *arguments: str) -> Any:
         (["genrate"], 2, "No such command"),
         (["generate", "--imput", "x"], 2, "No such option"),
         (["generate"], 2, "Missing option"),
-        (["bench", "nothing"], 2, "wanted kernels"),
+        (["bench", "nothing"], 2, "wanted operators"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
