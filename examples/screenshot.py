@@ -41,6 +41,8 @@ def main() -> None:
     try:
         wait = WebDriverWait(browser, SECONDS)
         wait.until(lambda _: server.poll() is not None or answers(f"http://127.0.0.1:{port}/health"))
+        if server.poll() is not None:
+            raise SystemExit("the server ended; what it said is above")
         browser.get(f"http://127.0.0.1:{port}")
         wait.until(lambda _: len(browser.find_elements(By.CSS_SELECTOR, ".column")) == 3)
         browser.find_element(By.ID, "prompt").send_keys(args.prompt)
