@@ -93,8 +93,8 @@ def patch(
             forgotten, and computed again when asked for.
         dtype: in which adapters are stored on the device; the default is the linears' own. With torch.float32 on a
             model in 16 bits they are not rounded, as in PEFT, and take twice the bytes.
-        fused: compute base product and LoRA in one op where that is bit-equal to the library (fp32 and bf16 linears, on
-            CPUs with AVX-512), and where it is faster. With "always" also in an order of addition of mlora's own, which
+        fused: compute base product and LoRA in one op where that is bit-equal to the library (on x86 CPUs with
+            AVX2 or AVX-512), and where it is faster. With "always" also in an order of addition of mlora's own, which
             is faster up to some hundred tokens: base rows are as close to the exact product as the library's, in other
             bits, and rows still do not see each other. The order goes by the number of tokens; where the library is
             faster, it is used. What is faster is measured once a shape and process, so that from one process to the

@@ -78,9 +78,10 @@ constexpr int32_t kFewTokens = 2;       // up to which expand reads all of a ran
 constexpr int64_t kFewColumns = 2048;   // most columns of an expand of few tokens
 constexpr int64_t kLinearColumns = 32;  // output columns that linear computes at a time
 constexpr int64_t kLinearTokens = 16;   // tokens that linear computes at a time
-constexpr int64_t kAlongTokens = 8;     // and with kAlong
-constexpr int64_t kAlongStep = 32;      // inputs of a step there
+constexpr int64_t kAlongStep = 32;      // inputs of a step of kAlong
 constexpr int64_t kAlong = -2;          // in place of a kblock: dot products along the input
+constexpr int64_t kDots = -4;           // and in the order of torch's own
+constexpr int64_t kDotStep = 32;        // of which the width of the input is a multiple there
 
 // Units that linear computes with at a time, for more tokens than kLinearTokens. A panel of 128 fits the first-level cache;
 // the sums of many tokens do not, and are read anew for each panel, so that few larger ones are faster there.
@@ -272,12 +273,12 @@ struct Kernels {
   using ScaleInput = void (*)(const Problem&, const Segment&, int64_t from, int64_t to);
   // The same of y = base + (turn - I) x.
   using TurnOutput = void (*)(const Problem&, const Segment&, int64_t from, int64_t to);
-  // With kAlong: steps [from, to) of all tokens, as in along.h. Else xt[tile, unit, t]: what lies in
+  // With kAlong or kDots: steps [from, to) of all tokens, as in along.h and dots.h. Else xt[tile, unit, t]: what lies in
   // 32 bits of x along `in` of each tile of kLinearTokens tokens, a pair of bf16 or one float, so that a unit's tokens
   // adjoin. Of all tiles' groups of 16 units, one after the other, [from, to).
   using Pack = void (*)(const Problem&, uint32_t* xt, int64_t from, int64_t to);
   // y = x weight^T + bias, then expand on the unrounded sum, for columns [from, to) and segments covering all tokens.
-  // The thread's own: sums [tokens rounded up to kLinearTokens, kLinearColumns], and without kAlong as much again for
+  // The thread's own: sums [tokens rounded up to kLinearTokens, kLinearColumns], and in blocks as much again for
   // chains that go on, and panel [panel_units, kLinearColumns].
   using Linear = void (*)(const Problem&, const uint32_t* xt, const Segment*, int64_t segments, uint32_t* panel,
                           float* sums, int64_t from, int64_t to);
@@ -310,8 +311,11 @@ struct Kernels {
   ScaleInput scale_input[kTypesCount];
   TurnOutput turn_output[kTypesCount];
   Merge merge[kTypesCount];
-  Linear linear[kTypesCount];  // null where it is not offered
-  Pack pack[3];  // indexed by Type
+  Linear linear[kTypesCount];
+  bool blocks[3];  // indexed by Type: whether linear takes a block for a kblock
+  bool dots[3];    // and whether kDots
+  Pack pack[3];
+  int64_t packed[3];  // bytes of an input that pack has packed for kAlong; of one for kDots, four
   Attend attend[3];
   MergeRows merge_rows[3];
   int64_t attend_rows;  // of a tile of more than kFewRows

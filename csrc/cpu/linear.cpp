@@ -92,14 +92,22 @@ void linear_rows(const Routing& routing, const Problem& p, Types types) {
   const Kernels& k = kernels();
   const Type type = rows_type(types);
   const int64_t unit = type == kBFloat16 ? 2 : 1;
-  STD_TORCH_CHECK(type != kHalf, "mlora: linear takes float32 or bfloat16 with a kblock");
-  STD_TORCH_CHECK(k.linear[types], "mlora: linear needs a CPU with AVX-512, and AVX512_BF16 for bfloat16");
-  const bool along = p.kblock == kAlong;
-  STD_TORCH_CHECK(!along || p.in > 0, "mlora: linear takes no empty rows");
-  STD_TORCH_CHECK(along || p.in % unit == 0, "mlora: linear takes an even number of bfloat16 input features, x has ",
-                  p.in);
-  STD_TORCH_CHECK(along || (p.kblock > 0 && p.kblock % unit == 0),
-                  "mlora: kblock must be positive, and even for bfloat16, is ", p.kblock);
+  const bool along = p.kblock == kAlong || p.kblock == kDots;  // or in blocks
+  if (p.kblock == kDots) {
+    STD_TORCH_CHECK(k.dots[type], "mlora: linear in torch's order takes 16 bits, and needs a CPU with AVX2");
+    STD_TORCH_CHECK(p.in % kDotStep == 0, "mlora: linear in torch's order takes a multiple of ", kDotStep,
+                    " input features, x has ", p.in);
+  }
+  if (along) {
+    STD_TORCH_CHECK(p.in > 0, "mlora: linear takes no empty rows");
+  } else {
+    STD_TORCH_CHECK(p.kblock > 0 && p.kblock % unit == 0, "mlora: kblock must be positive, and even for bfloat16, is ",
+                    p.kblock);
+    STD_TORCH_CHECK(type != kHalf, "mlora: linear takes float32 or bfloat16 with a kblock");
+    STD_TORCH_CHECK(k.blocks[type],
+                    "mlora: linear with a kblock needs a CPU with AVX2, and with AVX512_BF16 for bfloat16");
+    STD_TORCH_CHECK(p.in % unit == 0, "mlora: linear takes an even number of bfloat16 input features, x has ", p.in);
+  }
   Work& work = thread_work();
   work.build(routing, p.tokens, p.in, p.out, true, p.keep, p.kept);
   if (p.tokens == 0 || p.out == 0) return;
@@ -118,7 +126,9 @@ void linear_rows(const Routing& routing, const Problem& p, Types types) {
     b_bytes += s.delta ? 0 : s.b_ranks * p.out * p.itemsize;
   }
   const int64_t steps = ceil_div(p.in, kAlongStep), groups = along ? steps : tiles * ceil_div(p.in / unit, 16);
-  const int64_t pack_size = along ? p.tokens * steps * kAlongStep / unit : tiles * kLinearTokens * p.in / unit;
+  const int64_t size = p.kblock == kDots ? int64_t{sizeof(float)} : k.packed[type];
+  const int64_t pack_size = along ? p.tokens * steps * kAlongStep * size / int64_t{sizeof(uint32_t)}
+                                  : tiles * kLinearTokens * p.in / unit;
   const auto columns = [&](const uint32_t* xt, int64_t task, int64_t tasks) {
     const int64_t begin = task * units / tasks * kLinearColumns, end = (task + 1) * units / tasks * kLinearColumns;
     if (begin == end) return;
@@ -181,8 +191,7 @@ Tensor linear_of(Problem p, Tensor x, const Tensor& weight, const std::optional<
     return y;
   }
   const Types types = types_of("x", x, arena);
-  STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(),
-                  "mlora: linear takes float32 or bfloat16 with a kblock, x and weight alike");
+  STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "mlora: linear takes x and weight alike with a kblock");
   STD_TORCH_CHECK(weight.is_contiguous(), "mlora: weight must be contiguous");
   p.out = weight.size(0);
   p.kblock = kblock;

@@ -24,17 +24,12 @@ const Kernels MLORA_TABLE(MLORA_ISA) = {
     MLORA_TYPES(scale_input),
     MLORA_TYPES(turn_output),
     MLORA_TYPES(merge),
+    MLORA_TYPES(linear),
+    {MLORA_ISA::kBlocks<float>, MLORA_ISA::kBlocks<fp16>, MLORA_ISA::kBlocks<bf16>},
+    {MLORA_ISA::kDotted<float>, MLORA_ISA::kDotted<fp16>, MLORA_ISA::kDotted<bf16>},
+    {MLORA_ISA::pack<float>, MLORA_ISA::pack<fp16>, MLORA_ISA::pack<bf16>},
+    {MLORA_ISA::packed<float>(), MLORA_ISA::packed<fp16>(), MLORA_ISA::packed<bf16>()},
 #undef MLORA_TYPES
-#if MLORA_HAVE_BF16
-    {MLORA_ISA::linear<float, float>, nullptr, MLORA_ISA::linear<bf16, bf16>, nullptr, MLORA_ISA::linear<bf16, float>},
-    {MLORA_ISA::pack<float>, nullptr, MLORA_ISA::pack<bf16>},
-#elif MLORA_HAVE_AVX512
-    {MLORA_ISA::linear<float, float>},
-    {MLORA_ISA::pack<float>},
-#else
-    {},
-    {},
-#endif
     {MLORA_ISA::attend<float>, MLORA_ISA::attend<fp16>, MLORA_ISA::attend<bf16>},
     {MLORA_ISA::merge_rows<float>, MLORA_ISA::merge_rows<fp16>, MLORA_ISA::merge_rows<bf16>},
     MLORA_ISA::kTileRows,

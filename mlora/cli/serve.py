@@ -57,7 +57,7 @@ def serve(
         bool,
         typer.Option(
             "--fused-always",
-            help="On CPUs with AVX-512: base products in the fastest order of addition, which may round otherwise than "
+            help="On the CPU: base products in the fastest order of addition, which may round otherwise than "
             "torch does, and otherwise in another process.",
         ),
     ] = False,

@@ -22,19 +22,22 @@ from . import library
 from .library import CUDA_ERROR, EMULATED, HAS_CPU, HAS_CUDA, HAS_TRITON
 
 BACKENDS = ("cpu", "cuda", "emulation", "reference", "triton")
-_FUSED_ISA = {torch.float32: 2, torch.bfloat16: 3}  # what `linear` needs: AVX-512, and its bf16 dot products
+_BLOCKS_ISA = {torch.float32: 1, torch.bfloat16: 3}  # what a kblock needs: AVX2, and dot products of bf16
+_DOTS_ISA = {torch.float16: 1, torch.bfloat16: 1}  # what DOTS needs: AVX2
 
 # What `linear` may be given for a kblock beside a number of inputs.
 LIBRARY = 0  # the library computes the product, and rounds it before the delta is added
 PROBED = -1  # what `probe_kblock` says, which the operator asks when it first sees a shape and remembers
 ALONG = -2  # dot products along the input: fast, and not in the order of any library
 FASTEST = -3  # what `fastest.probe` says, asked as `probe_kblock` is
+DOTS = -4  # dot products as torch's own, which multiply 16 bits where no library does
 
 # The blocks in which libraries are known or likely to add up inputs.
 _KBLOCKS = {
     torch.float32: (192, 384, 256, 336, 128, 512, 320, 288, 240, 224, 448, 96, 64),
     torch.bfloat16: (512, 1024, 2048, 256, 128, 64),
 }
+_DOT_STEP = 32  # inputs of which DOTS takes a multiple
 _KERNEL_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 
 # Beyond this many tokens the tensor cores of the Triton kernels beat the CUDA library's one launch.
@@ -46,7 +49,12 @@ GROUPING = ("cuda", "emulation")
 
 # Up to so many tokens `linear` beats the library's matmul followed by `apply_`; beyond, it depends on the library.
 FEW_TOKENS = 64
-_OWN_TOKENS = {torch.float32: 12, torch.bfloat16: 1}  # up to which libraries have a kernel for each number
+_NOISE = {torch.float32: 2.0**-23, torch.float16: 2.0**-18, torch.bfloat16: 2.0**-15}  # of sums that cancel
+_OWN_TOKENS = {
+    torch.float32: 12,
+    torch.float16: 1,
+    torch.bfloat16: 1,
+}  # up to which libraries have a kernel for each number
 _MOST_TOKENS = 1 << 14
 MOST_OUTPUTS = 1 << 25  # of a call that is asked about
 _FASTER = 0.95
@@ -187,7 +195,7 @@ def expand_(y: Tensor, v: Tensor, arena: Tensor, table: Tensor, plan: Tensor) ->
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, arena: Tensor, table: Tensor, plan: Tensor, kblock: int
 ) -> Tensor:
-    """See `reference.linear`. `kblock`: LIBRARY, PROBED, ALONG, FASTEST, or a number that `probe_kblock` returned."""
+    """See `reference.linear`. `kblock`: LIBRARY, PROBED, ALONG, FASTEST, or what `probe_kblock` returned."""
     return _linear(x, weight, bias, arena, table, plan, kblock)
 
 
@@ -272,10 +280,19 @@ def merge_(weight: Tensor, source: Tensor | None, arena: Tensor, table: Tensor, 
 
 
 def offered(tokens: int, dtype: torch.dtype) -> bool:
-    """Whether `linear` computes the product of so many tokens itself."""
-    if not (_NATIVE and HAS_CPU) or dtype not in _FUSED_ISA or torch.ops.mlora.isa() < _FUSED_ISA[dtype]:
-        return False
-    return 1 <= tokens <= _MOST_TOKENS
+    """Whether `linear` computes the product of so many tokens itself, in an order of its own."""
+    return _NATIVE and HAS_CPU and dtype in _KERNEL_DTYPES and 1 <= tokens <= _MOST_TOKENS
+
+
+def _kblocks(in_features: int, dtype: torch.dtype, asked: tuple[int, ...]) -> list[int]:
+    """The orders, as `linear` takes them for a kblock, that a library may add in."""
+    isa, orders = torch.ops.mlora.isa(), []
+    if dtype in _BLOCKS_ISA and isa >= _BLOCKS_ISA[dtype] and (dtype is not torch.bfloat16 or in_features % 2 == 0):
+        whole = asked == (1,) and dtype is torch.bfloat16
+        orders = [in_features] if whole else [*_KBLOCKS[dtype], in_features]
+    if dtype in _DOTS_ISA and isa >= _DOTS_ISA[dtype] and in_features % _DOT_STEP == 0:
+        orders.append(DOTS)
+    return list(dict.fromkeys(orders))
 
 
 def tokens_like(tokens: int) -> int:
@@ -292,7 +309,7 @@ def probe_kblock(in_features: int, out_features: int, bias: bool, tokens: int, d
     and of more the ends of a range; beyond FEW_TOKENS, where the library can be the faster one, it is also timed. Each
     answer is kept for the process: a shape, a range of tokens, a number of threads.
     """
-    if not offered(tokens, dtype) or (dtype is torch.bfloat16 and in_features % 2):
+    if not offered(tokens, dtype) or not in_features:
         return 0
     most = tokens_like(tokens)
     if tokens <= _OWN_TOKENS[dtype]:
@@ -326,7 +343,7 @@ def _probe(
     b = None
     if bias:  # none, one as small as the noise, and one that hides it
         b = (torch.arange(out_features) % 3).to(dtype) * torch.tensor(0.3, dtype=dtype)
-        b[1::3] *= 2.0**-15 if dtype is torch.bfloat16 else 2.0**-23
+        b[1::3] *= _NOISE[dtype]
     table = torch.empty(0, layout.TABLE_WIDTH, dtype=torch.int64)
     arena = torch.empty(0, dtype=dtype)
     none = torch.zeros(layout.PLAN_HEADER, dtype=torch.int32)
@@ -336,8 +353,7 @@ def _probe(
 
     inputs = [tokens[:rows] for rows in asked]
     expected = [the_library(x) for x in inputs]
-    blocks = (in_features,) if asked == (1,) and dtype is torch.bfloat16 else (*_KBLOCKS[dtype], in_features)
-    for kblock in dict.fromkeys(blocks):
+    for kblock in _kblocks(in_features, dtype, asked):
 
         def ours(x: Tensor, kblock: int = kblock) -> Tensor:
             return _linear(x, weight, b, arena, table, none, kblock)

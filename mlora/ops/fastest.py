@@ -17,8 +17,10 @@ from . import dispatch, library
 
 _LONGER = 1.05  # times as long as another candidate may ALONG take, so that noise does not decide from day to day
 _TIMES = 3  # that a candidate is timed
+_HOPELESS = 2.0  # times as long as the fastest at first: not timed again
 _COLD = 1 << 26  # bytes of weights, which no cache keeps
 _MOST_COPIES = 64  # of a weight
+_ENOUGH = 1 << 31  # multiply-adds of one timing, of which no library takes more than part of a second
 
 
 def probe(in_features: int, out_features: int, bias: bool, tokens: int, dtype: torch.dtype) -> int:
@@ -59,18 +61,21 @@ def _timed(
     none = torch.zeros(layout.PLAN_HEADER, dtype=torch.int32)
     for tokens in asked:
         x = torch.full((tokens, in_features), 0.01, dtype=dtype)
+        some = list(weights[: max(_ENOUGH // (size * tokens), 1)])
 
-        def over_all(kblock: int, x: Tensor = x) -> Callable[[], object]:
+        def over_some(kblock: int, x: Tensor = x, some: list[Tensor] = some) -> Callable[[], object]:
             if kblock == dispatch.LIBRARY:
-                return lambda: [F.linear(x, weight, b) for weight in weights]
-            return lambda: [dispatch.linear(x, weight, b, arena, table, none, kblock) for weight in weights]
+                return lambda: [F.linear(x, weight, b) for weight in some]
+            return lambda: [dispatch.linear(x, weight, b, arena, table, none, kblock) for weight in some]
 
         bit_equal = dispatch.probe_kblock(in_features, out_features, bias, tokens, dtype)
-        calls = {kblock: over_all(kblock) for kblock in (dispatch.ALONG, dispatch.LIBRARY, bit_equal)}
-        least = dict.fromkeys(calls, float("inf"))
-        for _ in range(_TIMES):
+        calls = {kblock: over_some(kblock) for kblock in (dispatch.ALONG, dispatch.LIBRARY, bit_equal)}
+        least = {kblock: dispatch.seconds(call) for kblock, call in calls.items()}
+        hopeless = _HOPELESS * min(least.values())
+        for _ in range(_TIMES - 1):
             for kblock, call in calls.items():
-                least[kblock] = min(least[kblock], dispatch.seconds(call))
+                if least[kblock] <= hopeless:
+                    least[kblock] = min(least[kblock], dispatch.seconds(call))
         least[dispatch.ALONG] /= _LONGER
         yield tokens, min(least, key=least.__getitem__)
 

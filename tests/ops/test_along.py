@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from op_cases import BF16, FUSED, NATIVE, ROUTINGS, A, B, Case, check, in_chains, sentinel
+from op_cases import DTYPES, ROUTINGS, A, B, Case, check, in_chains, needs_native, sentinel
 
 from mlora import layout
 from mlora.ops import direct, dispatch, fastest, reference
 
+pytestmark = needs_native
 NONE = torch.zeros(layout.PLAN_HEADER, dtype=torch.int32)
 
 
@@ -23,7 +24,7 @@ def asked_anew():
     fastest._answers.cache_clear()
 
 
-@pytest.mark.parametrize("dtype", FUSED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize(
     "ranks, width_in, width_out",
@@ -51,7 +52,7 @@ def test_it_matches_fp64(ranks, width_in, width_out, bias, routing, dtype):
         check(got, case.oracle(dense, None, x, recipes), ref)
 
 
-@pytest.mark.parametrize("dtype", FUSED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("tokens", [*range(1, 10), 16, 17, 40, 100])
 def test_a_row_does_not_see_its_batch(tokens, dtype, in_threads):
     """What others hold, what they are given, and how many threads there are: its bits stay."""
@@ -75,8 +76,6 @@ def test_a_row_does_not_see_its_batch(tokens, dtype, in_threads):
 @pytest.mark.parametrize("tokens", [1, 3, 8, 11])
 def test_it_adds_along_the_input(tokens):
     """Not in the library's order, which is what the choice is about: the two differ where rounding noise is all."""
-    if not BF16:
-        pytest.skip("needs AVX512_BF16")
     case = Case((16,), 1024, 64, torch.bfloat16)
     x, weight = case.randn(tokens, 1024), case.randn(64, 1024)
     x[:, 512:], weight[:, 512:] = (-x[:, :512]).roll(2, 1), weight[:, :512].roll(2, 1)
@@ -84,21 +83,13 @@ def test_it_adds_along_the_input(tokens):
     assert not torch.equal(own, F.linear(x, weight))
 
 
-@pytest.mark.skipif(not NATIVE, reason="built without the C++ operators")
-@pytest.mark.parametrize("kblock", [dispatch.ALONG, dispatch.FASTEST])
-def test_fp16_is_refused_by_name_or_left_to_the_library(kblock):
+def test_fp16_has_no_blocks():
     case = Case((16,), 64, 96, torch.float16)
     x, weight, plan = case.randn(5, 64), case.randn(96, 64), case.plan([A] * 5)
-    args = (x, weight, None, case.arena, case.table, plan)
-    if kblock == dispatch.FASTEST:
-        assert fastest.probe(64, 96, False, 5, torch.float16) == dispatch.LIBRARY
-        assert torch.equal(dispatch.linear(*args, kblock), dispatch.linear(*args, dispatch.LIBRARY))
-        return
     with pytest.raises(RuntimeError, match="float32 or bfloat16"):
-        dispatch.linear(*args, kblock)
+        dispatch.linear(x, weight, None, case.arena, case.table, plan, 64)
 
 
-@pytest.mark.skipif(not BF16, reason="needs AVX512_BF16")
 def test_no_call_past_the_dispatcher_asks():
     case = Case((16,), 64, 96, torch.bfloat16)
     x, weight, y = case.randn(5, 64), case.randn(96, 64), case.randn(5, 96)
@@ -127,7 +118,6 @@ def timed(monkeypatch: pytest.MonkeyPatch, least: int, lead: float = 2.0) -> lis
     return seen
 
 
-@pytest.mark.skipif(not BF16, reason="needs AVX512_BF16")
 @pytest.mark.parametrize("least", [dispatch.ALONG, dispatch.LIBRARY, 512])
 def test_the_fastest_is_asked_once_a_range_of_tokens(least, monkeypatch):
     seen = timed(monkeypatch, least)
@@ -140,13 +130,23 @@ def test_the_fastest_is_asked_once_a_range_of_tokens(least, monkeypatch):
     assert fastest.probe(64, 96, True, 128, torch.bfloat16) == least and not seen
 
 
-@pytest.mark.skipif(not BF16, reason="needs AVX512_BF16")
 def test_noise_does_not_decide(monkeypatch):
     timed(monkeypatch, dispatch.LIBRARY, lead=1.04)
     assert fastest.probe(64, 96, False, 3, torch.bfloat16) == dispatch.ALONG
 
 
-@pytest.mark.parametrize("dtype", FUSED)
+def test_what_is_far_behind_is_timed_once(monkeypatch):
+    seen = timed(monkeypatch, dispatch.ALONG, lead=2.1)
+    fastest.probe(1024, 1024, False, 100, torch.bfloat16)
+    copies = (1 << 31) // (128 << 20)  # of a weight, of so many tokens
+    assert {kblock: seen.count(kblock) for kblock in set(seen)} == {
+        dispatch.ALONG: 3 * copies,
+        dispatch.LIBRARY: 5,
+        512: copies,
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 def test_a_linear_that_asks_runs_the_fastest(dtype):
     case = Case((16, 3, 20), 70, 96, dtype)
     x, weight, plan = case.randn(5, 70), case.randn(96, 70), case.plan([A, [], B, A, []])
