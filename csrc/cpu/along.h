@@ -233,7 +233,7 @@ __attribute__((noinline)) void along_tile(const Packed<T>* x, const T* rows, int
 
 // Rows of the weight at a time, whose sums fit the registers.
 constexpr int along_rows(int tokens) {
-  if (!MLORA_HAVE_AVX512) return tokens == 1 ? 8 : tokens <= 3 ? 4 : 2;
+  if (!MLORA_HAVE_AVX512) return tokens <= 3 ? 4 : 2;
   return tokens <= 2 ? 8 : tokens == 3 ? 4 : 2;
 }
 
