@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import inputs_for, logits, served
 from torch import Tensor, nn
 
@@ -16,7 +15,8 @@ import mlora
 from mlora import errors
 from mlora.ops import dispatch, fastest
 
-FUSED = [dtype for dtype in (torch.float32, torch.bfloat16) if dispatch.offered(1, dtype)]
+FUSED = [dtype for dtype in (torch.float32, torch.float16, torch.bfloat16) if dispatch.offered(1, dtype)]
+needs_native = pytest.mark.skipif(not FUSED, reason="built without the C++ operators")
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def _parts(linear: Any, x: Tensor) -> tuple[Any, ...]:
     return linear.weight, linear.bias, state.arena, state.table, state.shared.blank.tensors[state.home]
 
 
-@pytest.mark.skipif(not FUSED, reason="needs AVX-512")
+@needs_native
 def test_rows_do_not_see_each_other(llama: Any, folders: dict[str, Path], along: list[Any]) -> None:
     model = served(llama, {name: folders[name] for name in ("r3", "dora1")}, memory=1 << 20, fused="always")
     batch = inputs_for("llama", 4)
@@ -63,13 +63,13 @@ def test_rows_do_not_see_each_other(llama: Any, folders: dict[str, Path], along:
     assert torch.equal(got[:3], want[:3]) and not torch.equal(got[3], want[3]) and along
 
 
-@pytest.mark.skipif(not FUSED, reason="needs AVX-512")
+@needs_native
 def test_the_default_does_not_ask(llama: Any, folders: dict[str, Path], along: list[Any]) -> None:
     model, batch = served(llama, {"r3": folders["r3"]}, memory=1 << 20), inputs_for("llama", 3)
     assert torch.equal(logits(model, batch), logits(llama, batch)) and not along
 
 
-@pytest.mark.skipif(torch.bfloat16 not in FUSED, reason="needs AVX512_BF16")
+@needs_native
 def test_compiled_code_asks_the_same() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(576, 320), nn.Linear(320, 576, bias=False)).to(torch.bfloat16).eval()
@@ -81,14 +81,6 @@ def test_compiled_code_asks_the_same() -> None:
             x = torch.randn(rows, 3, 576, dtype=torch.bfloat16)
             assert torch.equal(compiled(x), model(x))
     torch._dynamo.reset()
-
-
-def test_fp16_has_the_librarys_bits(along: list[Any]) -> None:
-    model = nn.Sequential(nn.Linear(64, 96)).half().eval()
-    mlora.patch(model, memory=1 << 16, fused="always")
-    x = torch.randn(5, 64).half()
-    with torch.no_grad():
-        assert torch.equal(model(x), F.linear(x, model[0].weight, model[0].bias))
 
 
 @pytest.mark.parametrize("fused", ["fastest", None, 2])

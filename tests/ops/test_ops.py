@@ -609,7 +609,9 @@ def test_lower_instruction_sets(isa):
         pytest.skip("not lower than what the tests above ran with")
     select = "fp64 and (20x855 or 2049x20) and (decode or prefill) or see_its_batch and 855"
     select += " or scale_input and not blocks or subnormals or merge and 20x855 or identities or test_wide and merge"
-    files = [__file__, *(str(Path(__file__).with_name(name)) for name in ("test_identities.py", "test_wide.py"))]
+    select += " or test_dots and (decode and 96x855 or adds_as_torch and 576)"
+    others = ("test_along.py", "test_dots.py", "test_identities.py", "test_wide.py")
+    files = [__file__, *(str(Path(__file__).with_name(name)) for name in others)]
     code = f"""
 import sys, pytest, torch, mlora.ops.dispatch
 assert torch.ops.mlora.isa() == {names.index(isa)}
