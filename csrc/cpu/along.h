@@ -119,6 +119,9 @@ struct Asked {
 template <class T>
 constexpr int kParts = std::is_same_v<T, bf16> ? 1 : kAlongStep / W;
 
+template <class T>  // of a row, in a step
+constexpr int64_t kStepBytes = kAlongStep * sizeof(T);
+
 template <class T, bool Tail>
 MLORA_INLINE vf load_part(const T* p, int part, int64_t left) {
   const int64_t at = part / 2 * 2 * W;
@@ -133,7 +136,7 @@ MLORA_INLINE void bring(const T* rows, int64_t in, int64_t near) {
   if (MLORA_HAVE_AVX512) return;
   MLORA_UNROLL for (int r = 0; r < Rows; ++r) {
     const char* at = reinterpret_cast<const char*>(rows + r * in + near);
-    MLORA_UNROLL for (int64_t line = 0; line < kAlongStep * int64_t{sizeof(T)}; line += 64) __builtin_prefetch(at + line);
+    MLORA_UNROLL for (int64_t line = 0; line < kStepBytes<T>; line += 64) __builtin_prefetch(at + line);
   }
 }
 
@@ -142,15 +145,18 @@ template <class T, int Rows, int Tokens, bool Fetch, bool Tail>
 MLORA_INLINE void along_step(const Packed<T>* x, const T* rows, int64_t in, int64_t near, Asked& asked, int64_t left,
                              vf (&acc)[Rows][Tokens]) {
   constexpr int64_t step = kAlongStep;
-  MLORA_UNROLL for (int64_t line = 0; Fetch && line < Rows * step * int64_t{sizeof(T)}; line += 64) asked.line();
   if constexpr (kParts<T> == 1) {
     Operand<T> ws[Rows];
-    MLORA_UNROLL for (int r = 0; r < Rows; ++r) ws[r] = load_operand<T, Tail>(rows + r * in, left);
+    MLORA_UNROLL for (int r = 0; r < Rows; ++r) {
+      ws[r] = load_operand<T, Tail>(rows + r * in, left);
+      MLORA_UNROLL for (int64_t line = 0; Fetch && line < kStepBytes<T>; line += 64) asked.line();
+    }
     MLORA_UNROLL for (int t = 0; t < Tokens; ++t) {
       const Operand<T> own = load_operand<T, false>(x + t * step, step);
       MLORA_UNROLL for (int r = 0; r < Rows; ++r) acc[r][t] = dot<T>(own, ws[r], acc[r][t]);
     }
   } else {
+    MLORA_UNROLL for (int64_t line = 0; Fetch && line < Rows * kStepBytes<T>; line += 64) asked.line();
     bring<T, Rows>(rows, in, near);
     MLORA_UNROLL for (int i = 0; i < kParts<T>; ++i) {
 #if MLORA_HAVE_AVX2 && !MLORA_HAVE_AVX512
