@@ -66,6 +66,22 @@ void pack_dots(const Problem& p, float* xt, int64_t from, int64_t to) {
   }
 }
 
+#if MLORA_HAVE_AVX512
+MLORA_INLINE vf load_vector(const fp16* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+MLORA_INLINE vf load_vector(const bf16_in_order* p) {
+  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+#else
+MLORA_INLINE vf load_vector(const fp16* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+MLORA_INLINE vf load_vector(const bf16_in_order* p) {
+  return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+#endif
+
 // acc[i][r][t] += what rows and tokens have in one vector of the input each, of `Chains` adjoining ones.
 template <class T, int Chains, int Rows, int Tokens>
 MLORA_INLINE void dot_vectors(const float* x, const T* rows, int64_t in, vf (&acc)[Chains][Rows][Tokens]) {
@@ -78,7 +94,7 @@ MLORA_INLINE void dot_vectors(const float* x, const T* rows, int64_t in, vf (&ac
 #endif
     }
     MLORA_UNROLL for (int r = 0; r < Rows; ++r) {
-      const vf w = load_part<T, false>(rows + r * in + i / 2 * 2 * W, i % 2, 2 * W);
+      const vf w = load_vector(rows + r * in + i * W);
       MLORA_UNROLL for (int t = 0; t < Tokens; ++t) acc[i][r][t] = fma(xs[t], w, acc[i][r][t]);
     }
   }
