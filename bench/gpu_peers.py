@@ -27,7 +27,8 @@ from typing import Any  # noqa: E402
 import peers  # noqa: E402
 import torch  # noqa: E402
 from common import Log, gpu_arguments, machine, set_up  # noqa: E402
-from operators import SCALE, Buffers, Workload, captured, time_sweeps  # noqa: E402
+from operators import captured, time_sweeps  # noqa: E402
+from workloads import SCALE, Buffers, Workload  # noqa: E402
 
 from mlora import layout  # noqa: E402
 
