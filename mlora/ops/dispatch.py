@@ -50,11 +50,8 @@ GROUPING = ("cuda", "emulation")
 # Up to so many tokens `linear` beats the library's matmul followed by `apply_`; beyond, it depends on the library.
 FEW_TOKENS = 64
 _NOISE = {torch.float32: 2.0**-23, torch.float16: 2.0**-18, torch.bfloat16: 2.0**-15}  # of sums that cancel
-_OWN_TOKENS = {
-    torch.float32: 12,
-    torch.float16: 1,
-    torch.bfloat16: 1,
-}  # up to which libraries have a kernel for each number
+# Up to so many tokens libraries have a kernel for each number of them.
+_OWN_TOKENS = {torch.float32: 12, torch.float16: 1, torch.bfloat16: 1}
 _MOST_TOKENS = 1 << 14
 MOST_OUTPUTS = 1 << 25  # of a call that is asked about
 _FASTER = 0.95

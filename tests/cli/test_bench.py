@@ -12,7 +12,7 @@ import torch
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 sys.path.insert(0, str(BENCH))
-import operators  # noqa: E402
+import workloads  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from mlora.cli import app  # noqa: E402
@@ -38,9 +38,9 @@ def test_a_missing_gpu_is_said(command: str) -> None:
     assert done.returncode == 2 and "torch sees no GPU" in done.stderr
 
 
-@pytest.mark.parametrize("load", list(operators.gpu_workloads(True)), ids=lambda load: load.label)
+@pytest.mark.parametrize("load", list(workloads.gpu_workloads(True)), ids=lambda load: load.label)
 def test_gpu_workloads_are_checked_against_fp64(load, monkeypatch):
-    buffers = operators.Buffers(load, 1)
+    buffers = workloads.Buffers(load, 1)
     buffers.check()
     monkeypatch.setattr(buffers, "call", lambda i: buffers.y)  # does nothing
     with pytest.raises(SystemExit, match="refused to report"):
