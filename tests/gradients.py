@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +73,21 @@ def error(mine: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
     assert mine.keys() == exact.keys()
     difference = sum(float((mine[key].double() - exact[key].double()).norm() ** 2) for key in exact)
     return (difference / sum(float(exact[key].double().norm() ** 2) for key in exact)) ** 0.5
+
+
+def in_thread(work: Callable[[], object]) -> threading.Thread:
+    """A thread that runs `work`, started, with the caller's number of threads: MKL keeps it by thread, and on AVX2 cuts
+    its sums by it."""
+    count = torch.get_num_threads()
+
+    def run() -> None:
+        torch.set_num_threads(count)
+        work()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+def in_a_thread(loss: Tensor) -> None:
+    in_thread(loss.backward).join()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import VOCAB, build, make_adapter, peft_alone
-from gradients import LINEARS, error, folder_of, gradients_of, loss_of, of_peft, trained
+from gradients import LINEARS, error, folder_of, gradients_of, in_a_thread, loss_of, of_peft, trained
 from torch import Tensor
 
 import mlora
@@ -119,12 +118,6 @@ def world(tmp_path) -> Any:
     folders = {name: folder_of(tmp_path, base, "qwen2", name, seed, **targets) for seed, name in enumerate("ab")}
     folders["c"] = folder_of(tmp_path, base, "qwen2", "c", 2, **targets)
     return base, folders
-
-
-def in_a_thread(loss: Tensor) -> None:
-    thread = threading.Thread(target=loss.backward)
-    thread.start()
-    thread.join()
 
 
 ENTRIES = ["b", None, "a", {"a": 0.5, "b": -1.5}, "a"]

@@ -4,6 +4,7 @@ other."""
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import threading
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import VOCAB, build
+from gradients import in_thread
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
@@ -133,9 +135,7 @@ def test_two_threads_go_back_at_once() -> None:
             start.wait()
             losses[seed].backward()
 
-        threads = [threading.Thread(target=back, args=(seed,)) for seed in range(2)]
-        for thread in threads:
-            thread.start()
+        threads = [in_thread(functools.partial(back, seed)) for seed in range(2)]
         for thread in threads:
             thread.join()
         for seed in range(2):

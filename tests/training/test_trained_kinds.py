@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import HIDDEN, VOCAB, assert_close, build, identity, logits, make_adapter, peft_alone, row_of
-from gradients import ROOM, error, loss_of, out_of, trained
+from gradients import ROOM, error, in_a_thread, loss_of, out_of, trained
 from torch import Tensor
 from trained_kinds import CASES, WIDE, base_of, batch_of, config_of, folder_of, gradients_of, peft_gradients
 
@@ -159,12 +158,6 @@ def backward(model: Any, batch: dict[str, Tensor], entries: list[Any], how: Call
             parameter.grad = None
     how(loss_of(out_of(model, batch, adapter_names=entries)))
     return [p.grad for name in "ab" for _, p in model.mlora.named_parameters(name)]
-
-
-def in_a_thread(loss: Tensor) -> None:
-    thread = threading.Thread(target=loss.backward)
-    thread.start()
-    thread.join()
 
 
 @pytest.mark.parametrize("case", SOME)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,19 @@ from typing import Any
 import pytest
 import torch
 from conftest import HIDDEN, build, identity, inputs_for, logits, peft_alone, row_of
-from gradients import LINEARS, ROOM, error, folder_of, gradients_of, loss_of, of_peft, out_of, theirs, trained
+from gradients import (
+    LINEARS,
+    ROOM,
+    error,
+    folder_of,
+    gradients_of,
+    in_a_thread,
+    loss_of,
+    of_peft,
+    out_of,
+    theirs,
+    trained,
+)
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -226,12 +237,6 @@ def backward(
 
 def plainly(loss: Tensor) -> None:
     loss.backward()
-
-
-def in_a_thread(loss: Tensor) -> None:
-    thread = threading.Thread(target=loss.backward)
-    thread.start()
-    thread.join()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
