@@ -387,7 +387,8 @@ def measure(
 
     `bound` is what no serving can beat that leaves the base as it is: 1 + the time to stream the batch's
     adapters once, or what of them is more, over the time of the bare model or the other case. `least` is what none can
-    beat that computes nothing but the linears in another way: at the bounds of `Linears`, adapters included.
+    beat that computes nothing but the linears in another way, with fused="always" decode steps' attention too: at the
+    bounds of `Linears`, adapters included.
     """
     weights = sum(p.nbytes for p in bare.parameters())
     stream = streaming_read(min(weights + adapter_bytes * max(case.adapters for case in cases), 2**30))
@@ -411,6 +412,7 @@ def measure(
         for phase, (make, repeats) in phases.items():
             calls = linears.calls(phase, ids, args.new)
             library = sum(count * linears.seconds(*tokens) for tokens, count in calls.items())
+            attention = linears.attention(phase, ids, args.new) if args.fused == "always" else (0.0, 0.0)
             for case in cases:
                 if phase == "generate" and not case.generates:
                     rows[case.name].append("-")
@@ -425,8 +427,9 @@ def measure(
                     count * linears.least(*tokens, rank, case.adapters * adapter_bytes)
                     for tokens, count in calls.items()
                 )
+                spent += attention[1]
                 its = quantiles(bare_times)[0]
-                least = max(its - library + spent, spent) / its if case.beside is None else None
+                least = max(its - library - attention[0] + spent, spent) / its if case.beside is None else None
                 told = f", least {least:.2f}" if least is not None else ""
                 rows[case.name].append(
                     f"{ratio:.2f} ({low:.2f}-{high:.2f}), {quantiles(times)[0] * 1e3:.0f} ms, bound {bound:.2f}{told}"
@@ -444,6 +447,7 @@ def measure(
                     byte_bound_ratio=bound,
                     least_ratio=least,
                     linears_seconds=library,
+                    attention_seconds=attention[0],
                     multiply_adds_per_s=linears.peak,
                     adapter_bytes=case.adapters * adapter_bytes,
                     weight_bytes=weights,

@@ -1,4 +1,5 @@
-"""The least time that a model's linears can take on this processor, beside the library's."""
+"""The least time that a model's linears, and its attention of decode steps, can take on this processor, beside the
+libraries'."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from common import multiply_adds, seconds
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 
 class Linears:
@@ -19,6 +21,7 @@ class Linears:
     def __init__(self, model: Any, stream: float) -> None:
         self.weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
         self.head = model.get_output_embeddings().weight
+        self.config = model.config
         self.stream, self.peak = stream, multiply_adds(dtype=self.head.dtype)
 
     def calls(self, phase: str, ids: Tensor, new: int) -> dict[tuple[int, int], int]:
@@ -49,3 +52,27 @@ class Linears:
             spent += max(weight.nbytes / self.stream, count * weight.numel() / self.peak)
             added += 0 if weight is self.head else count * rank * sum(weight.shape)
         return spent + max(adapter_bytes / self.stream, added / self.peak)
+
+    def attention(self, phase: str, ids: Tensor, new: int) -> tuple[float, float]:
+        """Of a phase's decode steps: what transformers' attention takes, and what reading the caches does. The steps of
+        `generate` count as so many of their mean length."""
+        rows, prompt = ids.shape
+        steps, keys = {"decode step": (1, prompt + 1), "prefill": (0, 1), "generate": (new - 1, prompt + new // 2)}[
+            phase
+        ]
+        config = self.config
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        layer = nn.Module()
+        layer.num_key_value_groups = heads // kv_heads
+        query, key, value = (
+            torch.randn(rows, count, length, width).to(self.head.dtype)
+            for count, length in ((heads, 1), (kv_heads, keys), (kv_heads, keys))
+        )
+
+        def step() -> None:
+            for _ in range(config.num_hidden_layers):
+                sdpa_attention_forward(layer, query, key, value, None)
+
+        taken = min(seconds(step) for _ in range(3)) if steps else 0.0
+        return steps * taken, steps * config.num_hidden_layers * (key.nbytes + value.nbytes) / self.stream

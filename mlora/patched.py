@@ -22,7 +22,7 @@ from .layers import (
     restore_class,
     swap_class,
     swap_forward,
-    with_rotation,
+    with_kernels,
 )
 from .lowering import BaseLinear
 from .ops.checks import check_rows, fetch_plan
@@ -221,13 +221,14 @@ def _routing(cls: Any) -> Callable[..., Any]:
 
 def _guarding(cls: Any) -> Callable[..., Any]:
     """A part's forward."""
-    own, refused, rotating = cls.forward, _refused_in(cls.forward), with_rotation(cls.forward)
+    own, refused = cls.forward, _refused_in(cls.forward)
+    by_fused = {True: with_kernels(own), "always": with_kernels(own, attention=True)}
 
     @functools.wraps(own)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         check_names(cls.__name__, kwargs, refused)
-        if rotating is not None and self.__dict__["_mlora_shared"].fused and not torch.compiler.is_compiling():
-            return rotating(self, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            return (by_fused.get(self.__dict__["_mlora_shared"].fused) or own)(self, *args, **kwargs)
         return own(self, *args, **kwargs)
 
     return forward

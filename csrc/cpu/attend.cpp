@@ -1,10 +1,11 @@
-// The operator attend_: validation, and the split of sequences into jobs.
+// The operators attend_ and attend_step: validation, and the split of sequences into jobs.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "../strides.h"
@@ -28,6 +29,7 @@ struct Unit {
 thread_local std::vector<Unit> thread_units;
 thread_local std::vector<AttendMerge> thread_merges;
 thread_local Scratch thread_partials;
+thread_local std::vector<int64_t> thread_seen;
 // And each task's.
 thread_local std::vector<AttendJob> thread_attend_jobs;
 thread_local Scratch thread_attend;
@@ -74,20 +76,20 @@ const int64_t* index_of(const char* name, const Tensor& t, int64_t rows) {
 void cut(const Attention& a, AttendJob job, int64_t rows, int64_t tile, int64_t* floats) {
   const int64_t group = a.heads / a.kv_heads;
   const auto first = [&](int64_t row) {
-    const int64_t to = job.past + row / group + 1;
+    const int64_t to = attend_end(a, job.past, row / group);
     return a.window > 0 && to > a.window ? to - a.window : 0;
   };
   if (rows > kFewRows) {
     for (job.row = 0; job.row < rows; job.row = job.row_end) {
       job.row_end = job.row + tile < rows ? job.row + tile : rows;
       job.key = first(job.row);
-      job.key_end = job.past + (job.row_end - 1) / group + 1;
+      job.key_end = attend_end(a, job.past, (job.row_end - 1) / group);
       thread_units.push_back({job, (job.key_end - job.key) * a.dim * tile / 4});
     }
     return;
   }
   job.row_end = rows;
-  const int64_t begin = first(0) / kKeyChunk * kKeyChunk, end = job.past + (rows - 1) / group + 1;
+  const int64_t begin = first(0) / kKeyChunk * kKeyChunk, end = attend_end(a, job.past, (rows - 1) / group);
   const int64_t chunks = ceil_div(end - begin, kKeyChunk), size = a.kv_heads * rows * attend_row(a.dim);
   if (chunks > 1) thread_merges.push_back({nullptr, size, chunks, job.token, rows});
   for (job.key = begin; job.key < end; job.key = job.key_end) {
@@ -95,6 +97,48 @@ void cut(const Attention& a, AttendJob job, int64_t rows, int64_t tile, int64_t*
     thread_units.push_back({job, (job.key_end - job.key) * a.dim * (8 + rows) / 4 + 1});
   }
   if (chunks > 1) *floats += chunks * size;
+}
+
+// Computes the thread's units, whose partial results take `floats`, and then calls `after` in every task.
+template <class F>
+void run(const Attention& a, Type type, int64_t floats, const F& after) {
+  const Kernels& kernel = kernels();
+  std::vector<Unit>& units = thread_units;
+  std::vector<AttendMerge>& merges = thread_merges;
+  // The jobs of a sequence's chunks adjoin, as do what they leave.
+  float* partial = thread_partials.get<float>(floats);
+  for (AttendMerge& merge : merges) {
+    merge.partial = partial;
+    partial += merge.chunk * merge.chunks;
+  }
+  auto merge = merges.begin();
+  int64_t chunk = 0, cost = 0;
+  for (Unit& unit : units) {
+    cost += unit.cost * a.kv_heads;
+    if (merge == merges.end() || unit.job.token != merge->token) continue;
+    unit.job.partial = merge->partial + chunk * merge->chunk;
+    if (++chunk == merge->chunks) {
+      ++merge;
+      chunk = 0;
+    }
+  }
+
+  const auto compute = [&](int64_t task, int64_t tasks) {
+    std::vector<AttendJob>& jobs = thread_attend_jobs;
+    jobs.clear();
+    Share share(cost, task, tasks);
+    for (const Unit& unit : units) {
+      AttendJob job = unit.job;
+      if (share.take(a.kv_heads, unit.cost, &job.head, &job.head_end)) jobs.push_back(job);
+    }
+    float* scratch = thread_attend.get<float>(attend_scratch(a, kernel.attend_rows));
+    kernel.attend[type](a, jobs.data(), static_cast<int64_t>(jobs.size()), scratch);
+  };
+  const auto complete = [&](int64_t task, int64_t tasks) {
+    for (size_t i = static_cast<size_t>(task); i < merges.size(); i += tasks) kernel.merge_rows[type](a, merges[i]);
+    after(task, tasks);
+  };
+  split_in_two(cost, compute, complete);
 }
 
 // The keys and values of all tokens, for heads of one of both, to the rows of the cache that `write` names.
@@ -127,6 +171,7 @@ Tensor attend_(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Ten
   v = tokens_of("v", v, a.dim, dtype, &a.v_token, &a.v_head);
   check_cache("k_cache", k_cache, a, dtype, &a.k_row);
   check_cache("v_cache", v_cache, a, dtype, &a.v_row);
+  a.cache_head = a.dim;
   const int64_t rows = k_cache.size(0) < v_cache.size(0) ? k_cache.size(0) : v_cache.size(0);
   const int64_t* reads = index_of("read", read, rows);
   const int64_t* writes = index_of("write", write, rows);
@@ -150,12 +195,9 @@ Tensor attend_(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Ten
   a.softcap = static_cast<float>(softcap);
   a.window = window;
 
-  const Kernels& kernel = kernels();
   const int64_t group = a.heads / a.kv_heads;
-  std::vector<Unit>& units = thread_units;
-  std::vector<AttendMerge>& merges = thread_merges;
-  units.clear();
-  merges.clear();
+  thread_units.clear();
+  thread_merges.clear();
   int64_t floats = 0;
   for (int64_t s = 0; s < sequences; ++s) {
     const int64_t queries = q_start[s + 1] - q_start[s], past = k_start[s + 1] - k_start[s] - queries;
@@ -167,43 +209,13 @@ Tensor attend_(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Ten
     job.past = past;
     job.token = q_start[s];
     job.head_end = a.kv_heads;
-    cut(a, job, queries * group, kernel.attend_rows, &floats);
+    cut(a, job, queries * group, kernels().attend_rows, &floats);
   }
-  // The jobs of a sequence's chunks adjoin, as do what they leave.
-  float* partial = thread_partials.get<float>(floats);
-  for (AttendMerge& merge : merges) {
-    merge.partial = partial;
-    partial += merge.chunk * merge.chunks;
-  }
-  auto merge = merges.begin();
-  int64_t chunk = 0, cost = 0;
-  for (Unit& unit : units) {
-    cost += unit.cost * a.kv_heads;
-    if (merge == merges.end() || unit.job.token != merge->token) continue;
-    unit.job.partial = merge->partial + chunk * merge->chunk;
-    if (++chunk == merge->chunks) {
-      ++merge;
-      chunk = 0;
-    }
-  }
-
-  const auto compute = [&](int64_t task, int64_t tasks) {
-    std::vector<AttendJob>& jobs = thread_attend_jobs;
-    jobs.clear();
-    Share share(cost, task, tasks);
-    for (const Unit& unit : units) {
-      AttendJob job = unit.job;
-      if (share.take(a.kv_heads, unit.cost, &job.head, &job.head_end)) jobs.push_back(job);
-    }
-    float* scratch = thread_attend.get<float>(attend_scratch(a, kernel.attend_rows));
-    kernel.attend[type](a, jobs.data(), static_cast<int64_t>(jobs.size()), scratch);
-  };
   const int64_t size = static_cast<int64_t>(q.element_size());
   char* const keys = static_cast<char*>(k_cache.mutable_data_ptr());
   char* const values = static_cast<char*>(v_cache.mutable_data_ptr());
   // Of a sliding window the new keys take the place of some that this call reads, so they come last.
-  const auto complete = [&](int64_t task, int64_t tasks) {
-    for (size_t i = static_cast<size_t>(task); i < merges.size(); i += tasks) kernel.merge_rows[type](a, merges[i]);
+  run(a, type, floats, [&](int64_t task, int64_t tasks) {
     for (int64_t i = task; i < 2 * a.kv_heads; i += tasks) {
       const int64_t head = i / 2, offset = head * a.dim * size;
       if (i % 2 == 0) {
@@ -214,12 +226,88 @@ Tensor attend_(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Ten
                     a.v_row * size, a.dim * size, tokens, writes);
       }
     }
-  };
-  split_in_two(cost, compute, complete);
+  });
+  return out;
+}
+
+// Keys and values of a step, (batch, kv heads, keys, dim), with one distance between all elements but of a row.
+bool alike(const Tensor& k, const Tensor& v) {
+  bool same = k.stride(3) == 1 && v.stride(3) == 1;
+  for (int i = 0; i < 3; ++i) same = same && k.stride(i) == v.stride(i);
+  return same;
+}
+
+Tensor attend_step(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask, double scale) {
+  STD_TORCH_CHECK(q.dim() == 4 && q.size(2) == 1 && q.size(3) > 0, "mlora: q must be of shape (batch, heads, 1, dim)");
+  Attention a = {};
+  const Type type = rows_type(types_of("q", q, q));
+  const ScalarType dtype = q.scalar_type();
+  const int64_t batch = q.size(0);
+  a.heads = q.size(1);
+  a.dim = q.size(3);
+  for (const Tensor& t : {k, v}) {
+    STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == batch && t.size(3) == a.dim && t.scalar_type() == dtype,
+                    "mlora: k and v must be of q's dtype and of shape (", batch, ", kv heads, keys, ", a.dim, ")");
+  }
+  a.kv_heads = k.size(1);
+  const int64_t keys = k.size(2), group = a.kv_heads > 0 ? a.heads / a.kv_heads : 0;
+  STD_TORCH_CHECK(v.size(1) == a.kv_heads && v.size(2) == keys, "mlora: k has ", a.kv_heads, " heads of ", keys,
+                  " keys, v ", v.size(1), " of ", v.size(2));
+  STD_TORCH_CHECK(group * a.kv_heads == a.heads && group > 0, "mlora: ", a.heads, " heads are no multiple of ", a.kv_heads);
+  if (mask) {
+    STD_TORCH_CHECK(mask->dim() == 4 && (mask->size(0) == batch || mask->size(0) == 1) && mask->size(1) == 1 &&
+                        mask->size(2) == 1 && mask->size(3) == keys && mask->scalar_type() == ScalarType::Bool,
+                    "mlora: mask must be of bool and of shape (", batch, " or 1, 1, 1, ", keys, ")");
+  }
+  if (q.stride(3) != 1) q = torch::stable::contiguous(q);
+  if (!alike(k, v)) {
+    k = torch::stable::contiguous(k);
+    v = torch::stable::contiguous(v);
+  }
+  const int64_t shape[] = {batch, 1, a.heads, a.dim};
+  Tensor out = torch::stable::new_empty(q, torch::headeronly::IntHeaderOnlyArrayRef(shape, 4));
+  a.q = q.const_data_ptr();
+  a.q_token = q.stride(0);
+  a.q_head = q.stride(1);
+  a.k_cache = k.const_data_ptr();
+  a.v_cache = v.const_data_ptr();
+  a.k_row = a.v_row = 1;  // of rows that are named by their first element
+  a.cache_head = k.stride(1);
+  a.out = out.mutable_data_ptr();
+  a.scale = static_cast<float>(scale);
+
+  const bool* sees = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
+  const int64_t mask_row = mask && mask->size(0) > 1 ? mask->stride(0) : 0, mask_key = mask ? mask->stride(3) : 0;
+  std::vector<int64_t>& seen = thread_seen;
+  seen.resize(static_cast<size_t>(batch * keys));
+  thread_units.clear();
+  thread_merges.clear();
+  int64_t floats = 0, count = 0;
+  for (int64_t row = 0; row < batch; ++row) {
+    AttendJob job = {};
+    job.read = seen.data() + count;
+    for (int64_t key = 0; key < keys; ++key) {
+      seen[static_cast<size_t>(count)] = row * k.stride(0) + key * k.stride(2);
+      count += !sees || sees[row * mask_row + key * mask_key];
+    }
+    job.past = seen.data() + count - job.read;
+    job.token = row;
+    job.head_end = a.kv_heads;
+    if (job.past > 0) {
+      cut(a, job, group, kernels().attend_rows, &floats);
+    } else {
+      const size_t bytes = static_cast<size_t>(a.heads * a.dim * static_cast<int64_t>(q.element_size()));
+      std::memset(static_cast<char*>(a.out) + row * bytes, 0, bytes);
+    }
+  }
+  run(a, type, floats, [](int64_t, int64_t) {});
   return out;
 }
 
 }  // namespace
 }  // namespace mlora
 
-STABLE_TORCH_LIBRARY_IMPL(mlora, CPU, m) { m.impl("attend_", TORCH_BOX(&mlora::attend_)); }
+STABLE_TORCH_LIBRARY_IMPL(mlora, CPU, m) {
+  m.impl("attend_", TORCH_BOX(&mlora::attend_));
+  m.impl("attend_step", TORCH_BOX(&mlora::attend_step));
+}

@@ -8,11 +8,13 @@ namespace mlora {
 namespace MLORA_ISA {
 namespace {
 
-// Asks for the cache's rows that jobs of few rows will read, kKeyBlock keys before they do.
+// Asks for the cache's rows that jobs of few rows will read, kKeyBlock keys before they do. Not where heads lie apart: there
+// a head's keys mostly adjoin, and hardware brings them.
 template <class T>
 class FetchKeys {
  public:
-  FetchKeys(const Attention& a, const AttendJob* job, const AttendJob* end) : a_(a), job_(job), end_(end) {
+  FetchKeys(const Attention& a, const AttendJob* job, const AttendJob* end)
+      : a_(a), job_(a.cache_head == a.dim ? job : end), end_(end) {
     settle();
     if (job_ != end_) step(kKeyBlock * lines(*job_));
   }
@@ -66,8 +68,8 @@ class FetchKeys {
 template <class T>
 MLORA_INLINE void locate(const Attention& a, const AttendJob& job, int64_t head, int64_t block, int64_t count,
                          const T** keys, const T** values) {
-  const T* k_cache = static_cast<const T*>(a.k_cache) + head * a.dim;
-  const T* v_cache = static_cast<const T*>(a.v_cache) + head * a.dim;
+  const T* k_cache = static_cast<const T*>(a.k_cache) + head * a.cache_head;
+  const T* v_cache = static_cast<const T*>(a.v_cache) + head * a.cache_head;
   const int64_t cached = job.past - block < count ? job.past - block : count;
   int64_t j = 0;
   for (; j < cached; ++j) {
@@ -92,7 +94,7 @@ struct Range {
 
 // The keys that a row sees.
 MLORA_INLINE Range seen(const Attention& a, const AttendJob& job, int64_t row) {
-  const int64_t to = job.past + row / (a.heads / a.kv_heads) + 1;
+  const int64_t to = attend_end(a, job.past, row / (a.heads / a.kv_heads));
   return {a.window > 0 && to > a.window ? to - a.window : 0, to};
 }
 

@@ -147,16 +147,17 @@ inline int64_t merge_scratch(int64_t in, int64_t ranks) {
 }
 
 // Attention of packed sequences, whose past keys and values lie in a cache and whose new ones do not yet. Strides are in
-// elements; the last dimension, and heads in a cache, adjoin.
+// elements; the last dimension adjoins.
 struct Attention {
   const void* q;  // [token, head, dim]
-  const void* k;  // [token, kv head, dim]
+  const void* k;  // [token, kv head, dim]; null: every key is in the cache
   const void* v;
   const void* k_cache;  // [row, kv head, dim]
   const void* v_cache;
   void* out;  // [token, head, dim], contiguous
   int64_t heads, kv_heads, dim;
-  int64_t q_token, q_head, k_token, k_head, v_token, v_head, k_row, v_row;
+  int64_t q_token, q_head, k_token, k_head, v_token, v_head;
+  int64_t k_row, v_row, cache_head;  // of the caches; cache_head, between heads, is both's
   float scale;
   float softcap;   // 0: none
   int64_t window;  // keys that a token sees, its own included; 0: all
@@ -164,7 +165,7 @@ struct Attention {
 
 // Rows [row, row_end) of a sequence under its keys [key, key_end), for kv heads [head, head_end). Row r is the query of
 // token r / group and of the kv head's query head r % group. Key j is row read[j] of the cache where j < past, and then
-// the sequence's token j - past. The sequence's tokens lie from `token` on.
+// the sequence's token j - past, if the tokens' keys are given. The sequence's tokens lie from `token` on.
 struct AttendJob {
   const int64_t* read;
   int64_t past, token;
@@ -185,6 +186,9 @@ constexpr int64_t kKeyBlock = 64;    // keys whose scores are held at a time
 constexpr int64_t kKeyChunk = 256;   // keys of a job of few rows, whatever the number of threads
 constexpr int64_t kFewRows = 8;      // up to which lanes are keys; beyond, lanes are rows
 constexpr int64_t kRowHeader = 16;   // floats before a row's sums: its largest score, and the sum of its weights
+
+// Keys up to the last that a sequence's token sees.
+inline int64_t attend_end(const Attention& a, int64_t past, int64_t token) { return a.k ? past + token + 1 : past; }
 
 inline int64_t attend_padded(int64_t dim) { return (dim + 31) / 32 * 32; }
 inline int64_t attend_row(int64_t dim) { return kRowHeader + attend_padded(dim); }

@@ -17,7 +17,7 @@ from .norm import NormLayer, is_norm_like, norm_offset
 from .order import Order, cuts_choices, order_of
 from .parameters import ParametersLayer, ParametersState, Stack
 from .placed import devices_of, moves
-from .pointwise import gated, is_gated, with_rotation
+from .pointwise import gated, is_gated, with_kernels
 from .route import Route, group_routes
 from .sharded import Shard, ShardedLayer, Shares, sharded_cut
 from .state import LayerState
@@ -74,5 +74,5 @@ __all__ = [
     "swap_class",
     "swap_forward",
     "unpacked",
-    "with_rotation",
+    "with_kernels",
 ]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import direct
+from .attention import INTERFACE, Interface
 from .swap import twin_of
 
 _EPS = ("variance_epsilon", "eps")
@@ -26,14 +27,6 @@ _GATED = ("gate_proj", "up_proj", "act_fn", "down_proj")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _norms: dict[tuple[type, int, torch.dtype], str] = {}
 _gates: dict[tuple[type, type], bool] = {}
-
-
-def usable(*tensors: Tensor) -> bool:
-    """Whether a call that reads these may go past torch's operators."""
-    if torch.compiler.is_compiling() or not direct.unobserved():
-        return False
-    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return not recorded and all(type(t) in (Tensor, nn.Parameter) for t in tensors)
 
 
 def eps_of(module: nn.Module) -> str:
@@ -69,30 +62,33 @@ def _is_rms_norm(module: nn.Module, weight: Tensor, eps: float) -> bool:
 def normalized(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
     """weight * (x / rms(x)) over the last dimension of x, (..., width), rounded to x's dtype after each of the two
     products; None where it is left to the module."""
-    if not usable(x, weight):
+    if not direct.usable(x, weight):
         return None
     y = torch.empty_like(x)
     return y if direct.rms_norm(y, x, weight, eps) else None
 
 
-def with_rotation(forward: Callable[..., Any]) -> Callable[..., Any] | None:
-    """`forward` of an attention as it is, but for the rotary embedding that it calls, `apply_rotary_pos_emb`; None if
-    it calls none that is known. It is the model's own function over a copy of its module's names, and what else uses
-    that module sees nothing of it."""
+def with_kernels(forward: Callable[..., Any], attention: bool = False) -> Callable[..., Any] | None:
+    """`forward` of an attention as it is, but for what it calls: the rotary embedding, `apply_rotary_pos_emb`, and with
+    `attention` what transformers' interface chooses (layers/attention.py). None if it calls nothing that is known. It
+    is the model's own function over a copy of its module's names, and what else uses that module sees nothing of it."""
     inner = getattr(forward, "__wrapped__", None)
     if inner is not None:  # decorated: the decorator's function over another inside
-        copied, cells = with_rotation(inner), getattr(forward, "__closure__", None) or ()
+        copied, cells = with_kernels(inner, attention), getattr(forward, "__closure__", None) or ()
         if copied is None or not any(_holds(cell, inner) for cell in cells):
             return None
         closure = tuple(CellType(copied) if _holds(cell, inner) else cell for cell in cells)
         return _copy(cast(FunctionType, forward), cast(FunctionType, forward).__globals__, closure)
-    if not isinstance(forward, FunctionType) or _ROTARY not in forward.__code__.co_names:
+    if not isinstance(forward, FunctionType):
         return None
-    names = forward.__globals__
+    names, used = forward.__globals__, forward.__code__.co_names
+    replaced: dict[str, Any] = {}
     original = names.get(_ROTARY)
-    if not isinstance(original, FunctionType) or not any(_rotates(original, dtype) for dtype in _DTYPES):
-        return None
-    return _copy(forward, {**names, _ROTARY: _rotation(original, names)}, forward.__closure__)
+    if _ROTARY in used and isinstance(original, FunctionType) and any(_rotates(original, dtype) for dtype in _DTYPES):
+        replaced[_ROTARY] = _rotation(original, names)
+    if attention and INTERFACE in used and INTERFACE in names:
+        replaced[INTERFACE] = Interface(names)
+    return _copy(forward, {**names, **replaced}, forward.__closure__) if replaced else None
 
 
 def _copy(forward: FunctionType, names: dict[str, Any], closure: tuple[CellType, ...] | None) -> FunctionType:
@@ -113,7 +109,8 @@ def _rotation(original: Callable[..., Any], names: Mapping[str, Any]) -> Callabl
 
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
         current = names[_ROTARY]  # which somebody may have replaced
-        if current is original and not args and not kwargs and usable(q, k, cos, sin) and _rotates(original, q.dtype):
+        known = current is original and not args and not kwargs
+        if known and direct.usable(q, k, cos, sin) and _rotates(original, q.dtype):
             turned = torch.empty_like(q), torch.empty_like(k)
             if all(direct.rotate(y, x, cos, sin) for y, x in zip(turned, (q, k), strict=True)):
                 return turned
@@ -182,7 +179,7 @@ def gated(cls: Any) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         act: Any = self._modules["act_fn"]
         seen = act._forward_hooks or act._forward_pre_hooks or "forward" in act.__dict__
-        if len(args) != 1 or kwargs or seen or not usable(args[0]) or torch.is_grad_enabled():
+        if len(args) != 1 or kwargs or seen or not direct.usable(args[0]) or torch.is_grad_enabled():
             return own(self, *args, **kwargs)
         held: Any = self._modules
         gate, up = held["gate_proj"](args[0]), held["up_proj"](args[0])

@@ -1,4 +1,5 @@
-"""The reference of the operator `attend_`: attention of packed sequences over a paged cache."""
+"""The references of the operators `attend_`, attention of packed sequences over a paged cache, and `attend_step`, of a
+decode step of a batch over its caches as they lie."""
 
 from __future__ import annotations
 
@@ -60,6 +61,41 @@ def attend_(
     k_cache.index_copy_(0, write, k[0].transpose(0, 1))
     v_cache.index_copy_(0, write, v[0].transpose(0, 1))
     return out[None]
+
+
+def attend_step(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of one query a row.
+
+    Semantics: out[b, 0, h] = softmax(scale q[b, h, 0] keys^T) values over the keys that row b sees, where mask[b] is
+    True, or all, and their values. Query head h uses kv head h // (heads / kv heads). A row that sees none gets 0.
+    Everything is computed in fp32 (fp64 for fp64 inputs) and rounded once.
+    Shapes: q (batch, heads, 1, dim); k and v (batch, kv heads, keys, dim); mask (batch or 1, 1, 1, keys), bool; any
+    strides. Returns (batch, 1, heads, dim).
+
+    Raises RuntimeError where shapes or dtypes do not fit.
+    """
+    batch, heads, tokens, dim = q.shape
+    fits = tokens == 1 and k.shape == v.shape and k.dim() == 4 and (k.shape[0], k.shape[3]) == (batch, dim)
+    if not fits or k.shape[1] == 0 or heads % k.shape[1] or not q.dtype == k.dtype == v.dtype:
+        raise RuntimeError(
+            f"mlora: q must be (batch, heads, 1, dim), k and v (batch, kv heads, keys, dim), are {tuple(q.shape)}, "
+            f"{tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) not in _mask_shapes(k)):
+        raise RuntimeError(f"mlora: mask must be of bool and of shape ({batch} or 1, 1, 1, {k.shape[2]})")
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out = q.new_empty((batch, 1, heads, dim))
+    for row in range(batch):
+        seen = slice(None) if mask is None else mask[row % len(mask), 0, 0].nonzero()[:, 0]
+        keys, values = (t[row][:, seen].to(wide) for t in (k, v))
+        queries = q[row].to(wide).view(len(keys), heads // len(keys), dim)
+        weights = (queries @ keys.transpose(1, 2) * scale).softmax(dim=-1)
+        out[row, 0] = (weights @ values).view(heads, dim).to(q.dtype)
+    return out
+
+
+def _mask_shapes(k: Tensor) -> tuple[tuple[int, ...], ...]:
+    return tuple((rows, 1, 1, k.shape[2]) for rows in (k.shape[0], 1))
 
 
 def _check(

@@ -37,6 +37,14 @@ def unobserved() -> bool:
     )
 
 
+def usable(*tensors: Tensor) -> bool:
+    """Whether a call that reads these may go past torch's operators."""
+    if torch.compiler.is_compiling() or not unobserved():
+        return False
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return not recorded and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+
+
 def layer_of(arena: Tensor, table: Tensor, in_features: int, out_features: int, dtype: torch.dtype) -> Any:
     """What `apply` and `linear` take for a linear of this shape whose x and y are in `dtype`: it has the addresses of
     both tensors, which must live as long. None where the C++ kernels do not serve such tensors, or torch tells C code

@@ -125,6 +125,7 @@ _apply_group_ = torch.ops.mlora.apply_group_.default
 _merge_ = getattr(torch.ops.mlora, _PREFIX + "merge_").default
 _embed_ = getattr(torch.ops.mlora, _PREFIX + "embed_").default
 attend_ = getattr(torch.ops.mlora, _CPU_PREFIX + "attend_").default  # see ops/attention.py
+attend_step = getattr(torch.ops.mlora, _CPU_PREFIX + "attend_step").default
 _shrink_ = getattr(torch.ops.mlora, _CPU_PREFIX + "shrink_").default
 _expand_ = getattr(torch.ops.mlora, _CPU_PREFIX + "expand_").default
 _large_apply_ = torch.ops.mlora.triton_apply_.default if _BY_SIZE else _apply_

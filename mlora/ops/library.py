@@ -47,6 +47,7 @@ _SCHEMAS = {
     "merge_": "(Tensor(a!) weight, Tensor? source, Tensor arena, Tensor table, Tensor plan) -> ()",
     "attend_": "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor read, Tensor write, "
     "Tensor q_starts, Tensor k_starts, float scale, float softcap, int window) -> Tensor",
+    "attend_step": "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor",
 }
 
 
@@ -118,6 +119,10 @@ def _fake_attend_(q: Tensor, *args: Any) -> Tensor:
     return q.new_empty((1, q.shape[2], q.shape[1], q.shape[3]))
 
 
+def _fake_attend_step(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    return q.new_empty((q.shape[0], 1, q.shape[1], q.shape[3]))
+
+
 _FAKES: dict[str, Any] = {
     "apply_": _fake_apply_,
     "apply_keep_": _fake_apply_keep_,
@@ -135,6 +140,7 @@ _FAKES: dict[str, Any] = {
     "embed_": _fake_embed_,
     "merge_": _fake_merge_,
     "attend_": _fake_attend_,
+    "attend_step": _fake_attend_step,
 }
 _REFERENCES: dict[str, Any] = {
     "apply_": reference.apply_,
@@ -153,6 +159,7 @@ _REFERENCES: dict[str, Any] = {
     "embed_": reference.embed_,
     "merge_": reference.merge_,
     "attend_": attention.attend_,
+    "attend_step": attention.attend_step,
 }
 
 
@@ -169,7 +176,7 @@ def _triton(name: str) -> Any:
 
 # Models on GPUs have FlashAttention. The phases of `apply_` are the reference's there, and so is what takes little of a
 # step.
-_CPU_ONLY = ("attend_", "column_sums", "row_norms", "shrink_", "expand_")
+_CPU_ONLY = ("attend_", "attend_step", "column_sums", "row_norms", "shrink_", "expand_")
 _NOT_IN_CUDA = (
     "embed_",
     "linear",

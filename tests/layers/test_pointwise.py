@@ -231,8 +231,8 @@ def test_a_decorated_forward_keeps_its_decorators() -> None:
     forward = modeling_llama.LlamaAttention.forward
     while hasattr(forward, "__wrapped__"):
         forward = forward.__wrapped__
-    copied = pointwise.with_rotation(decorator(decorator(forward)))
-    assert copied is not None and pointwise.with_rotation(lambda self, x: x) is None
+    copied = pointwise.with_kernels(decorator(decorator(forward)))
+    assert copied is not None and pointwise.with_kernels(lambda self, x: x) is None
     attention = modeling_llama.LlamaAttention(modeling_llama.LlamaConfig(**SIZES), 0)
     cos, sin = torch.randn(1, 3, 16), torch.randn(1, 3, 16)
     x = torch.randn(1, 3, 64)
