@@ -1,4 +1,5 @@
-"""Attention of a step of continuous batching: `attend_` beside transformers' own and beside reading the caches.
+"""Attention on the CPU: `attend_` in a step of continuous batching, and `attend_step` in one of `generate`, beside
+transformers' own and beside reading the caches.
 
 Keys and values lie in transformers' pages of 256 tokens, shuffled, of as many layers as go beyond the last-level cache;
 a call reads one layer's. Per workload, in turns:
@@ -10,7 +11,8 @@ a call reads one layer's. Per workload, in turns:
 
 Before any timing ours is checked against the reference in fp64. Then decode steps of `ContinuousBatchingManager` on a
 model of SmolLM2-135M's shape, with random weights: of 64 sequences of 512 tokens beside 16 such, and of 16 short ones
-beside sdpa.
+beside sdpa. Then calls of `attend_step` beside transformers' "sdpa", in turns, on caches that lie row by row: of rows
+of one length, and padded on the left, where transformers hands over a mask.
 
     python bench/attention.py --out bench/results/attention.jsonl
 """
@@ -18,6 +20,7 @@ beside sdpa.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -35,7 +38,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
-from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 from mlora.ops import attention as reference
 from mlora.ops import dispatch
@@ -276,19 +279,77 @@ def measure_steps(console: Any, args: argparse.Namespace, log: Log) -> None:
     console.print(table)
 
 
+def a_layer(call: Callable[..., object], caches: list[list[Tensor]]) -> float:
+    """Seconds of a call, of one for each layer's cache."""
+    return seconds(lambda: [call(*cache) for cache in caches]) / len(caches)
+
+
+def measure_rows(console: Any, args: argparse.Namespace, log: Log) -> None:
+    """Of SmolLM2-135M's heads, and of a model of width 2048."""
+    table = Table(title="A call for one token a row (us, medians; ratios are medians of turns)")
+    for column in ("heads", "rows", "keys", "ours", "sdpa / ours", "GB/s", "padded", "sdpa / ours"):
+        table.add_column(column, justify="right")
+    dim, scale = 64, 64**-0.5
+    sizes = [(4, 40)] if args.smoke else [(1, 80), (4, 80), (16, 80), (64, 80), (16, 512), (1, 4096)]
+    for heads, kv_heads in ((9, 3), (32, 8)):
+        layer = torch.nn.Module()
+        layer.num_key_value_groups = heads // kv_heads
+        for rows, keys in sizes:
+            size = rows * kv_heads * keys * dim * 4
+            layers = min(30, max(2, -(-2 * llc_bytes() // size)))
+            draw = torch.Generator().manual_seed(0)
+            q = torch.randn(rows, heads, 1, dim, generator=draw).bfloat16()
+            caches = [
+                [torch.randn(rows, kv_heads, keys, dim, generator=draw).bfloat16() for _ in range(2)]
+                for _ in range(layers)
+            ]
+            starts = torch.arange(rows) * keys // (2 * rows)
+            padded = (torch.arange(keys) >= starts[:, None])[:, None, None]
+            found: dict[str, Any] = {}
+            for what, mask in (("whole", None), ("padded", padded)):
+                ours = functools.partial(dispatch.attend_step, q, mask=mask, scale=scale)
+                theirs = functools.partial(sdpa_attention_forward, layer, q, attention_mask=mask, scaling=scale)
+                exact = reference.attend_step(*(t.double() for t in (q, *caches[0])), mask, scale)
+                outs = ours(*caches[0]), theirs(*caches[0])[0]
+                error, usual = (float((out.double() - exact).norm()) for out in outs)
+                if not error <= 1.5 * usual:
+                    raise SystemExit(f"{rows} rows of {keys} keys: error {error:.3g}, sdpa has {usual:.3g}")
+                times = [[a_layer(call, caches) for call in (ours, theirs)] for _ in range(args.repeats)]
+                found[what] = {
+                    "seconds": quantiles([mine for mine, _ in times]),
+                    "sdpa_ratio": quantiles([its / mine for mine, its in times]),
+                }
+            shape = {"heads": heads, "kv_heads": kv_heads, "rows": rows, "keys": keys, "bytes": size}
+            log.write(what="rows", **shape, **found)
+            whole, with_mask = (found[what] for what in ("whole", "padded"))
+            table.add_row(
+                *map(str, (heads, rows, keys)),
+                f"{whole['seconds'][0] * 1e6:.0f}",
+                f"{whole['sdpa_ratio'][0]:.1f}",
+                f"{size / whole['seconds'][0] / 1e9:.1f}",
+                f"{with_mask['seconds'][0] * 1e6:.0f}",
+                f"{with_mask['sdpa_ratio'][0]:.1f}",
+            )
+    console.print(table)
+
+
+PARTS = {"pages": measure, "steps": measure_steps, "rows": measure_rows}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--layers", type=int, default=30, help="of the model")
     parser.add_argument("--rounds", type=int, default=2, help="of continuous batching, each of one run a case")
+    parser.add_argument("--only", nargs="+", choices=PARTS)
     add_arguments(parser)
     args = parser.parse_args()
     if args.smoke:
         args.repeats = 2
     console = set_up(args)
     log = Log(args.out, benchmark="attention", **machine())
-    measure(console, args, log)
-    measure_steps(console, args, log)
+    for name in args.only or PARTS:
+        PARTS[name](console, args, log)
 
 
 if __name__ == "__main__":

@@ -53,8 +53,9 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """As transformers' `sdpa_attention_forward`."""
-    if query.shape[2] == 1 and not dropout and _is_step(module, query, key, value, attention_mask, kwargs):
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    known = query.shape[2] == 1 and not dropout and isinstance(scale, float)
+    if known and _is_step(module, query, key, value, attention_mask, kwargs):
         return dispatch.attend_step(query, key, value, attention_mask, scale), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

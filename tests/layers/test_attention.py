@@ -176,11 +176,12 @@ def test_other_calls_are_left_alone(fused: Any, change: Callable[[Any], None] | 
         lambda given: given.update(position_bias=torch.zeros(3, 4, 1, 9)),
         lambda given: given.update(attention_mask=torch.zeros(3, 1, 1, 9)),
         lambda given: given.update(attention_mask=torch.ones(3, 4, 1, 9, dtype=torch.bool)),
+        lambda given: given.update(scaling=1),
         lambda given: given.update(value=given["value"][..., :6]),
         lambda given: given.update({name: given[name].double() for name in ("query", "key", "value")}),
         lambda given: given.update(query=torch.randn(3, 4, 2, 8)),
     ],
-    ids=["dropout", "biases", "added mask", "mask of heads", "other values", "float64", "two queries"],
+    ids=["dropout", "biases", "added mask", "mask of heads", "whole scale", "other values", "float64", "two queries"],
 )
 def test_what_it_does_not_compute_goes_to_torch(change: Any, steps: list[Any]) -> None:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
