@@ -230,7 +230,7 @@ Tensor attend_(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Ten
   return out;
 }
 
-// Keys and values of a step, (batch, kv heads, keys, dim), with one distance between all elements but of a row.
+// Whether keys and values, (batch, kv heads, keys, dim), lie alike, and each of them in one piece.
 bool alike(const Tensor& k, const Tensor& v) {
   bool same = k.stride(3) == 1 && v.stride(3) == 1;
   for (int i = 0; i < 3; ++i) same = same && k.stride(i) == v.stride(i);

@@ -1,9 +1,10 @@
 """Attention of decode steps on the CPU, for models that are patched with `fused="always"`.
 
-Torch's attention cuts its work for many queries. With one query a row it takes a quarter of a decode step of 16 rows
-with a hundred keys. The operator `attend_step` reads each row's keys and values once, where they lie in the cache, and
-only those that the row sees. Its sums are in fp32, rounded once, in an order of its own: its bits are not torch's, and
-a row's bits depend on nothing but the row. All other calls are left to transformers.
+Torch's attention cuts its work for many queries. With one query a row and a hundred keys it takes a seventh of a decode
+step (16 rows, a model of width 2048) to two fifths (64 rows of SmolLM2-135M). The operator `attend_step` reads each
+row's keys and values once, where they lie in the cache, and only those that the row sees. Its sums are in fp32, rounded
+once, in an order of its own: its bits are not torch's, and a row's bits depend on nothing but the row. All other calls
+are left to transformers.
 """
 
 from __future__ import annotations
