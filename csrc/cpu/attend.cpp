@@ -276,7 +276,8 @@ Tensor attend_step(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask, dou
   a.out = out.mutable_data_ptr();
   a.scale = static_cast<float>(scale);
 
-  const bool* sees = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
+  // By bytes: of those that are no bool, torch takes all but 0 for true.
+  const uint8_t* sees = mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr;
   const int64_t mask_row = mask && mask->size(0) > 1 ? mask->stride(0) : 0, mask_key = mask ? mask->stride(3) : 0;
   std::vector<int64_t>& seen = thread_seen;
   seen.resize(static_cast<size_t>(batch * keys));
@@ -288,7 +289,7 @@ Tensor attend_step(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask, dou
     job.read = seen.data() + count;
     for (int64_t key = 0; key < keys; ++key) {
       seen[static_cast<size_t>(count)] = row * k.stride(0) + key * k.stride(2);
-      count += !sees || sees[row * mask_row + key * mask_key];
+      count += !sees || sees[row * mask_row + key * mask_key] != 0;
     }
     job.past = seen.data() + count - job.read;
     job.token = row;

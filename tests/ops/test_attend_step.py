@@ -131,6 +131,15 @@ def test_any_strides(heads: int) -> None:
             assert torch.equal(dispatch.attend_step(q, k, v, mask, step.scale), expected)
 
 
+def test_all_bytes_but_zero_are_true() -> None:
+    """As to torch: a mask may be made of a buffer of 0 and 255."""
+    step = Step("9/3x64", 67, torch.float32, "holes")
+    assert step.mask is not None
+    other = (step.mask.to(torch.uint8) * 254).view(torch.bool)
+    got = dispatch.attend_step(step.q, step.k, step.v, other, step.scale)
+    assert torch.equal(got, dispatch.attend_step(*step.given))
+
+
 @pytest.mark.parametrize("prefix", ["", "reference_"])
 def test_attend_step_opcheck(prefix: str) -> None:
     operator = getattr(torch.ops.mlora, prefix + "attend_step").default
