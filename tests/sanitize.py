@@ -18,7 +18,7 @@ from pathlib import Path
 import emulation
 
 ROOT = Path(__file__).resolve().parent.parent
-OPERATORS = ("ops", "direct", "along", "attend", "dots", "gradients", "phases", "row_norms", "wide")
+OPERATORS = ("ops", "direct", "along", "attend", "attend_step", "dots", "gradients", "phases", "row_norms", "wide")
 TESTS = (*(f"tests/ops/test_{name}.py" for name in OPERATORS), "tests/layers/test_pointwise.py")
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1"
 # Strided views with sentinels, every shape of tile, wrong plans; once more with the lowest instruction set. Left out:

@@ -10,11 +10,15 @@ namespace MLORA_ISA {
 namespace {
 
 constexpr int64_t kTileRows = 2 * W;
-constexpr int64_t kChain = 64;  // units whose products are summed before they are added to the others, for accuracy
 
 // What lies in 32 bits of a panel: a pair of bf16 where those have a dot product, else one float.
 template <class T>
 constexpr bool kPairs = MLORA_HAVE_BF16 && std::is_same_v<T, bf16>;
+
+// Units whose products are summed before they are added to the others, for accuracy: of bf16 the rounding of the result is
+// far larger.
+template <class T>
+constexpr int64_t kChain = kPairs<T> ? 64 : 16;
 
 // to[Stride * i] = unit i of a row of `dim` elements, in any order that is the same for every row, zeros to the end of
 // the last one.
@@ -84,7 +88,7 @@ void many(const Attention& a, const AttendJob& job, int64_t head, float* scratch
       MLORA_UNROLL for (int i = 0; i < 4; ++i) all[i][0] = all[i][1] = zero();
       const float* of = keys + j * padded;
       for (int64_t u = 0; u < units;) {
-        const int64_t stop = u + kChain < units ? u + kChain : units;
+        const int64_t stop = u + kChain<T> < units ? u + kChain<T> : units;
         vf acc[4][2];
         MLORA_UNROLL for (int i = 0; i < 4; ++i) acc[i][0] = acc[i][1] = zero();
         for (; u < stop; ++u) {

@@ -54,10 +54,10 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """As transformers' `sdpa_attention_forward`."""
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    known = query.shape[2] == 1 and not dropout and isinstance(scale, float)
-    if known and _is_step(module, query, key, value, attention_mask, kwargs):
-        return dispatch.attend_step(query, key, value, attention_mask, scale), None
+    if direct.usable(query, key, value) and query.shape[2] == 1 and not dropout:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if isinstance(scale, float) and _is_step(module, query, key, value, attention_mask, kwargs):
+            return dispatch.attend_step(query, key, value, attention_mask, scale), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
@@ -71,7 +71,7 @@ def _is_step(
     kv_heads, keys = key.shape[1:3]
     if any(kwargs.get(name) is not None for name in ("position_bias", "softcap")) or kwargs.get("output_attentions"):
         return False
-    if dispatch.backend(query.device, query.dtype) != "cpu" or not direct.usable(query, key, value):
+    if dispatch.backend(query.device, query.dtype) != "cpu":
         return False
     if not query.dtype == key.dtype == value.dtype or not key.shape == value.shape == (batch, kv_heads, keys, dim):
         return False

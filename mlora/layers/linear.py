@@ -58,7 +58,8 @@ class LoraLayer(nn.Module):
         # none of nn.Module's __getattr__.
         held: Any = self._parameters
         plain = state.plain and "weight" in held and "bias" in held  # and nobody has parametrized them since
-        if not plain or touches & _APART or (torch.is_grad_enabled() and self._recorded(x)):
+        recorded = direct.in_forward_mode() or (torch.is_grad_enabled() and self._recorded(x))
+        if not plain or touches & _APART or recorded:
             if shared.recorded and torch.is_grad_enabled():
                 scope.check_told(state.name)
             return self._apart(x, plan, touches, plain) if plan is not None and touches else self._base(x)

@@ -71,7 +71,8 @@ def normalized(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
 def with_kernels(forward: Callable[..., Any], attention: bool = False) -> Callable[..., Any] | None:
     """`forward` of an attention as it is, but for what it calls: the rotary embedding, `apply_rotary_pos_emb`, and with
     `attention` what transformers' interface chooses (layers/attention.py). None if it calls nothing that is known. It
-    is the model's own function over a copy of its module's names, and what else uses that module sees nothing of it."""
+    is the model's own function with names of its own before its module's, and what else uses that module sees nothing
+    of it."""
     inner = getattr(forward, "__wrapped__", None)
     if inner is not None:  # decorated: the decorator's function over another inside
         copied, cells = with_kernels(inner, attention), getattr(forward, "__closure__", None) or ()
@@ -88,7 +89,18 @@ def with_kernels(forward: Callable[..., Any], attention: bool = False) -> Callab
         replaced[_ROTARY] = _rotation(original, names)
     if attention and INTERFACE in used and INTERFACE in names:
         replaced[INTERFACE] = Interface(names)
-    return _copy(forward, {**names, **replaced}, forward.__closure__) if replaced else None
+    return _copy(forward, _Names(names, replaced), forward.__closure__) if replaced else None
+
+
+class _Names(dict[str, Any]):
+    """A module's names as they are when they are asked for, behind others."""
+
+    def __init__(self, names: Mapping[str, Any], replaced: Mapping[str, Any]) -> None:
+        super().__init__(replaced)
+        self._names = names
+
+    def __missing__(self, name: str) -> Any:
+        return self._names[name]
 
 
 def _copy(forward: FunctionType, names: dict[str, Any], closure: tuple[CellType, ...] | None) -> FunctionType:

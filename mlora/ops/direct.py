@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import dispatch
 from .library import HAS_CPU
@@ -25,11 +26,18 @@ _TYPES = {
 }
 
 
+def in_forward_mode() -> bool:
+    """Whether forward-mode differentiation is on, which operators without a formula for it drop tangents from."""
+    return forward_ad._current_level >= 0
+
+
 def unobserved() -> bool:
-    """Whether nothing looks at the operators that this thread calls: no mode, transform, tracer or profiler."""
+    """Whether nothing looks at the operators that this thread calls: no mode, transform, tracer or profiler, and no
+    forward-mode differentiation."""
     c: Any = torch._C
     return (
-        not c._len_torch_dispatch_stack()
+        not in_forward_mode()
+        and not c._len_torch_dispatch_stack()
         and not c._len_torch_function_stack()
         and c._functorch.peek_interpreter_stack() is None
         and c._get_tracing_state() is None

@@ -117,6 +117,11 @@ class Router:
         shape = call.shape
         with self._kept() if entries is None else self.route(entries, shape[0] if shape else 1, 1) as scope:
             plan = scope.plan
+            if plan is not None and plan.names and direct.in_forward_mode():
+                raise errors.EntryError(
+                    "adapters are routed within torch.autograd.forward_ad, for which their operators have no formula; "
+                    "differentiate backward, or a model into which they are folded (merge_adapter)"
+                )
             self.check_rows(call)
             scope.unobserved, scope.counted = direct.unobserved(), True
             scope.choices = call.choices if self._shared.choices else 1

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from op_cases import DTYPES, check, needs_native
 from torch import Tensor
 
@@ -81,6 +82,19 @@ def test_attend_step_matches_fp64(shape: str, dtype: torch.dtype, mask: str) -> 
         got = dispatch.attend_step(*step.given)
         assert got.shape == oracle.shape and got.is_contiguous()
         check(got, oracle, attention.attend_step(*step.given))
+
+
+@needs_native
+@pytest.mark.parametrize("heads", [4, 16], ids=["few rows", "many rows"])
+def test_as_exact_as_torchs(heads: int) -> None:
+    """In fp32, where sums of a dimension in one chain would be twice as far away."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(60, count, length, 64, generator=draw) for count, length in ((heads, 1), (1, 64), (1, 64)))
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=0.75, enable_gqa=True)
+    theirs = F.scaled_dot_product_attention(q, *(t.expand(-1, heads, -1, -1) for t in (k, v)), scale=0.75)
+    ours = dispatch.attend_step(q, k, v, None, 0.75).transpose(1, 2)
+    errors = [(out - exact).square().mean().sqrt() for out in (ours, theirs)]
+    assert errors[0] <= 1.5 * errors[1]
 
 
 @needs_native

@@ -11,9 +11,12 @@ import pytest
 import torch
 from conftest import VOCAB, build, served
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import StaticCache
 
 import mlora
+from mlora import errors
 from mlora.layers import attention
 from mlora.ops import dispatch, fastest
 
@@ -221,3 +224,45 @@ def test_adapters_of_rows(folders: dict[str, Path], llama: Any, steps: list[Any]
         alone = model.generate(own, attention_mask=torch.ones_like(own), adapter_names=[name], **options)
         assert torch.equal(alone[0, own.shape[1] :], got[row, 9:])
     assert steps
+
+
+@pytest.mark.parametrize("fused", [True, "always"])
+def test_what_replaces_a_models_function_later_is_called(fused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As code does that looks into models: an attention calls what its module has when it runs."""
+    from transformers.models.llama import modeling_llama
+
+    calls = []
+    own = modeling_llama.eager_attention_forward
+
+    def looking(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return own(*args, **kwargs)
+
+    model = patched(build("llama"), fused)
+    _eager(model)
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", looking)
+    with torch.no_grad():
+        model(input_ids=IDS)
+    assert len(calls) == model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("fused", [True, "always"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_forward_mode_is_torchs(kind: str, fused: Any, monkeypatch: pytest.MonkeyPatch, steps: list[Any]) -> None:
+    """Without adapters tangents are the bare model's, also where the fused op would be called."""
+    monkeypatch.setattr(fastest, "probe", lambda *question: dispatch.ALONG)
+    base = build(kind)
+    x, tangent = torch.randn(2, 1, 32), torch.randn(2, 1, 32)
+    found = []
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+        for model in (base, patched(base, fused)):
+            out = model(inputs_embeds=forward_ad.make_dual(x, tangent), use_cache=False).logits
+            found.append(forward_ad.unpack_dual(out).tangent)
+    assert torch.equal(*found) and found[0].any() and not steps
+
+
+def test_forward_mode_with_adapters_is_refused(folders: dict[str, Path], llama: Any) -> None:
+    model = served(llama, {"r3": folders["r3"]}, memory=1 << 20)
+    with forward_ad.dual_level(), pytest.raises(errors.EntryError, match="forward_ad"):
+        model(input_ids=IDS, adapter_names="r3")
+    assert model(input_ids=IDS, adapter_names="r3").logits.isfinite().all()
