@@ -71,7 +71,7 @@ def _is_step(
     kv_heads, keys = key.shape[1:3]
     if any(kwargs.get(name) is not None for name in ("position_bias", "softcap")) or kwargs.get("output_attentions"):
         return False
-    if dispatch.backend(query.device, query.dtype) != "cpu":
+    if not query.is_cpu or not dispatch.attends(query.dtype):
         return False
     if not query.dtype == key.dtype == value.dtype or not key.shape == value.shape == (batch, kv_heads, keys, dim):
         return False

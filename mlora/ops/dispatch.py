@@ -23,6 +23,7 @@ from .library import CUDA_ERROR, EMULATED, HAS_CPU, HAS_CUDA, HAS_TRITON
 
 BACKENDS = ("cpu", "cuda", "emulation", "reference", "triton")
 _BLOCKS_ISA = {torch.float32: 1, torch.bfloat16: 3}  # what a kblock needs: AVX2, and dot products of bf16
+_ATTEND_ISA = 1  # AVX2
 _DOTS_ISA = {torch.float16: 1, torch.bfloat16: 1}  # what DOTS needs: AVX2
 
 # What `linear` may be given for a kblock beside a number of inputs.
@@ -280,6 +281,13 @@ def merge_(weight: Tensor, source: Tensor | None, arena: Tensor, table: Tensor, 
 def offered(tokens: int, dtype: torch.dtype) -> bool:
     """Whether `linear` computes the product of so many tokens itself, in an order of its own."""
     return _NATIVE and HAS_CPU and dtype in _KERNEL_DTYPES and 1 <= tokens <= _MOST_TOKENS
+
+
+@functools.cache
+def attends(dtype: torch.dtype) -> bool:
+    """Whether `attend_step` serves tensors of this dtype on the CPU faster than torch's attention, which the scalar
+    kernels do not for all sizes."""
+    return backend("cpu", dtype) == "cpu" and torch.ops.mlora.isa() >= _ATTEND_ISA
 
 
 def _kblocks(in_features: int, dtype: torch.dtype, asked: tuple[int, ...]) -> list[int]:

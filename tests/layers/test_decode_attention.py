@@ -20,7 +20,7 @@ from mlora import errors
 from mlora.layers import attention
 from mlora.ops import dispatch, fastest
 
-pytestmark = pytest.mark.skipif(not dispatch.offered(1, torch.float32), reason="built without the C++ operators")
+pytestmark = pytest.mark.skipif(not dispatch.attends(torch.float32), reason="without AVX2 attention is torch's")
 KINDS = ["llama", "qwen2", "gemma", "gpt2", "opt"]
 IDS = torch.randint(3, VOCAB, (4, 9), generator=torch.Generator().manual_seed(5))
 
@@ -203,6 +203,13 @@ def test_what_it_does_not_compute_goes_to_torch(change: Any, steps: list[Any]) -
         with torch.no_grad():
             found.append(function(layer, **given)[0])
     assert torch.equal(*found) and not steps
+
+
+def test_where_kernels_are_scalar_it_is_torchs(monkeypatch: pytest.MonkeyPatch, steps: list[Any]) -> None:
+    base = build("llama")
+    model = patched(base)
+    monkeypatch.setattr(dispatch, "attends", lambda dtype: False)
+    assert torch.equal(decoded(model, padding()), decoded(base, padding())) and not steps
 
 
 def test_unpatched_models_have_torchs_again(steps: list[Any]) -> None:
