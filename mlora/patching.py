@@ -96,9 +96,9 @@ def patch(
         fused: compute base product and LoRA in one op where that is bit-equal to the library (on x86 CPUs with
             AVX2 or AVX-512), and where it is faster. With "always" also in an order of addition of mlora's own, which
             is faster up to some hundred tokens, and the attention of decode steps on CPUs with AVX2 where the model's
-            is transformers' "sdpa": base rows are as close to the exact result as the library's, in other bits, and rows
-            still do not see each other. The order goes by the number of tokens; where the library is
-            faster, it is used. What is faster is measured once a shape and process, so that from one process to the
+            is transformers' "sdpa": base rows are as close to the exact result as the library's, in other bits, and
+            rows still do not see each other. The order goes by the number of tokens; where the library is faster, it
+            is used. What is faster is measured once a shape and process, so that from one process to the
             next, too, bits can differ.
         host_memory: bytes of host memory for all adapters, or a size; default: no bound. When it is short, adapters
             from files that were not used for longest are dropped, also from the device, and made again from their files
