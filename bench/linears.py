@@ -57,9 +57,8 @@ class Linears:
         """Of a phase's decode steps: what transformers' attention takes, and what reading the caches does. The steps of
         `generate` count as so many of their mean length."""
         rows, prompt = ids.shape
-        steps, keys = {"decode step": (1, prompt + 1), "prefill": (0, 1), "generate": (new - 1, prompt + new // 2)}[
-            phase
-        ]
+        made = {"decode step": (1, prompt + 1), "prefill": (0, 1), "generate": (new - 1, prompt + new // 2)}
+        steps, keys = made[phase]
         config = self.config
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads

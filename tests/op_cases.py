@@ -22,6 +22,13 @@ FUSED = [
 ]
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+ATTENTION_SHAPES = {  # heads, kv heads, dimensions: of few and of many heads a kv head, and of all tails
+    "9/3x64": (9, 3, 64),
+    "4/4x17": (4, 4, 17),
+    "7/1x80": (7, 1, 80),
+    "12/1x3": (12, 1, 3),
+    "2/2x130": (2, 2, 130),
+}
 # Of rows, and whether the arena beside them is of fp32.
 FORMS = [pytest.param(dtype, False, id=str(dtype)[6:]) for dtype in DTYPES]
 FORMS += [pytest.param(dtype, True, id=f"{str(dtype)[6:]} by float32") for dtype in DTYPES[1:]]

@@ -9,6 +9,7 @@ are left to transformers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -37,10 +38,16 @@ class Interface:
         return getattr(self._names[INTERFACE], name)
 
 
-def _stepping(function: Callable[..., Any]) -> Callable[..., Any]:
+@functools.cache
+def _sdpa() -> Callable[..., Any]:
+    """Transformers' own, imported when a model of it asks."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    return _attend if function is sdpa_attention_forward else function
+    return sdpa_attention_forward
+
+
+def _stepping(function: Callable[..., Any]) -> Callable[..., Any]:
+    return _attend if function is _sdpa() else function
 
 
 def _attend(
@@ -58,9 +65,7 @@ def _attend(
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if isinstance(scale, float) and _is_step(module, query, key, value, attention_mask, kwargs):
             return dispatch.attend_step(query, key, value, attention_mask, scale), None
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    return _sdpa()(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
 def _is_step(

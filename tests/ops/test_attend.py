@@ -10,18 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from op_cases import ATTENTION_SHAPES as SHAPES
 from op_cases import DTYPES, check, needs_native
 from torch import Tensor
 
 from mlora.ops import attention, dispatch
 
-SHAPES = {
-    "9/3x64": (9, 3, 64),
-    "4/4x17": (4, 4, 17),
-    "7/1x80": (7, 1, 80),
-    "12/1x3": (12, 1, 3),
-    "2/2x130": (2, 2, 130),
-}
 STEP = str(Path(__file__).with_name("test_attend_step.py"))  # of the same kernels
 RULES = {"all": (0, 0.0), "window": (50, 0.0), "softcap": (0, 1.5), "window and softcap": (300, 30.0)}
 # (new tokens, past): decoding, prompts, chunks of prompts, tiles and blocks of all fillings.

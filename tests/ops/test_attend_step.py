@@ -7,18 +7,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from op_cases import ATTENTION_SHAPES as SHAPES
 from op_cases import DTYPES, check, needs_native
 from torch import Tensor
 
 from mlora.ops import attention, dispatch
 
-SHAPES = {
-    "9/3x64": (9, 3, 64),
-    "4/4x17": (4, 4, 17),
-    "7/1x80": (7, 1, 80),
-    "12/1x3": (12, 1, 3),
-    "2/2x130": (2, 2, 130),
-}
 BATCH = 5
 MASKS = ["none", "left", "holes", "one for all"]
 KEYS = [1, 63, 64, 67, 256, 257, 700]
